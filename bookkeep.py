@@ -1,0 +1,893 @@
+"""bookkeep: a service that learns from every booking and suggests the account of the next.
+
+`python bookkeep.py` answers HTTP requests: `POST /sample` stores and learns bookings,
+`POST /predict` suggests an account, `GET /metrics/<n>` says how good the last suggestions were,
+`GET /health` how much has been learned. The module reads from top to bottom, each section using
+only those above it: Samples, Model, Metrics, Log, Bookkeeper, HTTP, Command line.
+
+It does not tune itself, does not forget, and does not spread over machines: one process owns one
+log, and the model is the sum of what is in it.
+"""
+
+import argparse
+import fcntl
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+import uuid
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from itertools import chain, islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import waitress
+from bottle import Bottle, HTTPError, request, response
+from waitress.channel import HTTPChannel
+from waitress.task import ErrorTask
+
+__version__ = "0.1.0"
+
+logger = logging.getLogger("bookkeep")
+
+# ---------------------------------------------------------------------------------------- Samples
+
+FEATURES = ("CompanyId", "BankEntryText", "BankEntryAmount")
+TARGET = "AccountNumber"
+
+Sample = dict[str, str]
+
+
+class BadRequest(ValueError):
+    """The caller sent something that cannot be used; the message says what to change."""
+
+
+def parse_samples(body: bytes, booked: bool) -> list[Sample]:
+    """The samples in a JSON body: a list of them, or, unless they must be `booked`, a single one.
+
+    A booked sample must name its account. A body that is a JSON string is read as the JSON within.
+    Raises BadRequest, which counts the samples from 0.
+    """
+    content = _parse_json(body)
+    if isinstance(content, dict) and not booked:
+        content = [content]
+    if not isinstance(content, list):
+        raise BadRequest(f"send a list of samples{'' if booked else ' or one sample'}")
+    required = (*FEATURES, TARGET) if booked else FEATURES
+    for number, sample in enumerate(content):
+        try:
+            check_sample(sample, required)
+        except BadRequest as error:
+            raise BadRequest(f"sample {number}: {error}") from None
+    return content
+
+
+def check_sample(sample: object, required: Sequence[str]) -> None:
+    """Raises BadRequest unless it is an object of strings with all `required` keys filled."""
+    if not isinstance(sample, dict):
+        raise BadRequest("must be an object of strings")
+    for key, value in sample.items():
+        if not isinstance(value, str):
+            raise BadRequest(f"{_shown(key)} must be a string")
+    for key in required:
+        if key not in sample:
+            raise BadRequest(f"{key} is missing")
+        if not sample[key]:
+            raise BadRequest(f"{key} is empty")
+    try:
+        "".join(chain(sample, sample.values())).encode()
+    except UnicodeEncodeError:
+        raise BadRequest("a lone surrogate (half of a \\u pair) is not text") from None
+
+
+def tokens(sample: Sample) -> list[str]:
+    """The sample's tokens, each prefixed with its kind, so that no word can pass for a company.
+
+    >>> tokens({"CompanyId": "A", "BankEntryText": "rent May", "BankEntryAmount": "< 10"})
+    ['c A', 'a < 10', 'w rent', 'w May', 'cw A|rent', 'cw A|May', 'caw A|< 10|rent', ...]
+
+    (The bar stands for the unit separator, which no word contains.)
+    """
+    company, text, amount = (sample[key] for key in FEATURES)
+    words = text.split()
+    return [
+        f"c {company}",
+        f"a {amount}",
+        *[f"w {word}" for word in words],
+        *[f"cw {company}\x1f{word}" for word in words],
+        *[f"caw {company}\x1f{amount}\x1f{word}" for word in words],
+    ]
+
+
+def _parse_json(body: bytes) -> object:
+    """What the body says, strictly: UTF-8, no duplicate keys, no NaN. Raises BadRequest."""
+    try:
+        content = _loads(body.decode("utf-8-sig"))
+        return _loads(content) if isinstance(content, str) else content
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"the body must be UTF-8, byte {error.start} is not") from None
+    except RecursionError:
+        raise BadRequest("the JSON is nested too deeply") from None
+    except BadRequest:
+        raise
+    except ValueError as error:
+        raise BadRequest(f"the body must be JSON: {error}") from None
+
+
+def _loads(text: str) -> object:
+    # No number is of use here, so any will do as a float, which may have any number of digits.
+    return json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant, parse_int=float)
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in unique if keys.count(key) > 1)
+        raise BadRequest(f"the key {_shown(twice)} occurs twice in one object")
+    return unique
+
+
+def _no_constant(name: str) -> None:
+    raise BadRequest(f"the body must be JSON, which has no {name}")
+
+
+def _shown(key: str) -> str:
+    """The key as an error message shows it: never too long, never unprintable."""
+    return key if re.fullmatch(r"\w{1,40}", key, re.ASCII) else json.dumps(key[:40])
+
+
+# ------------------------------------------------------------------------------------------ Model
+
+ALPHA = 0.02  # Lidstone smoothing
+FLOOR = 1 / 16  # what a booking that surprises nobody counts at the least
+GRAIN = 1024  # weights are multiples of 1 / GRAIN, so sums of them are exact in any order
+
+
+class Assessment(NamedTuple):
+    """What the model made of a booking before it learned it."""
+
+    predicted: str | None  # the most probable account; None while there is no model
+    margin: float | None  # its log-odds over the second; None while there is no second
+    weight: float  # what the booking will count when it is learned
+
+
+class NaiveBayes:
+    """Multinomial Naive Bayes over documents of tokens, learned and unlearned a weight at a time.
+
+    Of an account (a class) and a document it knows, up to a constant of the document,
+
+        log P(account | tokens) = log N(account)
+            + sum over known tokens of log (N(token, account) + alpha)
+            - (number of known tokens) * log (N(account's tokens) + alpha * V)
+
+    where N are sums of weights and V is the number of known tokens. A document is a list of
+    tokens, n documents with A accounts give (n, A) scores, and accounts count from 0 in the order
+    in which they were first seen. Equals scikit-learn's MultinomialNB fitted with sample_weight.
+    """
+
+    def __init__(self, alpha: float = ALPHA) -> None:
+        self.alpha = alpha
+        self.vocabulary = Index()  # token -> row of token_counts
+        self.accounts = Index()  # account -> column of token_counts
+        self.names: list[str] = []  # (A,) the accounts by number
+        self.token_counts = Counts()  # N(token, account)
+        self.account_counts = np.zeros(0)  # (A,) N(account)
+        self.account_tokens = np.zeros(0)  # (A,) N(account's tokens)
+
+    def scores(self, documents: Sequence[Sequence[str]]) -> np.ndarray:
+        """(n, A) log P(account, tokens), up to a constant of the document."""
+        n, A = len(documents), len(self.names)
+        rows = [self.vocabulary.get(token, -1) for token in chain.from_iterable(documents)]
+        rows = np.array(rows, dtype=np.int64)
+        document = np.repeat(np.arange(n), [len(tokens) for tokens in documents])
+        known = (rows >= 0) & (self.token_counts.sizes[rows] > 0)
+        rows, document = rows[known], document[known]
+
+        # log (N + alpha) = log (1 + N / alpha) + log alpha: zeros add nothing but the constant.
+        owner, account, count = self.token_counts.take(rows)
+        cell = document[owner] * A + account
+        evidence = np.bincount(cell, np.log1p(count / self.alpha), minlength=n * A)
+        with np.errstate(divide="ignore"):  # an account wholly unlearned: log 0
+            scores = np.log(self.account_counts) + evidence.reshape(n, A)
+        total = np.log(self.account_tokens + self.alpha * self.token_counts.occupied)
+        scores -= np.outer(np.bincount(document, minlength=n), total)
+        return scores
+
+    def predict(self, documents: Sequence[Sequence[str]]) -> list[str]:
+        """The most probable account of each document. There must be a model, that is an account."""
+        return [self.names[best] for best in self.scores(documents).argmax(axis=1).tolist()]
+
+    def assess(self, documents: Sequence[Sequence[str]], labels: Sequence[str]) -> list[Assessment]:
+        """Predictions and learning weights of documents whose accounts, the labels, are known.
+
+        The weight is max(floor, 1 - P(label | tokens)), 1 for an account not seen before: the
+        discriminative frequency estimate (Su, Zhang, Ling, Matwin, ICML 2008).
+        """
+        if not self.names:
+            return [Assessment(None, None, 1.0)] * len(documents)
+        scores = self.scores(documents)
+        each = np.arange(len(documents))
+        booked = np.array([self.accounts.get(label, -1) for label in labels], dtype=np.int64)
+        probability = np.where(booked < 0, 0, posterior(scores)[each, booked])
+        weights = np.maximum(FLOOR, np.round((1 - probability) * GRAIN) / GRAIN)
+
+        best = scores.argmax(axis=1)
+        best_score = scores[each, best]
+        scores[each, best] = -np.inf
+        margins = best_score - scores.max(axis=1)
+        return [
+            Assessment(self.names[account], round(margin, 4) if margin < np.inf else None, weight)
+            for account, margin, weight in zip(
+                best.tolist(), margins.tolist(), weights.tolist(), strict=True
+            )
+        ]
+
+    def learn(
+        self,
+        documents: Sequence[Sequence[str]],
+        labels: Sequence[str],
+        weights: Sequence[float] | np.ndarray,
+    ) -> None:
+        """Adds each document to its account `weight` times; the weight's negative takes it away.
+
+        With weights that are multiples of 1 / GRAIN the counts are exact: the same in any order
+        and any batching, and as if it had never been after learning and unlearning.
+        """
+        lengths = np.array([len(tokens) for tokens in documents], dtype=np.int64)
+        rows = [self.vocabulary[token] for token in chain.from_iterable(documents)]
+        columns = np.array([self.accounts[label] for label in labels], dtype=np.int64)
+        weights = np.asarray(weights, dtype=np.float64)
+        if len(self.accounts) > len(self.names):
+            self.names = list(self.accounts)
+            self.account_counts = _grown(self.account_counts, len(self.names))
+            self.account_tokens = _grown(self.account_tokens, len(self.names))
+        np.add.at(self.account_counts, columns, weights)
+        np.add.at(self.account_tokens, columns, weights * lengths)
+        self.token_counts.add(
+            np.array(rows, dtype=np.int64), columns.repeat(lengths), weights.repeat(lengths)
+        )
+
+
+def posterior(scores: np.ndarray) -> np.ndarray:
+    """(n, A) P(account | tokens), which sums to one over the accounts, from (n, A) scores."""
+    probability = np.exp(scores - scores.max(axis=1, keepdims=True))
+    probability /= probability.sum(axis=1, keepdims=True)
+    return probability
+
+
+class Index(dict):
+    """Numbers things from 0 in the order in which they are first asked for."""
+
+    def __missing__(self, thing: str) -> int:
+        number = self[thing] = len(self)
+        return number
+
+
+class Counts:
+    """A sparse matrix of sums, token by account, that grows with each entry added.
+
+    Most tokens meet one account, an amount meets nearly all. So each row has a span of its own in
+    two long arrays, its entries sorted by account, with room for the next power of two; a row that
+    outgrows its span moves to the end. Entries that become zero are dropped.
+    """
+
+    def __init__(self) -> None:
+        self.starts = np.zeros(1, dtype=np.int64)  # of each row's span
+        self.sizes = np.zeros(1, dtype=np.int64)  # how many entries are in it
+        self.accounts = np.zeros(1, dtype=np.int32)
+        self.values = np.zeros(1)
+        self.end = 0  # of the last span
+        self.occupied = 0  # rows that have an entry
+
+    def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All entries of these rows, in order: the index into `rows`, the account, the value."""
+        owner, at = self._entries(rows)
+        return owner, self.accounts[at], self.values[at]
+
+    def add(self, rows: np.ndarray, accounts: np.ndarray, values: np.ndarray) -> None:
+        """Adds each value to the entry at its row and account."""
+        if not len(rows):
+            return
+        last = int(rows.max())
+        if last >= len(self.sizes):
+            self.starts = _grown(self.starts, 2 * last)
+            self.sizes = _grown(self.sizes, 2 * last)
+
+        # What the touched rows hold and what is new, merged and summed by (row, account).
+        touched, row = np.unique(rows, return_inverse=True)
+        owner, old_accounts, old_values = self.take(touched)
+        keys = np.concatenate([owner << 32 | old_accounts, row << 32 | accounts])
+        order = keys.argsort(kind="stable")
+        keys = keys[order]
+        first = np.flatnonzero(np.diff(keys, prepend=-1))
+        sums = np.add.reduceat(np.concatenate([old_values, values])[order], first)
+        keys, sums = keys[first][sums != 0], sums[sums != 0]
+
+        sizes = np.bincount(keys >> 32, minlength=len(touched))
+        self._resize(touched, sizes)
+        _, at = self._entries(touched)
+        self.accounts[at] = keys & 0xFFFFFFFF
+        self.values[at] = sums
+
+    def _entries(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where these rows' entries lie, in order, each with its index into `rows`."""
+        sizes = self.sizes[rows]
+        owner = np.repeat(np.arange(len(rows)), sizes)
+        before = sizes.cumsum() - sizes
+        return owner, (self.starts[rows] - before)[owner] + np.arange(len(owner))
+
+    def _resize(self, rows: np.ndarray, sizes: np.ndarray) -> None:
+        """Gives these (distinct) rows new sizes, and a new span where the old one is too short."""
+        moved = _room(sizes) > _room(self.sizes[rows])
+        room = _room(sizes[moved])
+        self.starts[rows[moved]] = self.end + room.cumsum() - room
+        self.end += int(room.sum())
+        if self.end > len(self.values):
+            self.accounts = _grown(self.accounts, 2 * self.end)
+            self.values = _grown(self.values, 2 * self.end)
+        self.occupied += int(np.count_nonzero(sizes) - np.count_nonzero(self.sizes[rows]))
+        self.sizes[rows] = sizes
+
+
+def _room(sizes: np.ndarray) -> np.ndarray:
+    """The power of two that holds so many entries: 0 -> 0, 1 -> 1, 2 -> 2, 3 -> 4, 5 -> 8."""
+    return np.where(sizes > 0, 1 << np.frexp(sizes - 1.0)[1], 0)
+
+
+def _grown(values: np.ndarray, length: int) -> np.ndarray:
+    """A longer copy, filled up with zeros."""
+    return np.concatenate([values, np.zeros(length - len(values), dtype=values.dtype)])
+
+
+# ---------------------------------------------------------------------------------------- Metrics
+
+
+def precision_recall(booked: np.ndarray, predicted: np.ndarray) -> tuple[float, float]:
+    """Macro-averaged precision and recall, over the labels in either of two (n,) arrays, n > 0.
+
+    A label never predicted has precision 0, one never booked recall 0: scikit-learn's
+    precision_score and recall_score with average="macro", zero_division=0.
+    """
+    labels, codes = np.unique(np.concatenate([booked, predicted]), return_inverse=True)
+    booked, predicted = codes.reshape(2, -1)
+    hits, actual, claimed = (
+        np.bincount(numbers, minlength=len(labels))
+        for numbers in (booked[booked == predicted], booked, predicted)
+    )
+    precision = (hits / np.maximum(claimed, 1)).mean()
+    recall = (hits / np.maximum(actual, 1)).mean()
+    return float(precision), float(recall)
+
+
+# -------------------------------------------------------------------------------------------- Log
+
+
+class LogError(Exception):
+    """The log cannot be used; the message says which, where and why."""
+
+
+class Log:
+    """An append-only JSON Lines file of batches of records, owned by one process.
+
+    A line is a record with its place before it: `seq` counts lines from 0, `batch` names the
+    batch, `left` counts it down to 0. A batch is in the log once its line with `left` 0 is.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Opens the log or makes it, with its folder. Raises LogError if it cannot be owned."""
+        self.path = path
+        self.total = 0  # records in whole batches
+        self._size = 0  # bytes of whole batches
+        self._torn = False  # may the file hold bytes beyond them?
+        try:
+            with suppress(FileExistsError):  # if it is a file, opening says so better
+                path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)  # so that a new file's name is on disk too
+            os.close(folder)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._file)
+            raise LogError(f"{path} is in use by another process") from None
+        except OSError as error:
+            raise LogError(f"cannot open {path}: {error.strerror}") from None
+
+    def read(self) -> Iterator[dict]:
+        """The records of all whole batches; an unfinished batch at the end is cut off.
+
+        To be read to its end, once, before the first append. Raises LogError where the log is
+        damaged, and leaves the file as it is.
+        """
+        batch: list[dict] = []
+        position = 0
+        with open(self.path, "rb") as lines:
+            for line in lines:
+                position += len(line)
+                if not line.endswith(b"\n"):
+                    break
+                batch.append(self._parse(line, batch))
+                if batch[-1]["left"] == 0:
+                    yield from batch
+                    self.total += len(batch)
+                    self._size = position
+                    batch = []
+        if position > self._size:
+            logger.warning(
+                "%s: cut off an unfinished batch at the end, %d bytes after line %d",
+                *(self.path, position - self._size, self.total),
+            )
+            self._cut_back()
+
+    def append(self, batches: list[list[dict]]) -> None:
+        """Writes the batches with one write and one fsync: once it returns, they are on disk.
+
+        Raises OSError if they could not be written; then the log is as it was before.
+        """
+        lines = []
+        for batch in batches:
+            name = uuid.uuid4().hex
+            for left, record in zip(reversed(range(len(batch))), batch, strict=True):
+                place = {"seq": self.total + len(lines), "batch": name, "left": left}
+                lines.append(json.dumps(place | record, ensure_ascii=False) + "\n")
+        data = "".join(lines).encode()
+        try:
+            if self._torn:
+                self._cut_back()
+            self._torn = True
+            unwritten = memoryview(data)
+            while unwritten:
+                unwritten = unwritten[os.write(self._file, unwritten) :]
+            os.fsync(self._file)
+            self._torn = False
+        except OSError:
+            with suppress(OSError):  # else it is cut back before the next append
+                self._cut_back()
+            raise
+        self.total += len(lines)
+        self._size += len(data)
+
+    def close(self) -> None:
+        """Lets another process own the log."""
+        os.close(self._file)
+
+    def _cut_back(self) -> None:
+        os.ftruncate(self._file, self._size)
+        os.fsync(self._file)
+        self._torn = False
+
+    def _parse(self, line: bytes, batch: list[dict]) -> dict:
+        """The record on the line that follows these of its batch. Raises LogError."""
+        seq = self.total + len(batch)
+        try:
+            record = json.loads(line)
+            if record["seq"] != seq:
+                raise ValueError(f"seq is {record['seq']}, not {seq}")
+            if type(record["left"]) is not int or record["left"] < 0:
+                raise ValueError("left is not a count")
+            if batch and record["batch"] != batch[-1]["batch"]:
+                raise ValueError("the batch before it is unfinished")
+            if batch and record["left"] != batch[-1]["left"] - 1:
+                raise ValueError("left does not count down")
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            raise self.damaged(seq, error) from None
+        return record
+
+    def damaged(self, seq: int, error: Exception) -> LogError:
+        """What to raise when the record with this number makes no sense."""
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        return LogError(f"{self.path} is damaged, line {seq + 1}: {reason}")
+
+
+# ------------------------------------------------------------------------------------- Bookkeeper
+
+CHUNK = 128  # samples scored or learned at a time: what a prediction may have to wait for
+GROUP = 1000  # samples that a group of batches may have, unless it is one batch
+
+
+class NotReady(Exception):
+    """Nothing to answer with yet, or no longer; the message says why."""
+
+
+class Batch(NamedTuple):
+    """Samples on their way into the log, and what their sender waits for."""
+
+    samples: list[Sample]
+    documents: list[list[str]]
+    stored: Future  # of the range of their sequence numbers
+
+
+class Bookkeeper:
+    """Books samples into the log and the model, and knows how well it predicted them.
+
+    One writer thread is the only one that changes anything. It takes the batches that wait as one
+    group: predicts them all, appends them all with one fsync, learns them. So no batch is scored
+    by a model that has seen its answers, and none is learned that is not on disk.
+    """
+
+    def __init__(self, log: Log) -> None:
+        """Learns all that is in the log. Raises LogError if that is damaged, or OSError."""
+        self.log = log
+        self._model = NaiveBayes()
+        self._companies: set[str] = set()
+        self._booked = array("i")  # of each sample that was predicted, the account's number
+        self._predicted = array("i")
+        self._changing = threading.Lock()  # held to learn a chunk, and to read what that changes
+        self._waiting: deque[Batch] = deque()
+        self._arrival = threading.Condition()  # of a batch that waits, or of the end
+        self._closed = False
+        self._started = time.monotonic()
+        self._read_back()
+        self._writer = threading.Thread(target=self._write, name="writer", daemon=True)
+        self._writer.start()
+
+    def book(self, samples: list[Sample]) -> range:
+        """The samples' sequence numbers, once they are on disk and learned.
+
+        Raises OSError if they could not be written, NotReady if the bookkeeper is closed.
+        """
+        batch = Batch(samples, [tokens(sample) for sample in samples], Future())
+        with self._arrival:
+            if self._closed:
+                raise NotReady("the service is stopping; send this again when it is back")
+            self._waiting.append(batch)
+            self._arrival.notify()
+        return batch.stored.result()
+
+    def predict(self, samples: Iterable[Sample]) -> list[str]:
+        """The most probable account of each sample. Raises NotReady while there is no model."""
+        accounts: list[str] = []
+        for documents in _chunks(map(tokens, samples), CHUNK):
+            with self._changing:
+                if not self._model.names:
+                    raise NotReady("there is no model yet; send bookings to /sample first")
+                accounts += self._model.predict(documents)
+        return accounts
+
+    def metrics(self, n: int) -> dict[str, float]:
+        """Macro precision and recall of the last n (or fewer) predictions. Raises NotReady."""
+        with self._changing:
+            booked, predicted = np.array(self._booked[-n:]), np.array(self._predicted[-n:])
+        if not len(booked):
+            raise NotReady("nothing has been predicted yet; send bookings to /sample first")
+        precision, recall = precision_recall(booked, predicted)
+        return {"precision": precision, "recall": recall}
+
+    def health(self) -> dict[str, str | int | float]:
+        """How much has been learned, and for how many seconds the service has been up."""
+        with self._changing:
+            return {
+                "status": "ok",
+                "samples": self.log.total,
+                "accounts": len(self._model.names),
+                "companies": len(self._companies),
+                "tokens": self._model.token_counts.occupied,
+                "uptime": round(time.monotonic() - self._started, 3),
+            }
+
+    def close(self) -> None:
+        """Books what is waiting, nothing more, and closes the log."""
+        with self._arrival:
+            self._closed = True
+            self._arrival.notify()
+        self._writer.join()
+        self.log.close()
+
+    def _write(self) -> None:
+        """The writer thread: books group after group until there will be no more."""
+        while group := self._next_group():
+            try:
+                self._book_group(group)
+            except Exception as error:
+                for batch in group:
+                    batch.stored.set_exception(error)
+
+    def _next_group(self) -> list[Batch]:
+        with self._arrival:
+            self._arrival.wait_for(lambda: self._waiting or self._closed)
+            group: list[Batch] = []
+            size = 0
+            while self._waiting and (not group or size + len(self._waiting[0].samples) <= GROUP):
+                group.append(self._waiting.popleft())
+                size += len(group[-1].samples)
+            return group
+
+    def _book_group(self, group: list[Batch]) -> None:
+        samples = [sample for batch in group for sample in batch.samples]
+        documents = [document for batch in group for document in batch.documents]
+        records = self._assess(samples, documents)
+        remaining = iter(records)
+        first = self.log.total
+        self.log.append([list(islice(remaining, len(batch.samples))) for batch in group])
+        self._learn(records, documents)
+        for batch in group:
+            batch.stored.set_result(range(first, first + len(batch.samples)))
+            first += len(batch.samples)
+
+    def _assess(self, samples: list[Sample], documents: list[list[str]]) -> list[dict]:
+        """What the log will say of these samples."""
+        labels = [sample[TARGET] for sample in samples]
+        assessments: list[Assessment] = []
+        for chunk in _chunks(zip(documents, labels, strict=True), CHUNK):
+            assessments += self._model.assess(*zip(*chunk, strict=True))
+        return [
+            {"sample": sample, **assessment._asdict()}
+            for sample, assessment in zip(samples, assessments, strict=True)
+        ]
+
+    def _learn(self, records: list[dict], documents: list[list[str]]) -> None:
+        for chunk in _chunks(zip(records, documents, strict=True), CHUNK):
+            labels = [record["sample"][TARGET] for record, _ in chunk]
+            weights = [record["weight"] for record, _ in chunk]
+            tested = [record for record, _ in chunk if record["predicted"] is not None]
+            with self._changing:
+                self._model.learn([document for _, document in chunk], labels, weights)
+                self._companies.update(record["sample"]["CompanyId"] for record, _ in chunk)
+                number = self._model.accounts
+                self._booked.extend(number[record["sample"][TARGET]] for record in tested)
+                self._predicted.extend(number[record["predicted"]] for record in tested)
+
+    def _read_back(self) -> None:
+        reported = time.monotonic()
+        booked: set[str] = set()
+        for records in _chunks(self.log.read(), 32 * CHUNK):
+            for record in records:
+                self._check(record, booked)
+                booked.add(record["sample"][TARGET])
+            self._learn(records, [tokens(record["sample"]) for record in records])
+            if time.monotonic() - reported > 3:
+                reported = time.monotonic()
+                logger.info("%s: %d bookings read back so far", self.log.path, self.log.total)
+
+    def _check(self, record: dict, booked: set[str]) -> None:
+        """Raises LogError unless `_assess` could have made the record after these accounts."""
+        try:
+            check_sample(record["sample"], (*FEATURES, TARGET))
+            predicted, weight = record["predicted"], record["weight"]
+            if predicted is not None and predicted not in booked:
+                raise ValueError("an account is predicted that was not booked before")
+            if not (FLOOR <= weight <= 1 and weight * GRAIN % 1 == 0):
+                raise ValueError("no booking can have that weight")
+        except (ValueError, TypeError, LookupError) as error:
+            raise self.log.damaged(record["seq"], error) from None
+
+
+def _chunks(items: Iterable, size: int) -> Iterator[list]:
+    items = iter(items)
+    while chunk := list(islice(items, size)):
+        yield chunk
+
+
+# ------------------------------------------------------------------------------------------- HTTP
+
+MAX_BODY = 64 << 20  # bytes of a request's body
+
+STATUS = {BadRequest: 400, NotReady: 503, OSError: 507}  # of what is raised in the sections above
+
+
+def create_app(bookkeeper: Bookkeeper, max_body: int = MAX_BODY) -> Bottle:
+    """The WSGI app that answers for this bookkeeper, all in JSON, errors too."""
+    app = Bottle()
+    app.install(_in_json)
+    app.default_error_handler = _error_in_json
+
+    def body() -> bytes:
+        if request.content_type.partition(";")[0].strip() != "application/json":
+            raise HTTPError(415, "send JSON, with the header Content-Type: application/json")
+        if request.content_length > max_body:
+            raise HTTPError(413, f"send at most {max_body} bytes in one request")
+        return request.body.read()
+
+    @app.post("/sample")
+    def sample() -> dict:
+        stored = bookkeeper.book(parse_samples(body(), booked=True))
+        first, last = (stored[0], stored[-1]) if stored else (None, None)
+        return {"received": len(stored), "total": stored.stop, "first": first, "last": last}
+
+    @app.post("/predict")
+    def predict() -> list[str]:
+        return bookkeeper.predict(parse_samples(body(), booked=False))
+
+    @app.get("/metrics/<n>")
+    def metrics(n: str) -> dict[str, float]:
+        if not re.fullmatch("[0-9]{1,9}", n) or int(n) == 0:
+            raise HTTPError(400, "after /metrics/ there must be a whole number from 1 to 999999999")
+        return bookkeeper.metrics(int(n))
+
+    @app.get("/health")
+    def health() -> dict:
+        return bookkeeper.health()
+
+    @app.error(404)
+    def not_found(error: HTTPError) -> str:
+        error.body = "ask for /sample, /predict, /metrics/<n> or /health: there is nothing here"
+        return _error_in_json(error)
+
+    @app.error(405)
+    def not_allowed(error: HTTPError) -> str:
+        error.body = f"ask for this with {response.get_header('Allow')}, not {request.method}"
+        return _error_in_json(error)
+
+    return app
+
+
+def _in_json(callback: Callable) -> Callable:
+    """A Bottle plugin: what a route returns becomes JSON, what it raises an error with a status."""
+
+    def route(**arguments: str) -> str:
+        try:
+            answer = json.dumps(callback(**arguments))
+        except HTTPError:
+            raise
+        except Exception as error:
+            for kind, status in STATUS.items():
+                if isinstance(error, kind):
+                    raise HTTPError(status, str(error)) from None
+            logger.exception("%s %s failed", request.method, request.path)
+            raise HTTPError(500, "the service failed to answer; its log says why") from None
+        response.content_type = "application/json"
+        return answer
+
+    return route
+
+
+def _error_in_json(error: HTTPError) -> str:
+    response.content_type = "application/json"
+    return json.dumps({"error": error.body})
+
+
+# ----------------------------------------------------------------------------------- Command line
+
+GRACE = 10  # seconds that requests under way have to end when the service stops
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the service until SIGTERM or Ctrl-C; the exit status."""
+    options = _options(arguments)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, until it serves
+    try:
+        listener = _bind(options.host, options.port)
+        log = Log(options.log)
+        started = time.monotonic()
+        bookkeeper = Bookkeeper(log)
+        host, port = listener.getsockname()[:2]
+        logger.info(
+            "serving on http://%s:%d, log %s, %d bookings read back in %.1f s",
+            *(f"[{host}]" if ":" in host else host, port),
+            *(log.path, log.total, time.monotonic() - started),
+        )
+        _serve(create_app(bookkeeper, options.max_body), listener, options)
+        bookkeeper.close()
+        logger.info("stopped")
+    except (LogError, OSError) as error:
+        print(f"bookkeep: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        logger.info("stopped before it served")
+    return 0
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="bookkeep",
+        description="Learns from every booking and suggests the account of the next, over HTTP.",
+        epilog="Try it: python replay.py --serve",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=_whole(0, 65535), default=8080, help="0 for any free port")
+    parser.add_argument(
+        "--log",
+        type=Path,
+        default=Path("data/bookkeep.jsonl"),
+        help="file that keeps every booking; it is made, and read back at the next start",
+    )
+    parser.add_argument(
+        "--threads",
+        type=_whole(1, 1000),
+        default=16,
+        help="requests at work at once; one of /sample is until its bookings are on disk",
+    )
+    parser.add_argument(
+        "--max-body", type=_whole(1, 1 << 40), default=MAX_BODY, help="bytes in one request's body"
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    return parser.parse_args(arguments)
+
+
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
+        return int(text)
+
+    number.__name__ = "whole number"  # what argparse calls it in an error
+    return number
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket bound to the address, so that a port in use shows before the log is read."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}, port {port}: {error.strerror}") from None
+    return listener
+
+
+def _serve(app: Bottle, listener: socket.socket, options: argparse.Namespace) -> None:
+    """Answers requests until SIGTERM or Ctrl-C, then those that are under way."""
+    server = waitress.create_server(
+        app,
+        sockets=[listener],
+        threads=options.threads,
+        ident=None,
+        connection_limit=1000,
+        asyncore_use_poll=True,
+        # The app refuses long bodies, in JSON; waitress refuses what is not worth receiving.
+        max_request_body_size=2 * options.max_body + (1 << 20),
+    )
+    server.channel_class = Channel
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # waiting for a thread is fine
+    stopping = threading.Event()
+
+    def stop(number: int, _: object) -> None:
+        logger.info("stopping on %s", signal.Signals(number).name)
+        stopping.set()
+        server.pull_trigger()
+
+    def turn(seconds: float) -> None:
+        server.asyncore.loop(timeout=seconds, use_poll=True, map=server._map, count=1)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    while not stopping.is_set():
+        turn(1)
+
+    server.del_channel()
+    listener.close()
+    deadline = time.monotonic() + GRACE
+    while server.active_channels and time.monotonic() < deadline:
+        for channel in list(server.active_channels.values()):
+            if not (channel.requests or channel.request or channel.total_outbufs_len):
+                channel.handle_close()
+        turn(0.05)
+    server.task_dispatcher.shutdown()
+
+
+class JSONErrorTask(ErrorTask):
+    """What waitress answers, in JSON, to a request that it does not hand on."""
+
+    def execute(self) -> None:
+        """Writes the answer."""
+        error = self.request.error
+        body = json.dumps({"error": f"send a proper HTTP request: {error.body}"}).encode()
+        self.status = f"{error.code} {error.reason}"
+        self.response_headers.append(("Content-Type", "application/json"))
+        self.set_close_on_finish()
+        self.content_length = len(body)
+        self.write(body)
+
+
+class Channel(HTTPChannel):
+    """A connection of waitress's whose errors are in JSON."""
+
+    error_task_class = JSONErrorTask
+
+
+if __name__ == "__main__":
+    sys.exit(main())
