@@ -1,0 +1,362 @@
+"""replay: streams a CSV file of bookings to bookkeep and shows how well it predicts them.
+
+`python replay.py --serve` is the demo: it starts the service, sends it 15,000 bookings in batches
+as an accounting program would, and reports what `/metrics` says. It judges nothing by itself: all
+figures are the service's own.
+"""
+
+import argparse
+import csv
+import io
+import itertools
+import json
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from bookkeep import FEATURES, TARGET, Sample
+
+try:
+    from tqdm import tqdm
+except ImportError:  # the extra "client" is not installed: plain lines will do
+    tqdm = None
+
+HERE = Path(__file__).parent
+DATA = HERE / "data" if (HERE / "data").is_dir() else Path("data")
+DATA_SETS = [  # a real one first, if the user has put it there
+    DATA / "bank_expenses_obfuscated.csv.zip",
+    DATA / "bank_expenses_obfuscated.csv",
+    DATA / "bank_expenses_synthetic.csv.zip",
+]
+COLUMNS = [*FEATURES, "BankEntryDate", TARGET]
+WINDOWS = (100, 1000, 10_000)  # the n of the /metrics/<n> in the report
+
+
+class Failed(Exception):
+    """The replay cannot go on; the message says why in one sentence."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Replays as the options say and prints the report; the exit status."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    options = _options(arguments)
+    try:
+        rows = read_rows(options.file or _default_file())
+        if options.order == "date":
+            rows = iter(sorted(rows, key=lambda row: (row["BankEntryDate"], row["CompanyId"])))
+        with serving(options.log) if options.serve else nullcontext(options.url) as url:
+            report = replay(rows, Client(url), options.samples, options.batch, options.seed)
+        if options.serve:
+            report["log"] = str(options.log)
+    except Failed as error:
+        print(f"replay: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    print(json.dumps(report) if options.json else in_words(report))
+    return 130 if report["interrupted"] else 0
+
+
+def replay(
+    rows: Iterator[Sample], client: "Client", samples: int | None, largest: int, seed: int
+) -> dict:
+    """Sends that many rows (None: all) and reports; Ctrl-C ends it early. Raises Failed."""
+    sent = predicted = unpredicted = 0
+    interrupted = False
+    started = asked = time.monotonic()
+    try:
+        with _progress(samples) as show:
+            for batch in _batches(itertools.islice(rows, samples), largest, seed):
+                answer = client.ask("POST", "/sample", batch)
+                sent += len(batch)
+                if answer["first"] == 0:
+                    unpredicted = len(batch)  # there was no model yet
+                predicted = answer["total"] - unpredicted
+                if predicted and time.monotonic() - asked > 0.5:
+                    asked = time.monotonic()
+                    show(sent, client.ask("GET", "/metrics/1000"))
+    except KeyboardInterrupt:
+        interrupted = True
+        client.interrupted()
+    seconds = time.monotonic() - started
+    windows = [n for n in WINDOWS if predicted and (n == 1000 or predicted >= n)]
+    return {
+        "samples": sent,
+        "seconds": round(seconds, 3),
+        "samples_per_second": round(sent / seconds),
+        "metrics": {str(n): client.ask("GET", f"/metrics/{n}") for n in windows},
+        "prediction": _prediction(next(rows, None), client) if sent else None,
+        "interrupted": interrupted,
+    }
+
+
+def in_words(report: dict) -> str:
+    """The report as a person reads it."""
+    lines = [
+        f"{'Interrupted: ' if report['interrupted'] else ''}{report['samples']:,} samples "
+        f"in {report['seconds']:.1f} s, {report['samples_per_second']:,} a second"
+    ]
+    for n, metrics in report["metrics"].items():
+        lines.append(
+            f"/metrics/{n:<6} precision {metrics['precision']:.3f}   recall {metrics['recall']:.3f}"
+        )
+    if report["prediction"]:
+        sample, predicted, booked = report["prediction"].values()
+        lines.append(
+            f'Not sent: company {sample["CompanyId"]}, "{sample["BankEntryText"]}", '
+            f"{sample['BankEntryAmount']}\n"
+            f"          predicted {predicted}, the accountant booked {booked}"
+        )
+    if "log" in report:
+        lines.append(f"All of it is in {report['log']}")
+    return "\n".join(lines)
+
+
+def _prediction(row: Sample | None, client: "Client") -> dict | None:
+    """What the service predicts for a row that it has not been sent, if there is one."""
+    if row is None:
+        return None
+    sample = {key: value for key, value in row.items() if not key.startswith("Account")}
+    [predicted] = client.ask("POST", "/predict", sample)
+    return {"sample": sample, "predicted": predicted, "booked": row[TARGET]}
+
+
+# ------------------------------------------------------------------------------------------- Rows
+
+
+def read_rows(path: Path) -> Iterator[Sample]:
+    """The rows of a CSV file, or of the one in a zip, one by one. Raises Failed."""
+    try:
+        with _open_text(path) as text:
+            rows = csv.DictReader(text, strict=True)
+            missing = [column for column in COLUMNS if column not in (rows.fieldnames or [])]
+            if missing:
+                raise Failed(f"{path} is no CSV file with the column {', '.join(missing)}")
+            for row in rows:
+                if None in row or None in row.values():
+                    raise Failed(
+                        f"{path}, line {rows.line_num}: there must be {len(rows.fieldnames)} values"
+                    )
+                yield row
+    except OSError as error:
+        raise Failed(f"cannot read {path}: {error.strerror}") from None
+    except (csv.Error, UnicodeDecodeError, zipfile.BadZipFile) as error:
+        raise Failed(f"{path} is no CSV file: {error}") from None
+
+
+@contextmanager
+def _open_text(path: Path) -> Iterator[io.TextIOBase]:
+    if path.suffix != ".zip":
+        with open(path, newline="", encoding="utf-8-sig") as text:
+            yield text
+        return
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if name.endswith(".csv")]
+        if not names:
+            raise Failed(f"there is no CSV file in {path}")
+        with archive.open(names[0]) as file:
+            yield io.TextIOWrapper(file, newline="", encoding="utf-8-sig")
+
+
+def _default_file() -> Path:
+    for path in DATA_SETS:
+        if path.exists():
+            return path
+    raise Failed(f"there is no data set in {DATA}/: name a CSV file or its zip")
+
+
+def _batches(rows: Iterable[Sample], largest: int, seed: int) -> Iterator[list[Sample]]:
+    """Batches of random size, from 1 to the largest."""
+    sizes = random.Random(seed)
+    rows = iter(rows)
+    while batch := list(itertools.islice(rows, sizes.randint(1, largest))):
+        yield batch
+
+
+# ---------------------------------------------------------------------------------------- Service
+
+
+class Client:
+    """One kept-alive connection to the service, opened again when it has to be."""
+
+    def __init__(self, url: str) -> None:
+        """Connects when first asked. Raises Failed if the URL is none of http or https."""
+        address = urlsplit(url)
+        kinds = {"http": HTTPConnection, "https": HTTPSConnection}
+        try:
+            self._connection = kinds[address.scheme](address.hostname, address.port, timeout=600)
+        except (KeyError, ValueError):
+            raise Failed(
+                f"{url} is not the URL of a service, as http://127.0.0.1:8080 is"
+            ) from None
+        self._url = url
+        self._path = address.path.rstrip("/")
+        self._patience = 30.0  # seconds to try again for
+
+    def ask(self, method: str, path: str, content: object = None) -> dict | list:
+        """The service's answer; tries again for a while if it is not there or not ready.
+
+        Raises Failed if it stays so, or if the answer is anything but 200.
+        """
+        body = None if content is None else json.dumps(content).encode()
+        end = time.monotonic() + self._patience
+        pause = 0.1
+        while True:
+            try:
+                self._connection.request(
+                    method, self._path + path, body, {"Content-Type": "application/json"}
+                )
+                with self._connection.getresponse() as response:
+                    status, answer = response.status, response.read()
+                if status == 200:
+                    return json.loads(answer)
+                reason = f"{status} {answer[:1000].decode(errors='replace')}"
+            except ConnectionRefusedError:
+                self._connection.close()
+                status = 503
+                reason = "connection refused: start it with python bookkeep.py, or give --serve"
+            except (OSError, HTTPException, ValueError) as error:
+                raise Failed(f"{self._url}{path} gave no answer: {error!r}") from None
+            if status != 503 or time.monotonic() + pause > end:
+                raise Failed(f"{self._url}{path} answered {reason}")
+            time.sleep(pause)
+            pause = min(2 * pause, 2)
+
+    def interrupted(self) -> None:
+        """Drops what was under way, and waits for nothing any more."""
+        self._connection.close()
+        self._patience = 0
+
+
+@contextmanager
+def serving(log: Path) -> Iterator[str]:
+    """Starts bookkeep.py with that log on a free port, gives its URL and stops it at the end."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, HERE / "bookkeep.py", f"--port={port}", f"--log={log}"]
+    with tempfile.TemporaryFile() as messages:
+        # In a session of its own, so that Ctrl-C ends the replay first and the service after it.
+        service = subprocess.Popen(command, stderr=messages, start_new_session=True)
+        try:
+            while not _listens(port):
+                if service.poll() is not None:
+                    messages.seek(0)
+                    last = messages.read().decode(errors="replace").splitlines()[-1:]
+                    raise Failed(f"the service did not start: {''.join(last)}")
+                time.sleep(0.05)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            service.terminate()
+            service.wait()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+# ----------------------------------------------------------------------------------- Command line
+
+
+@contextmanager
+def _progress(total: int | None) -> Iterator[Callable[[int, dict], None]]:
+    """A function that shows how far it is and how good: a bar in a terminal, else plain lines."""
+    if tqdm and sys.stderr.isatty():
+        with tqdm(total=total, unit=" samples", dynamic_ncols=True) as bar:
+
+            def show(sent: int, metrics: dict) -> None:
+                bar.set_postfix({name: f"{value:.3f}" for name, value in metrics.items()})
+                bar.update(sent - bar.n)
+
+            yield show
+        return
+
+    started = shown = time.monotonic()
+
+    def show(sent: int, metrics: dict) -> None:
+        nonlocal shown
+        if time.monotonic() - shown > 2:
+            shown = time.monotonic()
+            figures = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+            of_all = f" of {total:,}" if total else ""
+            rate = sent / (shown - started)
+            print(f"{sent:,}{of_all} samples, {rate:,.0f}/s, {figures}", file=sys.stderr)
+
+    yield show
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="replay",
+        description="Streams a CSV file of bookings to bookkeep and shows how well it predicts.",
+        epilog="The demo, all in one: python replay.py --serve",
+    )
+    parser.add_argument(
+        "file",
+        nargs="?",
+        type=Path,
+        help="a CSV file or a zip with one; without it, bank_expenses_obfuscated.csv.zip or .csv "
+        "in data/, or else the synthetic set there",
+    )
+    parser.add_argument(
+        "--samples",
+        type=_count_or_all,
+        default=15_000,
+        help="how many of its first rows to send, or all (default: 15000)",
+    )
+    parser.add_argument(
+        "--order",
+        choices=["file", "date"],
+        default="file",
+        help="send rows as they stand, or by date and company (default: file)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=_count,
+        default=1000,
+        help="the largest batch; sizes are random, from 1 to this (default: 1000)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of those sizes (default: 0)")
+    service = parser.add_mutually_exclusive_group()
+    service.add_argument(
+        "--url", default="http://127.0.0.1:8080", help="where the service is (default: %(default)s)"
+    )
+    service.add_argument(
+        "--serve", action="store_true", help="start the service, and stop it at the end"
+    )
+    parser.add_argument(
+        "--log",
+        type=Path,
+        help="with --serve: the service's log (default: a new one in data/ for each run)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as a JSON object")
+    options = parser.parse_args(arguments)
+    if options.log and not options.serve:
+        parser.error("--log goes with --serve")
+    if options.log is None:
+        options.log = DATA / time.strftime("replay-%Y%m%d-%H%M%S.jsonl")
+    return options
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
+def _count_or_all(text: str) -> int | None:
+    return None if text == "all" else _count(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
