@@ -5,7 +5,7 @@ model and the metrics.
 """
 
 import csv
-import importlib.util
+import itertools
 import json
 import os
 import random
@@ -1294,12 +1294,39 @@ def test_an_interrupted_replay_reports_what_was_sent(tmp_path):
 # ------------------------------------------------------------------------------------------- data
 
 
-@pytest.fixture(scope="module")
-def synthesize():
-    spec = importlib.util.spec_from_file_location("synthesize", HERE / "data" / "synthesize.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def test_the_synthetic_set_is_what_its_script_makes(tmp_path):
+    script = HERE / "data" / "synthesize.py"
+    assert run(script, "--out", tmp_path / "again.csv") == (0, "", "")
+    assert run(script, "--out", tmp_path / "again.zip") == (0, "", "")
+    made = list(replay.read_rows(tmp_path / "again.csv"))
+    assert made == list(replay.read_rows(tmp_path / "again.zip"))
+    assert made == list(replay.read_rows(SYNTHETIC))
+    assert SYNTHETIC.stat().st_size < 1_000_000
+    assert [row[""] for row in made] == [str(index) for index in range(20_000)]
+    blocks = [(row["CompanyId"], row["BankEntryDate"]) for row in made]
+    for (company, date), (next_company, next_date) in itertools.pairwise(blocks):
+        assert company != next_company or date >= next_date
+    assert len({company for company, _ in blocks}) == len(
+        list(itertools.groupby(company for company, _ in blocks))
+    )
+
+
+@pytest.mark.parametrize(("rows", "companies"), [(1, 1), (5, 50), (1234, 7)])
+def test_synthetic_sets_of_any_size(tmp_path, rows, companies):
+    options = ("--rows", rows, "--companies", companies)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        out = ("--seed", seed, "--out", tmp_path / name)
+        assert run(HERE / "data" / "synthesize.py", *options, *out) == (0, "", "")
+    a, b, c = ((tmp_path / name).read_text() for name in "abc")
+    assert a == b != c
+    assert len(list(replay.read_rows(tmp_path / "a"))) == rows
+
+
+def test_the_figures_of_a_synthetic_set():
+    status, out, _ = run(HERE / "data" / "synthesize.py", "--describe", SYNTHETIC)
+    assert status == 0
+    assert re.search(r"rows, companies +20000, 40\n", out)
+    assert run(HERE / "data" / "synthesize.py", "--rows", "0")[0] == 2
 
 
 def prequential(rows):

@@ -1,0 +1,304 @@
+"""Make a synthetic set of bank expenses with the columns and the character of the real one.
+
+Nothing in it is taken from real data: every word, name and number is drawn from the seed. The
+constants aim at the real data set's published figures; `--describe` prints those of any such set.
+
+Companies meet merchants and book each by habit, to an account of their own chart. What is hard to
+predict is hard for an accountant's reasons: a merchant never met before, an account just opened, an
+entry split over two accounts, a habit that leaves room for doubt.
+"""
+
+import argparse
+import csv
+import io
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from datetime import date, timedelta
+from itertools import accumulate, chain
+from math import exp
+from pathlib import Path
+from random import Random
+from statistics import NormalDist
+from typing import Any
+
+FILE = Path(__file__).with_name("bank_expenses_synthetic.csv.zip")
+COLUMNS = ["", "CompanyId", "BankEntryDate", "BankEntryText", "BankEntryAmount"]
+COLUMNS += ["AccountName", "AccountNumber", "AccountTypeName"]
+DAYS = [date(2014, 1, 2) + timedelta(n) for n in range(994)]  # to 2016-09-21
+WORKDAYS = [day.isoformat() for day in DAYS if day.weekday() < 5]
+
+# Companies: of 99, a tenth has fewer than 90 rows, a tenth more than 1,500, and one has 7,000
+ROWS_PER_COMPANY = 500  # for the default number of companies
+SIZE_SPREAD = 1.15  # sd of log(rows)
+OPENINGS = [0, 0, 0, 0, 0, 260, 260, 521, *range(50, 700, 90)]  # often with the year: workdays
+
+# How often something new turns up: discount and strength of a Pitman-Yor process
+MERCHANTS = 0.7, 3.0
+ACCOUNTS = 0.55, 0.9  # 35 accounts in 400 rows, 70 in 1,500; new to the company in 6 % of rows
+
+# Accounts: over 70 % in one company only, and yet the top ten hold 39 % of rows
+FIRST_DIGITS = "1526347128"  # most used first; 1 is revenue, 2 to 4 cost, 5 and up balance: 43 %
+PLACES = range(600)  # in the standard chart of accounts, most used first
+CORE_PLACES = 12  # numbered alike by all companies but those with
+HOUSE_CHART = 0.12  # numbers of their own for all accounts, of 4 to 7 digits
+OWN_ACCOUNT = 0.26  # other places that a company numbers itself
+
+# Texts: 74 % of words occur once, 10 % in several companies; 21 % of occurrences are int:
+COMMON_WORDS = 7000
+TOPIC_WORDS = 12  # words that go with one account, in all companies
+LENGTHS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 15], [11, 19, 20, 31, 9, 4, 2, 1.5, 1, 0.5, 0.3, 0.2]
+FIRST_SLOTS = ["word", "code", "topic", "common"], [33, 17, 20, 30]
+SLOTS = ["word", "code", "topic", "common", "term", "name", "number"], [20, 10, 12, 16, 19, 12, 11]
+
+# Habits, and what they leave open: the same text and amount on two accounts, 7 % duplicates
+SHARED_MERCHANTS = 3000
+MERCHANT_IS_SHARED = 0.4  # when a company meets a new one
+BOOKED_AS_USUAL = 0.75  # shared merchants that go where they go in other companies
+DOUBTFUL = 0.28  # merchants with a second account, which gets up to half of their entries
+REPEATED = 0.035  # rows that repeat the one before
+SPLIT = 0.045  # rows that book the entry before to another account
+PAYS_IN = {"1": 0.95, "2": 0.05, "3": 0.05, "4": 0.05}  # merchants, by first digit; others: half
+PAID_IN, PAID_OUT = (3.26, 0.79), (2.82, 0.95)  # mean and sd of log10(amount): 57 % are negative
+MERCHANT_SPREAD = 0.4  # the part of that sd which is within one merchant
+
+
+class Recurring:
+    """Draws of things old and new: a Pitman-Yor process."""
+
+    def __init__(self, rng: Random, discount: float, strength: float, new: Callable[[], Any]):
+        self.rng, self.discount, self.strength, self.new = rng, discount, strength, new
+        self.drawn = []
+
+    def draw(self) -> Any:
+        """A new thing, or an old one, the likelier the more often it was drawn."""
+        seat = int(self.rng.random() * (len(self.drawn) + self.strength))
+        thing, first = self.drawn[seat] if seat < len(self.drawn) else (None, True)
+        new = thing is None or (first and self.rng.random() < self.discount)
+        self.drawn.append((self.new() if new else thing, new))
+        return self.drawn[-1][0]
+
+
+def early(rng: Random, things: Sequence, head: float) -> Any:
+    """One of the things, number k with probability about 1 / (k + head): Zipf's law."""
+    k = int(head * (1 + len(things) / head) ** rng.random() - head)
+    return things[min(k, len(things) - 1)]
+
+
+def word(rng: Random, kind: str = "str") -> str:
+    """A word such as str:6b86b27, in all likelihood a new one."""
+    return f"{kind}:{rng.getrandbits(28):07x}"
+
+
+def open_account(rng: Random, place: int, digits: int, taken: set[str]) -> tuple[str, str, str]:
+    """A new account's name, its number, which was not taken and is now, and its type."""
+    number = first = FIRST_DIGITS[place % len(FIRST_DIGITS)]
+    while number == first or number in taken:
+        number = first + "".join(rng.choices("0123456789", k=digits - 1))
+    taken.add(number)
+    return word(rng), number, "Balance" if first >= "5" else "Profit and Loss"
+
+
+def bucket(paid_in: bool, size: float) -> str:
+    """The BankEntryAmount of 10 ** size: `> -1000` for 300 paid out."""
+    big, bound = ("big positive", "< ") if paid_in else ("big negative", "> -")
+    return big if size >= 4 else f"{bound}{10 ** max(1, int(size) + 1)}"
+
+
+class World:
+    """What companies share: the standard chart of accounts, words, well-known merchants."""
+
+    def __init__(self, seed: int):
+        rng, self.numbers = Random(f"{seed} world"), set()
+        self.chart = [open_account(rng, place, 4, self.numbers) for place in PLACES]
+        self.topics = [[word(rng) for _ in range(TOPIC_WORDS)] for _ in PLACES]
+        self.words = [word(rng) for _ in range(COMMON_WORDS)]
+        usual = [early(rng, PLACES, 1.2) for _ in range(SHARED_MERCHANTS)]
+        self.merchants = [(self.template(rng, place), place) for place in usual]
+
+    def template(self, rng: Random, place: int) -> list[str]:
+        """A new merchant's text: words and codes, and slots that each entry fills anew."""
+        slots = rng.choices(*FIRST_SLOTS) + rng.choices(*SLOTS, k=rng.choices(*LENGTHS)[0] - 1)
+        makers = {"word": lambda: word(rng), "code": lambda: word(rng, "int")}
+        makers["topic"] = lambda: early(rng, self.topics[place], 1)
+        makers["common"] = lambda: early(rng, self.words, 2)
+        return [makers[slot]() if slot in makers else slot for slot in slots]
+
+
+class Company:
+    """A company's books: its chart of accounts, and what it makes of the merchants it meets."""
+
+    def __init__(self, world: World, id: str, rng: Random):
+        self.world, self.id, self.rng = world, id, rng
+        self.chart, self.numbers = {}, set(world.numbers)
+        self.house_chart = rng.random() < HOUSE_CHART
+        self.digits = rng.randint(4, 7) if self.house_chart else 4
+        self.places = Recurring(rng, *ACCOUNTS, lambda: early(rng, PLACES, 1.2))
+        self.habits = Recurring(rng, *MERCHANTS, self.meet)
+
+    def account(self, place: int) -> tuple[str, str, str]:
+        """The account that the company keeps in a place of the standard chart."""
+        if place not in self.chart:
+            account = self.world.chart[place]
+            if self.house_chart or (place >= CORE_PLACES and self.rng.random() < OWN_ACCOUNT):
+                account = open_account(self.rng, place, self.digits, self.numbers)
+            self.chart[place] = account
+        return self.chart[place]
+
+    def meet(self) -> tuple:
+        """A new merchant's template, account, doubt, second account, sign and size (log10)."""
+        rng, place = self.rng, self.places.draw()
+        if rng.random() < MERCHANT_IS_SHARED:
+            template, usual = early(rng, self.world.merchants, 3)
+            place = usual if rng.random() < BOOKED_AS_USUAL else place
+        else:
+            template = self.world.template(rng, place)
+        account = self.account(place)
+        doubt = rng.random() / 2 if rng.random() < DOUBTFUL else 0
+        second = self.account(self.places.draw()) if doubt else account
+        paid_in = rng.random() < PAYS_IN.get(account[1][0], 0.5)
+        mean, sd = PAID_IN if paid_in else PAID_OUT
+        size = rng.gauss(mean, (sd**2 - MERCHANT_SPREAD**2) ** 0.5)
+        return template, account, doubt, second, paid_in, size
+
+    def rows(self, n: int) -> Iterator[tuple[str, ...]]:
+        """n rows without their index, oldest first."""
+        rng, entry = self.rng, None
+        first = rng.choice(OPENINGS)
+        days = (len(WORKDAYS) - first) * min(1, 1.1 * rng.random() ** 0.5)
+        makers = {"number": lambda: word(rng, "int"), "name": lambda: word(rng)}
+        makers["term"] = lambda: early(rng, self.world.words, 300)
+        for day in sorted(first + int(days * rng.random()) for _ in range(n)):
+            chance = rng.random()
+            if entry is None or chance >= REPEATED + SPLIT:
+                template, account, doubt, second, paid_in, size = self.habits.draw()
+                account = second if rng.random() < doubt else account
+                amount = bucket(paid_in, rng.gauss(size, MERCHANT_SPREAD))
+                text = " ".join(makers[slot]() if slot in makers else slot for slot in template)
+                entry = self.id, WORKDAYS[day], text, amount
+            elif chance >= REPEATED:
+                account = self.account(self.places.draw())
+            yield *entry, *account
+
+
+def synthesize(rows: int, companies: int, seed: int) -> Iterator[tuple]:
+    """The rows, company by company, newest first; only one company's are in memory."""
+    rng, world, start = Random(f"{seed} companies"), World(seed), 0
+    ids = rng.sample(range(1 << 28), companies)
+    # Sizes are evenly spaced quantiles of a log-normal, so that a few companies look like many.
+    quantiles = [NormalDist().inv_cdf((i + 0.5) / companies) for i in range(companies)]
+    ends = [*accumulate(exp(SIZE_SPREAD * z) for z in rng.sample(quantiles, companies))]
+    for id, end in zip(ids, ends, strict=True):
+        end = round(rows * end / ends[-1])
+        company = Company(world, f"int:{id:07x}", Random(f"{seed} company {id}"))
+        for index, row in enumerate(reversed(list(company.rows(end - start))), start):
+            yield index, *row
+        start = end
+
+
+def describe(rows: Iterable[Sequence]) -> dict[str, str]:
+    """The real data set's published figures for these rows; "new" counts the first row of each."""
+    _, *columns = zip(*rows, strict=True)
+    companies, dates, texts, amounts, _, numbers, types = columns
+    lengths = [len(text.split()) for text in texts]
+    accounts, words = Counter(numbers), Counter(w for text in texts for w in text.split())
+    charts = set(zip(companies, numbers, strict=True))
+    own_texts = set(zip(companies, texts, strict=True))
+    account_users = Counter(number for _, number in charts)
+    word_users = Counter(w for _, w in {(c, w) for c, text in own_texts for w in text.split()})
+
+    def share(counts: Iterable[int], whole: int = len(texts)) -> str:
+        return f"{sum(counts) / max(whole, 1):.1%}"
+
+    def shares(values: Iterable) -> str:
+        return ", ".join(f"{k}: {share([v])}" for k, v in Counter(values).most_common())
+
+    def deciles(values: Iterable) -> str:
+        counts = sorted(Counter(values).values())
+        return ", ".join(str(counts[len(counts) * i // 10]) for i in range(10)) + f", {counts[-1]}"
+
+    return {
+        "rows, companies": f"{len(texts)}, {len({*companies})}",
+        "rows per company, deciles": deciles(companies),
+        "accounts per company, deciles": deciles(company for company, _ in charts),
+        "distinct accounts": f"{len(accounts)}",
+        "- rows in the top ten": share(count for _, count in accounts.most_common(10)),
+        "- in one company only": share((n == 1 for n in account_users.values()), len(accounts)),
+        "- new to its company": share([len(charts)]),
+        "words per text, 6 or more as 6": shares(min(length, 6) for length in lengths),
+        "- mean and most": f"{words.total() / len(texts):.2f}, {max(lengths)}",
+        "distinct words": f"{len(words)}",
+        "- that occur once": share((n == 1 for n in words.values()), len(words)),
+        "- in several companies": share((n > 1 for n in word_users.values()), len(words)),
+        "- int:": share((n for w, n in words.items() if w[:4] == "int:"), words.total()),
+        "distinct texts": f"{len({*texts})}",
+        "- new to its company, of rows": share([len(own_texts)]),
+        "amounts": shares(amounts),
+        "AccountTypeName": shares(types),
+        "exact duplicate rows": share([len(texts) - len(set(zip(*columns, strict=True)))]),
+        "dates": f"{min(dates)} to {max(dates)}",
+        "digits of AccountNumber, of rows": shares(map(len, numbers)),
+    }
+
+
+def read(file: str) -> list[list[str]]:
+    """The rows of a CSV file, or of the first file in a .zip."""
+    data = Path(file).read_bytes()
+    if file.endswith(".zip"):
+        archive = zipfile.ZipFile(io.BytesIO(data))
+        data = archive.read(archive.namelist()[0])
+    table = list(csv.reader(io.StringIO(data.decode())))
+    if table[:1] != [COLUMNS] or len(table) < 2:
+        raise ValueError(f"{file} has no rows under the columns {','.join(COLUMNS)}")
+    return table[1:]
+
+
+def write(rows: Iterable[Sequence], file: str) -> None:
+    """Write the rows as CSV: to standard output (-), into a .zip, or into any other file."""
+    with ExitStack() as files:
+        if file.endswith(".zip"):  # with a fixed date and mode: the same rows make the same bytes
+            name = Path(file).stem.removesuffix(".csv") + ".csv"
+            member = zipfile.ZipInfo(name, (2016, 9, 21, 0, 0, 0))
+            member.compress_type, member.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
+            archive = files.enter_context(zipfile.ZipFile(file, "w"))
+            raw = files.enter_context(archive.open(member, "w"))
+        else:
+            stdout = file == "-"
+            raw = files.enter_context(open(1 if stdout else file, "wb", closefd=not stdout))
+        out = files.enter_context(io.TextIOWrapper(raw, "utf-8", newline=""))
+        csv.writer(out, lineterminator="\n").writerows(chain([COLUMNS], rows))
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    option = parser.add_argument
+    option("--rows", type=int, default=20_000, help="default: 20,000")
+    option("--companies", type=int, help="default: one for every 500 rows")
+    option("--seed", type=int, default=77, help="default: 77")
+    option(
+        "--out", default=str(FILE), help=f".zip, .csv, or - for stdout; default: data/{FILE.name}"
+    )
+    help = "write nothing; print the figures of FILE, or of the set that would be written"
+    option("--describe", nargs="?", const="", metavar="FILE", help=help)
+    args = parser.parse_args()
+    if args.companies is None:
+        args.companies = max(1, args.rows // ROWS_PER_COMPANY)
+    if not all(1 <= number <= 10_000_000 for number in (args.rows, args.companies)):
+        parser.error("--rows and --companies must be from 1 to 10,000,000")
+    rows = synthesize(args.rows, args.companies, args.seed)
+    try:
+        if args.describe is None:
+            write(rows, args.out)
+        else:
+            for figure, value in describe(read(args.describe) if args.describe else rows).items():
+                print(f"{figure:<34}{value}")
+    except BrokenPipeError:
+        pass  # whoever reads standard output, such as head, has had enough
+    except (OSError, ValueError, IndexError, zipfile.BadZipFile) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
