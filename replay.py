@@ -82,7 +82,7 @@ def replay(
                 if answer["first"] == 0:
                     unpredicted = len(batch)  # there was no model yet
                 predicted = answer["total"] - unpredicted
-                if predicted and time.monotonic() - asked > 0.5:
+                if predicted and (sent == samples or time.monotonic() - asked > 0.1):
                     asked = time.monotonic()
                     show(sent, client.ask("GET", "/metrics/1000"))
     except KeyboardInterrupt:
