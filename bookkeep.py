@@ -11,8 +11,11 @@ log, and the model is the sum of what is in it.
 
 import argparse
 import fcntl
+import hmac
+import ipaddress
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -20,9 +23,9 @@ import socket
 import sys
 import threading
 import time
-import uuid
+import zlib
 from array import array
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -45,6 +48,9 @@ logger = logging.getLogger("bookkeep")
 FEATURES = ("CompanyId", "BankEntryText", "BankEntryAmount")
 TARGET = "AccountNumber"
 
+MAX_BATCH = 10_000  # samples in one body
+MAX_VALUE = 10_000  # characters in a key or a value
+
 Sample = dict[str, str]
 
 
@@ -52,17 +58,19 @@ class BadRequest(ValueError):
     """The caller sent something that cannot be used; the message says what to change."""
 
 
-def parse_samples(body: bytes, booked: bool) -> list[Sample]:
+def parse_samples(body: bytes, booked: bool, most: int = MAX_BATCH) -> list[Sample]:
     """The samples in a JSON body: a list of them, or, unless they must be `booked`, a single one.
 
     A booked sample must name its account. A body that is a JSON string is read as the JSON within.
-    Raises BadRequest, which counts the samples from 0.
+    Raises BadRequest, which counts the samples from 0, also if there are more than `most`.
     """
     content = _parse_json(body)
     if isinstance(content, dict) and not booked:
         content = [content]
     if not isinstance(content, list):
         raise BadRequest(f"send a list of samples{'' if booked else ' or one sample'}")
+    if len(content) > most:
+        raise BadRequest(f"send at most {most} samples in one request, not {len(content)}")
     required = (*FEATURES, TARGET) if booked else FEATURES
     for number, sample in enumerate(content):
         try:
@@ -79,6 +87,8 @@ def check_sample(sample: object, required: Sequence[str]) -> None:
     for key, value in sample.items():
         if not isinstance(value, str):
             raise BadRequest(f"{_shown(key)} must be a string")
+        if max(len(key), len(value)) > MAX_VALUE:
+            raise BadRequest(f"{_shown(key)} is longer than {MAX_VALUE} characters")
     for key in required:
         if key not in sample:
             raise BadRequest(f"{key} is missing")
@@ -365,12 +375,17 @@ def precision_recall(booked: np.ndarray, predicted: np.ndarray) -> tuple[float, 
         np.bincount(numbers, minlength=len(labels))
         for numbers in (booked[booked == predicted], booked, predicted)
     )
-    precision = (hits / np.maximum(claimed, 1)).mean()
-    recall = (hits / np.maximum(actual, 1)).mean()
-    return float(precision), float(recall)
+    # fsum, which rounds once, gives the same whatever the order of the labels.
+    precision = math.fsum(hits / np.maximum(claimed, 1)) / len(labels)
+    recall = math.fsum(hits / np.maximum(actual, 1)) / len(labels)
+    return precision, recall
 
 
 # -------------------------------------------------------------------------------------------- Log
+
+
+PLACE = ("seq", "batch", "left")  # what the log puts before a record
+MAX_NAMES = 100_000  # names of batches that are remembered, the last ones: about 30 MB
 
 
 class LogError(Exception):
@@ -380,8 +395,10 @@ class LogError(Exception):
 class Log:
     """An append-only JSON Lines file of batches of records, owned by one process.
 
-    A line is a record with its place before it: `seq` counts lines from 0, `batch` names the
-    batch, `left` counts it down to 0. A batch is in the log once its line with `left` 0 is.
+    A line is a record between its place and its checksum: `seq` counts lines from 0, `batch` names
+    the batch (its sender's name for it, or else the seq of its first line), `left` counts it down
+    to 0, `crc` is the CRC-32 of the line before it. A batch is in the log once its line with
+    `left` 0 is.
     """
 
     def __init__(self, path: Path) -> None:
@@ -390,13 +407,13 @@ class Log:
         self.total = 0  # records in whole batches
         self._size = 0  # bytes of whole batches
         self._torn = False  # may the file hold bytes beyond them?
+        self._named: OrderedDict[str, tuple[int, int]] = OrderedDict()  # batch -> its bytes
         try:
             with suppress(FileExistsError):  # if it is a file, opening says so better
                 path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)  # so that a new file's name is on disk too
-            os.close(folder)
+            for folder in path.absolute().parents[:2]:  # so that new names are on disk, too
+                _fsync_folder(folder)
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._file)
@@ -410,43 +427,37 @@ class Log:
         To be read to its end, once, before the first append. Raises LogError where the log is
         damaged, and leaves the file as it is.
         """
-        batch: list[dict] = []
-        position = 0
-        with open(self.path, "rb") as lines:
-            for line in lines:
-                position += len(line)
-                if not line.endswith(b"\n"):
-                    break
-                batch.append(self._parse(line, batch))
-                if batch[-1]["left"] == 0:
-                    yield from batch
-                    self.total += len(batch)
-                    self._size = position
-                    batch = []
-        if position > self._size:
-            logger.warning(
-                "%s: cut off an unfinished batch at the end, %d bytes after line %d",
-                *(self.path, position - self._size, self.total),
-            )
-            self._cut_back()
+        for found in scan(self.path):
+            if isinstance(found, Damage):
+                if not found.at_end:
+                    raise self.damaged(found)
+                logger.warning("%s: cut off from line %d on: %s", self.path, *found[:2])
+                self._cut_back()
+            else:
+                yield from found.records
+                self._keep(found.records, found.size)
 
-    def append(self, batches: list[list[dict]]) -> None:
-        """Writes the batches with one write and one fsync: once it returns, they are on disk.
+    def append(self, batches: list[tuple[str | None, list[dict]]]) -> None:
+        """Writes batches, named or not, with one fsync: once it returns, they are on disk.
 
         Raises OSError if they could not be written; then the log is as it was before.
         """
-        lines = []
-        for batch in batches:
-            name = uuid.uuid4().hex
-            for left, record in zip(reversed(range(len(batch))), batch, strict=True):
-                place = {"seq": self.total + len(lines), "batch": name, "left": left}
-                lines.append(json.dumps(place | record, ensure_ascii=False) + "\n")
-        data = "".join(lines).encode()
+        seq = self.total
+        placed: list[list[dict]] = []
+        for name, batch in batches:
+            first = seq
+            placed.append([])
+            for record in batch:
+                left = first + len(batch) - 1 - seq
+                batch_name = first if name is None else name
+                placed[-1].append({"seq": seq, "batch": batch_name, "left": left} | record)
+                seq += 1
+        written = [b"".join(map(_line, batch)) for batch in placed]
         try:
             if self._torn:
                 self._cut_back()
             self._torn = True
-            unwritten = memoryview(data)
+            unwritten = memoryview(b"".join(written))
             while unwritten:
                 unwritten = unwritten[os.write(self._file, unwritten) :]
             os.fsync(self._file)
@@ -455,54 +466,157 @@ class Log:
             with suppress(OSError):  # else it is cut back before the next append
                 self._cut_back()
             raise
-        self.total += len(lines)
-        self._size += len(data)
+        for batch, data in zip(placed, written, strict=True):
+            self._keep(batch, len(data))
+
+    def find(self, name: str) -> list[dict] | None:
+        """The records of the batch of that name, if it is one of the last MAX_NAMES named ones."""
+        if name not in self._named:
+            return None
+        start, size = self._named[name]
+        return [_parse(line) for line in os.pread(self._file, size, start).splitlines(True)]
 
     def close(self) -> None:
         """Lets another process own the log."""
         os.close(self._file)
+
+    def damaged(self, damage: "Damage") -> LogError:
+        """What to raise when a line makes no sense."""
+        return LogError(
+            f"{self.path} is damaged, line {damage.line}: {damage.reason}; restore it, or see what "
+            f"python bookkeep.py check {self.path} --repair can keep of it"
+        )
+
+    def _keep(self, batch: list[dict], size: int) -> None:
+        """Counts a whole batch that stands behind all others."""
+        if (name := name_of(batch)) is not None:
+            self._named[name] = self._size, size
+            if len(self._named) > MAX_NAMES:
+                self._named.popitem(last=False)
+        self.total += len(batch)
+        self._size += size
 
     def _cut_back(self) -> None:
         os.ftruncate(self._file, self._size)
         os.fsync(self._file)
         self._torn = False
 
-    def _parse(self, line: bytes, batch: list[dict]) -> dict:
-        """The record on the line that follows these of its batch. Raises LogError."""
-        seq = self.total + len(batch)
-        try:
-            record = json.loads(line)
-            if record["seq"] != seq:
-                raise ValueError(f"seq is {record['seq']}, not {seq}")
-            if type(record["left"]) is not int or record["left"] < 0:
-                raise ValueError("left is not a count")
-            if batch and record["batch"] != batch[-1]["batch"]:
-                raise ValueError("the batch before it is unfinished")
-            if batch and record["left"] != batch[-1]["left"] - 1:
-                raise ValueError("left does not count down")
-        except (ValueError, TypeError, LookupError, RecursionError) as error:
-            raise self.damaged(seq, error) from None
-        return record
 
-    def damaged(self, seq: int, error: Exception) -> LogError:
-        """What to raise when the record with this number makes no sense."""
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        return LogError(f"{self.path} is damaged, line {seq + 1}: {reason}")
+class Whole(NamedTuple):
+    """A whole batch in a log."""
+
+    records: list[dict]
+    line: int  # of the first, from 1
+    size: int  # bytes
+
+
+class Damage(NamedTuple):
+    """What is wrong with a line in a log."""
+
+    line: int  # from 1
+    reason: str
+    at_end: bool = False  # is it but a batch that a crash left unfinished?
+
+
+def scan(path: Path) -> Iterator[Whole | Damage]:
+    """What is in the log, in order; after a damage, the batches that are surely whole."""
+    seq, left, name = -1, 0, None  # of the line before
+    batch: list[dict] | None = []  # the lines of an unfinished batch, None if some are missing
+    number = start = size = unreadable = 0
+    torn = False
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            torn = not line.endswith(b"\n")
+            if torn:
+                break
+            try:
+                record = _parse(line)
+            except ValueError as error:
+                yield Damage(number, str(error))
+                unreadable += 1
+                continue
+            missing = record["seq"] - seq - 1
+            if missing < 0:
+                yield Damage(number, f"booking {record['seq']} stands here once more")
+                continue
+            if missing > unreadable:
+                yield Damage(number, f"{missing - unreadable} bookings are missing before it")
+            # A batch starts where the one before ends, and an unnamed one says where it starts.
+            if left == missing or record["batch"] == record["seq"]:
+                if left > missing:
+                    yield Damage(number, "the batch before it is unfinished")
+                batch, start, size = [], number, 0
+            elif missing:
+                batch = None
+            elif (name, left - 1) != (record["batch"], record["left"]):
+                yield Damage(number, "it does not belong to the batch before it")
+                batch = None
+            seq, left, name = record["seq"], record["left"], record["batch"]
+            unreadable = 0
+            if batch is not None:
+                batch.append(record)
+                size += len(line)
+                if left == 0:
+                    yield Whole(batch, start, size)
+                    batch = []
+    if torn or left:
+        first = number + (not torn) - len(batch or [])
+        yield Damage(first, "the batch is unfinished", at_end=True)
+
+
+def name_of(batch: list[dict]) -> str | None:
+    """What the sender of a batch called it, if anything."""
+    return batch[0]["batch"] if batch and isinstance(batch[0]["batch"], str) else None
+
+
+def _line(record: dict) -> bytes:
+    text = json.dumps(record, ensure_ascii=False)[:-1].encode()
+    return b'%s, "crc": %d}\n' % (text, zlib.crc32(text))
+
+
+def _parse(line: bytes) -> dict:
+    """The record on the line. Raises ValueError unless the line is as it was written."""
+    text, _, checksum = line.rpartition(b', "crc": ')
+    if checksum != b"%d}\n" % zlib.crc32(text):
+        raise ValueError("the checksum does not fit")
+    record = json.loads(text + b"}")
+    seq, batch, left = (record.get(key) for key in PLACE)
+    if not (isinstance(seq, int) and isinstance(batch, int | str) and isinstance(left, int)):
+        raise ValueError("it has no place in the log")
+    return record
+
+
+def _fsync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 # ------------------------------------------------------------------------------------- Bookkeeper
 
 CHUNK = 128  # samples scored or learned at a time: what a prediction may have to wait for
 GROUP = 1000  # samples that a group of batches may have, unless it is one batch
+BACKLOG = 50_000  # samples that may wait, unless they are one batch
 
 
 class NotReady(Exception):
     """Nothing to answer with yet, or no longer; the message says why."""
 
 
+class Busy(NotReady):
+    """No more can wait; the same can be sent again in a second."""
+
+
+class Conflict(Exception):
+    """A batch was sent under the name of another."""
+
+
 class Batch(NamedTuple):
     """Samples on their way into the log, and what their sender waits for."""
 
+    name: str | None
     samples: list[Sample]
     documents: list[list[str]]
     stored: Future  # of the range of their sequence numbers
@@ -521,8 +635,9 @@ class Bookkeeper:
         self.log = log
         self._model = NaiveBayes()
         self._companies: set[str] = set()
-        self._booked = array("i")  # of each sample that was predicted, the account's number
-        self._predicted = array("i")
+        self._labels = Index()  # accounts by the numbers that the next two have for them
+        self._booked = array("i")  # for each sample that was predicted, by which account it was
+        self._predicted = array("i")  # booked and predicted
         self._changing = threading.Lock()  # held to learn a chunk, and to read what that changes
         self._waiting: deque[Batch] = deque()
         self._arrival = threading.Condition()  # of a batch that waits, or of the end
@@ -532,15 +647,20 @@ class Bookkeeper:
         self._writer = threading.Thread(target=self._write, name="writer", daemon=True)
         self._writer.start()
 
-    def book(self, samples: list[Sample]) -> range:
+    def book(self, samples: list[Sample], name: str | None = None) -> range:
         """The samples' sequence numbers, once they are on disk and learned.
 
-        Raises OSError if they could not be written, NotReady if the bookkeeper is closed.
+        A batch whose name is known is not booked again: it has the numbers that it got before.
+        Raises Conflict if that was another batch, OSError if the samples could not be written,
+        Busy if too many wait, NotReady if the bookkeeper is closed.
         """
-        batch = Batch(samples, [tokens(sample) for sample in samples], Future())
+        batch = Batch(name, samples, [tokens(sample) for sample in samples], Future())
         with self._arrival:
             if self._closed:
                 raise NotReady("the service is stopping; send this again when it is back")
+            waiting = sum(len(other.samples) for other in self._waiting)
+            if waiting and waiting + len(samples) > BACKLOG:
+                raise Busy("too many bookings are waiting; send this again in a second")
             self._waiting.append(batch)
             self._arrival.notify()
         return batch.stored.result()
@@ -591,29 +711,49 @@ class Bookkeeper:
                 self._book_group(group)
             except Exception as error:
                 for batch in group:
-                    batch.stored.set_exception(error)
+                    if not batch.stored.done():
+                        batch.stored.set_exception(error)
 
     def _next_group(self) -> list[Batch]:
         with self._arrival:
             self._arrival.wait_for(lambda: self._waiting or self._closed)
             group: list[Batch] = []
             size = 0
-            while self._waiting and (not group or size + len(self._waiting[0].samples) <= GROUP):
+            while self._waiting:
+                batch = self._waiting[0]
+                size += len(batch.samples)
+                named = batch.name is not None and batch.name in {other.name for other in group}
+                if group and (named or size > GROUP):
+                    break
                 group.append(self._waiting.popleft())
-                size += len(group[-1].samples)
             return group
 
     def _book_group(self, group: list[Batch]) -> None:
+        group = [batch for batch in group if not self._answered_before(batch)]
         samples = [sample for batch in group for sample in batch.samples]
         documents = [document for batch in group for document in batch.documents]
         records = self._assess(samples, documents)
         remaining = iter(records)
         first = self.log.total
-        self.log.append([list(islice(remaining, len(batch.samples))) for batch in group])
+        self.log.append(
+            [(batch.name, list(islice(remaining, len(batch.samples)))) for batch in group]
+        )
         self._learn(records, documents)
         for batch in group:
             batch.stored.set_result(range(first, first + len(batch.samples)))
             first += len(batch.samples)
+
+    def _answered_before(self, batch: Batch) -> bool:
+        records = None if batch.name is None else self.log.find(batch.name)
+        if records is None:
+            return False
+        if [record["sample"] for record in records] == batch.samples:
+            batch.stored.set_result(range(records[0]["seq"], records[-1]["seq"] + 1))
+        else:
+            batch.stored.set_exception(
+                Conflict("this Idempotency-Key was used for other bookings; take a new one")
+            )
+        return True
 
     def _assess(self, samples: list[Sample], documents: list[list[str]]) -> list[dict]:
         """What the log will say of these samples."""
@@ -634,33 +774,33 @@ class Bookkeeper:
             with self._changing:
                 self._model.learn([document for _, document in chunk], labels, weights)
                 self._companies.update(record["sample"]["CompanyId"] for record, _ in chunk)
-                number = self._model.accounts
-                self._booked.extend(number[record["sample"][TARGET]] for record in tested)
-                self._predicted.extend(number[record["predicted"]] for record in tested)
+                self._booked.extend(self._labels[record["sample"][TARGET]] for record in tested)
+                self._predicted.extend(self._labels[record["predicted"]] for record in tested)
 
     def _read_back(self) -> None:
         reported = time.monotonic()
-        booked: set[str] = set()
         for records in _chunks(self.log.read(), 32 * CHUNK):
-            for record in records:
-                self._check(record, booked)
-                booked.add(record["sample"][TARGET])
+            for damage in check_records(records, records[0]["seq"] + 1):
+                raise self.log.damaged(damage)
             self._learn(records, [tokens(record["sample"]) for record in records])
             if time.monotonic() - reported > 3:
                 reported = time.monotonic()
                 logger.info("%s: %d bookings read back so far", self.log.path, self.log.total)
 
-    def _check(self, record: dict, booked: set[str]) -> None:
-        """Raises LogError unless `_assess` could have made the record after these accounts."""
+
+def check_records(records: list[dict], line: int) -> Iterator[Damage]:
+    """Those of the records from that line on which are none that a bookkeeper writes."""
+    for number, record in enumerate(records, start=line):
         try:
             check_sample(record["sample"], (*FEATURES, TARGET))
-            predicted, weight = record["predicted"], record["weight"]
-            if predicted is not None and predicted not in booked:
-                raise ValueError("an account is predicted that was not booked before")
-            if not (FLOOR <= weight <= 1 and weight * GRAIN % 1 == 0):
+            if not isinstance(record["predicted"], str | None):
+                raise ValueError("predicted is no account")
+            if not (FLOOR <= record["weight"] <= 1 and record["weight"] * GRAIN % 1 == 0):
                 raise ValueError("no booking can have that weight")
-        except (ValueError, TypeError, LookupError) as error:
-            raise self.log.damaged(record["seq"], error) from None
+        except KeyError as error:
+            yield Damage(number, f"{error} is missing")
+        except (ValueError, TypeError) as error:
+            yield Damage(number, str(error))
 
 
 def _chunks(items: Iterable, size: int) -> Iterator[list]:
@@ -672,32 +812,62 @@ def _chunks(items: Iterable, size: int) -> Iterator[list]:
 # ------------------------------------------------------------------------------------------- HTTP
 
 MAX_BODY = 64 << 20  # bytes of a request's body
+HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}  # of every answer
 
-STATUS = {BadRequest: 400, NotReady: 503, OSError: 507}  # of what is raised in the sections above
+STATUS = {BadRequest: 400, Conflict: 422, NotReady: 503, OSError: 507}  # of what is raised above
 
 
-def create_app(bookkeeper: Bookkeeper, max_body: int = MAX_BODY) -> Bottle:
-    """The WSGI app that answers for this bookkeeper, all in JSON, errors too."""
+def create_app(
+    bookkeeper: Bookkeeper,
+    token: str | None = None,
+    max_body: int = MAX_BODY,
+    max_batch: int = MAX_BATCH,
+) -> Bottle:
+    """The WSGI app that answers for this bookkeeper, all in JSON, errors too.
+
+    With a token, all but /health is for those who send it.
+    """
     app = Bottle()
     app.install(_in_json)
     app.default_error_handler = _error_in_json
 
-    def body() -> bytes:
+    @app.hook("before_request")
+    def authorize() -> None:
+        if token is None or request.path == "/health":
+            return
+        expected = f"Bearer {token}".encode()
+        given = request.environ.get("HTTP_AUTHORIZATION", "")
+        if not hmac.compare_digest(given.encode("latin-1"), expected):
+            raise HTTPError(
+                401,
+                "send the token, with the header Authorization: Bearer <token>",
+                **{"WWW-Authenticate": "Bearer"},
+            )
+
+    @app.hook("after_request")
+    def protect() -> None:
+        for name, value in HEADERS.items():
+            response.set_header(name, value)
+
+    def samples(booked: bool) -> list[Sample]:
         if request.content_type.partition(";")[0].strip() != "application/json":
             raise HTTPError(415, "send JSON, with the header Content-Type: application/json")
         if request.content_length > max_body:
             raise HTTPError(413, f"send at most {max_body} bytes in one request")
-        return request.body.read()
+        return parse_samples(request.body.read(), booked, max_batch)
 
     @app.post("/sample")
     def sample() -> dict:
-        stored = bookkeeper.book(parse_samples(body(), booked=True))
+        key = request.environ.get("HTTP_IDEMPOTENCY_KEY")
+        if key is not None and not re.fullmatch("[ -~]{1,200}", key):
+            raise HTTPError(400, "an Idempotency-Key must be 1 to 200 printable ASCII characters")
+        stored = bookkeeper.book(samples(booked=True), key)
         first, last = (stored[0], stored[-1]) if stored else (None, None)
         return {"received": len(stored), "total": stored.stop, "first": first, "last": last}
 
     @app.post("/predict")
     def predict() -> list[str]:
-        return bookkeeper.predict(parse_samples(body(), booked=False))
+        return bookkeeper.predict(samples(booked=False))
 
     @app.get("/metrics/<n>")
     def metrics(n: str) -> dict[str, float]:
@@ -709,9 +879,13 @@ def create_app(bookkeeper: Bookkeeper, max_body: int = MAX_BODY) -> Bottle:
     def health() -> dict:
         return bookkeeper.health()
 
+    @app.get("/openapi.json")
+    def openapi() -> dict:
+        return _openapi(max_batch)
+
     @app.error(404)
     def not_found(error: HTTPError) -> str:
-        error.body = "ask for /sample, /predict, /metrics/<n> or /health: there is nothing here"
+        error.body = f"there is nothing here; {' '.join(_openapi(max_batch)['paths'])} is all"
         return _error_in_json(error)
 
     @app.error(405)
@@ -733,7 +907,8 @@ def _in_json(callback: Callable) -> Callable:
         except Exception as error:
             for kind, status in STATUS.items():
                 if isinstance(error, kind):
-                    raise HTTPError(status, str(error)) from None
+                    again = {"Retry-After": "1"} if isinstance(error, Busy) else {}
+                    raise HTTPError(status, str(error), **again) from None
             logger.exception("%s %s failed", request.method, request.path)
             raise HTTPError(500, "the service failed to answer; its log says why") from None
         response.content_type = "application/json"
@@ -747,36 +922,217 @@ def _error_in_json(error: HTTPError) -> str:
     return json.dumps({"error": error.body})
 
 
+def _openapi(max_batch: int) -> dict:
+    """The description of this API, in OpenAPI 3.1."""
+
+    def of(kind: str, name: str) -> dict:
+        return {"$ref": f"#/components/{kind}/{name}"}
+
+    def answers(schema: dict, *refusals: int) -> dict:
+        success = {"description": "done", "content": {"application/json": {"schema": schema}}}
+        refused = dict.fromkeys(map(str, (*refusals, 401)), of("responses", "Refusal"))
+        return {"200": success, **refused, "default": of("responses", "Refusal")}
+
+    def body(schema: dict) -> dict:
+        return {"required": True, "content": {"application/json": {"schema": schema}}}
+
+    def record(properties: dict, others: object = False) -> dict:
+        required = list(properties)
+        shape = {"type": "object", "required": required, "properties": properties}
+        return shape | {"additionalProperties": others}
+
+    text = {"type": "string", "maxLength": MAX_VALUE}
+    filled = text | {"minLength": 1}
+    count = {"type": "integer", "minimum": 0}
+    share = {"type": "number", "minimum": 0, "maximum": 1}
+    place = {"type": ["integer", "null"], "minimum": 0}
+    schemas = {
+        "Sample": record(dict.fromkeys(FEATURES, filled), text),
+        "Booking": record(dict.fromkeys((*FEATURES, TARGET), filled), text),
+        "Stored": record({"received": count, "total": count, "first": place, "last": place}),
+        "Metrics": record({"precision": share, "recall": share}),
+        "Health": record(
+            {"status": {"const": "ok"}}
+            | dict.fromkeys(("samples", "accounts", "companies", "tokens"), count)
+            | {"uptime": {"type": "number", "minimum": 0}}
+        ),
+        "Error": record({"error": {"type": "string", "minLength": 1}}),
+    }
+    refusal = {
+        "description": "refused, with one sentence that says what to change",
+        "content": {"application/json": {"schema": of("schemas", "Error")}},
+    }
+    some = {"type": "array", "maxItems": max_batch}
+    key = {
+        "name": "Idempotency-Key",
+        "in": "header",
+        "description": "the batch's name: under it, it is stored once, however often it is sent",
+        "schema": {"type": "string", "pattern": "^[!-~]([ -~]{0,198}[!-~])?$"},
+    }
+    n = {
+        "name": "n",
+        "in": "path",
+        "required": True,
+        "schema": {"type": "integer", "minimum": 1, "maximum": 999_999_999},
+    }
+    paths = {
+        "/sample": {
+            "post": {
+                "summary": "store bookings, and learn them",
+                "parameters": [key],
+                "requestBody": body(some | {"items": of("schemas", "Booking")}),
+                "responses": answers(of("schemas", "Stored"), 400, 413, 415, 422, 503, 507),
+            }
+        },
+        "/predict": {
+            "post": {
+                "summary": "suggest an account for one sample, or for each of a list",
+                "requestBody": body(
+                    {
+                        "anyOf": [
+                            of("schemas", "Sample"),
+                            some | {"items": of("schemas", "Sample")},
+                        ]
+                    }
+                ),
+                "responses": answers({"type": "array", "items": filled}, 400, 413, 415, 503),
+            }
+        },
+        "/metrics/{n}": {
+            "get": {
+                "summary": "macro-averaged precision and recall of the last n predictions",
+                "parameters": [n],
+                "responses": answers(of("schemas", "Metrics"), 400, 503),
+            }
+        },
+        "/health": {
+            "get": {
+                "summary": "how much has been learned",
+                "security": [],
+                "responses": answers(of("schemas", "Health")),
+            }
+        },
+        "/openapi.json": {
+            "get": {"summary": "this description", "responses": answers({"type": "object"})}
+        },
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "bookkeep", "version": __version__, "license": {"name": "MIT"}},
+        "security": [{}, {"token": []}],  # a token, where the service has one
+        "paths": paths,
+        "components": {
+            "schemas": schemas,
+            "responses": {"Refusal": refusal},
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
 # ----------------------------------------------------------------------------------- Command line
 
 GRACE = 10  # seconds that requests under way have to end when the service stops
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the service until SIGTERM or Ctrl-C; the exit status."""
+    """Runs the service until SIGTERM or Ctrl-C, or checks a log; the exit status."""
     options = _options(arguments)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, until it serves
     try:
-        listener = _bind(options.host, options.port)
-        log = Log(options.log)
-        started = time.monotonic()
-        bookkeeper = Bookkeeper(log)
-        host, port = listener.getsockname()[:2]
-        logger.info(
-            "serving on http://%s:%d, log %s, %d bookings read back in %.1f s",
-            *(f"[{host}]" if ":" in host else host, port),
-            *(log.path, log.total, time.monotonic() - started),
-        )
-        _serve(create_app(bookkeeper, options.max_body), listener, options)
-        bookkeeper.close()
-        logger.info("stopped")
+        if options.command == "check":
+            return check(options.checked, options.repair)
+        serve(options)
     except (LogError, OSError) as error:
-        print(f"bookkeep: {error}", file=sys.stderr)
+        named = isinstance(error, OSError) and error.filename
+        reason = f"{error.filename}: {error.strerror}" if named else error
+        print(f"bookkeep: {reason}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         logger.info("stopped before it served")
     return 0
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Runs the service. Raises LogError or OSError if it cannot."""
+    token = read_token(options.token_file)
+    listener = _bind(options.host, options.port)
+    host, port = listener.getsockname()[:2]
+    if not (token or options.open or ipaddress.ip_address(host).is_loopback):
+        raise OSError(
+            f"{host} can be reached from other machines: set a token in BOOKKEEP_TOKEN or with "
+            "--token-file, or give --open to let anybody read and teach"
+        )
+    log = Log(options.log)
+    started = time.monotonic()
+    bookkeeper = Bookkeeper(log)
+    logger.info(
+        "serving on http://%s:%d, log %s, %d bookings read back in %.1f s",
+        *(f"[{host}]" if ":" in host else host, port),
+        *(log.path, log.total, time.monotonic() - started),
+    )
+    app = create_app(bookkeeper, token, options.max_body, options.max_batch)
+    _answer(app, listener, options)
+    bookkeeper.close()
+    logger.info("stopped")
+
+
+def check(path: Path, repair: bool) -> int:
+    """Prints what is wrong with a log, and what a repaired copy leaves out; the exit status."""
+    damages = 0
+
+    def whole_batches() -> Iterator[list[dict]]:
+        nonlocal damages
+        for found in scan(path):
+            if isinstance(found, Damage):
+                problems = [found]
+            else:
+                problems = list(check_records(found.records, found.line))
+            for problem in problems:
+                print(f"{path}, line {problem.line}: {problem.reason}")
+            damages += len(problems)
+            if not problems:
+                yield found.records
+
+    with open(path, "rb"):  # before anything is made for the sake of a log that is not there
+        pass
+    if not repair:
+        kept = sum(map(len, whole_batches()))
+        print(f"{path}: {kept} bookings in whole batches, {damages or 'no'} problems")
+        return int(damages > 0)
+
+    copy = Log(path.with_name(f"{path.name}.repaired"))
+    if os.path.getsize(copy.path):
+        raise LogError(f"{copy.path} is there already; move it away first")
+    due = 0  # the booking that comes next, if none is left out
+    for batches in _chunks(whole_batches(), GROUP):
+        for records in batches:
+            if records[0]["seq"] > due:
+                print(f"left out: bookings {due} to {records[0]['seq'] - 1}")
+            due = records[-1]["seq"] + 1
+        copy.append(
+            [
+                (
+                    name_of(records),
+                    [{k: record[k] for k in record if k not in PLACE} for record in records],
+                )
+                for records in batches
+            ]
+        )
+    print(f"left out: all after booking {due - 1}, if there was more")
+    print(f"{copy.path}: {copy.total} bookings, numbered anew")
+    copy.close()
+    return int(damages > 0)
+
+
+def read_token(file: Path | None) -> str | None:
+    """The token in the file, or else in BOOKKEEP_TOKEN. Raises OSError if it cannot be one."""
+    if file is None and "BOOKKEEP_TOKEN" not in os.environ:
+        return None
+    token = file.read_text("latin-1").strip() if file else os.environ["BOOKKEEP_TOKEN"]
+    if not re.fullmatch("[!-~]+", token):
+        raise OSError("a token must be printable ASCII characters, without a space, at least one")
+    return token
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -784,26 +1140,65 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="bookkeep",
         description="Learns from every booking and suggests the account of the next, over HTTP.",
         epilog="Try it: python replay.py --serve",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=_whole(0, 65535), default=8080, help="0 for any free port")
-    parser.add_argument(
+    option = parser.add_argument
+    option("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    option(
+        "--port",
+        type=_whole(0, 65535),
+        default=8080,
+        help="0 for any free one (default: %(default)s)",
+    )
+    option(
         "--log",
         type=Path,
         default=Path("data/bookkeep.jsonl"),
-        help="file that keeps every booking; it is made, and read back at the next start",
+        help="file that keeps every booking; it is made, and read back at the next start "
+        "(default: %(default)s)",
     )
-    parser.add_argument(
+    option(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="file with a token that all requests but /health must send; or set BOOKKEEP_TOKEN",
+    )
+    option(
+        "--open",
+        action="store_true",
+        help="listen without a token where other machines can reach it",
+    )
+    option(
         "--threads",
         type=_whole(1, 1000),
         default=16,
-        help="requests at work at once; one of /sample is until its bookings are on disk",
+        help="requests at work at once; one of /sample is until its bookings are on disk "
+        "(default: %(default)s)",
     )
-    parser.add_argument(
-        "--max-body", type=_whole(1, 1 << 40), default=MAX_BODY, help="bytes in one request's body"
+    option(
+        "--max-body",
+        type=_whole(1, 1 << 40),
+        default=MAX_BODY,
+        help="bytes in one request's body (default: %(default)s)",
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    option(
+        "--max-batch",
+        type=_whole(1, 10**9),
+        default=MAX_BATCH,
+        help="samples in one request (default: %(default)s)",
+    )
+    option("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    checking = commands.add_parser(
+        "check",
+        help="verify a log without serving it",
+        description="Prints a line for each problem of a log; the exit status is 0 if it has none.",
+    )
+    checking.add_argument("checked", type=Path, metavar="LOG", help="the log to verify")
+    checking.add_argument(
+        "--repair",
+        action="store_true",
+        help="write all its whole batches to LOG.repaired, numbered anew, and say what is left out",
+    )
     return parser.parse_args(arguments)
 
 
@@ -829,7 +1224,7 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _serve(app: Bottle, listener: socket.socket, options: argparse.Namespace) -> None:
+def _answer(app: Bottle, listener: socket.socket, options: argparse.Namespace) -> None:
     """Answers requests until SIGTERM or Ctrl-C, then those that are under way."""
     server = waitress.create_server(
         app,
@@ -877,7 +1272,7 @@ class JSONErrorTask(ErrorTask):
         error = self.request.error
         body = json.dumps({"error": f"send a proper HTTP request: {error.body}"}).encode()
         self.status = f"{error.code} {error.reason}"
-        self.response_headers.append(("Content-Type", "application/json"))
+        self.response_headers += [("Content-Type", "application/json"), *HEADERS.items()]
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)

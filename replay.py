@@ -7,6 +7,7 @@ figures are the service's own.
 
 import argparse
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -19,12 +20,12 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from bookkeep import FEATURES, TARGET, Sample
+from bookkeep import FEATURES, TARGET, Sample, read_token
 
 try:
     from tqdm import tqdm
@@ -51,14 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     options = _options(arguments)
     try:
-        rows = read_rows(options.file or _default_file())
+        options.file = options.file or _default_file()
+        rows = read_rows(options.file)
         if options.order == "date":
             rows = iter(sorted(rows, key=lambda row: (row["BankEntryDate"], row["CompanyId"])))
-        with serving(options.log) if options.serve else nullcontext(options.url) as url:
-            report = replay(rows, Client(url), options.samples, options.batch, options.seed)
+        token = read_token(options.token_file)
+        with _service(options) as url:
+            report = replay(rows, Client(url, token), options)
         if options.serve:
             report["log"] = str(options.log)
-    except Failed as error:
+    except (Failed, OSError) as error:
         print(f"replay: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -67,45 +70,62 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 130 if report["interrupted"] else 0
 
 
-def replay(
-    rows: Iterator[Sample], client: "Client", samples: int | None, largest: int, seed: int
-) -> dict:
-    """Sends that many rows (None: all) and reports; Ctrl-C ends it early. Raises Failed."""
-    sent = predicted = unpredicted = 0
+def replay(rows: Iterator[Sample], client: "Client", options: argparse.Namespace) -> dict:
+    """Sends the rows in batches and reports; Ctrl-C ends it early. Raises Failed.
+
+    Each batch has a key that is the same when the same run is resumed, so that the service stores
+    it once, whatever happened to the first attempt.
+    """
+    sent = resent = predicted = unpredicted = 0
     interrupted = False
     started = asked = time.monotonic()
+    stored_before = client.ask("GET", "/health")["samples"]
+    start = stored_before if options.resume is None else options.resume
+    source = (options.file.name, options.order, options.batch, options.seed, start)
+    run = hashlib.sha256(repr(source).encode()).hexdigest()[:16]
     try:
-        with _progress(samples) as show:
-            for batch in _batches(itertools.islice(rows, samples), largest, seed):
-                answer = client.ask("POST", "/sample", batch)
+        with _progress(options.samples) as show:
+            to_send = itertools.islice(rows, options.samples)
+            for batch in _batches(to_send, options.batch, options.seed):
+                answer = client.ask("POST", "/sample", batch, key=f"replay {run} row {sent}")
                 sent += len(batch)
+                if answer["first"] < stored_before:
+                    resent += len(batch)
                 if answer["first"] == 0:
                     unpredicted = len(batch)  # there was no model yet
                 predicted = answer["total"] - unpredicted
-                if predicted and (sent == samples or time.monotonic() - asked > 0.1):
+                if predicted and (sent == options.samples or time.monotonic() - asked > 0.1):
                     asked = time.monotonic()
                     show(sent, client.ask("GET", "/metrics/1000"))
     except KeyboardInterrupt:
         interrupted = True
         client.interrupted()
+    except Failed as error:
+        raise Failed(f"{error}; to go on later, add --resume {start} to the same command") from None
     seconds = time.monotonic() - started
     windows = [n for n in WINDOWS if predicted and (n == 1000 or predicted >= n)]
     return {
         "samples": sent,
+        "stored_before": resent,
         "seconds": round(seconds, 3),
         "samples_per_second": round(sent / seconds),
         "metrics": {str(n): client.ask("GET", f"/metrics/{n}") for n in windows},
         "prediction": _prediction(next(rows, None), client) if sent else None,
         "interrupted": interrupted,
+        "resume": start,
     }
 
 
 def in_words(report: dict) -> str:
     """The report as a person reads it."""
     lines = [
-        f"{'Interrupted: ' if report['interrupted'] else ''}{report['samples']:,} samples "
-        f"in {report['seconds']:.1f} s, {report['samples_per_second']:,} a second"
+        f"{report['samples']:,} samples in {report['seconds']:.1f} s, "
+        f"{report['samples_per_second']:,} a second"
     ]
+    if report["stored_before"]:
+        lines.append(f"{report['stored_before']:,} of them had been stored before")
+    if report["interrupted"]:
+        lines.append(f"Interrupted: to go on, add --resume {report['resume']} to the same command")
     for n, metrics in report["metrics"].items():
         lines.append(
             f"/metrics/{n:<6} precision {metrics['precision']:.3f}   recall {metrics['recall']:.3f}"
@@ -189,7 +209,7 @@ def _batches(rows: Iterable[Sample], largest: int, seed: int) -> Iterator[list[S
 class Client:
     """One kept-alive connection to the service, opened again when it has to be."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, token: str | None = None) -> None:
         """Connects when first asked. Raises Failed if the URL is none of http or https."""
         address = urlsplit(url)
         kinds = {"http": HTTPConnection, "https": HTTPSConnection}
@@ -201,34 +221,40 @@ class Client:
             ) from None
         self._url = url
         self._path = address.path.rstrip("/")
+        self._headers = {"Content-Type": "application/json"}
+        if token:
+            self._headers["Authorization"] = f"Bearer {token}"
         self._patience = 30.0  # seconds to try again for
 
-    def ask(self, method: str, path: str, content: object = None) -> dict | list:
+    def ask(self, method: str, path: str, content: object = None, key: str = "") -> dict | list:
         """The service's answer; tries again for a while if it is not there or not ready.
 
-        Raises Failed if it stays so, or if the answer is anything but 200.
+        Bookings must have a key, by which the service knows them if they come again. Raises Failed
+        if there is no answer in the end, or if it is anything but 200.
         """
+        headers = self._headers | ({"Idempotency-Key": key} if key else {})
         body = None if content is None else json.dumps(content).encode()
         end = time.monotonic() + self._patience
         pause = 0.1
         while True:
             try:
-                self._connection.request(
-                    method, self._path + path, body, {"Content-Type": "application/json"}
-                )
+                self._connection.request(method, self._path + path, body, headers)
                 with self._connection.getresponse() as response:
                     status, answer = response.status, response.read()
                 if status == 200:
                     return json.loads(answer)
                 reason = f"{status} {answer[:1000].decode(errors='replace')}"
             except ConnectionRefusedError:
-                self._connection.close()
-                status = 503
+                status = None
                 reason = "connection refused: start it with python bookkeep.py, or give --serve"
-            except (OSError, HTTPException, ValueError) as error:
-                raise Failed(f"{self._url}{path} gave no answer: {error!r}") from None
-            if status != 503 or time.monotonic() + pause > end:
-                raise Failed(f"{self._url}{path} answered {reason}")
+            except (OSError, HTTPException) as error:
+                status, reason = None, f"no answer: {error!r}"
+            except ValueError as error:
+                raise Failed(f"{self._url}{path} is no bookkeep service: {error}") from None
+            if status is None:
+                self._connection.close()
+            if status not in (None, 503) or time.monotonic() + pause > end:
+                raise Failed(f"{self._url}{path}: {reason}")
             time.sleep(pause)
             pause = min(2 * pause, 2)
 
@@ -238,12 +264,21 @@ class Client:
         self._patience = 0
 
 
+def _service(options: argparse.Namespace) -> AbstractContextManager[str]:
+    """Gives the URL of the service that the options ask for."""
+    if not options.serve:
+        return nullcontext(options.url)
+    return serving(
+        options.log, *([f"--token-file={options.token_file}"] * bool(options.token_file))
+    )
+
+
 @contextmanager
-def serving(log: Path) -> Iterator[str]:
+def serving(log: Path, *options: str) -> Iterator[str]:
     """Starts bookkeep.py with that log on a free port, gives its URL and stops it at the end."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    command = [sys.executable, HERE / "bookkeep.py", f"--port={port}", f"--log={log}"]
+    command = [sys.executable, HERE / "bookkeep.py", f"--port={port}", f"--log={log}", *options]
     with tempfile.TemporaryFile() as messages:
         # In a session of its own, so that Ctrl-C ends the replay first and the service after it.
         service = subprocess.Popen(command, stderr=messages, start_new_session=True)
@@ -339,10 +374,27 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         help="with --serve: the service's log (default: a new one in data/ for each run)",
     )
+    parser.add_argument(
+        "--resume",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="FROM",
+        help="go on with an interrupted run that began when the log held FROM bookings (0, unless "
+        "given): what is stored is not stored again",
+    )
+    parser.add_argument(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="file with the service's token; or set BOOKKEEP_TOKEN",
+    )
     parser.add_argument("--json", action="store_true", help="print the report as a JSON object")
     options = parser.parse_args(arguments)
     if options.log and not options.serve:
         parser.error("--log goes with --serve")
+    if options.resume is not None and options.serve and not options.log:
+        parser.error("--resume goes with --url, or with --serve and the --log of the first run")
     if options.log is None:
         options.log = DATA / time.strftime("replay-%Y%m%d-%H%M%S.jsonl")
     return options

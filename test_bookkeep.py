@@ -18,8 +18,9 @@ import sys
 import threading
 import time
 import wsgiref.validate
+import zlib
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPConnection, HTTPException
 from io import BytesIO
 from pathlib import Path
@@ -40,6 +41,8 @@ from bookkeep import (
     GROUP,
     BadRequest,
     Bookkeeper,
+    Busy,
+    Conflict,
     Log,
     LogError,
     NaiveBayes,
@@ -48,6 +51,7 @@ from bookkeep import (
     parse_samples,
     posterior,
     precision_recall,
+    scan,
     tokens,
 )
 
@@ -76,7 +80,7 @@ def bookings(n, seed=0):
             company=f"company{rng.randrange(5)}",
             text=f"{merchant} ref{rng.randrange(10**6)}",
             amount=rng.choice(["< 10", "> -1000"]),
-            account=str(3000 + hash(merchant[4:]) % 7 + rng.randrange(2)),
+            account=str(3000 + int(merchant[4:]) % 7 + rng.randrange(2)),
         )
         for merchant in merchants
     ]
@@ -187,6 +191,15 @@ BAD_BODIES = {
         b"[" + b"9" * 10_000 + b"]",
         "sample 0: must be an object of strings",
     ),
+    "a value of 10,001 characters": (
+        json.dumps([booking(), booking(text="x" * 10_001)]).encode(),
+        "sample 1: BankEntryText is longer than 10000 characters",
+    ),
+    "a key of 10,001 characters": (
+        json.dumps([booking(**{"k" * 10_001: "x"})]).encode(),
+        "is longer than 10000 characters",
+    ),
+    "10,001 samples": (b"[" + b"{}," * 10_000 + b"{}]", "send at most 10000 samples"),
     "a very long key": (json.dumps([{"k" * 10_000: 1}]).encode(), "sample 0: "),
 }
 
@@ -196,6 +209,14 @@ def test_a_bad_body_is_refused_in_one_short_sentence(body, message):
     with pytest.raises(BadRequest, match=r"^.{1,150}$") as refusal:
         parse_samples(body, booked=True)
     assert message in str(refusal.value)
+
+
+def test_limits_are_themselves_allowed():
+    assert len(parse_samples(json.dumps([booking()] * 10_000).encode(), booked=True)) == 10_000
+    longest = booking(text="x" * 10_000)
+    assert parse_samples(json.dumps([longest]).encode(), booked=True) == [longest]
+    with pytest.raises(BadRequest, match="at most 2 samples"):
+        parse_samples(json.dumps([booking()] * 3).encode(), booked=False, most=2)
 
 
 JSON = st.recursive(
@@ -388,12 +409,12 @@ def path(tmp_path):
     return tmp_path / "folder" / "log.jsonl"
 
 
-def written(path, batches):
-    """Makes a log with these batches; its lines, each with its newline."""
+def written(path, batches, name=None):
+    """Makes a log with these batches, so named; its lines, each with its newline."""
     log = Log(path)
     assert list(log.read()) == []
     for batch in batches:
-        log.append([batch])
+        log.append([(name and f"{name}{log.total}", batch)])
     log.close()
     return path.read_bytes().splitlines(keepends=True)
 
@@ -414,8 +435,11 @@ def test_a_line_says_its_place_and_then_what_was_recorded(path):
         (1, 0, "\n"),
         (2, 0, 1),
     ]
-    assert lines[0]["batch"] == lines[1]["batch"] != lines[2]["batch"]
-    assert read(path) == lines
+    assert [line["batch"] for line in lines] == [0, 0, 2]
+    assert [{key: line[key] for key in line if key != "crc"} for line in lines] == read(path)
+    for line in path.read_bytes().splitlines(keepends=True):
+        text, _, checksum = line.rpartition(b', "crc": ')
+        assert int(checksum[:-2]) == zlib.crc32(text)
     assert path.stat().st_mode & 0o777 == 0o600
 
 
@@ -437,40 +461,98 @@ def test_after_a_cut_the_log_goes_on(path):
     path.write_bytes(b"".join(lines)[:-1])
     log = Log(path)
     assert len(list(log.read())) == 1
-    log.append([[{"x": 4}]])
+    log.append([(None, [{"x": 4}])])
     log.close()
     assert [(record["seq"], record["x"]) for record in read(path)] == [(0, 1), (1, 4)]
 
 
-DAMAGE = {
-    "not JSON": lambda lines: [*lines[:2], lines[2][:-3] + b"\n", *lines[3:]],
-    "no object": lambda lines: [*lines[:2], b"[]\n", *lines[3:]],
-    "an empty line": lambda lines: [*lines[:2], b"\n", *lines[2:]],
-    "a line lost": lambda lines: [*lines[:2], *lines[3:]],
-    "a line twice": lambda lines: [*lines[:2], lines[1], *lines[2:]],
-    "lines exchanged": lambda lines: [*lines[:2], lines[3], lines[2], *lines[4:]],
-    "a key lost": lambda lines: [*lines[:2], lines[2].replace(b'"left"', b'"lift"'), *lines[3:]],
-    "another batch": lambda lines: [
-        *lines[:2],
-        re.sub(rb'"batch": "\w+"', b'"batch": "x"', lines[2]),
-        *lines[3:],
-    ],
-    "a negative left": lambda lines: [
-        *lines[:2],
-        lines[2].replace(b'"left": 1', b'"left": -1'),
-        *lines[3:],
-    ],
+def changed(line, **values):
+    """The line with other values, and a checksum that fits them."""
+    return bookkeep._line(bookkeep._parse(line) | values)
+
+
+DAMAGE = {  # of line 3, the first of a batch of three
+    "a bit flipped": lambda line: bytes([line[0], line[1] ^ 1]) + line[2:],
+    "a bit of a value flipped": lambda line: line.replace(b'"x": 2', b'"x": 3'),
+    "a bit of the checksum flipped": lambda line: line[:-3] + bytes([line[-3] ^ 1]) + line[-2:],
+    "a newline inside": lambda line: line[:9] + b"\n" + line[10:],
+    "cut": lambda line: line[:-9] + b"\n",
+    "emptied": lambda line: b"\n",
+    "lost": lambda line: b"",
+    "twice before": lambda line: line.replace(b'"x": 2', b'"x": 3') + line,
+    "no object": lambda line: b'[1], "crc": %d}\n' % zlib.crc32(b"[1]"),
+    "a key lost": lambda line: changed(line, left=None),
+    "another place": lambda line: changed(line, seq=7),
+    "an earlier place": lambda line: changed(line, seq=0),
+    "another batch": lambda line: changed(line, batch="another"),
+    "another left": lambda line: changed(line, left=1),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_damage_is_refused_with_its_line_and_left_alone(path, damage):
-    lines = written(path, [[{"x": 1}], [{"x": 2}, {"x": 3}, {"x": 4}], [{"x": 5}]])
-    path.write_bytes(b"".join(damage(lines)))
+@pytest.mark.parametrize("name", [None, "mine"])
+def test_damage_is_refused_with_its_line_and_left_alone(path, damage, name):
+    lines = written(path, [[{"x": 1}, {"x": 1}], [{"x": 2}, {"x": 3}, {"x": 4}], [{"x": 5}]], name)
+    damaged = [*lines[:2], damage(lines[2]), *lines[3:]]
+    path.write_bytes(b"".join(damaged))
     before = path.read_bytes()
-    with pytest.raises(LogError, match="is damaged, line 3: "):
+    with pytest.raises(LogError, match=r"is damaged, line [34]: .*check .* --repair"):
         read(path)
     assert path.read_bytes() == before
+
+
+def test_any_byte_flipped_before_the_last_batch_is_found(path):
+    lines = written(path, [[{"x": 1}], [{"x": 2}, {"x": 3}], [{"x": 4}]])
+    whole = b"".join(lines)
+    for place in range(len(whole) - len(lines[3])):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        with pytest.raises(LogError, match=r"is damaged, line [1234]: "):
+            read(path)
+
+
+def test_the_last_named_batches_can_be_found_again(path, monkeypatch):
+    monkeypatch.setattr(bookkeep, "MAX_NAMES", 3)
+    log = Log(path)
+    assert list(log.read()) == []
+    for name in ("a", None, "b", "c", "d"):
+        log.append([(name, [{"x": name}, {"y": name}])])
+
+    def check():
+        assert log.find("a") is None
+        assert log.find("other") is None
+        assert [record["seq"] for record in log.find("d")] == [8, 9]
+        assert [record["x"] for record in log.find("b")[:1]] == ["b"]
+
+    check()
+    log.close()
+    log = Log(path)
+    assert len(list(log.read())) == 10
+    check()
+    log.close()
+
+
+def test_no_text_can_forge_a_line(path):
+    forged = json.dumps({"seq": 1, "batch": 1, "left": 0}) + ', "crc": 0}\n'
+    nasty = [forged, "\n" + forged, "\r\n\x00\x1b\x85\u2028\u2029", '"}\n', "\\n"]
+    lines = written(path, [[{"x": text, text: "x"} for text in nasty]])
+    assert len(lines) == len(path.read_text("utf-8").split("\n")) - 1 == len(nasty)
+    assert [record["x"] for record in read(path)] == nasty
+
+
+def test_a_new_log_is_on_disk_before_it_is_used(path, monkeypatch):
+    synced = []
+    fsync = os.fsync
+
+    def watched(file):
+        synced.append(os.readlink(f"/proc/self/fd/{file}"))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    written(path, [[{"x": 1}]])
+    folder = str(path.parent.resolve())
+    assert synced == [folder, str(Path(folder).parent), str(path.resolve())]
 
 
 def test_a_log_has_one_owner(path):
@@ -499,9 +581,9 @@ def test_a_failed_append_leaves_the_log_as_it_was(path, monkeypatch, failing):
         for name in failing:
             patch.setattr(os, name, write_half if name == "write" else fail)
         with pytest.raises(OSError, match="No space"):
-            log.append([[{"x": "lost" * 100}]])
+            log.append([(None, [{"x": "lost" * 100}])])
     assert (path.read_bytes() == before) == ("ftruncate" not in failing)
-    log.append([[{"x": 2}]])
+    log.append([(None, [{"x": 2}])])
     log.close()
     assert [record["x"] for record in read(path)] == [1, 2]
 
@@ -604,7 +686,6 @@ def test_a_restart_changes_nothing(path):
         {"weight": 0.83},
         {"weight": 2},
         {"weight": "1"},
-        {"predicted": "9"},
         {"predicted": ["1"]},
         {"sample": booking(account="")},
         {"sample": None},
@@ -616,9 +697,9 @@ def test_a_record_that_makes_no_sense_is_refused_with_its_line(path, damage):
     with bookkeeping(path) as bookkeeper:
         bookkeeper.book([booking(account="1")])
         bookkeeper.book([booking(account="1"), booking(account="9")])
-    lines = path.read_text().splitlines()
-    lines[1] = json.dumps(json.loads(lines[1]) | damage)
-    path.write_text("\n".join(lines) + "\n")
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[1] = changed(lines[1], **damage)
+    path.write_bytes(b"".join(lines))
     log = Log(path)
     with pytest.raises(LogError, match="is damaged, line 2: "):
         Bookkeeper(log)
@@ -744,6 +825,90 @@ def test_what_cannot_be_written_is_not_learned_and_can_be_sent_again(path, monke
         assert state(bookkeeper, samples) == before
         assert bookkeeper.book(samples[200:]) == range(200, 300)
     assert [record["sample"] for record in read(path)] == samples
+
+
+def test_a_named_batch_is_booked_once(path):
+    samples = bookings(50)
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking()])
+        first = bookkeeper.book(samples, "mine")
+        assert first == range(1, 51)
+        bookkeeper.book([booking()], "yours")
+        before = counts(bookkeeper._model)
+        assert bookkeeper.book(samples, "mine") == first
+        with pytest.raises(Conflict, match="take a new one"):
+            bookkeeper.book(samples[:-1], "mine")
+        with pytest.raises(Conflict):
+            bookkeeper.book([*samples[:-1], booking(account="0")], "mine")
+        assert counts(bookkeeper._model) == before
+        assert bookkeeper.book(samples) == range(52, 102)
+    with bookkeeping(path) as bookkeeper:
+        assert bookkeeper.book([dict(reversed(sample.items())) for sample in samples], "mine") == (
+            first
+        )
+        with pytest.raises(Conflict):
+            bookkeeper.book([booking(account="0")], "yours")
+        assert bookkeeper.health()["samples"] == 102
+    assert {record["batch"] for record in read(path)} == {0, "mine", "yours", 52}
+
+
+def test_a_named_batch_is_booked_once_by_many_threads_at_once(path, held_disk):
+    hold, called, let_go, _ = held_disk
+    answers = []
+
+    def send(sample):
+        try:
+            answers.append(bookkeeper.book([sample], "mine"))
+        except Conflict:
+            answers.append("conflict")
+
+    with bookkeeping(path) as bookkeeper:
+        hold()
+        threads = [threading.Thread(target=send, args=(booking(),)) for _ in range(12)]
+        threads += [threading.Thread(target=send, args=(booking(account="9"),)) for _ in range(3)]
+        threads[0].start()
+        assert called.wait(30)
+        for thread in threads[1:]:
+            thread.start()
+        wait_until(lambda: len(bookkeeper._waiting) == 14)
+        let_go.set()
+        for thread in threads:
+            thread.join()
+    assert Counter(map(str, answers)) == {"range(0, 1)": 12, "conflict": 3}
+    assert len(read(path)) == 1
+
+
+def test_a_named_batch_that_was_not_written_is_booked_when_it_comes_again(path, monkeypatch):
+    with bookkeeping(path) as bookkeeper:
+        with monkeypatch.context() as patch:
+
+            def broken(file, data):
+                raise OSError(5, "Input/output error")
+
+            patch.setattr(os, "write", broken)
+            with pytest.raises(OSError, match="Input/output"):
+                bookkeeper.book([booking()], "mine")
+        assert bookkeeper.book([booking(account="2")], "mine") == range(0, 1)
+
+
+def test_when_too_many_wait_no_more_are_taken(path, held_disk, monkeypatch):
+    monkeypatch.setattr(bookkeep, "BACKLOG", 10)
+    hold, called, let_go, _ = held_disk
+    with bookkeeping(path) as bookkeeper:
+        hold()
+        threads = [
+            threading.Thread(target=bookkeeper.book, args=([booking()] * n,)) for n in (1, 20)
+        ]
+        threads[0].start()
+        assert called.wait(30)
+        threads[1].start()  # more than may wait, but it is the only one
+        wait_until(lambda: len(bookkeeper._waiting) == 1)
+        with pytest.raises(Busy, match="in a second"):
+            bookkeeper.book([booking()])
+        let_go.set()
+        for thread in threads:
+            thread.join()
+        assert bookkeeper.book([booking()]) == range(21, 22)
 
 
 def test_a_closed_bookkeeper_books_what_waits_and_no_more(path, held_disk):
@@ -953,21 +1118,177 @@ def test_what_is_no_http_gets_a_json_error_too(service):
     assert list(json.loads(body)) == ["error"]
 
 
-def test_a_full_disk_is_a_507_and_predictions_go_on(serve):
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-
-    service = serve(limit=limit)
+def test_a_full_disk_is_a_507_and_when_there_is_space_again_bookings_go_on(serve):
+    service = serve()
     assert service.post("/sample", [booking()] * 100)[0] == 200
-    before = service.get("/health")[1]["samples"]
+    unlimited = resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, (40_000, -1))
     status, answer = service.post("/sample", [booking(account="2")] * 500)
     assert status == 507
     assert "File too large" in answer["error"]
-    assert service.samples() == before
+    assert service.samples() == 100
     assert service.post("/predict", booking()) == (200, ["3115"])
+    assert service.get("/metrics/10")[0] == 503
     assert service.post("/sample", [booking()])[0] == 200
+    resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, unlimited)
+    assert service.post("/sample", [booking(account="2")] * 500)[0] == 200
     service.stop()
-    assert serve().samples() == 101
+    assert serve().samples() == 601
+
+
+def test_an_idempotency_key_books_a_batch_once_also_after_a_restart(serve):
+    service = serve()
+    key = {"Idempotency-Key": '"8e03978e-40d5-43dd-bc93-6894a57f9324"'}
+
+    def send(account, headers=key):
+        status, _, answer = service.ask(
+            "POST", "/sample", [booking(account=account)] * 2, headers=headers
+        )
+        return status, answer
+
+    first = (200, {"received": 2, "total": 2, "first": 0, "last": 1})
+    assert send("1") == first
+    assert send("1") == first
+    assert send("2")[0] == 422
+    assert send("2", {"Idempotency-Key": "x" * 200})[1]["total"] == 4
+    service.stop(signal.SIGKILL)
+    service = serve()
+    assert send("1") == first
+    assert send("2")[0] == 422
+    for bad in ("", "x" * 201, "a\tb", "\xe9"):
+        status, answer = send("1", {"Idempotency-Key": bad})
+        assert (status, list(answer)) == (400, ["error"])
+    assert service.samples() == 4
+
+
+def test_every_answer_says_how_to_handle_it_and_none_what_serves_it(service):
+    for method, path in (
+        ("GET", "/health"),
+        ("GET", "/x"),
+        ("GET", "/sample"),
+        ("POST", "/sample"),
+    ):
+        _, headers, _ = service.ask(method, path, body=b"x")
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["Cache-Control"] == "no-store"
+        assert "Server" not in headers
+        assert "Via" not in headers
+
+
+@pytest.mark.parametrize("by_file", [False, True])
+def test_with_a_token_nobody_else_reads_or_teaches(serve, tmp_path, monkeypatch, by_file):
+    secret = "s3cret~token"
+    options = ["--host", "0.0.0.0"]
+    if by_file:
+        (tmp_path / "token").write_text(f"{secret}\n")
+        options += ["--token-file", tmp_path / "token"]
+    else:
+        monkeypatch.setenv("BOOKKEEP_TOKEN", secret)
+    service = serve(*options)
+    right = {"Authorization": f"Bearer {secret}"}
+    assert service.ask("POST", "/sample", [booking()], headers=right)[0] == 200
+    for wrong in (
+        None,
+        "",
+        secret,
+        "Bearer",
+        f"Bearer {secret}x",
+        "Bearer \xe9",
+        f"Basic {secret}",
+    ):
+        headers = {} if wrong is None else {"Authorization": wrong}
+        for method, path in (
+            ("POST", "/sample"),
+            ("POST", "/predict"),
+            ("GET", "/metrics/1"),
+            ("GET", "/openapi.json"),
+            ("GET", "//sample"),
+            ("GET", "/nowhere"),
+            ("PUT", "/sample"),
+        ):
+            status, got, answer = service.ask(method, path, [booking()], headers=headers)
+            assert (status, got["WWW-Authenticate"]) == (401, "Bearer")
+            assert secret not in json.dumps(answer)
+    assert service.samples() == 1
+    command = Path(f"/proc/{service.process.pid}/cmdline").read_text()
+    assert secret not in command + service.said()
+    status, out, said = run(
+        *(
+            HERE / "replay.py",
+            SYNTHETIC,
+            "--samples=50",
+            "--url",
+            f"http://127.0.0.1:{service.port}",
+        ),
+        *options[2:],
+    )
+    assert (status, said) == (0, "")
+    monkeypatch.delenv("BOOKKEEP_TOKEN", raising=False)
+    status, out, said = run(HERE / "replay.py", "--url", f"http://127.0.0.1:{service.port}")
+    assert (status, out) == (1, "")
+    assert "401" in said
+    assert secret not in said
+
+
+def test_a_length_that_lies_and_chunks_without_end(serve):
+    service = serve("--max-body=1000")
+
+    def raw(*parts):
+        with socket.create_connection(("127.0.0.1", service.port), timeout=30) as connection:
+            for part in parts:
+                connection.sendall(part)
+            return connection.recv(100)
+
+    head = b"POST /sample HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    chunked = head + b"Transfer-Encoding: chunked\r\n\r\n"
+    body = json.dumps([booking()]).encode()
+    assert raw(chunked, b"%x\r\n%s\r\n" % (len(body), body), b"0\r\n\r\n").startswith(
+        b"HTTP/1.1 200 "
+    )
+    assert b" 413 " in raw(chunked, b"3e9\r\n" + b" " * 1001 + b"\r\n", b"0\r\n\r\n")
+    assert b" 413 " in raw(head + b"Content-Length: 99999999999\r\n\r\n")
+    assert b" 400 " in raw(head + b"Content-Length: -1\r\n\r\n")
+    assert b" 400 " in raw(head + b"Content-Length: 5\r\n\r\n" + body)
+    endless = b"1000\r\n" + b" " * 0x1000 + b"\r\n"
+    assert b" 413 " in raw(chunked, endless * 257)
+    assert service.samples() == 1
+
+
+def test_slow_clients_do_not_stop_others(serve):
+    service = serve()
+    service.post("/sample", [booking()])
+    slow = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(300)]
+    for connection in slow[:200]:
+        connection.sendall(b"POST /sample HTTP/1.1\r\nContent-Length: 1000\r\n\r\n[")
+    for round in range(10):
+        for connection in slow[:100]:
+            connection.sendall(b" ")
+        assert service.post("/predict", booking()) == (200, ["3115"])
+        assert service.post("/sample", [booking()])[1]["total"] == round + 2
+    for connection in slow:
+        connection.close()
+
+
+def test_the_openapi_description_is_true(serve, tmp_path):
+    service = serve()
+    for _ in range(2):
+        assert service.post("/sample", [booking()])[0] == 200
+    config = tmp_path / "schemathesis.toml"
+    config.write_text("[checks.positive_data_acceptance]\nexpected-statuses = [200, 422]\n")
+    done = subprocess.run(
+        [
+            *(Path(sys.executable).with_name("st"), "--config-file", config),
+            *("run", f"http://127.0.0.1:{service.port}/openapi.json", "--checks=all", "--seed=1"),
+            f"--max-examples={os.environ.get('BOOKKEEP_EXAMPLES', 30)}",
+            *("--phases=coverage,fuzzing", "--no-color"),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    print(done.stdout[-2000:])
+    assert done.returncode == 0, done.stdout
+    assert "Traceback" not in service.said()
+    assert "failed" not in service.said()
 
 
 def test_the_app_is_one_that_any_wsgi_server_can_run(path):
@@ -1091,24 +1412,70 @@ def test_a_request_under_way_is_answered_before_it_stops(serve):
     assert serve().samples() == 1
 
 
-def test_after_a_kill_everything_that_was_answered_is_there(serve):
-    service = serve()
-    samples = bookings(5000)
-    answered = 0
-    killer = threading.Timer(0.3, service.process.kill)
-    killer.start()
-    try:
-        for batch in batches_of(samples, 50) * 20:
-            assert service.post("/sample", batch)[0] == 200
-            answered += len(batch)
-    except (OSError, HTTPException):
-        pass
-    killer.join()
-    assert 0 < answered < 20 * len(samples)
-    service = serve()
-    # The batch that was under way may be in the log, whole, though its answer was lost.
-    assert service.samples() in (answered, answered + 50)
-    assert service.post("/sample", samples[:1])[0] == 200
+def test_kills_at_any_moment_lose_nothing_and_double_nothing(serve, tmp_path):
+    """30 rounds, or BOOKKEEP_ROUNDS, ten on each log."""
+    rounds = int(os.environ.get("BOOKKEEP_ROUNDS", 30))
+    seed = int(os.environ.get("BOOKKEEP_SEED", random.randrange(10**6)))
+    print(f"BOOKKEEP_SEED={seed}")
+    rng = random.Random(seed)
+    for number in range(rounds):
+        log = tmp_path / f"{number // 10}.jsonl"
+        if number % 10 == 0:
+            sent = {}  # to this log: key -> samples
+        batches = [
+            (f"{number}/{i}", bookings(rng.choice([1, 3, 30]), seed=rng.random()))
+            for i in range(60)
+        ]
+        sent |= dict(batches)
+        service = serve(log=log)
+        answered = {}
+        streams = [
+            threading.Thread(target=stream, args=(service, batches[i::3], answered))
+            for i in range(3)
+        ]
+        for thread in streams:
+            thread.start()
+        time.sleep(rng.random() * 0.2)
+        service.stop(signal.SIGKILL)
+        for thread in streams:
+            thread.join()
+
+        stored = {record["seq"]: record for record in scanned(log)}
+        for key, answer in answered.items():
+            kept = [stored[seq] for seq in range(answer["first"], answer["last"] + 1)]
+            assert [record["sample"] for record in kept] == sent[key]
+        service = serve(log=log)
+        again = {}
+        stream(service, batches, again)
+        assert again.keys() == dict(batches).keys()
+        assert answered.items() <= again.items()
+        stored = {}
+        for record in scanned(log):
+            stored.setdefault(record["batch"], []).append(record["sample"])
+        assert stored == sent
+        service.stop(signal.SIGKILL)
+
+    with bookkeeping(log) as bookkeeper:
+        assert counts(bookkeeper._model) == counts(
+            taught(
+                (tokens(record["sample"]), record["sample"]["AccountNumber"], record["weight"])
+                for record in scanned(log)
+            )
+        )
+
+
+def stream(service, batches, answered):
+    """Sends batches by their keys and notes the answers, until the service is gone."""
+    with suppress(OSError, HTTPException):
+        for key, batch in batches:
+            headers = {"Idempotency-Key": key}
+            status, _, answered[key] = service.ask("POST", "/sample", batch, headers=headers)
+            assert status == 200
+
+
+def scanned(log):
+    """The records of all whole batches in a log, whoever owns it."""
+    return [record for found in scan(log) for record in getattr(found, "records", [])]
 
 
 def test_a_cut_off_batch_is_repaired_at_the_start(serve, tmp_path):
@@ -1122,7 +1489,7 @@ def test_a_cut_off_batch_is_repaired_at_the_start(serve, tmp_path):
     service = serve()
     assert service.samples() == 20
     assert "WARNING" in service.said()
-    assert "unfinished batch" in service.said()
+    assert "the batch is unfinished" in service.said()
 
 
 def refused(log, *options):
@@ -1140,13 +1507,73 @@ def test_what_keeps_it_from_starting_is_said_in_one_line(serve, tmp_path):
     assert "in use by another process" in refused(log)
     assert f"port {service.port}" in refused(tmp_path / "other", f"--port={service.port}")
     assert "no.such.host" in refused(tmp_path / "other", "--host=no.such.host.invalid")
+    assert "--open" in refused(tmp_path / "other", "--host=0.0.0.0")
+    assert "a token must be" in refused(tmp_path / "other", f"--token-file={log}")
+    assert "No such file" in refused(tmp_path / "other", "--token-file=/no/token")
     service.stop()
+    assert "cannot open" in refused(Path("/proc/log"))  # where nobody may write
     assert "Is a directory" in refused(tmp_path)
     assert "Not a directory" in refused(log / "log")
     log.write_bytes(b"nonsense\n" + log.read_bytes())
     before = log.read_bytes()
     assert "damaged, line 1: " in refused(log)
     assert log.read_bytes() == before
+
+
+def test_a_log_without_problems_is_checked(tmp_path):
+    lines = written(tmp_path / "log", [])
+    assert run(HERE / "bookkeep.py", "check", tmp_path / "log")[0] == 0
+    with bookkeeping(tmp_path / "log") as bookkeeper:
+        bookkeeper.book(bookkeeping_samples := bookings(30))
+        bookkeeper.book(bookkeeping_samples, "mine")
+    status, out, said = run(HERE / "bookkeep.py", "check", tmp_path / "log")
+    assert (status, said, lines) == (0, "", [])
+    assert out == f"{tmp_path / 'log'}: 60 bookings in whole batches, no problems\n"
+    status, out, said = run(HERE / "bookkeep.py", "check", tmp_path / "none")
+    assert (status, out) == (1, "")
+    assert "No such file" in said
+
+
+def test_a_repaired_copy_has_every_batch_that_is_surely_whole(tmp_path):
+    log = tmp_path / "log"
+    with bookkeeping(log) as bookkeeper:
+        for number in range(8):
+            batch = [booking(account=str(number))] * 3
+            bookkeeper.book(batch, f"key{number}" if number % 2 else None)
+    lines = log.read_bytes().splitlines(keepends=True)
+    lines[4] = lines[4].replace(b"rent", b"Rent")  # of batch 1
+    lines.insert(7, b"inserted\n")  # in batch 2
+    lines.insert(11, lines[3])  # in batch 3
+    del lines[14:16]  # of batch 4
+    lines[-1] = lines[-1][:50]  # of batch 7
+    log.write_bytes(b"".join(lines))
+    before = log.read_bytes()
+    status, out, said = run(HERE / "bookkeep.py", "check", log)
+    assert (status, said) == (1, "")
+    problems = out.splitlines()[:-1]
+    assert [int(re.search(r"line (\d+): ", problem)[1]) for problem in problems] == [
+        5,
+        8,
+        12,
+        15,
+        22,
+    ]
+    status, out, said = run(HERE / "bookkeep.py", "check", log, "--repair")
+    assert (status, said) == (1, "")
+    assert out.splitlines()[:5] == problems
+    assert "left out: bookings 3 to 5" in out
+    assert "left out: bookings 12 to 14" in out
+    assert "left out: all after booking 20" in out
+    assert log.read_bytes() == before
+    repaired = tmp_path / "log.repaired"
+    with bookkeeping(repaired) as bookkeeper:
+        assert bookkeeper.health()["samples"] == 15
+        assert bookkeeper.book([booking(account="3")] * 3, "key3") == range(6, 9)
+    assert [record["sample"]["AccountNumber"] for record in read(repaired)[::3]] == [*"02356"]
+    assert run(HERE / "bookkeep.py", "check", repaired)[0] == 0
+    status, _, said = run(HERE / "bookkeep.py", "check", log, "--repair")
+    assert status == 1
+    assert "is there already" in said
 
 
 # --------------------------------------------------------------------------------------- replay.py
@@ -1292,6 +1719,55 @@ def test_an_interrupted_replay_reports_what_was_sent(tmp_path):
     assert "1000" in report["metrics"]
     # The service is stopped, and the batch that was under way may be in its log.
     assert len(read(log)) - report["samples"] in (0, 1)
+
+
+def test_a_resumed_replay_stores_each_booking_once(serve, tmp_path):
+    service = serve()
+    service.post("/sample", [booking()] * 7)
+    command = (HERE / "replay.py", SYNTHETIC, "--url", f"http://127.0.0.1:{service.port}", "--json")
+    first = json.loads(run(*command, "--batch=50", "--samples=400")[1])
+    assert (first["resume"], first["stored_before"]) == (7, 0)
+    # The run was to send more, and its last batch is as if it had been cut off.
+    service.stop(signal.SIGKILL)
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(log.read_bytes()[:-1])
+    whole = len(scanned(log)) - 7
+    assert whole < 400
+    service = serve(port=service.port)
+    status, out, said = run(*command, "--batch=50", "--samples=900", "--resume=7")
+    assert status == 0, said
+    second = json.loads(out)
+    assert (second["samples"], second["stored_before"]) == (900, whole)
+    rows = list(itertools.islice(replay.read_rows(SYNTHETIC), 900))
+    assert [record["sample"] for record in scanned(log)[7:]] == rows
+    third = json.loads(run(*command, "--batch=50", "--samples=900")[1])
+    assert (third["resume"], third["stored_before"]) == (907, 0)
+    assert service.samples() == 1807
+
+
+def test_a_replay_outlives_a_restart_of_the_service(serve, tmp_path):
+    service = serve()
+    command = [
+        sys.executable,
+        HERE / "replay.py",
+        SYNTHETIC,
+        "--batch=5",
+        "--samples=2000",
+        "--json",
+    ]
+    process = subprocess.Popen(
+        [*command, "--url", f"http://127.0.0.1:{service.port}"], stdout=subprocess.PIPE
+    )
+    log = tmp_path / "log.jsonl"
+    for size in (50_000, 300_000):
+        wait_until(lambda size=size: log.stat().st_size > size)
+        service.stop(signal.SIGKILL)
+        service = serve(port=service.port)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert json.loads(out)["samples"] == 2000
+    rows = list(itertools.islice(replay.read_rows(SYNTHETIC), 2000))
+    assert [record["sample"] for record in scanned(log)] == rows
 
 
 # ------------------------------------------------------------------------------------------- data
