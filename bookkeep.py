@@ -28,7 +28,7 @@ from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -50,6 +50,7 @@ TARGET = "AccountNumber"
 
 MAX_BATCH = 10_000  # samples in one body
 MAX_VALUE = 10_000  # characters in a key or a value
+MAX_WORDS = 100  # words of a text that become tokens: its first ones
 
 Sample = dict[str, str]
 
@@ -109,7 +110,7 @@ def tokens(sample: Sample) -> list[str]:
     (The bar stands for the unit separator, which no word contains.)
     """
     company, text, amount = (sample[key] for key in FEATURES)
-    words = text.split()
+    words = text.split(maxsplit=MAX_WORDS)[:MAX_WORDS]
     return [
         f"c {company}",
         f"a {amount}",
@@ -142,9 +143,9 @@ def _loads(text: str) -> object:
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     unique = dict(pairs)
     if len(unique) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in unique if keys.count(key) > 1)
-        raise BadRequest(f"the key {_shown(twice)} occurs twice in one object")
+        for key, _ in pairs:
+            if unique.pop(key, pairs) is pairs:  # popped before
+                raise BadRequest(f"the key {_shown(key)} occurs twice in one object")
     return unique
 
 
@@ -161,6 +162,7 @@ def _shown(key: str) -> str:
 
 ALPHA = 0.02  # Lidstone smoothing
 FLOOR = 1 / 16  # what a booking that surprises nobody counts at the least
+MAX_CELLS = 1 << 22  # counts and scores that are at work at once, unless one document has more
 GRAIN = 1024  # weights are multiples of 1 / GRAIN, so sums of them are exact in any order
 
 
@@ -203,6 +205,9 @@ class NaiveBayes:
         document = np.repeat(np.arange(n), [len(tokens) for tokens in documents])
         known = (rows >= 0) & (self.token_counts.sizes[rows] > 0)
         rows, document = rows[known], document[known]
+        if n > 1 and n * A + self.token_counts.sizes[rows].sum() > MAX_CELLS:
+            half = n // 2
+            return np.concatenate([self.scores(documents[:half]), self.scores(documents[half:])])
 
         # log (N + alpha) = log (1 + N / alpha) + log alpha: zeros add nothing but the constant.
         owner, account, count = self.token_counts.take(rows)
@@ -409,10 +414,11 @@ class Log:
         self._torn = False  # may the file hold bytes beyond them?
         self._named: OrderedDict[str, tuple[int, int]] = OrderedDict()  # batch -> its bytes
         try:
+            new_folder = not path.parent.exists()
             with suppress(FileExistsError):  # if it is a file, opening says so better
                 path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
-            for folder in path.absolute().parents[:2]:  # so that new names are on disk, too
+            for folder in path.absolute().parents[: 1 + new_folder]:  # new names are on disk, too
                 _fsync_folder(folder)
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -445,13 +451,14 @@ class Log:
         seq = self.total
         placed: list[list[dict]] = []
         for name, batch in batches:
-            first = seq
-            placed.append([])
-            for record in batch:
-                left = first + len(batch) - 1 - seq
-                batch_name = first if name is None else name
-                placed[-1].append({"seq": seq, "batch": batch_name, "left": left} | record)
-                seq += 1
+            first, seq = seq, seq + len(batch)
+            batch_name = first if name is None else name
+            placed.append(
+                [
+                    {"seq": first + i, "batch": batch_name, "left": seq - first - i - 1} | record
+                    for i, record in enumerate(batch)
+                ]
+            )
         written = [b"".join(map(_line, batch)) for batch in placed]
         try:
             if self._torn:
@@ -730,6 +737,8 @@ class Bookkeeper:
 
     def _book_group(self, group: list[Batch]) -> None:
         group = [batch for batch in group if not self._answered_before(batch)]
+        if not group:
+            return
         samples = [sample for batch in group for sample in batch.samples]
         documents = [document for batch in group for document in batch.documents]
         records = self._assess(samples, documents)
@@ -812,6 +821,7 @@ def _chunks(items: Iterable, size: int) -> Iterator[list]:
 # ------------------------------------------------------------------------------------------- HTTP
 
 MAX_BODY = 64 << 20  # bytes of a request's body
+LARGE_BODY = 1 << 20  # bytes from which a body has to wait for its turn
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}  # of every answer
 
 STATUS = {BadRequest: 400, Conflict: 422, NotReady: 503, OSError: 507}  # of what is raised above
@@ -830,6 +840,7 @@ def create_app(
     app = Bottle()
     app.install(_in_json)
     app.default_error_handler = _error_in_json
+    parsing = threading.Lock()  # parsed JSON may take 20 times its bytes, so one at a time
 
     @app.hook("before_request")
     def authorize() -> None:
@@ -854,7 +865,8 @@ def create_app(
             raise HTTPError(415, "send JSON, with the header Content-Type: application/json")
         if request.content_length > max_body:
             raise HTTPError(413, f"send at most {max_body} bytes in one request")
-        return parse_samples(request.body.read(), booked, max_batch)
+        with parsing if request.content_length > LARGE_BODY else nullcontext():
+            return parse_samples(request.body.read(), booked, max_batch)
 
     @app.post("/sample")
     def sample() -> dict:

@@ -114,6 +114,11 @@ def test_tokens_are_the_features_each_with_its_kind():
     ]
 
 
+def test_only_the_first_100_words_make_tokens():
+    text = " ".join(map(str, range(5000)))
+    assert tokens(booking(text=text)) == tokens(booking(text=" ".join(map(str, range(100)))))
+
+
 def test_only_features_make_tokens():
     plain = booking()
     assert tokens(plain) == tokens(plain | {"AccountNumber": "1", "BankEntryDate": "x", "": "7"})
@@ -327,6 +332,15 @@ def test_an_assessment_is_the_prediction_its_margin_and_the_surprise(bookings, a
         else:
             second, best = sorted(row)[-2:]
             assert margin == pytest.approx(best - second, abs=1e-4)
+
+
+@given(LEARNED, st.lists(DOCUMENTS, min_size=1, max_size=9), st.integers(1, 60))
+def test_scores_are_the_same_a_few_cells_at_a_time(bookings, documents, cells):
+    model = taught(bookings)
+    expected = model.scores(documents)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bookkeep, "MAX_CELLS", cells)
+        assert np.array_equal(model.scores(documents), expected)
 
 
 @given(LEARNED, st.lists(DOCUMENTS, min_size=1, max_size=5))
