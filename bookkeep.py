@@ -26,7 +26,7 @@ import time
 import zlib
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext, suppress
 from itertools import chain, islice
@@ -830,12 +830,14 @@ STATUS = {BadRequest: 400, Conflict: 422, NotReady: 503, OSError: 507}  # of wha
 def create_app(
     bookkeeper: Bookkeeper,
     token: str | None = None,
+    hosts: Collection[str] | None = None,
     max_body: int = MAX_BODY,
     max_batch: int = MAX_BATCH,
 ) -> Bottle:
     """The WSGI app that answers for this bookkeeper, all in JSON, errors too.
 
-    With a token, all but /health is for those who send it.
+    With a token, all but /health is for those who send it. With hosts, it is for those who call
+    the service by one of these names: a web page whose own name was made to lead here does not.
     """
     app = Bottle()
     app.install(_in_json)
@@ -844,6 +846,9 @@ def create_app(
 
     @app.hook("before_request")
     def authorize() -> None:
+        host = re.sub(":[0-9]*$", "", request.environ.get("HTTP_HOST", "")).lower()
+        if hosts is not None and host not in hosts:
+            raise HTTPError(403, f"call this service by one of its names: {', '.join(hosts)}")
         if token is None or request.path == "/health":
             return
         expected = f"Bearer {token}".encode()
@@ -1083,7 +1088,8 @@ def serve(options: argparse.Namespace) -> None:
         *(f"[{host}]" if ":" in host else host, port),
         *(log.path, log.total, time.monotonic() - started),
     )
-    app = create_app(bookkeeper, token, options.max_body, options.max_batch)
+    hosts = None if token or options.open else ["localhost", "127.0.0.1", "[::1]", options.host]
+    app = create_app(bookkeeper, token, hosts, options.max_body, options.max_batch)
     _answer(app, listener, options)
     bookkeeper.close()
     logger.info("stopped")

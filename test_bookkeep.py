@@ -1243,6 +1243,23 @@ def test_with_a_token_nobody_else_reads_or_teaches(serve, tmp_path, monkeypatch,
     assert secret not in said
 
 
+def test_without_a_token_it_answers_only_to_its_own_names(service, path):
+    for host in ("localhost", "LOCALHOST:80", "127.0.0.1", f"127.0.0.1:{service.port}", "[::1]:80"):
+        assert service.ask("GET", "/health", headers={"Host": host})[0] == 200
+    for host in (
+        "evil.example",
+        "evil.example:8080",
+        "localhost.evil.example",
+        "127.0.0.1.evil",
+        "",
+    ):
+        for method, at in (("POST", "/sample"), ("GET", "/metrics/1"), ("GET", "/health")):
+            status, _, answer = service.ask(method, at, [booking()], headers={"Host": host})
+            assert status == 403
+            assert "localhost" in answer["error"]
+    assert service.samples() == 2
+
+
 def test_a_length_that_lies_and_chunks_without_end(serve):
     service = serve("--max-body=1000")
 
@@ -1252,7 +1269,7 @@ def test_a_length_that_lies_and_chunks_without_end(serve):
                 connection.sendall(part)
             return connection.recv(100)
 
-    head = b"POST /sample HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = b"POST /sample HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     chunked = head + b"Transfer-Encoding: chunked\r\n\r\n"
     body = json.dumps([booking()]).encode()
     assert raw(chunked, b"%x\r\n%s\r\n" % (len(body), body), b"0\r\n\r\n").startswith(
@@ -1413,7 +1430,7 @@ def test_a_request_under_way_is_answered_before_it_stops(serve):
     idle = socket.create_connection(("127.0.0.1", service.port))
     with socket.create_connection(("127.0.0.1", service.port)) as connection:
         connection.sendall(
-            b"POST /sample HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"POST /sample HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Content-Length: %d\r\n\r\n" % len(body) + body[:10]
         )
         time.sleep(0.3)
