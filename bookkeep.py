@@ -616,6 +616,10 @@ class Busy(NotReady):
     """No more can wait; the same can be sent again in a second."""
 
 
+class NotStored(Exception):
+    """The log could not be written: nothing has changed, and the same can be sent again."""
+
+
 class Conflict(Exception):
     """A batch was sent under the name of another."""
 
@@ -658,7 +662,7 @@ class Bookkeeper:
         """The samples' sequence numbers, once they are on disk and learned.
 
         A batch whose name is known is not booked again: it has the numbers that it got before.
-        Raises Conflict if that was another batch, OSError if the samples could not be written,
+        Raises Conflict if that was another batch, NotStored if the samples could not be written,
         Busy if too many wait, NotReady if the bookkeeper is closed.
         """
         batch = Batch(name, samples, [tokens(sample) for sample in samples], Future())
@@ -717,6 +721,9 @@ class Bookkeeper:
             try:
                 self._book_group(group)
             except Exception as error:
+                if isinstance(error, OSError):
+                    logger.error("%s could not be written: %s", self.log.path, error.strerror)
+                    error = NotStored(f"the log could not be written ({error.strerror}); try later")
                 for batch in group:
                     if not batch.stored.done():
                         batch.stored.set_exception(error)
@@ -824,7 +831,7 @@ MAX_BODY = 64 << 20  # bytes of a request's body
 LARGE_BODY = 1 << 20  # bytes from which a body has to wait for its turn
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}  # of every answer
 
-STATUS = {BadRequest: 400, Conflict: 422, NotReady: 503, OSError: 507}  # of what is raised above
+STATUS = {BadRequest: 400, Conflict: 422, NotReady: 503, NotStored: 507}  # of what is raised above
 
 
 def create_app(
@@ -1249,7 +1256,7 @@ def _answer(app: Bottle, listener: socket.socket, options: argparse.Namespace) -
         sockets=[listener],
         threads=options.threads,
         ident=None,
-        connection_limit=1000,
+        connection_limit=900,  # below the usual 1,024 open files
         asyncore_use_poll=True,
         # The app refuses long bodies, in JSON; waitress refuses what is not worth receiving.
         max_request_body_size=2 * options.max_body + (1 << 20),

@@ -47,6 +47,7 @@ from bookkeep import (
     LogError,
     NaiveBayes,
     NotReady,
+    NotStored,
     create_app,
     parse_samples,
     posterior,
@@ -834,7 +835,7 @@ def test_what_cannot_be_written_is_not_learned_and_can_be_sent_again(path, monke
                 raise OSError(28, "No space left on device")
 
             patch.setattr(os, "fsync", broken)
-            with pytest.raises(OSError, match="No space"):
+            with pytest.raises(NotStored, match="No space"):
                 bookkeeper.book(samples[200:])
         assert state(bookkeeper, samples) == before
         assert bookkeeper.book(samples[200:]) == range(200, 300)
@@ -900,7 +901,7 @@ def test_a_named_batch_that_was_not_written_is_booked_when_it_comes_again(path, 
                 raise OSError(5, "Input/output error")
 
             patch.setattr(os, "write", broken)
-            with pytest.raises(OSError, match="Input/output"):
+            with pytest.raises(NotStored, match="Input/output"):
                 bookkeeper.book([booking()], "mine")
         assert bookkeeper.book([booking(account="2")], "mine") == range(0, 1)
 
@@ -1138,7 +1139,8 @@ def test_a_full_disk_is_a_507_and_when_there_is_space_again_bookings_go_on(serve
     unlimited = resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, (40_000, -1))
     status, answer = service.post("/sample", [booking(account="2")] * 500)
     assert status == 507
-    assert "File too large" in answer["error"]
+    assert answer == {"error": "the log could not be written (File too large); try later"}
+    assert "ERROR" in service.said()
     assert service.samples() == 100
     assert service.post("/predict", booking()) == (200, ["3115"])
     assert service.get("/metrics/10")[0] == 503
@@ -1358,19 +1360,32 @@ def test_the_app_is_one_that_any_wsgi_server_can_run(path):
         assert call(app, "GET", "/nowhere")[0] == 404
 
 
-def test_a_failure_of_the_service_is_a_500_without_a_traceback(path, monkeypatch, caplog):
+def raised(path, monkeypatch, error):
+    """The status line, the headers and the body of the answer when the bookkeeper raises this."""
+
     def broken(self):
-        raise RuntimeError("secret")
+        raise error
 
     monkeypatch.setattr(Bookkeeper, "health", broken)
     with bookkeeping(path) as bookkeeper:
         environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/health", "wsgi.errors": sys.stderr}
         started = []
         [body] = create_app(bookkeeper)(environ, lambda *start: started.append(start))
-    assert started[0][0].startswith("500 ")
     assert list(json.loads(body)) == ["error"]
+    return started[0][0], dict(started[0][1]), body
+
+
+def test_a_failure_of_the_service_is_a_500_without_a_traceback(path, monkeypatch, caplog):
+    status, _, body = raised(path, monkeypatch, RuntimeError("secret"))
+    assert status.startswith("500 ")
     assert b"secret" not in body
     assert "secret" in caplog.text
+
+
+def test_who_finds_too_many_waiting_is_told_when_to_come_again(path, monkeypatch):
+    status, headers, _ = raised(path, monkeypatch, Busy("too many"))
+    assert status.startswith("503 ")
+    assert headers["Retry-After"] == "1"
 
 
 # ----------------------------------------------------------------------------------- Command line
