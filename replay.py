@@ -103,17 +103,25 @@ def replay(rows: Iterator[Sample], client: "Client", options: argparse.Namespace
     except Failed as error:
         raise Failed(f"{error}; to go on later, add --resume {start} to the same command") from None
     seconds = time.monotonic() - started
-    windows = [n for n in WINDOWS if predicted and (n == 1000 or predicted >= n)]
-    return {
+    report = {
         "samples": sent,
         "stored_before": resent,
         "seconds": round(seconds, 3),
         "samples_per_second": round(sent / seconds),
-        "metrics": {str(n): client.ask("GET", f"/metrics/{n}") for n in windows},
-        "prediction": _prediction(next(rows, None), client) if sent else None,
+        "metrics": {},
+        "prediction": None,
         "interrupted": interrupted,
         "resume": start,
     }
+    try:
+        for n in WINDOWS:
+            if predicted and (n == 1000 or predicted >= n):
+                report["metrics"][str(n)] = client.ask("GET", f"/metrics/{n}")
+        report["prediction"] = _prediction(next(rows, None), client) if sent else None
+    except Failed:
+        if not interrupted:  # perhaps because the service was gone
+            raise
+    return report
 
 
 def in_words(report: dict) -> str:
@@ -125,7 +133,8 @@ def in_words(report: dict) -> str:
     if report["stored_before"]:
         lines.append(f"{report['stored_before']:,} of them had been stored before")
     if report["interrupted"]:
-        lines.append(f"Interrupted: to go on, add --resume {report['resume']} to the same command")
+        log = f" --log {report['log']}" if "log" in report else ""
+        lines.append(f"Interrupted; the same command goes on with --resume {report['resume']}{log}")
     for n, metrics in report["metrics"].items():
         lines.append(
             f"/metrics/{n:<6} precision {metrics['precision']:.3f}   recall {metrics['recall']:.3f}"
