@@ -668,7 +668,7 @@ class Bookkeeper:
         batch = Batch(name, samples, [tokens(sample) for sample in samples], Future())
         with self._arrival:
             if self._closed:
-                raise NotReady("the service is stopping; send this again when it is back")
+                raise NotReady("nothing can be booked until the service is started again")
             waiting = sum(len(other.samples) for other in self._waiting)
             if waiting and waiting + len(samples) > BACKLOG:
                 raise Busy("too many bookings are waiting; send this again in a second")
@@ -754,7 +754,11 @@ class Bookkeeper:
         self.log.append(
             [(batch.name, list(islice(remaining, len(batch.samples)))) for batch in group]
         )
-        self._learn(records, documents)
+        try:
+            self._learn(records, documents)
+        except BaseException:
+            self._closed = True  # the model is no longer the log's; a restart makes it so again
+            raise
         for batch in group:
             batch.stored.set_result(range(first, first + len(batch.samples)))
             first += len(batch.samples)

@@ -926,6 +926,25 @@ def test_when_too_many_wait_no_more_are_taken(path, held_disk, monkeypatch):
         assert bookkeeper.book([booking()]) == range(21, 22)
 
 
+def test_if_learning_fails_nothing_more_is_booked_until_a_restart(path, monkeypatch):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking(account="1")])
+        with monkeypatch.context() as patch:
+
+            def broken(*_):
+                raise MemoryError
+
+            patch.setattr(NaiveBayes, "learn", broken)
+            with pytest.raises(MemoryError):
+                bookkeeper.book([booking(account="2")] * 3, "mine")
+        with pytest.raises(NotReady, match="started again"):
+            bookkeeper.book([booking(account="2")] * 3, "mine")
+        assert bookkeeper.predict([booking()]) == ["1"]
+    with bookkeeping(path) as bookkeeper:
+        assert bookkeeper.book([booking(account="2")] * 3, "mine") == range(1, 4)
+        assert bookkeeper.predict([booking()]) == ["2"]
+
+
 def test_a_closed_bookkeeper_books_what_waits_and_no_more(path, held_disk):
     hold, called, let_go, _ = held_disk
     bookkeeper = Bookkeeper(Log(path))
@@ -939,7 +958,7 @@ def test_a_closed_bookkeeper_books_what_waits_and_no_more(path, held_disk):
     closing = threading.Thread(target=bookkeeper.close)
     closing.start()
     wait_until(lambda: bookkeeper._closed)
-    with pytest.raises(NotReady, match="stopping"):
+    with pytest.raises(NotReady, match="started again"):
         bookkeeper.book([booking()])
     let_go.set()
     closing.join()
