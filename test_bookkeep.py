@@ -1641,6 +1641,18 @@ def test_a_repaired_copy_has_every_batch_that_is_surely_whole(tmp_path):
     assert "is there already" in said
 
 
+@pytest.mark.parametrize(("name", "kept"), [(None, [0, 9, 12]), ("named", [0, 12])])
+def test_after_a_gap_a_batch_is_kept_if_its_start_is_sure(path, name, kept):
+    lines = written(path, [[{"x": 1}] * 3 for _ in range(5)])
+    lines[9:12] = [changed(line, batch=name or 9) for line in lines[9:12]]
+    del lines[5:9]  # the end of one batch and all of the next
+    path.write_bytes(b"".join(lines))
+    found = list(scan(path))
+    assert [whole.records[0]["seq"] for whole in found if hasattr(whole, "records")] == kept
+    [damage] = [damage for damage in found if not hasattr(damage, "records")]
+    assert (damage.line, damage.reason) == (6, "4 bookings are missing before it")
+
+
 # --------------------------------------------------------------------------------------- replay.py
 
 
