@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import re
+import resource
 import signal
 import socket
 import sys
@@ -29,7 +30,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext, suppress
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,9 +48,11 @@ logger = logging.getLogger("bookkeep")
 
 FEATURES = ("CompanyId", "BankEntryText", "BankEntryAmount")
 TARGET = "AccountNumber"
+REPEATED = ("CompanyId", "BankEntryAmount")  # in the tokens of each word
 
 MAX_BATCH = 10_000  # samples in one body
 MAX_VALUE = 10_000  # characters in a key or a value
+MAX_NAME = 100  # characters in a company or an amount, which most of a sample's tokens repeat
 MAX_WORDS = 100  # words of a text that become tokens: its first ones
 
 Sample = dict[str, str]
@@ -95,6 +98,8 @@ def check_sample(sample: object, required: Sequence[str]) -> None:
             raise BadRequest(f"{key} is missing")
         if not sample[key]:
             raise BadRequest(f"{key} is empty")
+        if key in REPEATED and len(sample[key]) > MAX_NAME:
+            raise BadRequest(f"{key} is longer than {MAX_NAME} characters")
     try:
         "".join(chain(sample, sample.values())).encode()
     except UnicodeEncodeError:
@@ -414,11 +419,12 @@ class Log:
         self._torn = False  # may the file hold bytes beyond them?
         self._named: OrderedDict[str, tuple[int, int]] = OrderedDict()  # batch -> its bytes
         try:
-            new_folder = not path.parent.exists()
+            folders = path.absolute().parents
+            new = sum(not folder.exists() for folder in folders)
             with suppress(FileExistsError):  # if it is a file, opening says so better
                 path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
-            for folder in path.absolute().parents[: 1 + new_folder]:  # new names are on disk, too
+            for folder in folders[: 1 + new]:  # so that new names are on disk, too
                 _fsync_folder(folder)
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -531,44 +537,51 @@ def scan(path: Path) -> Iterator[Whole | Damage]:
     batch: list[dict] | None = []  # the lines of an unfinished batch, None if some are missing
     number = start = size = unreadable = 0
     torn = False
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
+    for (number, line, record), (_, _, after) in pairwise(_lines(path)):
+        if isinstance(record, ValueError):
             torn = not line.endswith(b"\n")
-            if torn:
-                break
-            try:
-                record = _parse(line)
-            except ValueError as error:
-                yield Damage(number, str(error))
+            if not torn:
+                yield Damage(number, str(record))
                 unreadable += 1
-                continue
-            missing = record["seq"] - seq - 1
-            if missing < 0:
-                yield Damage(number, f"booking {record['seq']} stands here once more")
-                continue
-            if missing > unreadable:
-                yield Damage(number, f"{missing - unreadable} bookings are missing before it")
-            # A batch starts where the one before ends, and an unnamed one says where it starts.
-            if left == missing or record["batch"] == record["seq"]:
-                if left > missing:
-                    yield Damage(number, "the batch before it is unfinished")
-                batch, start, size = [], number, 0
-            elif missing:
-                batch = None
-            elif (name, left - 1) != (record["batch"], record["left"]):
-                yield Damage(number, "it does not belong to the batch before it")
-                batch = None
-            seq, left, name = record["seq"], record["left"], record["batch"]
-            unreadable = 0
-            if batch is not None:
-                batch.append(record)
-                size += len(line)
-                if left == 0:
-                    yield Whole(batch, start, size)
-                    batch = []
+            continue
+        missing = record["seq"] - seq - 1
+        if missing < 0 or (missing and isinstance(after, dict) and after["seq"] == seq + 1):
+            yield Damage(number, f"booking {record['seq']} does not belong here")
+            continue
+        if missing > unreadable:
+            yield Damage(number, f"{missing - unreadable} bookings are missing before it")
+        # A batch starts where the one before ends, and an unnamed one says where it starts.
+        if left == missing or record["batch"] == record["seq"]:
+            if left > missing:
+                yield Damage(number, "the batch before it is unfinished")
+            batch, start, size = [], number, 0
+        elif missing:
+            batch = None
+        elif (name, left - 1) != (record["batch"], record["left"]):
+            yield Damage(number, "it does not belong to the batch before it")
+            batch = None
+        seq, left, name = record["seq"], record["left"], record["batch"]
+        unreadable = 0
+        if batch is not None:
+            batch.append(record)
+            size += len(line)
+            if left == 0:
+                yield Whole(batch, start, size)
+                batch = []
     if torn or left:
         first = number + (not torn) - len(batch or [])
         yield Damage(first, "the batch is unfinished", at_end=True)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes, dict | ValueError | None]]:
+    """The lines from 1, as bytes and as records, or what is wrong with them; and then no line."""
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield number, line, _parse(line)
+            except ValueError as error:
+                yield number, line, error
+    yield 0, b"", None
 
 
 def name_of(batch: list[dict]) -> str | None:
@@ -606,6 +619,7 @@ def _fsync_folder(path: Path) -> None:
 CHUNK = 128  # samples scored or learned at a time: what a prediction may have to wait for
 GROUP = 1000  # samples that a group of batches may have, unless it is one batch
 BACKLOG = 50_000  # samples that may wait, unless they are one batch
+RESTART = "nothing can be booked until the service is started again"
 
 
 class NotReady(Exception):
@@ -629,7 +643,6 @@ class Batch(NamedTuple):
 
     name: str | None
     samples: list[Sample]
-    documents: list[list[str]]
     stored: Future  # of the range of their sequence numbers
 
 
@@ -653,6 +666,7 @@ class Bookkeeper:
         self._waiting: deque[Batch] = deque()
         self._arrival = threading.Condition()  # of a batch that waits, or of the end
         self._closed = False
+        self._broken = False  # has the model lost step with the log?
         self._started = time.monotonic()
         self._read_back()
         self._writer = threading.Thread(target=self._write, name="writer", daemon=True)
@@ -665,10 +679,10 @@ class Bookkeeper:
         Raises Conflict if that was another batch, NotStored if the samples could not be written,
         Busy if too many wait, NotReady if the bookkeeper is closed.
         """
-        batch = Batch(name, samples, [tokens(sample) for sample in samples], Future())
+        batch = Batch(name, samples, Future())
         with self._arrival:
-            if self._closed:
-                raise NotReady("nothing can be booked until the service is started again")
+            if self._closed or self._broken:
+                raise NotReady(RESTART)
             waiting = sum(len(other.samples) for other in self._waiting)
             if waiting and waiting + len(samples) > BACKLOG:
                 raise Busy("too many bookings are waiting; send this again in a second")
@@ -696,7 +710,12 @@ class Bookkeeper:
         return {"precision": precision, "recall": recall}
 
     def health(self) -> dict[str, str | int | float]:
-        """How much has been learned, and for how many seconds the service has been up."""
+        """How much has been learned, and for how many seconds the service has been up.
+
+        Raises NotReady if the service must be restarted.
+        """
+        if self._broken:
+            raise NotReady(RESTART)
         with self._changing:
             return {
                 "status": "ok",
@@ -719,6 +738,8 @@ class Bookkeeper:
         """The writer thread: books group after group until there will be no more."""
         while group := self._next_group():
             try:
+                if self._broken:
+                    raise NotReady(RESTART)
                 self._book_group(group)
             except Exception as error:
                 if isinstance(error, OSError):
@@ -747,7 +768,7 @@ class Bookkeeper:
         if not group:
             return
         samples = [sample for batch in group for sample in batch.samples]
-        documents = [document for batch in group for document in batch.documents]
+        documents = [tokens(sample) for sample in samples]
         records = self._assess(samples, documents)
         remaining = iter(records)
         first = self.log.total
@@ -757,14 +778,18 @@ class Bookkeeper:
         try:
             self._learn(records, documents)
         except BaseException:
-            self._closed = True  # the model is no longer the log's; a restart makes it so again
+            self._broken = True  # until a restart
             raise
         for batch in group:
             batch.stored.set_result(range(first, first + len(batch.samples)))
             first += len(batch.samples)
 
     def _answered_before(self, batch: Batch) -> bool:
-        records = None if batch.name is None else self.log.find(batch.name)
+        try:
+            records = None if batch.name is None else self.log.find(batch.name)
+        except (OSError, ValueError) as error:
+            batch.stored.set_exception(NotStored(f"the log could not be read ({error}); try later"))
+            return True
         if records is None:
             return False
         if [record["sample"] for record in records] == batch.samples:
@@ -971,12 +996,15 @@ def _openapi(max_batch: int) -> dict:
 
     text = {"type": "string", "maxLength": MAX_VALUE}
     filled = text | {"minLength": 1}
+    features = {
+        key: filled | {"maxLength": MAX_NAME if key in REPEATED else MAX_VALUE} for key in FEATURES
+    }
     count = {"type": "integer", "minimum": 0}
     share = {"type": "number", "minimum": 0, "maximum": 1}
     place = {"type": ["integer", "null"], "minimum": 0}
     schemas = {
-        "Sample": record(dict.fromkeys(FEATURES, filled), text),
-        "Booking": record(dict.fromkeys((*FEATURES, TARGET), filled), text),
+        "Sample": record(features, text),
+        "Booking": record(features | {TARGET: filled}, text),
         "Stored": record({"received": count, "total": count, "first": place, "last": place}),
         "Metrics": record({"precision": share, "recall": share}),
         "Health": record(
@@ -1037,7 +1065,7 @@ def _openapi(max_batch: int) -> dict:
             "get": {
                 "summary": "how much has been learned",
                 "security": [],
-                "responses": answers(of("schemas", "Health")),
+                "responses": answers(of("schemas", "Health"), 503),
             }
         },
         "/openapi.json": {
@@ -1077,7 +1105,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bookkeep: {reason}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        logger.info("stopped before it served")
+        logger.info("stopped before it was done")
+        return 130 if options.command == "check" else 0
     return 0
 
 
@@ -1099,7 +1128,8 @@ def serve(options: argparse.Namespace) -> None:
         *(f"[{host}]" if ":" in host else host, port),
         *(log.path, log.total, time.monotonic() - started),
     )
-    hosts = None if token or options.open else ["localhost", "127.0.0.1", "[::1]", options.host]
+    names = {"localhost", "127.0.0.1", "[::1]", options.host.lower()}
+    hosts = None if token or options.open else sorted(names)
     app = create_app(bookkeeper, token, hosts, options.max_body, options.max_batch)
     _answer(app, listener, options)
     bookkeeper.close()
@@ -1108,10 +1138,10 @@ def serve(options: argparse.Namespace) -> None:
 
 def check(path: Path, repair: bool) -> int:
     """Prints what is wrong with a log, and what a repaired copy leaves out; the exit status."""
-    damages = 0
+    damages = lost_at_end = 0
 
     def whole_batches() -> Iterator[list[dict]]:
-        nonlocal damages
+        nonlocal damages, lost_at_end
         for found in scan(path):
             if isinstance(found, Damage):
                 problems = [found]
@@ -1120,6 +1150,7 @@ def check(path: Path, repair: bool) -> int:
             for problem in problems:
                 print(f"{path}, line {problem.line}: {problem.reason}")
             damages += len(problems)
+            lost_at_end = len(problems)
             if not problems:
                 yield found.records
 
@@ -1130,28 +1161,30 @@ def check(path: Path, repair: bool) -> int:
         print(f"{path}: {kept} bookings in whole batches, {damages or 'no'} problems")
         return int(damages > 0)
 
-    copy = Log(path.with_name(f"{path.name}.repaired"))
-    if os.path.getsize(copy.path):
-        raise LogError(f"{copy.path} is there already; move it away first")
+    target = path.with_name(f"{path.name}.repaired")
+    if target.exists():
+        raise LogError(f"{target} is there already; move it away first")
+    copy = Log(target)
     due = 0  # the booking that comes next, if none is left out
-    for batches in _chunks(whole_batches(), GROUP):
-        for records in batches:
-            if records[0]["seq"] > due:
-                print(f"left out: bookings {due} to {records[0]['seq'] - 1}")
-            due = records[-1]["seq"] + 1
-        copy.append(
-            [
-                (
-                    name_of(records),
-                    [{k: record[k] for k in record if k not in PLACE} for record in records],
-                )
-                for records in batches
-            ]
-        )
-    print(f"left out: all after booking {due - 1}, if there was more")
-    print(f"{copy.path}: {copy.total} bookings, numbered anew")
+    try:
+        for batches in _chunks(whole_batches(), 16):
+            for records in batches:
+                if records[0]["seq"] > due:
+                    print(f"left out: bookings {due} to {records[0]['seq'] - 1}")
+                due = records[-1]["seq"] + 1
+            copy.append([(name_of(records), list(map(_content, records))) for records in batches])
+    except BaseException:
+        target.unlink()  # an unfinished copy must not pass for a finished one
+        raise
+    if lost_at_end:
+        print(f"left out: all from booking {due} on")
+    print(f"{target}: {copy.total} bookings, numbered anew")
     copy.close()
     return int(damages > 0)
+
+
+def _content(record: dict) -> dict:
+    return {key: value for key, value in record.items() if key not in PLACE}
 
 
 def read_token(file: Path | None) -> str | None:
@@ -1248,19 +1281,23 @@ def _bind(host: str, port: int) -> socket.socket:
         listener = socket.socket(family)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except OSError as error:
-        raise OSError(f"cannot listen on {host}, port {port}: {error.strerror}") from None
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no host name"
+        raise OSError(f"cannot listen on {host}, port {port}: {reason}") from None
     return listener
 
 
 def _answer(app: Bottle, listener: socket.socket, options: argparse.Namespace) -> None:
     """Answers requests until SIGTERM or Ctrl-C, then those that are under way."""
+    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     server = waitress.create_server(
         app,
         sockets=[listener],
         threads=options.threads,
         ident=None,
-        connection_limit=900,  # below the usual 1,024 open files
+        # A connection takes a socket, and a file for a body of over 512 KiB.
+        connection_limit=1000 if files == resource.RLIM_INFINITY else min(1000, files // 2 - 50),
         asyncore_use_poll=True,
         # The app refuses long bodies, in JSON; waitress refuses what is not worth receiving.
         max_request_body_size=2 * options.max_body + (1 << 20),
@@ -1284,6 +1321,7 @@ def _answer(app: Bottle, listener: socket.socket, options: argparse.Namespace) -
 
     server.del_channel()
     listener.close()
+    turn(0)  # what has arrived by now is under way
     deadline = time.monotonic() + GRACE
     while server.active_channels and time.monotonic() < deadline:
         for channel in list(server.active_channels.values()):
@@ -1299,7 +1337,8 @@ class JSONErrorTask(ErrorTask):
     def execute(self) -> None:
         """Writes the answer."""
         error = self.request.error
-        body = json.dumps({"error": f"send a proper HTTP request: {error.body}"}).encode()
+        reason = f"send a shorter or a proper HTTP request ({error.reason}: {error.body})"
+        body = json.dumps({"error": reason}).encode()
         self.status = f"{error.code} {error.reason}"
         self.response_headers += [("Content-Type", "application/json"), *HEADERS.items()]
         self.set_close_on_finish()

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
@@ -40,6 +41,7 @@ DATA_SETS = [  # a real one first, if the user has put it there
     DATA / "bank_expenses_synthetic.csv.zip",
 ]
 COLUMNS = [*FEATURES, "BankEntryDate", TARGET]
+ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)  # encrypted is the last
 WINDOWS = (100, 1000, 10_000)  # the n of the /metrics/<n> in the report
 
 
@@ -49,16 +51,14 @@ class Failed(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Replays as the options say and prints the report; the exit status."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C, so that a service is stopped, too
+        signal.signal(number, signal.default_int_handler)
     options = _options(arguments)
     try:
         options.file = options.file or _default_file()
-        rows = read_rows(options.file)
-        if options.order == "date":
-            rows = iter(sorted(rows, key=lambda row: (row["BankEntryDate"], row["CompanyId"])))
         token = read_token(options.token_file)
         with _service(options) as url:
-            report = replay(rows, Client(url, token), options)
+            report = replay(Client(url, token), options)
         if options.serve:
             report["log"] = str(options.log)
     except (Failed, OSError) as error:
@@ -70,24 +70,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 130 if report["interrupted"] else 0
 
 
-def replay(rows: Iterator[Sample], client: "Client", options: argparse.Namespace) -> dict:
+def replay(client: "Client", options: argparse.Namespace, skip: bool = True) -> dict:
     """Sends the rows in batches and reports; Ctrl-C ends it early. Raises Failed.
 
     Each batch has a key that is the same when the same run is resumed, so that the service stores
-    it once, whatever happened to the first attempt.
+    it once, whatever happened to the first attempt. Batches that the log holds already are skipped,
+    all but the last, which shows that they stand where they must.
     """
     sent = resent = predicted = unpredicted = 0
     interrupted = False
     started = asked = time.monotonic()
-    stored_before = client.ask("GET", "/health")["samples"]
+    stored_before = client.health()["samples"]
     start = stored_before if options.resume is None else options.resume
     source = (options.file.name, options.order, options.batch, options.seed, start)
     run = hashlib.sha256(repr(source).encode()).hexdigest()[:16]
+    rows = _rows(options)
     try:
         with _progress(options.samples) as show:
             to_send = itertools.islice(rows, options.samples)
             for batch in _batches(to_send, options.batch, options.seed):
+                if skip and start + sent + len(batch) < stored_before:
+                    sent += len(batch)
+                    resent = sent
+                    continue
                 answer = client.ask("POST", "/sample", batch, key=f"replay {run} row {sent}")
+                if skip and resent == sent > 0 and answer["first"] != start + sent:
+                    return replay(client, options, skip=False)  # others have booked in between
                 sent += len(batch)
                 if answer["first"] < stored_before:
                     resent += len(batch)
@@ -101,7 +109,8 @@ def replay(rows: Iterator[Sample], client: "Client", options: argparse.Namespace
         interrupted = True
         client.interrupted()
     except Failed as error:
-        raise Failed(f"{error}; to go on later, add --resume {start} to the same command") from None
+        log = f" --log {options.log}" if options.serve else ""
+        raise Failed(f"{error}; the same command goes on with --resume {start}{log}") from None
     seconds = time.monotonic() - started
     report = {
         "samples": sent,
@@ -118,9 +127,10 @@ def replay(rows: Iterator[Sample], client: "Client", options: argparse.Namespace
             if predicted and (n == 1000 or predicted >= n):
                 report["metrics"][str(n)] = client.ask("GET", f"/metrics/{n}")
         report["prediction"] = _prediction(next(rows, None), client) if sent else None
-    except Failed:
-        if not interrupted:  # perhaps because the service was gone
-            raise
+    except Failed as error:
+        print(f"replay: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        report["interrupted"] = True
     return report
 
 
@@ -179,7 +189,7 @@ def read_rows(path: Path) -> Iterator[Sample]:
                 yield row
     except OSError as error:
         raise Failed(f"cannot read {path}: {error.strerror}") from None
-    except (csv.Error, UnicodeDecodeError, zipfile.BadZipFile) as error:
+    except (csv.Error, UnicodeDecodeError, *ZIP_ERRORS) as error:
         raise Failed(f"{path} is no CSV file: {error}") from None
 
 
@@ -195,6 +205,14 @@ def _open_text(path: Path) -> Iterator[io.TextIOBase]:
             raise Failed(f"there is no CSV file in {path}")
         with archive.open(names[0]) as file:
             yield io.TextIOWrapper(file, newline="", encoding="utf-8-sig")
+
+
+def _rows(options: argparse.Namespace) -> Iterator[Sample]:
+    """The file's rows in the order that is asked for."""
+    rows = read_rows(options.file)
+    if options.order == "date":
+        return iter(sorted(rows, key=lambda row: (row["BankEntryDate"], row["CompanyId"])))
+    return rows
 
 
 def _default_file() -> Path:
@@ -223,8 +241,10 @@ class Client:
         address = urlsplit(url)
         kinds = {"http": HTTPConnection, "https": HTTPSConnection}
         try:
+            if not address.hostname:
+                raise ValueError
             self._connection = kinds[address.scheme](address.hostname, address.port, timeout=600)
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, HTTPException):
             raise Failed(
                 f"{url} is not the URL of a service, as http://127.0.0.1:8080 is"
             ) from None
@@ -266,6 +286,13 @@ class Client:
                 raise Failed(f"{self._url}{path}: {reason}")
             time.sleep(pause)
             pause = min(2 * pause, 2)
+
+    def health(self) -> dict:
+        """The service's health. Raises Failed if it is no bookkeep."""
+        health = self.ask("GET", "/health")
+        if not (isinstance(health, dict) and isinstance(health.get("samples"), int)):
+            raise Failed(f"{self._url} is no bookkeep service")
+        return health
 
     def interrupted(self) -> None:
         """Drops what was under way, and waits for nothing any more."""
@@ -410,7 +437,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
+    if not (text.isdecimal() and len(text) < 19 and int(text)):
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(text)
 

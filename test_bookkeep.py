@@ -201,6 +201,14 @@ BAD_BODIES = {
         json.dumps([booking(), booking(text="x" * 10_001)]).encode(),
         "sample 1: BankEntryText is longer than 10000 characters",
     ),
+    "a company of 101 characters": (
+        json.dumps([booking(company="x" * 101)]).encode(),
+        "sample 0: CompanyId is longer than 100 characters",
+    ),
+    "an amount of 101 characters": (
+        json.dumps([booking(amount="x" * 101)]).encode(),
+        "sample 0: BankEntryAmount is longer than 100 characters",
+    ),
     "a key of 10,001 characters": (
         json.dumps([booking(**{"k" * 10_001: "x"})]).encode(),
         "is longer than 10000 characters",
@@ -568,6 +576,10 @@ def test_a_new_log_is_on_disk_before_it_is_used(path, monkeypatch):
     written(path, [[{"x": 1}]])
     folder = str(path.parent.resolve())
     assert synced == [folder, str(Path(folder).parent), str(path.resolve())]
+    synced.clear()
+    deep = path.parent / "new" / "newer" / "log"
+    written(deep, [])
+    assert synced == [str(parent.resolve()) for parent in deep.parents[:3]]
 
 
 def test_a_log_has_one_owner(path):
@@ -769,8 +781,10 @@ def test_batches_that_wait_share_an_fsync(path, held_disk):
         threads += [threading.Thread(target=bookkeeper.book, args=([booking()] * GROUP,))]
         threads[0].start()
         assert called.wait(30)
-        for thread in threads[1:]:
+        for thread in threads[1:-1]:
             thread.start()
+        wait_until(lambda: len(bookkeeper._waiting) == 19)
+        threads[-1].start()
         wait_until(lambda: len(bookkeeper._waiting) == 20)
         let_go.set()
         for thread in threads:
@@ -926,23 +940,71 @@ def test_when_too_many_wait_no_more_are_taken(path, held_disk, monkeypatch):
         assert bookkeeper.book([booking()]) == range(21, 22)
 
 
-def test_if_learning_fails_nothing_more_is_booked_until_a_restart(path, monkeypatch):
+def test_if_learning_fails_nothing_more_is_booked_until_a_restart(path, monkeypatch, held_disk):
+    hold, called, let_go, _ = held_disk
+    answers = []
+
+    def send(account):
+        try:
+            answers.append(bookkeeper.book([booking(account=account)] * GROUP, account))
+        except (MemoryError, NotReady) as error:
+            answers.append(str(error) or "no memory")
+
     with bookkeeping(path) as bookkeeper:
         bookkeeper.book([booking(account="1")])
         with monkeypatch.context() as patch:
+            learn = iter([MemoryError()])
 
             def broken(*_):
-                raise MemoryError
+                raise next(learn)
 
             patch.setattr(NaiveBayes, "learn", broken)
-            with pytest.raises(MemoryError):
-                bookkeeper.book([booking(account="2")] * 3, "mine")
+            hold()
+            threads = [threading.Thread(target=send, args=(account,)) for account in "234"]
+            threads[0].start()
+            assert called.wait(30)
+            for thread in threads[1:]:
+                thread.start()
+            wait_until(lambda: len(bookkeeper._waiting) == 2)
+            let_go.set()
+            for thread in threads:
+                thread.join()
+        send("2")
+        assert answers == ["no memory"] + 3 * [bookkeep.RESTART]
         with pytest.raises(NotReady, match="started again"):
-            bookkeeper.book([booking(account="2")] * 3, "mine")
+            bookkeeper.health()
         assert bookkeeper.predict([booking()]) == ["1"]
     with bookkeeping(path) as bookkeeper:
-        assert bookkeeper.book([booking(account="2")] * 3, "mine") == range(1, 4)
+        assert bookkeeper.book([booking(account="2")] * GROUP, "2") == range(1, GROUP + 1)
         assert bookkeeper.predict([booking()]) == ["2"]
+
+
+def test_a_named_batch_that_cannot_be_read_back_fails_alone(path, held_disk):
+    hold, called, let_go, _ = held_disk
+    answers = {}
+
+    def send(name):
+        try:
+            answers[name] = bookkeeper.book([booking()], name)
+        except NotStored as error:
+            answers[name] = str(error)
+
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking()], "damaged")
+        damaged = path.read_bytes().replace(b"rent", b"Rent")
+        path.write_bytes(damaged)
+        hold()
+        threads = [threading.Thread(target=send, args=(name,)) for name in ("a", "damaged", "b")]
+        threads[0].start()
+        assert called.wait(30)
+        for thread in threads[1:]:
+            thread.start()
+        wait_until(lambda: len(bookkeeper._waiting) == 2)
+        let_go.set()
+        for thread in threads:
+            thread.join()
+    assert "could not be read (the checksum does not fit)" in answers["damaged"]
+    assert {len(answers["a"]), len(answers["b"])} == {1}
 
 
 def test_a_closed_bookkeeper_books_what_waits_and_no_more(path, held_disk):
@@ -1320,6 +1382,26 @@ def test_slow_clients_do_not_stop_others(serve):
         connection.close()
 
 
+def test_many_large_uploads_that_stall_do_not_stop_others(serve):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
+
+    service = serve(limit=limit)
+    head = b"POST /sample HTTP/1.1\r\nContent-Length: 2000000\r\n\r\n"
+    slow = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(95)]
+    for connection in slow:
+        connection.sendall(head + b" " * 600_000)
+    assert service.post("/sample", [booking()])[0] == 200
+    assert service.post("/predict", booking()) == (200, ["3115"])
+    more = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(30)]
+    for connection in more[:5]:  # those beyond the limit wait to be accepted
+        connection.close()
+    for connection in [*slow, *more]:
+        connection.close()
+    assert service.post("/predict", booking()) == (200, ["3115"])
+    assert "exception" not in service.said()
+
+
 def test_the_openapi_description_is_true(serve, tmp_path):
     service = serve()
     for _ in range(2):
@@ -1421,8 +1503,11 @@ def run(*command, **options):
 def test_help_explains_each_option():
     status, text, _ = run(HERE / "bookkeep.py", "--help")
     assert status == 0
-    for option in ("--host", "--port", "--log", "--threads", "--max-body", "--version"):
-        assert re.search(rf"{option}\b.*\n?.*\w{{4,}}", text)
+    explained = text.partition("options:")[2]
+    options = re.findall(r"(--[a-z-]+)", text.partition("options:")[0])
+    assert {"--host", "--port", "--log", "--threads", "--token-file", "--version"} <= {*options}
+    for option in options:
+        assert re.search(rf"^ +(-h, )?{option}( [A-Z_]+)?\s+\w.{{9,}}", explained, re.MULTILINE)
     assert run(HERE / "bookkeep.py", "--version")[1] == f"bookkeep {bookkeep.__version__}\n"
 
 
@@ -1628,7 +1713,7 @@ def test_a_repaired_copy_has_every_batch_that_is_surely_whole(tmp_path):
     assert out.splitlines()[:5] == problems
     assert "left out: bookings 3 to 5" in out
     assert "left out: bookings 12 to 14" in out
-    assert "left out: all after booking 20" in out
+    assert "left out: all from booking 21 on" in out
     assert log.read_bytes() == before
     repaired = tmp_path / "log.repaired"
     with bookkeeping(repaired) as bookkeeper:
@@ -1639,6 +1724,34 @@ def test_a_repaired_copy_has_every_batch_that_is_surely_whole(tmp_path):
     status, _, said = run(HERE / "bookkeep.py", "check", log, "--repair")
     assert status == 1
     assert "is there already" in said
+
+
+def test_one_misplaced_line_costs_no_batch(path):
+    lines = written(path, [[{"x": number}] for number in range(200)])
+    path.write_bytes(b"".join([*lines[:3], lines[180], *lines[3:]]))
+    found = list(scan(path))
+    assert sum(hasattr(whole, "records") for whole in found) == 200
+    [damage] = [damage for damage in found if not hasattr(damage, "records")]
+    assert (damage.line, damage.reason) == (4, "booking 180 does not belong here")
+
+
+@pytest.mark.parametrize("repair", [[], ["--repair"]])
+def test_a_check_that_is_interrupted_says_so_and_leaves_no_half_copy(tmp_path, repair):
+    log = tmp_path / "log"
+    with bookkeeping(log) as bookkeeper:
+        bookkeeper.book(bookings(10_000))
+        bookkeeper.book(bookings(10_000))
+    command = [sys.executable, HERE / "bookkeep.py", "check", log, *repair]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    status = f"/proc/{process.pid}/fd"
+    wait_until(
+        lambda: any(os.path.realpath(f"{status}/{fd}") == str(log) for fd in os.listdir(status))
+    )
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate()
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert not (tmp_path / "log.repaired").exists()
 
 
 @pytest.mark.parametrize(("name", "kept"), [(None, [0, 9, 12]), ("named", [0, 12])])
@@ -1739,6 +1852,7 @@ def test_a_service_that_does_not_come_is_given_up(monkeypatch):
         ("binary.csv", bytes(range(256)) * 10, "no CSV file"),
         ("other.csv", b"a,b\n1,2\n", "no CSV file with the column CompanyId"),
         ("no.zip", b"PK nonsense", "no CSV file"),
+        ("corrupt.zip", ..., "no CSV file"),
         ("nul.csv", b"\0" * 1000, "no CSV file"),
         (
             "short.csv",
@@ -1749,7 +1863,11 @@ def test_a_service_that_does_not_come_is_given_up(monkeypatch):
 )
 def test_a_file_that_cannot_be_replayed_is_one_sentence(tmp_path, name, content, message):
     path = tmp_path / name
-    if content is ...:
+    if name == "corrupt.zip":
+        zipped = bytearray(SYNTHETIC.read_bytes())
+        zipped[1000:1100] = bytes(100)
+        path.write_bytes(zipped)
+    elif content is ...:
         path.mkdir()
     elif content is not None:
         path.write_bytes(content)
@@ -1767,7 +1885,10 @@ def test_other_mistakes_are_one_sentence_too(serve, tmp_path):
         (["--serve", "--log", log], 1, "the service did not start: bookkeep: "),
         (["--url", "ftp://x"], 1, "not the URL of a service"),
         (["--url", "http://127.0.0.1:x"], 1, "not the URL of a service"),
+        (["--url", "http://"], 1, "not the URL of a service"),
+        (["--url", "http://a b"], 1, "not the URL of a service"),
         (["--samples", "0"], 2, "0 is not a whole number"),
+        (["--samples", "9" * 20], 2, "is not a whole number"),
         (["--log", log], 2, "--log goes with --serve"),
     ):
         exited, out, said = run(HERE / "replay.py", SYNTHETIC, *options)
