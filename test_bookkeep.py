@@ -21,6 +21,7 @@ import wsgiref.validate
 import zlib
 from collections import Counter
 from contextlib import contextmanager, suppress
+from functools import partial
 from http.client import HTTPConnection, HTTPException
 from io import BytesIO
 from pathlib import Path
@@ -757,57 +758,55 @@ def test_batches_from_many_threads_are_each_booked_once_and_whole(path):
         assert counts(bookkeeper._model) == before
 
 
-@pytest.fixture
-def held_disk(monkeypatch):
-    """A disk whose fsync waits until it is let go: (called, let_go, count)."""
-    called, let_go, calls = threading.Event(), threading.Event(), []
+@contextmanager
+def held_at_the_disk(bookkeeper, calls):
+    """Inside, the first of these calls waits for the disk and the others behind it, in order.
+
+    Gives the fsyncs that it sees; afterwards, all calls have come back.
+    """
+    called, let_go, fsyncs = threading.Event(), threading.Event(), []
     fsync = os.fsync
 
     def wait(file):
-        calls.append(file)
+        fsyncs.append(file)
         called.set()
         assert let_go.wait(30)
         fsync(file)
 
-    yield lambda: monkeypatch.setattr(os, "fsync", wait), called, let_go, calls
-    let_go.set()
-
-
-def test_batches_that_wait_share_an_fsync(path, held_disk):
-    hold, called, let_go, calls = held_disk
-    with bookkeeping(path) as bookkeeper:
-        hold()
-        threads = [threading.Thread(target=bookkeeper.book, args=([booking()],)) for _ in range(20)]
-        threads += [threading.Thread(target=bookkeeper.book, args=([booking()] * GROUP,))]
+    threads = [threading.Thread(target=call) for call in calls]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", wait)
         threads[0].start()
         assert called.wait(30)
-        for thread in threads[1:-1]:
+        for waiting, thread in enumerate(threads[1:], start=1):
             thread.start()
-        wait_until(lambda: len(bookkeeper._waiting) == 19)
-        threads[-1].start()
-        wait_until(lambda: len(bookkeeper._waiting) == 20)
-        let_go.set()
-        for thread in threads:
-            thread.join()
-        assert len(calls) == 3  # the first alone, the small ones together, the large one alone
+            wait_until(lambda waiting=waiting: len(bookkeeper._waiting) == waiting)
+        try:
+            yield fsyncs
+        finally:
+            let_go.set()
+            for thread in threads:
+                thread.join()
+
+
+def test_batches_that_wait_share_an_fsync(path):
+    with bookkeeping(path) as bookkeeper:
+        small, large = [booking()], [booking()] * GROUP
+        calls = [partial(bookkeeper.book, samples) for samples in [small] * 20 + [large]]
+        with held_at_the_disk(bookkeeper, calls) as fsyncs:
+            assert len(fsyncs) == 1
+        assert len(fsyncs) == 3  # the first alone, the small ones together, the large one alone
         assert bookkeeper.health()["samples"] == 20 + GROUP
 
 
-def test_it_answers_while_a_batch_is_on_its_way_to_the_disk(path, held_disk):
-    hold, called, let_go, _ = held_disk
+def test_it_answers_while_a_batch_is_on_its_way_to_the_disk(path):
     with bookkeeping(path) as bookkeeper:
         bookkeeper.book([booking(account="1")])
         bookkeeper.book([booking(account="1")])
-        hold()
-        writer = threading.Thread(target=bookkeeper.book, args=([booking(account="2")] * 500,))
-        writer.start()
-        assert called.wait(30)
-        assert bookkeeper.predict([booking()]) == ["1"]
-        assert bookkeeper.metrics(10) == {"precision": 1, "recall": 1}
-        assert bookkeeper.health()["samples"] == 2
-        assert writer.is_alive()
-        let_go.set()
-        writer.join()
+        with held_at_the_disk(bookkeeper, [partial(bookkeeper.book, [booking(account="2")] * 500)]):
+            assert bookkeeper.predict([booking()]) == ["1"]
+            assert bookkeeper.metrics(10) == {"precision": 1, "recall": 1}
+            assert bookkeeper.health()["samples"] == 2
         assert bookkeeper.predict([booking()]) == ["2"]
 
 
@@ -881,29 +880,25 @@ def test_a_named_batch_is_booked_once(path):
     assert {record["batch"] for record in read(path)} == {0, "mine", "yours", 52}
 
 
-def test_a_named_batch_is_booked_once_by_many_threads_at_once(path, held_disk):
-    hold, called, let_go, _ = held_disk
+def answer_of(bookkeeper, samples, name):
+    """The numbers that the samples got, or what was raised."""
+    try:
+        return bookkeeper.book(samples, name)
+    except Exception as error:
+        return type(error)
+
+
+def test_a_named_batch_is_booked_once_by_many_threads_at_once(path):
     answers = []
 
-    def send(sample):
-        try:
-            answers.append(bookkeeper.book([sample], "mine"))
-        except Conflict:
-            answers.append("conflict")
+    def send(account):
+        answers.append(answer_of(bookkeeper, [booking(account=account)], "mine"))
 
     with bookkeeping(path) as bookkeeper:
-        hold()
-        threads = [threading.Thread(target=send, args=(booking(),)) for _ in range(12)]
-        threads += [threading.Thread(target=send, args=(booking(account="9"),)) for _ in range(3)]
-        threads[0].start()
-        assert called.wait(30)
-        for thread in threads[1:]:
-            thread.start()
-        wait_until(lambda: len(bookkeeper._waiting) == 14)
-        let_go.set()
-        for thread in threads:
-            thread.join()
-    assert Counter(map(str, answers)) == {"range(0, 1)": 12, "conflict": 3}
+        calls = [partial(send, account) for account in "111111191911"]
+        with held_at_the_disk(bookkeeper, calls):
+            pass
+    assert Counter(answers) == {range(0, 1): 10, Conflict: 2}
     assert len(read(path)) == 1
 
 
@@ -920,57 +915,37 @@ def test_a_named_batch_that_was_not_written_is_booked_when_it_comes_again(path, 
         assert bookkeeper.book([booking(account="2")], "mine") == range(0, 1)
 
 
-def test_when_too_many_wait_no_more_are_taken(path, held_disk, monkeypatch):
+def test_when_too_many_wait_no_more_are_taken(path, monkeypatch):
     monkeypatch.setattr(bookkeep, "BACKLOG", 10)
-    hold, called, let_go, _ = held_disk
     with bookkeeping(path) as bookkeeper:
-        hold()
-        threads = [
-            threading.Thread(target=bookkeeper.book, args=([booking()] * n,)) for n in (1, 20)
-        ]
-        threads[0].start()
-        assert called.wait(30)
-        threads[1].start()  # more than may wait, but it is the only one
-        wait_until(lambda: len(bookkeeper._waiting) == 1)
-        with pytest.raises(Busy, match="in a second"):
+        # The second has more than may wait, but it is the only one.
+        calls = [partial(bookkeeper.book, [booking()] * n) for n in (1, 20)]
+        with (
+            held_at_the_disk(bookkeeper, calls),
+            pytest.raises(Busy, match="in a second"),
+        ):
             bookkeeper.book([booking()])
-        let_go.set()
-        for thread in threads:
-            thread.join()
         assert bookkeeper.book([booking()]) == range(21, 22)
 
 
-def test_if_learning_fails_nothing_more_is_booked_until_a_restart(path, monkeypatch, held_disk):
-    hold, called, let_go, _ = held_disk
+def test_if_learning_fails_nothing_more_is_booked_until_a_restart(path, monkeypatch):
     answers = []
 
     def send(account):
-        try:
-            answers.append(bookkeeper.book([booking(account=account)] * GROUP, account))
-        except (MemoryError, NotReady) as error:
-            answers.append(str(error) or "no memory")
+        answers.append(answer_of(bookkeeper, [booking(account=account)] * GROUP, account))
+
+    def broken(*_):
+        raise MemoryError
 
     with bookkeeping(path) as bookkeeper:
         bookkeeper.book([booking(account="1")])
+        calls = [partial(send, account) for account in "234"]
         with monkeypatch.context() as patch:
-            learn = iter([MemoryError()])
-
-            def broken(*_):
-                raise next(learn)
-
             patch.setattr(NaiveBayes, "learn", broken)
-            hold()
-            threads = [threading.Thread(target=send, args=(account,)) for account in "234"]
-            threads[0].start()
-            assert called.wait(30)
-            for thread in threads[1:]:
-                thread.start()
-            wait_until(lambda: len(bookkeeper._waiting) == 2)
-            let_go.set()
-            for thread in threads:
-                thread.join()
+            with held_at_the_disk(bookkeeper, calls):
+                pass
         send("2")
-        assert Counter(answers) == {"no memory": 1, bookkeep.RESTART: 3}
+        assert Counter(answers) == {MemoryError: 1, NotReady: 3}
         with pytest.raises(NotReady, match="started again"):
             bookkeeper.health()
         assert bookkeeper.predict([booking()]) == ["1"]
@@ -979,50 +954,29 @@ def test_if_learning_fails_nothing_more_is_booked_until_a_restart(path, monkeypa
         assert bookkeeper.predict([booking()]) == ["2"]
 
 
-def test_a_named_batch_that_cannot_be_read_back_fails_alone(path, held_disk):
-    hold, called, let_go, _ = held_disk
+def test_a_named_batch_that_cannot_be_read_back_fails_alone(path):
     answers = {}
 
     def send(name):
-        try:
-            answers[name] = bookkeeper.book([booking()], name)
-        except NotStored as error:
-            answers[name] = str(error)
+        answers[name] = answer_of(bookkeeper, [booking()], name)
 
     with bookkeeping(path) as bookkeeper:
         bookkeeper.book([booking()], "damaged")
-        damaged = path.read_bytes().replace(b"rent", b"Rent")
-        path.write_bytes(damaged)
-        hold()
-        threads = [threading.Thread(target=send, args=(name,)) for name in ("a", "damaged", "b")]
-        threads[0].start()
-        assert called.wait(30)
-        for thread in threads[1:]:
-            thread.start()
-        wait_until(lambda: len(bookkeeper._waiting) == 2)
-        let_go.set()
-        for thread in threads:
-            thread.join()
-    assert "could not be read (the checksum does not fit)" in answers["damaged"]
-    assert {len(answers["a"]), len(answers["b"])} == {1}
+        path.write_bytes(path.read_bytes().replace(b"rent", b"Rent"))
+        calls = [partial(send, name) for name in ("a", "damaged", "b")]
+        with held_at_the_disk(bookkeeper, calls):
+            pass
+    assert answers == {"a": range(1, 2), "damaged": NotStored, "b": range(2, 3)}
 
 
-def test_a_closed_bookkeeper_books_what_waits_and_no_more(path, held_disk):
-    hold, called, let_go, _ = held_disk
+def test_a_closed_bookkeeper_books_what_waits_and_no_more(path):
     bookkeeper = Bookkeeper(Log(path))
-    hold()
-    threads = [threading.Thread(target=bookkeeper.book, args=([booking()],)) for _ in range(5)]
-    threads[0].start()
-    assert called.wait(30)
-    for thread in threads[1:]:
-        thread.start()
-    wait_until(lambda: len(bookkeeper._waiting) == 4)
     closing = threading.Thread(target=bookkeeper.close)
-    closing.start()
-    wait_until(lambda: bookkeeper._closed)
-    with pytest.raises(NotReady, match="started again"):
-        bookkeeper.book([booking()])
-    let_go.set()
+    with held_at_the_disk(bookkeeper, [partial(bookkeeper.book, [booking()])] * 5):
+        closing.start()
+        wait_until(lambda: bookkeeper._closed)
+        with pytest.raises(NotReady, match="started again"):
+            bookkeeper.book([booking()])
     closing.join()
     assert len(read(path)) == 5
 
