@@ -1680,6 +1680,20 @@ def test_a_repaired_copy_has_every_batch_that_is_surely_whole(tmp_path):
     assert "is there already" in said
 
 
+def test_a_batch_with_a_record_that_makes_no_sense_is_left_out(path):
+    with bookkeeping(path) as bookkeeper:
+        for _ in range(3):
+            bookkeeper.book([booking()] * 2)
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[3] = changed(lines[3], weight=0.83)
+    path.write_bytes(b"".join(lines))
+    status, out, _ = run(HERE / "bookkeep.py", "check", path, "--repair")
+    assert status == 1
+    assert "line 4: no booking can have that weight" in out
+    assert "left out: bookings 2 to 3" in out
+    assert len(read(path.with_name("log.jsonl.repaired"))) == 4
+
+
 def test_one_misplaced_line_costs_no_batch(path):
     lines = written(path, [[{"x": number}] for number in range(200)])
     path.write_bytes(b"".join([*lines[:3], lines[180], *lines[3:]]))
