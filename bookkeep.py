@@ -878,6 +878,7 @@ def create_app(
     app = Bottle()
     app.install(_in_json)
     app.default_error_handler = _error_in_json
+    description = _openapi(max_batch)
     parsing = threading.Lock()  # parsed JSON may take 20 times its bytes, so one at a time
 
     @app.hook("before_request")
@@ -934,11 +935,11 @@ def create_app(
 
     @app.get("/openapi.json")
     def openapi() -> dict:
-        return _openapi(max_batch)
+        return description
 
     @app.error(404)
     def not_found(error: HTTPError) -> str:
-        error.body = f"there is nothing here; {' '.join(_openapi(max_batch)['paths'])} is all"
+        error.body = f"there is nothing here; {' '.join(description['paths'])} is all"
         return _error_in_json(error)
 
     @app.error(405)

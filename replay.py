@@ -79,6 +79,7 @@ def replay(client: "Client", options: argparse.Namespace, skip: bool = True) -> 
     """
     sent = resent = predicted = unpredicted = 0
     interrupted = False
+    answer = None
     started = asked = time.monotonic()
     stored_before = client.health()["samples"]
     start = stored_before if options.resume is None else options.resume
@@ -105,6 +106,8 @@ def replay(client: "Client", options: argparse.Namespace, skip: bool = True) -> 
                 if predicted and (sent == options.samples or time.monotonic() - asked > 0.1):
                     asked = time.monotonic()
                     show(sent, client.ask("GET", "/metrics/1000"))
+        if sent and answer is None:  # all were skipped, and none has shown that it is there
+            return replay(client, options, skip=False)
     except KeyboardInterrupt:
         interrupted = True
         client.interrupted()
@@ -304,9 +307,8 @@ def _service(options: argparse.Namespace) -> AbstractContextManager[str]:
     """Gives the URL of the service that the options ask for."""
     if not options.serve:
         return nullcontext(options.url)
-    return serving(
-        options.log, *([f"--token-file={options.token_file}"] * bool(options.token_file))
-    )
+    token = [f"--token-file={options.token_file}"] if options.token_file else []
+    return serving(options.log, *token)
 
 
 @contextmanager

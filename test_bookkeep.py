@@ -1911,6 +1911,23 @@ def test_a_resumed_replay_stores_each_booking_once(serve, tmp_path):
     assert service.samples() == 1807
 
 
+@pytest.mark.parametrize("others", [1, 500])
+def test_a_resumed_replay_sends_all_though_others_have_booked(serve, tmp_path, others):
+    service = serve()
+    command = (HERE / "replay.py", SYNTHETIC, "--url", f"http://127.0.0.1:{service.port}", "--json")
+    run(*command, "--batch=50", "--samples=400")
+    service.stop(signal.SIGKILL)
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(log.read_bytes()[:-1])
+    service = serve(port=service.port)
+    service.post("/sample", [booking()] * others)
+    assert run(*command, "--batch=50", "--samples=400", "--resume=0")[0] == 0
+    stored = [record["sample"] for record in scanned(log)]
+    rows = list(itertools.islice(replay.read_rows(SYNTHETIC), 400))
+    assert stored.count(booking()) == others
+    assert [sample for sample in stored if sample != booking()] == rows
+
+
 def test_a_replay_outlives_a_restart_of_the_service(serve, tmp_path):
     service = serve()
     command = [
