@@ -5,6 +5,7 @@ model and the metrics.
 """
 
 import csv
+import fcntl
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
 import wsgiref.validate
@@ -1705,18 +1707,17 @@ def test_one_misplaced_line_costs_no_batch(path):
 
 @pytest.mark.parametrize("repair", [[], ["--repair"]])
 def test_a_check_that_is_interrupted_says_so_and_leaves_no_half_copy(tmp_path, repair):
-    log = tmp_path / "log"
-    with bookkeeping(log) as bookkeeper:
-        bookkeeper.book(bookings(10_000))
-        bookkeeper.book(bookings(10_000))
+    line = written(tmp_path / "whole", [[{"x": 1}]])[0]
+    log = tmp_path / "log"  # a pipe, at which the check waits for more
+    os.mkfifo(log)
     command = [sys.executable, HERE / "bookkeep.py", "check", log, *repair]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    status = f"/proc/{process.pid}/fd"
-    wait_until(
-        lambda: any(os.path.realpath(f"{status}/{fd}") == str(log) for fd in os.listdir(status))
-    )
+    pipe = os.open(log, os.O_RDWR)
+    os.write(pipe, line)
+    wait_until(lambda: fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)) == bytes(4))
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate()
+    _, said = process.communicate(timeout=30)
+    os.close(pipe)
     assert process.returncode == 130
     assert "Traceback" not in said
     assert not (tmp_path / "log.repaired").exists()
