@@ -298,9 +298,9 @@ class Client:
         return health
 
     def interrupted(self) -> None:
-        """Drops what was under way, and waits for nothing any more."""
+        """Drops what was under way, and tries again but for a moment from now on."""
         self._connection.close()
-        self._patience = 0
+        self._patience = 2.0
 
 
 def _service(options: argparse.Namespace) -> AbstractContextManager[str]:

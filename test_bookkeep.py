@@ -1883,7 +1883,7 @@ def test_an_interrupted_replay_reports_what_was_sent(tmp_path):
     report = json.loads(out)
     assert (process.returncode, report["interrupted"]) == (130, True)
     assert b"Traceback" not in said
-    assert "1000" in report["metrics"]
+    assert "1000" in report["metrics"], said
     # The service is stopped, and the batch that was under way may be in its log.
     assert len(read(log)) - report["samples"] in (0, 1)
 
