@@ -81,7 +81,7 @@ def replay(client: "Client", options: argparse.Namespace, skip: bool = True) -> 
     interrupted = False
     answer = None
     started = asked = time.monotonic()
-    stored_before = client.health()["samples"]
+    stored_before = client.health()["lines"]
     start = stored_before if options.resume is None else options.resume
     source = (options.file.name, options.order, options.batch, options.seed, start)
     run = hashlib.sha256(repr(source).encode()).hexdigest()[:16]
@@ -293,7 +293,7 @@ class Client:
     def health(self) -> dict:
         """The service's health. Raises Failed if it is no bookkeep."""
         health = self.ask("GET", "/health")
-        if not (isinstance(health, dict) and isinstance(health.get("samples"), int)):
+        if not (isinstance(health, dict) and isinstance(health.get("lines"), int)):
             raise Failed(f"{self._url} is no bookkeep service")
         return health
 

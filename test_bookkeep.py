@@ -332,10 +332,15 @@ def test_an_assessment_is_the_prediction_its_margin_and_the_surprise(bookings, a
     expected, accounts = oracle(bookings, documents, model.alpha)
     assessments = model.assess(documents, labels)
     assert [a.predicted for a in assessments] == model.predict(documents)
-    for (_, margin, weight), label, row in zip(assessments, labels, expected, strict=True):
+    for (predicted, margin, rank, weight), label, row in zip(
+        assessments, labels, expected, strict=True
+    ):
         if label not in accounts:
-            assert weight == 1
+            assert (rank, weight) == (None, 1)
         else:
+            own = row[accounts.index(label)]
+            assert np.count_nonzero(row > own + 1e-9) < rank <= np.count_nonzero(row >= own - 1e-9)
+            assert (rank == 1) == (predicted == label)
             surprise = max(FLOOR, 1 - np.exp(row[accounts.index(label)]))
             assert weight == pytest.approx(surprise, abs=0.51 / GRAIN)
             assert weight * GRAIN % 1 == 0
@@ -404,7 +409,7 @@ def test_counts_of_tokens_with_one_account_and_with_nearly_all():
 
 
 def test_without_a_model_there_is_no_prediction_and_full_weight():
-    assert NaiveBayes().assess([["a"]], ["1"]) == [(None, None, 1.0)]
+    assert NaiveBayes().assess([["a"]], ["1"]) == [(None, None, None, 1.0)]
 
 
 # ---------------------------------------------------------------------------------------- Metrics
@@ -440,7 +445,7 @@ def written(path, batches, name=None):
     log = Log(path)
     assert list(log.read()) == []
     for batch in batches:
-        log.append([(name and f"{name}{log.total}", batch)])
+        log.append([(name and f"{name}{len(log)}", batch)])
     log.close()
     return path.read_bytes().splitlines(keepends=True)
 
@@ -649,6 +654,7 @@ def test_learns_what_it_books(path):
         assert health == {
             "status": "ok",
             "samples": 3,
+            "lines": 3,
             "accounts": 2,
             "companies": 1,
             "tokens": len({*tokens(booking()), *tokens(booking(text="food"))}),
@@ -1104,7 +1110,9 @@ def test_the_contract(serve):
     assert service.get("/metrics/1000") == (200, {"precision": 1.0, "recall": 1.0})
     status, health = service.get("/health")
     assert status == 200
-    assert list(health) == ["status", "samples", "accounts", "companies", "tokens", "uptime"]
+    assert list(health) == [
+        *("status", "samples", "lines", "accounts", "companies", "tokens", "uptime")
+    ]
     assert (health["status"], health["samples"], health["accounts"]) == ("ok", 3, 2)
     assert isinstance(health["uptime"], float)
 
@@ -1134,9 +1142,11 @@ def test_metrics_of_what_is_no_number_are_a_bad_request(service, n):
 @pytest.mark.parametrize(
     ("method", "path", "headers", "body", "status"),
     [
-        ("GET", "/", {}, None, 404),
-        ("GET", "/samples", {}, None, 404),
-        ("GET", "/metrics", {}, None, 404),
+        ("GET", "/page", {}, None, 404),
+        ("GET", "/suggest", {}, None, 405),
+        ("POST", "/company/A", {}, b"", 405),
+        ("DELETE", "/company/none", {}, None, 404),
+        ("GET", "/report/10?company=none", {}, None, 404),
         ("GET", "/metrics/1/2", {}, None, 404),
         ("GET", "/sample", {}, None, 405),
         ("PUT", "/sample", {}, b"[]", 405),
@@ -1667,15 +1677,17 @@ def test_a_repaired_copy_has_every_batch_that_is_surely_whole(tmp_path):
     status, out, said = run(HERE / "bookkeep.py", "check", log, "--repair")
     assert (status, said) == (1, "")
     assert out.splitlines()[:5] == problems
-    assert "left out: bookings 3 to 5" in out
-    assert "left out: bookings 12 to 14" in out
-    assert "left out: all from booking 21 on" in out
+    assert "left out: seq 3 to 5" in out
+    assert "left out: seq 12 to 14" in out
+    assert "left out: all from seq 21 on" in out
     assert log.read_bytes() == before
     repaired = tmp_path / "log.repaired"
     with bookkeeping(repaired) as bookkeeper:
         assert bookkeeper.health()["samples"] == 15
-        assert bookkeeper.book([booking(account="3")] * 3, "key3") == range(6, 9)
-    assert [record["sample"]["AccountNumber"] for record in read(repaired)[::3]] == [*"02356"]
+        assert bookkeeper.book([booking(account="3")] * 3, "key3") == range(9, 12)
+    kept = [record for record in read(repaired) if "sample" in record]
+    assert [record["sample"]["AccountNumber"] for record in kept[::3]] == [*"02356"]
+    assert [record["seq"] for record in kept] == [*range(3), *range(6, 12), *range(15, 21)]
     assert run(HERE / "bookkeep.py", "check", repaired)[0] == 0
     status, _, said = run(HERE / "bookkeep.py", "check", log, "--repair")
     assert status == 1
@@ -1692,8 +1704,9 @@ def test_a_batch_with_a_record_that_makes_no_sense_is_left_out(path):
     status, out, _ = run(HERE / "bookkeep.py", "check", path, "--repair")
     assert status == 1
     assert "line 4: no booking can have that weight" in out
-    assert "left out: bookings 2 to 3" in out
-    assert len(read(path.with_name("log.jsonl.repaired"))) == 4
+    assert "left out: seq 2 to 3" in out
+    kept = read(path.with_name("log.jsonl.repaired"))
+    assert [record["seq"] for record in kept if "sample" in record] == [0, 1, 4, 5]
 
 
 def test_one_misplaced_line_costs_no_batch(path):
