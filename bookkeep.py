@@ -35,7 +35,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from hashlib import sha256
-from itertools import accumulate, chain, count, islice, pairwise
+from itertools import accumulate, chain, count, groupby, islice, pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -1371,6 +1371,13 @@ class Bookkeeper:
             self._corrections.setdefault(seq, []).append(correction["seq"])
             self._curve = {}
 
+    def _apply_all(self, corrections: Iterable[dict]) -> None:
+        for correction in corrections:
+            try:
+                self._apply(correction)
+            except NotFound as error:
+                raise self.log.damaged(Damage(correction["seq"] + 1, str(error))) from None
+
     def _forget(self, company: str) -> int:
         seqs = self._history.of(company)["seq"].tolist()
         if not seqs:
@@ -1411,14 +1418,12 @@ class Bookkeeper:
         for records in _chunks(self.log.read(), 32 * CHUNK):
             for damage in check_records(records, records[0]["seq"] + 1):
                 raise self.log.damaged(damage)
-            bookings = [record for record in records if "sample" in record]
-            self._learn(bookings, [tokens(booking["sample"]) for booking in bookings])
-            for record in records:
-                if "corrects" in record:
-                    try:
-                        self._apply(record)
-                    except NotFound as error:
-                        raise self.log.damaged(Damage(record["seq"] + 1, str(error))) from None
+            for keys, alike in groupby(records, dict.keys):
+                if "sample" in keys:
+                    bookings = list(alike)
+                    self._learn(bookings, [tokens(booking["sample"]) for booking in bookings])
+                elif "corrects" in keys:
+                    self._apply_all(alike)
             if time.monotonic() - reported > 3:
                 reported = time.monotonic()
                 logger.info("%s: %d lines read back so far", self.log.path, len(self.log))
@@ -1643,12 +1648,15 @@ def create_app(
         return bookkeeper.report(n, company)
 
     @app.get("/samples")
-    def samples() -> BinaryIO:
+    def samples() -> BinaryIO | str:
         first = number("from", request.query.get("from", "0"), 0)
         limit = number("limit", request.query.get("limit", str(MAX_NUMBER)), 0)
         lines, size = bookkeeper.log.open(range(first, first + limit))
         response.content_type = JSON_LINES
         response.content_length = size
+        if not size:
+            lines.close()
+            return ""
         return lines  # which waitress sends by itself, so that a slow reader keeps no thread
 
     @app.get("/metrics")
