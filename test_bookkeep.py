@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.isotonic import IsotonicRegression
 from sklearn.metrics import precision_score, recall_score
@@ -144,7 +144,8 @@ def test_a_value_in_one_place_is_never_the_token_of_another():
 
 def test_each_token_can_be_said_in_the_samples_own_words():
     sample = booking(company="A b", text="rent May rent", amount="< 10")
-    prefixes = dict(zip(bookkeep.KINDS, ["c ", "a ", "w ", "cw A b\x1f", "caw A b\x1f< 10\x1f"]))
+    prefixes = ["c ", "a ", "w ", "cw A b\x1f", "caw A b\x1f< 10\x1f"]
+    prefixes = dict(zip(bookkeep.KINDS, prefixes, strict=True))
     assert [prefixes[kind] + word for kind, word in bookkeep.wordings(sample)] == tokens(sample)
     long = booking(text="x " * 500)
     assert len(bookkeep.wordings(long)) == len(tokens(long))
@@ -942,10 +943,15 @@ def test_metrics_are_those_of_the_last_n_predictions(path):
 
 def state(bookkeeper, asked):
     """All that a bookkeeper knows and says."""
-    documents = [tokens(sample) for sample in asked]
+    model = bookkeeper._model
+    scores = model.scores([tokens(sample) for sample in asked])
     return (
-        counts(bookkeeper._model),
-        bookkeeper._model.scores(documents).tolist(),
+        counts(model),
+        {
+            name: scores[:, number].tolist()
+            for number, name in enumerate(model.names)
+            if model.account_counts[number]
+        },
         bookkeeper.predict(asked),
         [bookkeeper.metrics(n) for n in (1, 10, 100, 10_000)],
         {key: value for key, value in bookkeeper.health().items() if key != "uptime"},
@@ -988,6 +994,465 @@ def test_a_record_that_makes_no_sense_is_refused_with_its_line(path, damage):
     with pytest.raises(LogError, match="is damaged, line 2: "):
         Bookkeeper(log)
     log.close()
+
+
+def standing(path):
+    """What counts by the log: (tokens, account, weight) of each booking, as last corrected."""
+    records = {record["seq"]: record for record in scanned(path)}
+    last = {record["corrects"]: record for record in records.values() if "corrects" in record}
+    return [
+        (
+            tokens(record["sample"]),
+            last.get(seq, record["sample"])["AccountNumber"],
+            last.get(seq, record)["weight"],
+        )
+        for seq, record in records.items()
+        if "sample" in record
+    ]
+
+
+def test_suggestions_agree_with_predictions_and_their_reasons_add_up(path):
+    with bookkeeping(path) as bookkeeper:
+        with pytest.raises(NotReady, match="no model"):
+            bookkeeper.suggest(booking(), 3)
+        for batch in batches_of(bookings(800), 50):
+            bookkeeper.book(batch)
+        for sample in [*bookings(40, seed=1), booking(text="rent rent nobody knows")]:
+            suggestions = bookkeeper.suggest(sample, 20)
+            accounts = [suggestion["account"] for suggestion in suggestions]
+            assert accounts[0] == bookkeeper.predict([sample])[0]
+            assert len({*accounts}) == len(accounts) == 8
+            assert bookkeeper.suggest(sample, 1) == suggestions[:1]
+            [scores] = bookkeeper._model.scores([tokens(sample)])
+            score = {name: scores[number] for name, number in bookkeeper._model.accounts.items()}
+            assert accounts == sorted(score, key=score.get, reverse=True)
+            assert [suggestion["over"] for suggestion in suggestions] == [
+                accounts[1],
+                *[accounts[0]] * 7,
+            ]
+            confidences = [suggestion["confidence"] for suggestion in suggestions]
+            assert confidences == sorted(confidences, reverse=True)
+            for suggestion in suggestions:
+                reasons = suggestion["reasons"]
+                weights = [reason["weight"] for reason in reasons]
+                assert weights == sorted(weights, reverse=True)
+                assert sum(weights) + suggestion["prior"] == pytest.approx(
+                    suggestion["margin"], abs=1e-3
+                )
+                difference = score[suggestion["account"]] - score[suggestion["over"]]
+                assert suggestion["margin"] == pytest.approx(difference, abs=1e-4)
+                said = [(reason["kind"], reason["token"]) for reason in reasons]
+                assert len({*said}) == len(said)
+                assert {*said} <= {*bookkeep.wordings(sample)}
+                assert "knows" not in {token for _, token in said}
+
+
+def test_a_reason_is_what_the_word_says_for_one_account_over_the_other(path):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking(text="rent", account="1"), booking(text="food", account="2")])
+        [first, second] = bookkeeper.suggest(booking(text="rent food rent"), 3)
+        assert (first["account"], first["over"], second["account"]) == ("1", "2", "2")
+        assert first["prior"] == 0
+        weights = {(r["kind"], r["token"]): r["weight"] for r in first["reasons"]}
+        odds = np.log((1 + bookkeep.ALPHA) / bookkeep.ALPHA)
+        for kind in bookkeep.KINDS[2:]:
+            assert weights[kind, "rent"] == pytest.approx(2 * odds, abs=1e-4)
+            assert weights[kind, "food"] == pytest.approx(-odds, abs=1e-4)
+        assert second["margin"] == -first["margin"]
+
+
+def test_one_account_alone_is_suggested_without_reasons(path):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking()])
+        assert bookkeeper.suggest(booking(), 3) == [
+            {
+                "account": "3115",
+                "confidence": 0,
+                "over": None,
+                "margin": None,
+                "prior": None,
+                "reasons": [],
+            }
+        ]
+
+
+def test_confidence_is_the_record_of_earlier_predictions_only(path):
+    calibration = Calibration()
+    batches = batches_of(bookings(900), 60)
+    with bookkeeping(path) as bookkeeper:
+        for batch in batches:
+            bookkeeper.book(batch)
+            records = read_lines(path)[-len(batch) :]
+            if records[0]["predicted"] is None:
+                continue
+            evidence = [r["margin"] / len(tokens(r["sample"])) for r in records]
+            expected = calibration.confidence(evidence)[:, 0]
+            assert [r["confidence"] for r in records] == expected.round(4).tolist()
+            right = [r["predicted"] == r["sample"]["AccountNumber"] for r in records]
+            assert [r["rank"] == 1 for r in records] == right
+            calibration.add(evidence, [r["rank"] or 0 for r in records])
+        sample = bookings(1, seed=1)[0]
+        [first, second] = bookkeeper.suggest(sample, 2)
+        expected = calibration.confidence([first["margin"] / len(tokens(sample))])[0]
+        assert [first["confidence"], second["confidence"]] == expected[:2].round(4).tolist()
+        assert first["confidence"] > 0
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def test_a_correction_unlearns_the_old_and_learns_the_new(path):
+    samples = bookings(400)
+    with bookkeeping(path) as bookkeeper:
+        for batch in batches_of(samples, 40):
+            bookkeeper.book(batch)
+        before = path.read_bytes()
+        assert bookkeeper.correct(123, "new") == samples[123]["AccountNumber"]
+        assert bookkeeper.correct(7, "3003") == samples[7]["AccountNumber"]
+        assert bookkeeper.correct(123, "3001") == "new"
+        assert path.read_bytes().startswith(before)
+        lines = read_lines(path)[400:]
+        assert [(line["corrects"], line["AccountNumber"]) for line in lines] == [
+            (123, "new"),
+            (7, "3003"),
+            (123, "3001"),
+        ]
+        assert lines[0]["weight"] == 1  # nobody had booked to it
+        assert bookkeeper.correct(123, "3001") == "3001"
+        assert len(path.read_bytes().splitlines()) == 403  # it was so already
+        assert bookkeeper.health()["samples"] == 400
+        assert counts(bookkeeper._model) == counts(taught(standing(path)))
+        corrected = [*samples[:7], samples[7] | {"AccountNumber": "3003"}, *samples[8:]]
+        corrected[123] = samples[123] | {"AccountNumber": "3001"}
+        assert [(tokens(c), c["AccountNumber"]) for c in corrected] == [
+            learned[:2] for learned in standing(path)
+        ]
+        known = state(bookkeeper, samples[:50])
+        suggested = [bookkeeper.suggest(sample, 5) for sample in samples[:50]]
+        reported = bookkeeper.report(1000)
+    with bookkeeping(path) as bookkeeper:
+        assert state(bookkeeper, samples[:50]) == known
+        assert [bookkeeper.suggest(sample, 5) for sample in samples[:50]] == suggested
+        assert bookkeeper.report(1000) == reported
+        assert bookkeeper.correct(123, "x") == "3001"
+        assert counts(bookkeeper._model) == counts(taught(standing(path)))
+
+
+def test_metrics_score_the_old_prediction_against_the_corrected_account(path):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking(account="1")])
+        bookkeeper.book([booking(account="2")])
+        assert bookkeeper.metrics(10) == {"precision": 0, "recall": 0}
+        assert bookkeeper.suggest(booking(), 1)[0]["confidence"] == 0
+        bookkeeper.correct(1, "1")
+        assert bookkeeper.metrics(10) == {"precision": 1, "recall": 1}
+        assert bookkeeper.predict([booking()]) == ["1"]
+        assert bookkeeper.suggest(booking(), 1)[0]["confidence"] == pytest.approx(1 / 3, abs=1e-4)
+        bookkeeper.correct(0, "3")  # which was never predicted
+        assert bookkeeper.metrics(10) == {"precision": 1, "recall": 1}
+
+
+def test_a_mistake_that_was_corrected_is_not_repeated(path):
+    with bookkeeping(path) as bookkeeper:
+        for batch in batches_of(bookings(300), 30):
+            bookkeeper.book(batch)
+        wrong = booking(text="new supplier", account="3001")
+        [seq] = bookkeeper.book([wrong])
+        assert bookkeeper.predict([wrong]) == ["3001"]
+        bookkeeper.correct(seq, "6700")
+        assert bookkeeper.predict([wrong]) == ["6700"]
+
+
+def test_a_company_that_is_forgotten_was_never_there(path):
+    samples = bookings(600)
+    company = samples[0]["CompanyId"]
+    others = [sample for sample in samples if sample["CompanyId"] != company]
+    mine = [seq for seq, sample in enumerate(samples) if sample["CompanyId"] == company]
+    with bookkeeping(path) as bookkeeper:
+        for number, batch in enumerate(batches_of(samples, 50)):
+            bookkeeper.book(batch, f"key{number}")
+        other = next(seq for seq in range(600) if seq not in mine)
+        for number, seq in enumerate((mine[0], other, mine[5], mine[0])):
+            bookkeeper.correct(seq, f"account{number}")
+        kept = {
+            record["seq"]: record
+            for record in read_lines(path)
+            if record.get("corrects", record["seq"]) not in mine
+        }
+        assert bookkeeper.forget(company) == len(mine) > 50
+        left = read_lines(path)
+        assert [record["seq"] for record in left] == list(range(604))
+        for record in left:
+            assert kept.get(record["seq"], record) == record
+            assert (record.keys() == {*bookkeep.PLACE, "crc"}) == (record["seq"] not in kept)
+        assert company not in path.read_text()
+        assert re.findall("account[0-9]", path.read_text()) == ["account1"]
+        assert counts(bookkeeper._model) == counts(taught(standing(path)))
+        assert not [token for token in bookkeeper._model.vocabulary if company in token]
+        assert bookkeeper.health()["samples"] == len(others)
+        assert bookkeeper.health()["companies"] == 4
+        with pytest.raises(NotFound):
+            bookkeeper.forget(company)
+        with pytest.raises(NotFound):
+            bookkeeper.report(10, company)
+        with pytest.raises(NotFound, match=f"there is no booking {mine[1]}"):
+            bookkeeper.correct(mine[1], "1")
+        known = state(bookkeeper, samples[:50])
+        suggested = [bookkeeper.suggest(sample, 5) for sample in samples[:50]]
+    with bookkeeping(path) as bookkeeper:
+        assert state(bookkeeper, samples[:50]) == known
+        assert [bookkeeper.suggest(sample, 5) for sample in samples[:50]] == suggested
+        # A batch that comes again brings nothing back.
+        assert bookkeeper.book(samples[:50], "key0") == range(0, 50)
+        with pytest.raises(Conflict):
+            bookkeeper.book([booking()] * 50, "key0")
+        with pytest.raises(Conflict):
+            bookkeeper.book(samples[:49], "key0")
+        assert bookkeeper.book([booking(company=company)]) == range(604, 605)
+        assert bookkeeper.forget(company) == 1
+
+
+def test_when_all_is_forgotten_there_is_no_model(path):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking()])
+        bookkeeper.book([booking()])
+        assert bookkeeper.forget("A") == 2
+        for ask in (bookkeeper.predict, lambda samples: bookkeeper.suggest(samples[0], 1)):
+            with pytest.raises(NotReady, match="no model"):
+                ask([booking()])
+        with pytest.raises(NotReady):
+            bookkeeper.metrics(1)
+        health = bookkeeper.health()
+        assert [health[key] for key in ("samples", "accounts", "companies", "tokens")] == [0] * 4
+        assert bookkeeper.book([booking(account="2")]) == range(2, 3)
+        assert read_lines(path)[2]["predicted"] is None
+        assert bookkeeper.predict([booking()]) == ["2"]
+
+
+@given(st.data())
+@settings(max_examples=15, deadline=None)
+def test_any_mix_of_bookings_corrections_and_forgetting_is_exact(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("mix") / "log.jsonl"
+    bookkeeper = Bookkeeper(Log(path))
+    try:
+        for _ in range(data.draw(st.integers(1, 20))):
+            match data.draw(st.sampled_from(["book", "book", "correct", "forget", "restart"])):
+                case "book":
+                    seed = data.draw(st.integers(0, 9))
+                    bookkeeper.book(bookings(data.draw(st.integers(0, 30)), seed))
+                case "correct":
+                    seq = data.draw(st.integers(0, 60))
+                    with suppress(NotFound):
+                        bookkeeper.correct(seq, data.draw(st.sampled_from(["3001", "3005", "new"])))
+                case "forget":
+                    with suppress(NotFound):
+                        bookkeeper.forget(f"company{data.draw(st.integers(0, 4))}")
+                case "restart":
+                    bookkeeper.close()
+                    bookkeeper = Bookkeeper(Log(path))
+        learned = standing(path)
+        assert counts(bookkeeper._model) == counts(taught(learned))
+        assert bookkeeper.health()["samples"] == len(learned)
+        asked = bookings(5, seed=10)
+        names = [label for _, label, _ in learned]
+
+        def known():
+            with suppress(NotReady):
+                return bookkeeper.metrics(50), bookkeeper.suggest(asked[0], 1)[0]["confidence"]
+
+        before = known()
+        bookkeeper.close()
+        bookkeeper = Bookkeeper(Log(path))
+        assert known() == before
+        assert bookkeeper.health()["accounts"] == len({*names})
+    finally:
+        bookkeeper.close()
+
+
+@pytest.mark.parametrize("change", ["correct", "forget"])
+def test_a_change_that_cannot_be_written_is_not_made(path, monkeypatch, change):
+    samples = bookings(100)
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book(samples[:50])
+        bookkeeper.book(samples[50:])
+        before, log = state(bookkeeper, samples), path.read_bytes()
+        with monkeypatch.context() as patch:
+
+            def broken(file):
+                raise OSError(28, "No space left on device")
+
+            patch.setattr(os, "fsync", broken)
+            with pytest.raises(NotStored, match="No space"):
+                bookkeeper.correct(3, "1") if change == "correct" else bookkeeper.forget("company1")
+        assert state(bookkeeper, samples) == before
+        assert path.read_bytes() == log
+        assert bookkeeper.correct(3, "1") == samples[3]["AccountNumber"]
+        assert bookkeeper.forget("company1") > 0
+
+
+def test_after_a_removal_that_may_not_be_on_disk_nothing_is_booked(path, monkeypatch):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking()])
+        with monkeypatch.context() as patch:
+
+            def broken(folder):
+                raise OSError(5, "Input/output error")
+
+            patch.setattr(bookkeep, "_fsync_folder", broken)
+            with pytest.raises(LogError):
+                bookkeeper.forget("A")
+        with pytest.raises(NotReady, match="started again"):
+            bookkeeper.book([booking()])
+    with bookkeeping(path) as bookkeeper:
+        assert bookkeeper.health()["samples"] == 0
+
+
+def test_changes_are_made_in_their_turn(path):
+    answers = {}
+
+    def call(name, *arguments):
+        answers[len(answers)] = getattr(bookkeeper, name)(*arguments)
+
+    with bookkeeping(path) as bookkeeper:
+        calls = [
+            partial(call, "book", [booking(account="1")]),
+            partial(call, "book", [booking(account="1")]),
+            partial(call, "correct", 1, "2"),
+            partial(call, "book", [booking(account="3")]),
+            partial(call, "forget", "A"),
+            partial(call, "book", [booking(account="4")]),
+        ]
+        with held_at_the_disk(bookkeeper, calls):
+            pass
+        assert [*answers.values()] == [range(0, 1), range(1, 2), "1", range(3, 4), 3, range(4, 5)]
+        assert bookkeeper.predict([booking()]) == ["4"]
+
+
+def test_a_booking_that_cannot_be_read_is_neither_corrected_nor_forgotten(path):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking()])
+        path.write_bytes(path.read_bytes().replace(b"rent", b"Rent"))
+        with pytest.raises(NotStored, match="line 1 of the log could not be read"):
+            bookkeeper.correct(0, "1")
+        with pytest.raises(NotStored):
+            bookkeeper.forget("A")
+        assert bookkeeper.book([booking()]) == range(1, 2)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"corrects": 2}, {"corrects": 9}, {"corrects": "0"}, {"AccountNumber": ""}, {"weight": 2}],
+    ids=str,
+)
+def test_a_correction_that_makes_no_sense_is_refused_with_its_line(path, damage):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking(), booking()])
+        bookkeeper.correct(1, "1")
+        bookkeeper.correct(0, "1")
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[3] = changed(lines[3], **damage)
+    path.write_bytes(b"".join(lines))
+    log = Log(path)
+    with pytest.raises(LogError, match="is damaged, line 4: "):
+        Bookkeeper(log)
+    log.close()
+
+
+def test_a_report_is_of_the_last_n_predictions_as_they_stand(path):
+    with bookkeeping(path) as bookkeeper:
+        with pytest.raises(NotReady):
+            bookkeeper.report(10)
+        for batch in batches_of(bookings(500), 60):
+            bookkeeper.book(batch)
+        bookkeeper.correct(450, "corrected")
+        rows = [
+            (line["sample"]["CompanyId"], line["sample"]["AccountNumber"], *map(line.get, KEYS))
+            if line["seq"] != 450
+            else (line["sample"]["CompanyId"], "corrected", *map(line.get, KEYS))
+            for line in read_lines(path)
+            if line.get("predicted")
+        ]
+        for n, company in ((1, None), (100, None), (10**6, None), (30, "company1")):
+            expected = [row for row in rows if company in (None, row[0])][-n:]
+            _, booked, predicted, confidence = zip(*expected, strict=True)
+            right = np.array(booked) == np.array(predicted)
+            report = bookkeeper.report(n, company)
+            assert report["support"] == len(expected)
+            assert report["accuracy"] == right.mean()
+            for name, score in (("precision", precision_score), ("recall", recall_score)):
+                expected = score(booked, predicted, average="macro", zero_division=0)
+                assert report[name] == pytest.approx(expected)
+            confused = Counter((b, p) for b, p in zip(booked, predicted, strict=True) if b != p)
+            assert [row["count"] for row in report["confused"]] == [
+                count for _, count in confused.most_common(10)
+            ]
+            for row in report["confused"]:
+                assert confused[row["booked"], row["predicted"]] == row["count"]
+            assert [row["at_least"] for row in report["confidence"]] == [0.5, 0.8, 0.9, 0.95, 0.99]
+            for row in report["confidence"]:
+                sure = right[np.array(confidence) >= row["at_least"]]
+                assert row["share"] == len(sure) / len(right)
+                assert row["accuracy"] == (sure.mean() if len(sure) else None)
+        with pytest.raises(NotFound):
+            bookkeeper.report(10, "company9")
+
+
+KEYS = ("predicted", "confidence")
+
+
+def test_the_overview_is_what_metrics_and_the_log_say(path):
+    with bookkeeping(path) as bookkeeper:
+        empty = bookkeeper.overview()
+        assert empty["health"]["samples"] == 0
+        assert [empty[key] for key in ("metrics", "curve", "confidence", "wrong", "unsure")] == [
+            None, [], [], [], []
+        ]  # fmt: skip
+        for batch in batches_of(bookings(3000), 200):
+            bookkeeper.book(batch)
+        for _ in range(2):
+            overview = bookkeeper.overview()
+            records = [record for record in read_lines(path) if "sample" in record]
+            last = {r["corrects"]: r["AccountNumber"] for r in read_lines(path) if "corrects" in r}
+            booked = [last.get(r["seq"], r["sample"]["AccountNumber"]) for r in records]
+            assert overview["metrics"] == bookkeeper.metrics(1000)
+            ends = [point["bookings"] for point in overview["curve"]]
+            assert ends == list(range(250, 3001, 250))
+            for point in overview["curve"]:
+                end = point["bookings"]
+                window = range(max(200, end - 1000), end)
+                pairs = [[records[i]["predicted"] for i in window], [booked[i] for i in window]]
+                assert point["accuracy"] == np.mean([p == b for p, b in zip(*pairs, strict=True)])
+                for name, score in (("precision", precision_score), ("recall", recall_score)):
+                    expected = score(*pairs[::-1], average="macro", zero_division=0)
+                    assert point[name] == pytest.approx(expected)
+            wrong = [
+                (r["seq"], b, r["predicted"], r["confidence"], r["sample"]["BankEntryText"])
+                for r, b in zip(records, booked, strict=True)
+                if r["predicted"] not in (None, b)
+            ]
+            assert wrong[:-11:-1] == [
+                (*map(row.get, ("seq", "booked", "predicted", "confidence", "text")),)
+                for row in overview["wrong"]
+            ]
+            unsure = sorted(records[-1000:], key=lambda r: (np.float32(r["confidence"]), -r["seq"]))
+            assert [row["seq"] for row in overview["unsure"]] == [r["seq"] for r in unsure[:10]]
+            assert overview["confidence"][0] == {
+                "at_least": 0,
+                "share": 1,
+                "accuracy": bookkeeper.report(10_000)["accuracy"],
+            }
+            for seq in (1100, 2999):
+                bookkeeper.correct(seq, "corrected")
+
+
+def test_the_learning_curve_has_at_most_129_points(path, monkeypatch):
+    monkeypatch.setattr(bookkeep, "WINDOW", 8)
+    with bookkeeping(path) as bookkeeper:
+        for batch in batches_of(bookings(1000), 100):
+            bookkeeper.book(batch)
+        ends = [point["bookings"] for point in bookkeeper.overview()["curve"]]
+        assert ends == [*range(104, 1000, 8), 1000]
 
 
 def test_batches_from_many_threads_are_each_booked_once_and_whole(path):
