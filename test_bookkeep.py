@@ -27,11 +27,13 @@ from functools import partial
 from http.client import HTTPConnection, HTTPException
 from io import BytesIO
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
 from sklearn.isotonic import IsotonicRegression
 from sklearn.metrics import precision_score, recall_score
 from sklearn.naive_bayes import MultinomialNB
@@ -1734,8 +1736,8 @@ class Service:
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
-    def ask(self, method, path, content=None, *, body=None, headers=None):
-        """The status, the headers and the JSON of the answer."""
+    def ask(self, method, path, content=None, *, body=None, headers=None, kind="application/json"):
+        """The status, the headers and the answer, read as JSON if it must be that."""
         if content is not None:
             body = json.dumps(content).encode()
         connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
@@ -1744,13 +1746,22 @@ class Service:
                 method, path, body, {"Content-Type": "application/json"} | (headers or {})
             )
             response = connection.getresponse()
-            assert response.headers["Content-Type"] == "application/json"
-            return response.status, response.headers, json.loads(response.read())
+            assert response.headers["Content-Type"] == kind
+            answer = response.read()
+            return (
+                response.status,
+                response.headers,
+                json.loads(answer) if kind == "application/json" else answer,
+            )
         finally:
             connection.close()
 
     def get(self, path):
         status, _, answer = self.ask("GET", path)
+        return status, answer
+
+    def delete(self, path):
+        status, _, answer = self.ask("DELETE", path)
         return status, answer
 
     def post(self, path, content):
@@ -1828,6 +1839,194 @@ def test_the_contract(serve):
     ]
     assert (health["status"], health["samples"], health["accounts"]) == ("ok", 3, 2)
     assert isinstance(health["uptime"], float)
+
+
+def test_one_sample_gets_suggestions_and_a_list_a_list(service):
+    asked = {key: booking()[key] for key in bookkeep.FEATURES}
+    status, answer = service.post("/suggest", asked)
+    assert status == 200
+    [suggestion] = answer["suggestions"]
+    assert (suggestion["account"], suggestion["over"]) == ("1", None)
+    assert service.post("/suggest", [asked, asked]) == (200, [answer, answer])
+    assert service.post("/suggest", []) == (200, [])
+    assert service.post("/suggest?top=20", json.dumps(asked)) == (200, answer)
+    for top in ("0", "21", "x", "-1", "1.0", "", "9" * 50):
+        status, refusal = service.post(f"/suggest?top={top}", asked)
+        assert (status, refusal["error"]) == (400, "top must be a whole number from 1 to 20")
+    assert service.post("/suggest", [asked] * 101)[0] == 400
+    assert service.post("/suggest", {"CompanyId": "A"})[0] == 400
+
+
+def test_corrections_forgetting_and_reports_over_http(serve):
+    service = serve()
+    assert service.post("/suggest", booking()) == (
+        503,
+        {"error": "there is no model yet; send bookings to /sample first"},
+    )
+    company = "A/B ü%?"
+    for account in ("1", "1", "2"):
+        service.post("/sample", [booking(account=account), booking(company, account="3")])
+    right = {"seq": 4, "AccountNumber": "1", "before": "2"}
+    assert service.post("/correct", {"seq": 4, "AccountNumber": "1"}) == (200, right)
+    assert service.post("/correct", {"seq": 4.0, "AccountNumber": "1"})[1]["before"] == "1"
+    assert service.get("/metrics/10") == (200, {"precision": 1, "recall": 1})
+    for refused, status in (
+        ({"seq": 99, "AccountNumber": "1"}, 404),
+        ({"seq": 6, "AccountNumber": "1"}, 404),
+        ({"seq": -1, "AccountNumber": "1"}, 404),
+        ({"seq": 10**400, "AccountNumber": "1"}, 400),
+        ({"seq": 1.5, "AccountNumber": "1"}, 400),
+        ({"seq": "1", "AccountNumber": "1"}, 400),
+        ({"seq": True, "AccountNumber": "1"}, 400),
+        ({"seq": 1, "AccountNumber": ""}, 400),
+        ({"seq": 1, "AccountNumber": 1}, 400),
+        ({"seq": 1, "AccountNumber": "\ud800"}, 400),
+        ({"seq": 1, "AccountNumber": "1" * 10_001}, 400),
+        ({"seq": 1, "AccountNumber": "1", "AccountName": "x"}, 400),
+        ({"seq": 1}, 400),
+        ([1], 400),
+    ):
+        answered, answer = service.post("/correct", refused)
+        assert (answered, list(answer)) == (status, ["error"])
+    status, report = service.get(f"/report/10?company={quote(company)}")
+    assert (status, report["support"], report["accuracy"]) == (200, 2, 1)
+    assert service.get("/report/3")[1]["support"] == 3
+    assert service.get("/report/0")[0] == 400
+    assert service.get("/report/1?company=%ff")[0] == 400
+    assert service.get("/report/1?company=")[0] == 404
+    assert service.delete("/company/nobody")[0] == 404
+    assert service.delete(f"/company/{quote(company)}%ff")[0] == 400
+    assert service.samples() == 6
+    assert service.delete(f"/company/{quote(company, safe='')}") == (
+        200,
+        {"company": company, "forgotten": 3},
+    )
+    assert service.delete(f"/company/{quote(company)}")[0] == 404
+    assert service.get(f"/report/10?company={quote(company)}")[0] == 404
+    health = service.get("/health")[1]
+    assert [health[key] for key in ("samples", "lines", "accounts")] == [3, 7, 1]
+    service.stop(signal.SIGKILL)
+    service = serve()
+    again = service.get("/health")[1]
+    assert health | {"uptime": 0} == again | {"uptime": 0}
+    assert service.post("/correct", {"seq": 4, "AccountNumber": "1"})[1]["before"] == "1"
+
+
+def test_the_export_is_the_log(serve, tmp_path):
+    service = serve()
+
+    def export(query=""):
+        status, headers, lines = service.ask("GET", f"/samples{query}", kind="application/jsonl")
+        assert (status, int(headers["Content-Length"])) == (200, len(lines))
+        return lines
+
+    assert export() == b""
+    for batch in batches_of(bookings(6000), 1000):
+        service.post("/sample", batch)
+    service.post("/correct", {"seq": 5, "AccountNumber": "1"})
+    service.delete("/company/company3")
+    log = (tmp_path / "log.jsonl").read_bytes()
+    lines = log.splitlines(keepends=True)
+    assert export() == log
+    assert export("?from=10&limit=3") == b"".join(lines[10:13])
+    assert export("?from=5999") == b"".join(lines[5999:])
+    assert export("?limit=0") == export("?from=6001") == b""
+    for query in ("?from=-1", "?from=x", "?limit=1e3", "?from=", "?limit=9999999999"):
+        assert service.get(f"/samples{query}")[0] == 400
+    (tmp_path / "backup.jsonl").write_bytes(export())
+    assert run(HERE / "bookkeep.py", "check", tmp_path / "backup.jsonl")[0] == 0
+
+
+def test_slow_readers_of_the_export_stop_nobody(serve, tmp_path):
+    service = serve("--threads=4")
+    for _ in range(3):
+        service.post("/sample", [booking(Note="x" * 9000)] * 1000)
+    slow = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(20)]
+    for connection in slow:
+        connection.sendall(b"GET /samples HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    for connection in slow:
+        assert connection.recv(15) == b"HTTP/1.1 200 OK"
+    for _ in range(10):
+        assert service.post("/predict", booking())[0] == 200
+    assert opened(service, tmp_path / "log.jsonl") == 21
+    for connection in slow:
+        connection.close()
+    wait_until(lambda: opened(service, tmp_path / "log.jsonl") == 1)
+    assert "exception" not in service.said()
+
+
+def opened(service, path):
+    """How many files of the service are this one."""
+    number = 0
+    for file in Path(f"/proc/{service.process.pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            number += os.readlink(file) == str(path)
+    return number
+
+
+def test_prometheus_can_read_the_figures(serve):
+    service = serve()
+    for batch in batches_of(bookings(300), 100):
+        service.post("/sample", batch)
+    service.post("/predict", bookings(7))
+    service.post("/suggest", booking())
+    service.get("/metrics/10")
+    service.get("/nowhere")
+    service.post("/sample", [{}])
+    kind = "text/plain; version=0.0.4; charset=utf-8"
+    status, _, text = service.ask("GET", "/metrics", kind=kind)
+    assert status == 200
+    families = {family.name: family for family in text_string_to_metric_families(text.decode())}
+    assert all(family.documentation for family in families.values())
+    values = {
+        name: family.samples[0].value
+        for name, family in families.items()
+        if family.type in ("gauge", "counter")
+    }
+    health = service.get("/health")[1]
+    report = service.get("/report/100")[1]
+    assert values == {
+        "bookkeep_bookings": 300,
+        "bookkeep_predictions": 8,
+        "bookkeep_accounts": health["accounts"],
+        "bookkeep_companies": 5,
+        "bookkeep_tokens": health["tokens"],
+        "bookkeep_waiting": 0,
+        "bookkeep_log_bytes": len(service.ask("GET", "/samples", kind="application/jsonl")[2]),
+        "bookkeep_last_batch_accuracy": pytest.approx(report["accuracy"]),
+        "bookkeep_last_batch_precision": pytest.approx(report["precision"]),
+    }
+    requests = {}
+    for sample in families["bookkeep_request_duration_seconds"].samples:
+        labels = dict(sample.labels)
+        kind = sample.name.removeprefix("bookkeep_request_duration_seconds")
+        requests.setdefault((labels.pop("path"), labels.pop("status")), []).append(
+            (kind, labels.get("le"), sample.value)
+        )
+    assert {key: values[-1][2] for key, values in requests.items()} == {
+        ("/sample", "200"): 3,
+        ("/sample", "400"): 1,
+        ("/predict", "200"): 1,
+        ("/suggest", "200"): 1,
+        ("/metrics/{n}", "200"): 1,
+        ("other", "404"): 1,
+    }
+    for *buckets, (_, _, seconds), (_, _, number) in requests.values():
+        heights = [value for _, _, value in buckets]
+        assert heights == sorted(heights)
+        assert (buckets[-1][1], heights[-1]) == ("+Inf", number)
+        assert 0 < seconds < 60
+    assert families["bookkeep_fsync_duration_seconds"].samples[-1].value == 3
+
+
+@pytest.mark.parametrize(
+    ("seconds", "bound"), [(0, 0.001), (0.001, 0.001), (0.0011, 0.0025), (10, 10), (11, "+Inf")]
+)
+def test_a_duration_is_counted_up_to_the_bound_that_it_keeps(seconds, bound):
+    histogram = bookkeep.Histogram()
+    histogram.observe(seconds)
+    lines = [line for line in histogram.exposition("x") if line.startswith("x_bucket")]
+    assert next(line for line in lines if line.endswith(" 1")) == f'x_bucket{{le="{bound}"}} 1'
 
 
 @pytest.mark.parametrize(("body", "message"), BAD_BODIES.values(), ids=BAD_BODIES)
@@ -2308,6 +2507,50 @@ def scanned(log):
     return [record for found in scan(log) for record in getattr(found, "records", [])]
 
 
+def test_a_kill_while_a_company_is_forgotten_leaves_all_of_it_or_nothing(serve, tmp_path):
+    rounds = int(os.environ.get("BOOKKEEP_ROUNDS", 30)) // 3
+    log = tmp_path / "log.jsonl"
+    companies = [f"company{number}" for number in range(5)]
+    outcomes = Counter()
+    for number in range(rounds):
+        if number % 5 == 0:
+            log.unlink(missing_ok=True)
+        service = serve()
+        if number % 5 == 0:
+            for batch in batches_of(bookings(5000, seed=number), 1000):
+                assert service.post("/sample", batch)[0] == 200
+        company = companies[number % 5]
+        before = scanned(log)
+        answered = []
+
+        def forget(service=service, company=company, answered=answered):
+            with suppress(OSError, HTTPException):
+                answered.append(service.delete(f"/company/{company}"))
+
+        asking = threading.Thread(target=forget)
+        asking.start()
+        time.sleep(random.random() * 0.1)
+        service.stop(signal.SIGKILL)
+        asking.join()
+        after = scanned(log)
+        gone = [record for record in after if "sample" not in record]
+        if after != before:
+            outcomes["forgotten"] += 1
+            assert company not in log.read_text()
+            assert [r for r in after if "sample" in r] == [
+                r for r in before if r.get("sample", {}).get("CompanyId") not in (company, None)
+            ]
+            assert len(after) == len(before) == 5000
+        else:
+            outcomes["kept"] += 1
+            assert not answered
+        service = serve()
+        assert service.samples() == 5000 - len(gone)
+        assert not list(tmp_path.glob("*.new"))
+        service.stop(signal.SIGKILL)
+    print(outcomes)
+
+
 def test_a_cut_off_batch_is_repaired_at_the_start(serve, tmp_path):
     service = serve()
     for batch in batches_of(bookings(40), 20):
@@ -2421,6 +2664,36 @@ def test_a_batch_with_a_record_that_makes_no_sense_is_left_out(path):
     assert "left out: seq 2 to 3" in out
     kept = read(path.with_name("log.jsonl.repaired"))
     assert [record["seq"] for record in kept if "sample" in record] == [0, 1, 4, 5]
+
+
+def test_a_repaired_copy_keeps_numbers_corrections_and_what_was_removed(path):
+    with bookkeeping(path) as bookkeeper:
+        for number in range(4):
+            bookkeeper.book([booking(company=f"company{number}")] * 2)
+        for seq in (1, 3, 7):
+            bookkeeper.correct(seq, "new")
+        bookkeeper.forget("company2")
+    assert run(HERE / "bookkeep.py", "check", path)[:2] == (
+        0,
+        f"{path}: 6 bookings in whole batches, no problems\n",
+    )
+    lines = path.read_bytes().splitlines(keepends=True)
+    del lines[2]  # of what is corrected
+    path.write_bytes(b"".join(lines))
+    status, out, _ = run(HERE / "bookkeep.py", "check", path, "--repair")
+    assert status == 1
+    repaired = path.with_name("log.jsonl.repaired")
+    assert "left out: seq 2 to 3\n" in out
+    assert "line 9: it corrects no booking before it" in out
+    assert "left out: seq 9 to 9\n" in out
+    assert f"{repaired}: 4 bookings\n" in out
+    assert run(HERE / "bookkeep.py", "check", repaired)[0] == 0
+    with bookkeeping(repaired) as bookkeeper:
+        assert bookkeeper.health()["samples"] == 4
+        assert bookkeeper.correct(1, "2") == bookkeeper.correct(7, "2") == "new"
+        for seq in (2, 3, 4, 9):
+            with pytest.raises(NotFound):
+                bookkeeper.correct(seq, "2")
 
 
 def test_one_misplaced_line_costs_no_batch(path):
