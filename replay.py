@@ -21,7 +21,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -58,15 +58,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.file = options.file or _default_file()
         token = read_token(options.token_file)
         with _service(options) as url:
+            if options.stay:
+                print(f"Watch it learn: {url}/", file=sys.stderr)
             report = replay(Client(url, token), options)
-        if options.serve:
-            report["log"] = str(options.log)
+            if options.serve:
+                report["log"] = str(options.log)
+            print(json.dumps(report) if options.json else in_words(report), flush=True)
+            if options.stay and not report["interrupted"]:
+                _stay(url)
     except (Failed, OSError) as error:
         print(f"replay: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    print(json.dumps(report) if options.json else in_words(report))
     return 130 if report["interrupted"] else 0
 
 
@@ -135,6 +139,13 @@ def replay(client: "Client", options: argparse.Namespace, skip: bool = True) -> 
     except KeyboardInterrupt:
         report["interrupted"] = True
     return report
+
+
+def _stay(url: str) -> None:
+    """Waits for Ctrl-C."""
+    print(f"The page is at {url}/ until Ctrl-C", file=sys.stderr)
+    with suppress(KeyboardInterrupt):
+        signal.pause()
 
 
 def in_words(report: dict) -> str:
@@ -408,6 +419,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--serve", action="store_true", help="start the service, and stop it at the end"
     )
     parser.add_argument(
+        "--stay",
+        action="store_true",
+        help="with --serve: keep it running at the end, to look at its page, until Ctrl-C",
+    )
+    parser.add_argument(
         "--log",
         type=Path,
         help="with --serve: the service's log (default: a new one in data/ for each run)",
@@ -431,6 +447,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.log and not options.serve:
         parser.error("--log goes with --serve")
+    if options.stay and not options.serve:
+        parser.error("--stay goes with --serve")
     if options.resume is not None and options.serve and not options.log:
         parser.error("--resume goes with --url, or with --serve and the --log of the first run")
     if options.log is None:

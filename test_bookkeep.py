@@ -28,6 +28,7 @@ from http.client import HTTPConnection, HTTPException
 from io import BytesIO
 from pathlib import Path
 from urllib.parse import quote
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -2762,6 +2763,30 @@ def test_the_demo_in_one_command(tmp_path):
         assert report["prediction"]["predicted"] == bookkeeper.predict([asked])[0]
 
 
+def test_a_replay_that_stays_serves_its_page_until_it_is_stopped(tmp_path):
+    process = subprocess.Popen(
+        [
+            *(sys.executable, HERE / "replay.py", SYNTHETIC, "--serve", "--stay", "--json"),
+            *("--samples=200", f"--log={tmp_path / 'log.jsonl'}"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert json.loads(process.stdout.readline())["samples"] == 200
+    said = iter(process.stderr.readline, "")
+    watch, stay = (next(line for line in said if "http://" in line) for _ in range(2))
+    url = re.fullmatch("Watch it learn: (.*)\n", watch)[1]
+    assert stay == f"The page is at {url} until Ctrl-C\n"
+    with urlopen(url) as page:
+        assert b"<title>bookkeep" in page.read()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+    assert process.stderr.read() == ""
+    with pytest.raises(OSError, match="refused"):
+        urlopen(url)
+
+
 def test_a_report_in_words_and_file_order_and_a_running_service(serve, tmp_path):
     service = serve()
     url = f"http://127.0.0.1:{service.port}"
@@ -2859,6 +2884,7 @@ def test_other_mistakes_are_one_sentence_too(serve, tmp_path):
         (["--samples", "0"], 2, "0 is not a whole number"),
         (["--samples", "9" * 20], 2, "is not a whole number"),
         (["--log", log], 2, "--log goes with --serve"),
+        (["--stay"], 2, "--stay goes with --serve"),
     ):
         exited, out, said = run(HERE / "replay.py", SYNTHETIC, *options)
         assert (exited, out) == (status, "")
