@@ -2124,7 +2124,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     checking.add_argument(
         "--repair",
         action="store_true",
-        help="write all its whole batches to LOG.repaired, numbered anew, and say what is left out",
+        help="write all its whole batches to LOG.repaired, and say what is left out",
     )
     return parser.parse_args(arguments)
 
@@ -2220,9 +2220,777 @@ class Channel(HTTPChannel):
 # ------------------------------------------------------------------------------------------- Page
 
 PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>bookkeep</title>
-<style></style>
-<script></script>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'
+  viewBox='0 0 16 16'%3E%3Cpath d='M1 3h14M8 3v12' stroke='%232f86b5' stroke-width='3'/%3E
+  %3C/svg%3E">
+<style>
+:root {
+  color-scheme: light dark;
+  --page: #fff; --tint: #f2f5f7; --rule: #dce1e5; --edge: #818c95; --muted: #56626b; --ink: #192026;
+  --accent: #0b5f8a; --on-accent: #fff; --good: #11734b; --bad: #ab2f1c;
+  --accuracy: #0b5f8a; --precision: #b84c00; --recall: #00765a;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #14181b; --tint: #20272c; --rule: #2c3439; --edge: #717d86; --muted: #9da9b1;
+    --ink: #e5e9ec; --accent: #74bce6; --on-accent: #0c1a23; --good: #6cc79b; --bad: #f2907c;
+    --accuracy: #74bce6; --precision: #f0a05a; --recall: #62c9a4;
+  }
+}
+* { box-sizing: border-box; margin: 0; padding: 0; }
+[hidden] { display: none !important; }
+body {
+  max-width: 78rem; margin: 0 auto; padding: 0 1rem; background: var(--page); color: var(--ink);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
+  font-variant-numeric: tabular-nums; overflow-wrap: anywhere;
+}
+h1 { font-size: 1.25rem; line-height: 1.2; font-weight: 650; letter-spacing: -.01em; }
+h2 { font-size: 1.0625rem; line-height: 1.35; font-weight: 600; }
+.muted, label, dt, thead th { color: var(--muted); font-size: .8125rem; font-weight: 400; }
+.error { color: var(--bad); }
+a { color: var(--accent); }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+
+header, footer { display: flex; flex-wrap: wrap; align-items: center; gap: .25rem 1rem; }
+header { padding: 1.25rem 0; }
+footer { border-top: 1px solid var(--rule); padding: 1rem 0 2rem; }
+h1 svg { width: 1em; height: 1em; margin-right: .4em; vertical-align: -.1em; color: var(--accent); }
+#state { margin-left: auto; font-size: .875rem; }
+#state::before { content: ""; display: inline-block; width: .6em; height: .6em;
+  margin-right: .5em; border: 2px solid var(--muted); }
+#state.good::before { background: var(--good); border-color: var(--good); border-radius: 50%; }
+#state.bad { color: var(--bad); }
+#state.bad::before { border-color: var(--bad); }
+
+#figures { display: grid; grid-template-columns: 1fr 1fr; border-top: 2px solid var(--ink); }
+#figures > div { padding: .75rem 0 1.25rem; }
+#figures > div + div { padding-left: 2rem; border-left: 1px solid var(--rule); }
+#figures dl { display: flex; flex-wrap: wrap; gap: 0 1rem; }
+#figures dl div { flex: 1 1 28%; margin-top: .5rem; }
+#figures dd { font-size: 1.75rem; line-height: 1.2; font-weight: 500; white-space: nowrap; }
+
+.part { display: grid; grid-template-columns: 17rem minmax(0, 1fr); gap: 1rem 2.5rem;
+  border-top: 1px solid var(--rule); padding: 1.5rem 0 2rem; }
+.lead { position: relative; }
+.lead > * + * { margin-top: .5rem; }
+#sentence { font-size: 1.0625rem; line-height: 1.45; }
+pre { font: .8125rem/1.6 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap;
+  background: var(--tint); padding: .75rem 1rem; margin-bottom: .75rem; }
+
+.chart { position: relative; height: 100%; min-height: 19rem; }
+.chart > * { position: absolute; inset: 0; width: 100%; height: 100%; }
+.chart div { cursor: crosshair; touch-action: pan-y; }
+.chart text { font-size: .75rem; fill: var(--muted); }
+.chart .name { fill: var(--ink); }
+.grid { stroke: var(--rule); }
+.axis { stroke: var(--edge); }
+.line { fill: none; stroke: currentColor; stroke-width: 2; stroke-linejoin: round; }
+.mark { fill: currentColor; stroke: var(--page); stroke-width: 1.5; }
+.accuracy { color: var(--accuracy); }
+.precision { color: var(--precision); }
+.recall { color: var(--recall); }
+.line.precision { stroke-dasharray: 8 4; }
+.line.recall { stroke-dasharray: 2 3; }
+#legend { display: grid; gap: .5rem 2rem; margin: .75rem 0; }
+#legend div { display: grid; grid-template-columns: 1fr auto; }
+#legend dt { color: inherit; font-size: inherit; text-transform: capitalize; }
+#legend svg { width: 2rem; height: .75rem; margin-right: .75rem; }
+#legend .muted { grid-column: 1 / -1; padding-left: 2.75rem; }
+.coverage { display: grid; grid-template-columns: minmax(0, 1fr) 21rem; gap: 1rem 2rem; }
+
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; vertical-align: top; padding: .3rem 0 .3rem 1rem; font-weight: 400; }
+th:first-child, td:first-child { padding-left: 0; }
+thead th { vertical-align: bottom; line-height: 1.3; overflow-wrap: normal;
+  border-bottom: 1px solid var(--edge); }
+tbody tr + tr > * { border-top: 1px solid var(--rule); }
+caption { text-align: left; }
+td.number, th.number { text-align: right; }
+#steps { align-self: start; }
+#steps .chosen > * { background: var(--tint); }
+.clip { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2;
+  overflow: hidden; }
+.bookings { table-layout: fixed; }
+.bookings th:nth-child(n + 4) { width: 11.5%; }
+.bookings th:nth-child(odd) { width: 14%; }
+.bookings th:nth-child(5) { width: 11.5%; }
+.bookings th:nth-child(7) { width: 4.25rem; }
+.held { visibility: hidden; position: absolute; }
+.part:has(tbody:hover, tbody:focus-within) .held { visibility: visible; }
+
+form { display: grid; gap: .75rem; }
+label { display: grid; gap: .2rem; }
+input, button { font: inherit; border: 1px solid var(--edge); border-radius: 3px;
+  padding: .4rem .75rem; background: none; }
+input { color: var(--ink); width: 100%; }
+button { color: var(--accent); cursor: pointer; }
+button:hover { border-color: var(--accent); text-decoration: underline; }
+button[type=submit] { color: var(--on-accent); background: var(--accent); justify-self: start;
+  align-self: end; border-color: transparent; font-weight: 500; }
+td button { padding: 0 .6rem; font-size: .8125rem; line-height: 1.4rem; }
+#access form { max-width: 20rem; }
+
+#suggestions > * + * { margin-top: .5rem; }
+#ranking { list-style: none; }
+#ranking li { border-top: 1px solid var(--rule); }
+summary { display: grid; grid-template-columns: 1rem minmax(0, 1fr) minmax(0, 2fr) 4rem;
+  gap: .75rem; align-items: center; padding: .4rem 0; cursor: pointer; }
+summary::before { content: "+"; color: var(--muted); text-align: center; }
+[open] > summary::before { content: "–"; }
+summary .clip { font-weight: 600; }
+summary .number { text-align: right; }
+details > div { padding: 0 0 1rem 1.75rem; }
+.bar { display: block; position: relative; height: .5rem; background: var(--tint); }
+.bar span { position: absolute; height: 100%; background: var(--accent); }
+.zero { background: none; margin-top: .5rem; }
+.zero::after { content: ""; position: absolute; inset: -.55rem auto -.55rem 50%;
+  border-left: 1px solid var(--edge); }
+.zero .against { background: var(--precision); }
+.reasons { table-layout: fixed; }
+.reasons .clip { -webkit-line-clamp: 3; }
+.reasons td:nth-child(2) { width: 34%; }
+.reasons td:nth-child(3) { width: 5rem; }
+.reasons tr:last-child td { border-top-color: var(--edge); font-weight: 600; }
+
+@media (max-width: 72rem) { .coverage { grid-template-columns: minmax(0, 1fr); } }
+@media (max-width: 60rem) { .part { grid-template-columns: minmax(0, 1fr); } }
+@media (min-width: 44rem) and (max-width: 60rem) {
+  #legend { grid-template-columns: repeat(3, 1fr); }
+  #try { grid-template-columns: 1fr 2fr 1fr auto; }
+}
+@media (max-width: 44rem) {
+  #state { margin-left: 0; flex-basis: 100%; }
+  #figures { grid-template-columns: 1fr; }
+  #figures > div { padding-bottom: .75rem; }
+  #figures > div + div { padding-left: 0; border-left: 0; border-top: 1px solid var(--rule); }
+  #figures dd { font-size: 1.5rem; }
+  .chart { min-height: 16rem; }
+  details > div { padding-left: 0; }
+  #steps th + th, #steps td { padding-left: .4rem; }
+  .reasons td:nth-child(2) { width: 25%; }
+  .bookings thead { position: absolute; width: 1px; height: 1px; overflow: hidden;
+    clip-path: inset(50%); display: block; }
+  .bookings, .bookings tbody { display: block; }
+  .bookings tr { display: grid; grid-template-columns: 1.4fr 1fr 1fr 4.5rem; gap: 0 .75rem;
+    position: relative; padding: .6rem 0; border-bottom: 1px solid var(--rule); }
+  .bookings tbody td { padding: 0; border: 0; text-align: left; min-width: 0; }
+  .bookings tbody td:nth-child(-n + 2) { grid-column: 1 / -1; padding-right: 4.25rem; }
+  .bookings td:nth-child(1) { color: var(--muted); }
+  .bookings td:nth-child(n + 3)::before { content: attr(data-name); display: block;
+    color: var(--muted); font-size: .75rem; white-space: nowrap; }
+  .bookings td:nth-child(7) { position: absolute; top: .6rem; right: 0; }
+}
+@media (prefers-reduced-motion: no-preference) { html { scroll-behavior: smooth; } }
+</style>
+</head>
+<body>
+<header>
+  <h1><svg viewBox="0 0 16 16" aria-hidden="true"><path d="M1 3h14M8 3v12" stroke="currentColor"
+    stroke-width="3"/></svg>bookkeep</h1>
+  <p class="muted">learns from every booking and suggests the account of the next one</p>
+  <p id="state" role="status">Connecting</p>
+</header>
+<main>
+<noscript><p class="error">This page needs JavaScript.</p></noscript>
+
+<section id="figures" aria-label="Key figures">
+  <div>
+    <p class="muted">Learned so far</p>
+    <dl>
+      <div><dt>Bookings</dt><dd id="samples">–</dd></div>
+      <div><dt>Accounts</dt><dd id="accounts">–</dd></div>
+      <div><dt>Companies</dt><dd id="companies">–</dd></div>
+    </dl>
+  </div>
+  <div>
+    <p class="muted">Over the last 1,000 predictions</p>
+    <dl>
+      <div><dt>Accuracy</dt><dd id="accuracy">–</dd></div>
+      <div><dt>Precision</dt><dd id="precision">–</dd></div>
+      <div><dt>Recall</dt><dd id="recall">–</dd></div>
+    </dl>
+  </div>
+</section>
+
+<section id="access" class="part" aria-labelledby="access-title" hidden>
+  <div class="lead">
+    <h2 id="access-title">Token needed</h2>
+    <p id="why" role="status"></p>
+    <p class="muted">This tab keeps the token until you close it.</p>
+  </div>
+  <form>
+    <label>Token <input id="token" type="password" autocomplete="off" required pattern="[!-~]+"
+      title="letters, digits and signs of a US keyboard, no spaces"></label>
+    <button type="submit">Use this token</button>
+  </form>
+</section>
+
+<section id="start" class="part" aria-labelledby="start-title" hidden>
+  <div class="lead">
+    <h2 id="start-title">Send the first bookings</h2>
+    <p class="muted">Nothing has been booked yet. Run this in a terminal, or send your own bookings
+      the same way. This page then comes to life by itself.</p>
+  </div>
+  <div>
+    <pre id="command"></pre>
+    <button id="copy" type="button">Copy</button>
+    <span id="copied" class="muted" role="status"></span>
+  </div>
+</section>
+
+<div id="report" hidden>
+<section class="part" aria-labelledby="curve-title">
+  <div class="lead">
+    <h2 id="curve-title">How well it has learned</h2>
+    <p class="muted">Each booking is predicted before it is learned. A point covers the 1,000
+      predictions before it.</p>
+    <div data-of="curve">
+      <p id="when"></p>
+      <dl id="legend"></dl>
+      <p class="muted">Precision and recall are means over the accounts: a rare one counts as much
+        as a common one.</p>
+    </div>
+  </div>
+  <div>
+    <p class="none" data-of="curve">Nothing has been predicted yet. The next bookings will be.</p>
+    <div id="curve" class="chart" data-of="curve">
+      <svg role="img"></svg>
+      <div role="slider" tabindex="0" aria-label="Point of the learning curve"></div>
+    </div>
+  </div>
+</section>
+
+<section class="part" aria-labelledby="coverage-title">
+  <div class="lead">
+    <h2 id="coverage-title">How much can be booked unseen</h2>
+    <p id="sentence" data-of="confidence"></p>
+    <p class="muted">Over the last 10,000 predictions. The dots are the confidence a suggestion must
+      have to be booked unseen: the higher, the fewer but the surer.</p>
+  </div>
+  <div>
+    <p class="none" data-of="confidence">Nothing has been predicted yet.</p>
+    <div class="coverage" data-of="confidence">
+      <div id="coverage" class="chart">
+        <svg role="img"></svg>
+        <div role="slider" tabindex="0" aria-label="Confidence to book unseen"></div>
+      </div>
+      <table id="steps">
+        <thead><tr><th scope="col">Confidence from</th>
+          <th scope="col" class="number">Booked unseen</th>
+          <th scope="col" class="number">Right of these</th>
+          <th scope="col" class="number">Wrong in 1,000 bookings</th></tr></thead>
+        <tbody></tbody>
+      </table>
+    </div>
+  </div>
+</section>
+
+<section class="part" aria-labelledby="try-title">
+  <div class="lead">
+    <h2 id="try-title">Try a sample</h2>
+    <p class="muted">It only asks. Nothing is booked or learned.</p>
+    <form id="try">
+      <label>Company <input name="CompanyId" required autocomplete="off"></label>
+      <label>Text <input name="BankEntryText" required autocomplete="off"></label>
+      <label>Amount <input name="BankEntryAmount" required autocomplete="off"></label>
+      <button type="submit">Suggest an account</button>
+    </form>
+  </div>
+  <div id="suggestions">
+    <p id="verdict" role="status">The suggestions appear here, with the reasons for each.</p>
+    <p id="weights" class="muted" hidden>A weight above zero speaks for the account, one below zero
+      for the account it is compared with. Each 0.7 doubles the odds; the weights add up.</p>
+    <ol id="ranking"></ol>
+  </div>
+</section>
+
+<section class="part" aria-labelledby="wrong-title">
+  <div class="lead">
+    <h2 id="wrong-title">Latest wrong ones</h2>
+    <p class="muted">Booked otherwise than predicted, newest first. They are learned by now: try
+      them again.</p>
+    <p class="muted held">Held still while you use it.</p>
+  </div>
+  <div>
+    <p class="none" data-of="wrong">None yet.</p>
+    <table id="wrong" class="bookings" role="table" aria-labelledby="wrong-title"
+      data-of="wrong"></table>
+  </div>
+</section>
+
+<section class="part" aria-labelledby="unsure-title">
+  <div class="lead">
+    <h2 id="unsure-title">Least sure ones</h2>
+    <p class="muted">Of the last 1,000 predictions, those to look at first, right or wrong.</p>
+    <p class="muted held">Held still while you use it.</p>
+  </div>
+  <div>
+    <p class="none" data-of="unsure">None yet.</p>
+    <table id="unsure" class="bookings" role="table" aria-labelledby="unsure-title"
+      data-of="unsure"></table>
+  </div>
+</section>
+</div>
+</main>
+<footer class="muted">
+  <span>For programs: <a href="openapi.json">openapi.json</a><span id="locked" hidden>, with the
+    token</span></span>
+  <span id="engine"></span>
+</footer>
+<script>
+'use strict';
+
+const PAUSE = 2000, LONGEST_PAUSE = 10000, TIMEOUT = 10000; // milliseconds
+const STEPS = [0, 0.5, 0.8, 0.9, 0.95, 0.99]; // confidences with a row, and most with a dot
+const USUAL = 0.9; // the confidence shown while none is pointed at
+const REASONS = 8; // shown for one suggestion: a long text has hundreds
+const EXAMPLES = [
+  ['acme', 'Office rent May', '> -10000', '6300'],
+  ['acme', 'Train to Oslo', '> -100', '7140'],
+];
+const MEANINGS = {
+  accuracy: 'of all suggestions, how many were right',
+  precision: 'of an account’s suggestions, how many were right',
+  recall: 'of an account’s bookings, how many were suggested',
+};
+const SCORES = Object.keys(MEANINGS);
+const COLUMNS = ['Company', 'Text', 'Amount', 'Booked', 'Predicted', 'Confidence'];
+
+const $ = (id) => document.getElementById(id);
+const near = (a, b) => Math.abs(a - b) < 1e-6;
+const isStep = (point) => STEPS.some((step) => near(step, point.at_least));
+const count = (number) => number.toLocaleString('en');
+const score = (number) => number == null ? '–' : number.toFixed(3);
+const percent = (share, digits = 1) => share == null ? '–' : `${(100 * share).toFixed(digits)}%`;
+const signed = (number) => `${number < 0 ? '−' : '+'}${Math.abs(number).toFixed(2)}`;
+
+// What the service says gets into the page as text, by the next three only.
+
+function put(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+
+function make(tag, properties, ...children) {
+  const node = Object.assign(document.createElement(tag), properties);
+  node.append(...children);
+  return node;
+}
+
+function shape(tag, attributes, ...children) {
+  const node = document.createElementNS('http://www.w3.org/2000/svg', tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
+}
+
+function value(text, most = 150) { // characters: laying out 10,000 of them takes seconds
+  return make('bdi', { title: text }, text.length > most ? `${text.slice(0, most)}…` : text);
+}
+
+const clip = (...children) => make('span', { className: 'clip' }, ...children);
+const cell = (...children) => make('td', { role: 'cell' }, ...children);
+const number = (text) => make('td', { role: 'cell', className: 'number' }, text);
+
+// ------------------------------------------------------------------------------------ The service
+
+class Refused extends Error {}
+
+async function call(path, body) {
+  const token = sessionStorage.getItem('token');
+  const headers = token ? { Authorization: `Bearer ${token}` } : {};
+  const options = { headers, signal: AbortSignal.timeout(TIMEOUT) };
+  if (body) {
+    headers['Content-Type'] = 'application/json';
+    Object.assign(options, { method: 'POST', body: JSON.stringify(body) });
+  }
+  const response = await fetch(path, options);
+  const answer = await response.json();
+  if (response.status === 401) askForToken(token);
+  if (!response.ok) throw new Refused(answer.error, { cause: response.status });
+  return answer;
+}
+
+function askForToken(refused) {
+  // A newer token may have been entered while this request was on its way.
+  if (sessionStorage.getItem('token') !== refused) return;
+  sessionStorage.removeItem('token');
+  put($('why'), refused ? 'The service refused this token. Enter another one.'
+    : 'This service answers only those who send its token.');
+  $('access').hidden = false;
+  if ($('report').hidden) $('token').focus();
+}
+
+$('access').addEventListener('submit', (event) => {
+  event.preventDefault();
+  sessionStorage.setItem('token', $('token').value);
+  $('token').value = '';
+  put($('why'), 'Asking the service.');
+  refresh();
+});
+
+let busy = false, pause = PAUSE, timer, seen;
+
+async function refresh() {
+  const waiting = !$('access').hidden && sessionStorage.getItem('token') === null;
+  if (busy || waiting || document.hidden) return;
+  busy = true;
+  clearTimeout(timer);
+  try {
+    show(await call('overview'));
+    seen = new Date().toLocaleTimeString('en-GB');
+    pause = PAUSE;
+    $('access').hidden = true;
+    $('state').className = 'good';
+    put($('state'), 'Connected');
+  } catch (error) {
+    pause = Math.min(2 * pause, LONGEST_PAUSE);
+    const why = !(error instanceof Refused) ? 'Not reachable'
+      : error.cause === 401 ? 'Token needed' : `Not answering: ${error.message}`;
+    $('state').className = 'bad';
+    put($('state'), seen ? `${why}; last figures from ${seen}` : why);
+  }
+  busy = false;
+  timer = setTimeout(refresh, pause);
+}
+
+document.addEventListener('visibilitychange', refresh);
+
+// ------------------------------------------------------------------------------------- The charts
+
+const MARKS = { // around 0 0
+  accuracy: 'M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0-9 0z',
+  precision: 'M-4-4h8v8h-8z',
+  recall: 'M0-5.5l5.5 5.5l-5.5 5.5l-5.5-5.5z',
+};
+
+function closest(points, distance) {
+  return points.reduce((best, point) => distance(point) <= distance(best) ? point : best);
+}
+
+function ticks(end, most) {
+  const power = 10 ** Math.floor(Math.log10(end / most));
+  const step = power * [1, 2, 5, 10].find((times) => times * power * most >= end);
+  return Array.from({ length: Math.floor(end / step + 1e-6) + 1 }, (_, index) => index * step);
+}
+
+/* A line chart whose cursor follows the pointer and the arrow keys. Its design:
+   names, of the values; key, what names a point; usual, the key to show without a cursor;
+   x(point) and end(points), where the axis ends; floors, where the other axis may start;
+   xName, yName, xText, yText, of the axes; label(point), of one that gets a dot;
+   tell(point), which shows it elsewhere on the page too, and returns it in words. */
+class Chart {
+  constructor(box, design) {
+    Object.assign(this, design, { box, points: [], cursor: null });
+    [this.svg, this.handle] = box.children;
+    const follow = (event) => this.moveTo(
+      closest(this.points, (point) => Math.abs(this.left(point) - event.offsetX)));
+    this.handle.addEventListener('pointermove', follow);
+    this.handle.addEventListener('pointerdown', follow);
+    this.handle.addEventListener('pointerleave', (event) => {
+      if (event.pointerType === 'mouse') this.moveTo(null);
+    });
+    this.handle.addEventListener('focus', () => this.moveTo(this.current()));
+    this.handle.addEventListener('blur', () => this.moveTo(null));
+    this.handle.addEventListener('keydown', (event) => this.press(event));
+    new ResizeObserver(() => this.draw()).observe(box);
+  }
+
+  show(points) {
+    if (!changed(this, points)) return;
+    this.points = points;
+    this.draw();
+  }
+
+  current() {
+    const wanted = this.cursor ?? this.usual;
+    return closest(this.points, (point) => Math.abs(point[this.key] - wanted));
+  }
+
+  moveTo(point) {
+    this.cursor = point && point[this.key];
+    this.mark();
+  }
+
+  press(event) {
+    const index = this.points.indexOf(this.current()), last = this.points.length - 1;
+    const target = {
+      ArrowLeft: index - 1, ArrowDown: index - 1, PageDown: index - 10, Home: 0,
+      ArrowRight: index + 1, ArrowUp: index + 1, PageUp: index + 10, End: last,
+    }[event.key];
+    if (target === undefined) return;
+    event.preventDefault();
+    this.moveTo(this.points[Math.max(0, Math.min(last, target))]);
+  }
+
+  draw() {
+    const width = this.box.clientWidth, height = this.box.clientHeight;
+    if (!width || !this.points.length) return;
+    const start = 44, stop = width - 26, top = 28, bottom = height - 44;
+    const end = this.end(this.points);
+    const lowest = Math.min(...this.points.flatMap((p) => this.names.map((name) => p[name])));
+    const floor = this.floors.find((each) => each <= lowest);
+    const across = (x) => start + (stop - start) * x / end;
+    const down = (y) => bottom - (bottom - top) * (y - floor) / (1 - floor);
+    this.left = (point) => across(this.x(point));
+    this.dot = (name, point) => shape('path', { class: `mark ${name}`, d: MARKS[name],
+      transform: `translate(${this.left(point)} ${down(point[name])})` });
+    this.rod = (point) =>
+      shape('path', { class: 'axis', d: `M${this.left(point)} ${top}V${bottom}` });
+
+    const parts = [shape('text', { x: 0, y: 12 }, this.yName),
+      shape('text', { x: stop, y: height - 4, 'text-anchor': 'end' }, this.xName)];
+    for (const y of [0, 1, 2, 3, 4, 5].map((step) => floor + (1 - floor) * step / 5)) {
+      parts.push(
+        shape('path', { class: y === floor ? 'axis' : 'grid', d: `M${start} ${down(y)}H${stop}` }),
+        shape('text', { x: start - 8, y: down(y) + 4, 'text-anchor': 'end' }, this.yText(y)));
+    }
+    for (const x of ticks(end, Math.floor((stop - start) / 70))) {
+      parts.push(shape('path', { class: 'axis', d: `M${across(x)} ${bottom}v5` }),
+        shape('text', { x: across(x), y: bottom + 19, 'text-anchor': 'middle' }, this.xText(x)));
+    }
+    for (const name of this.names) {
+      const way = this.points.map((point) => `${this.left(point)} ${down(point[name])}`);
+      parts.push(shape('path', { class: `line ${name}`, d: `M${way.join('L')}` }));
+    }
+    let above = width + 6, below = width; // where the label to the right begins
+    for (const point of this.points.filter(this.label).reverse()) {
+      const x = this.left(point), y = down(point[this.names[0]]), text = this.label(point);
+      parts.push(this.dot(this.names[0], point));
+      if (x + 34 <= above) {
+        above = x;
+        parts.push(shape('text', { class: 'name', x: x + 6, y: y - 8 }, text));
+      } else if (x <= below) {
+        below = x - 34;
+        const place = { class: 'name', x: x - 6, y: y + 16, 'text-anchor': 'end' };
+        parts.push(shape('text', place, text));
+      }
+    }
+    this.pointer = shape('g', {});
+    this.svg.replaceChildren(...parts, this.pointer);
+    this.mark();
+  }
+
+  mark() {
+    const point = this.current();
+    this.pointer.replaceChildren(...this.cursor === null ? [] : [this.rod(point)],
+      ...this.names.map((name) => this.dot(name, point)));
+    const words = this.tell(point);
+    if (this.cursor === null) this.svg.setAttribute('aria-label', words);
+    Object.assign(this.handle, { ariaValueMin: 0, ariaValueMax: this.points.length - 1,
+      ariaValueNow: this.points.indexOf(point), ariaValueText: words });
+  }
+}
+
+for (const [name, meaning] of Object.entries(MEANINGS)) {
+  const sample = shape('svg', { viewBox: '-16 -6 32 12', 'aria-hidden': true },
+    shape('path', { class: `line ${name}`, d: 'M-16 0h32' }),
+    shape('path', { class: `mark ${name}`, d: MARKS[name] }));
+  $('legend').append(make('div', {}, make('dt', {}, sample, name),
+    make('dd', { id: `at-${name}` }), make('dd', { className: 'muted' }, meaning)));
+}
+
+const curve = new Chart($('curve'), {
+  names: SCORES, key: 'bookings', usual: Infinity, floors: [0], label: () => null,
+  x: (point) => point.bookings, end: (points) => points.at(-1).bookings,
+  xName: 'bookings', xText: (x) => Number.isInteger(x) ? count(x) : '',
+  yName: 'score', yText: (y) => y.toFixed(1),
+  tell(point) {
+    const when = `After ${count(point.bookings)} bookings`;
+    put($('when'), when);
+    for (const name of SCORES) put($(`at-${name}`), score(point[name]));
+    return `${when}: ${SCORES.map((name) => `${name} ${score(point[name])}`).join(', ')}.`;
+  },
+});
+
+const coverage = new Chart($('coverage'), {
+  names: ['accuracy'], key: 'at_least', usual: USUAL, floors: [0.9, 0.5, 0],
+  label: (point) => point.at_least > 0 && isStep(point) ? percent(point.at_least, 0) : null,
+  x: (point) => point.share, end: () => 1,
+  xName: 'booked unseen, of all', xText: (x) => percent(x, 0),
+  yName: 'right, of those booked unseen', yText: (y) => percent(y, 0),
+  tell(point) {
+    const words = `If it books by itself from ${percent(point.at_least, 0)} confidence on: `
+      + `${percent(point.share)} of the bookings, ${percent(point.accuracy)} of them right.`;
+    put($('sentence'), words);
+    for (const row of $('steps').tBodies[0].rows) {
+      row.classList.toggle('chosen', near(row.dataset.from, point.at_least));
+    }
+    return words;
+  },
+});
+
+// ------------------------------------------------------------------------------------- The tables
+
+const states = new Map();
+
+function changed(key, what) {
+  const state = JSON.stringify(what);
+  return states.get(key) !== state && Boolean(states.set(key, state));
+}
+
+function fill(table, items, row) {
+  const body = table.tBodies[0], selection = getSelection();
+  const held = body.matches(':hover, :focus-within')
+    || selection.type === 'Range' && selection.containsNode(body, true);
+  if (body.rows.length && held || !changed(table, items)) return;
+  body.replaceChildren(...items.map(row));
+}
+
+function step({ at_least: from, share, accuracy }) {
+  const wrong = accuracy == null ? '–' : count(Math.round(1000 * share * (1 - accuracy)));
+  const row = make('tr', {}, make('th', { scope: 'row' }, percent(from, 0)),
+    ...[percent(share), percent(accuracy), wrong].map(number));
+  row.dataset.from = from;
+  return row;
+}
+
+function booking({ seq, company, text, amount, booked, predicted, confidence }) {
+  const again = () => {
+    const sample = { CompanyId: company, BankEntryText: text, BankEntryAmount: amount };
+    for (const [name, what] of Object.entries(sample)) {
+      // A field drops line ends, and the words around them would become one.
+      $('try').elements[name].value = what.replaceAll(String.fromCharCode(10), ' ');
+    }
+    $('try').closest('section').scrollIntoView();
+    $('try').elements.CompanyId.focus({ preventScroll: true });
+    suggest(sample);
+  };
+  const texts = [company, text, amount, booked, predicted];
+  const cells = [...texts.map((what) => cell(clip(value(what)))), number(percent(confidence))];
+  cells.forEach((each, index) => { each.dataset.name = COLUMNS[index]; });
+  const button = { type: 'button', onclick: again, ariaLabel: `Try booking ${seq}` };
+  return make('tr', { role: 'row' }, ...cells, cell(make('button', button, 'Try')));
+}
+
+for (const table of [$('wrong'), $('unsure')]) {
+  const names = [...COLUMNS, ''].map((name) => make('th', { scope: 'col', role: 'columnheader',
+    className: name === 'Confidence' ? 'number' : '' }, name));
+  table.append(make('thead', { role: 'rowgroup' }, make('tr', { role: 'row' }, ...names)),
+    make('tbody', { role: 'rowgroup' }));
+}
+
+// -------------------------------------------------------------------------------- The suggestions
+
+let asked = 0;
+
+async function suggest(sample) {
+  const turn = ++asked;
+  let suggestions = [], verdict;
+  try {
+    ({ suggestions } = await call('suggest?top=5', sample));
+    const { account, confidence } = suggestions[0];
+    verdict = ['Most likely ', make('b', {}, value(account, 40)), '. Of the past predictions with '
+      + `about as much evidence, ${percent(confidence)} were right.`];
+  } catch (error) {
+    const why = error instanceof Refused ? error.message : 'The service is not reachable.';
+    verdict = [make('span', { className: 'error' }, why)];
+  }
+  if (turn !== asked) return;
+  $('verdict').replaceChildren(...verdict);
+  $('ranking').replaceChildren(...suggestions.map(suggestion));
+  $('weights').hidden = suggestions.length < 2;
+}
+
+function suggestion({ account, confidence, over, margin, prior, reasons }, rank) {
+  const sure = make('span', { className: 'bar' }, make('span', {}));
+  sure.firstChild.style.width = percent(confidence);
+  const why = make('div', {}, over === null ? 'There is no other account yet to compare it with.'
+    : weights(over, margin, prior, reasons));
+  const summary = make('summary', {}, clip(value(account)), sure,
+    make('span', { className: 'number' }, percent(confidence)));
+  return make('li', {}, make('details', { open: rank === 0 }, summary, why));
+}
+
+function weights(over, margin, prior, reasons) {
+  const bySize = reasons.toSorted((a, b) => Math.abs(b.weight) - Math.abs(a.weight));
+  const shown = new Set(bySize.slice(0, REASONS)), others = bySize.slice(REASONS);
+  const rows = [{ token: 'how often each is booked', kind: '', weight: prior },
+    ...reasons.filter((reason) => shown.has(reason))];
+  if (others.length) {
+    const weight = others.reduce((sum, reason) => sum + reason.weight, 0);
+    rows.push({ token: `${count(others.length)} others`, kind: '', weight });
+  }
+  const most = Math.max(...rows.map((row) => Math.abs(row.weight)));
+  const body = rows.map(({ token, kind, weight }) => make('tr', {},
+    make('td', {}, clip(value(token, 40), ' ', make('span', { className: 'muted' }, kind))),
+    make('td', {}, weightBar(weight / most)), number(signed(weight))));
+  const sum = make('tr', {}, make('td', {}, 'Together'), make('td', {}), number(signed(margin)));
+  return make('table', { className: 'reasons' },
+    make('caption', {}, 'For it, and against ', value(over, 40)),
+    make('tbody', {}, ...body, sum));
+}
+
+function weightBar(part) {
+  const bar = make('span', { className: part < 0 ? 'against' : '' });
+  bar.style.left = percent(0.5 + Math.min(0, part) / 2);
+  bar.style.width = percent(Math.abs(part) / 2);
+  return make('span', { className: 'bar zero' }, bar);
+}
+
+$('try').addEventListener('submit', (event) => {
+  event.preventDefault();
+  suggest(Object.fromEntries(new FormData($('try'))));
+});
+
+// --------------------------------------------------------------------------------------- The page
+
+function show({ health, metrics, curve: points, confidence, wrong, unsure }) {
+  for (const name of ['samples', 'accounts', 'companies']) put($(name), count(health[name]));
+  const now = { accuracy: points.at(-1)?.accuracy, ...metrics };
+  for (const name of SCORES) put($(name), score(now[name]));
+  const locked = sessionStorage.getItem('token') !== null;
+  $('locked').hidden = !locked;
+  put($('engine'), `${count(health.tokens)} tokens in the model, running for `
+    + duration(health.uptime));
+  put($('command'), command(locked));
+  $('start').hidden = health.samples > 0;
+  $('report').hidden = health.samples === 0;
+  for (const [id, list] of Object.entries({ curve: points, confidence, wrong, unsure })) {
+    for (const node of document.querySelectorAll(`[data-of=${id}]`)) {
+      node.hidden = (list.length === 0) !== node.matches('.none');
+    }
+  }
+  fill($('steps'), confidence.filter(isStep), step);
+  fill($('wrong'), wrong, booking);
+  fill($('unsure'), unsure, booking);
+  curve.show(points);
+  coverage.show(confidence.filter((point) => point.accuracy !== null).reverse());
+}
+
+function duration(seconds) {
+  const [size, unit] = [[86400, 'd'], [3600, 'h'], [60, 'min'], [1, 's']]
+    .find(([each]) => seconds >= 2 * each || each === 1);
+  return `${count(Math.floor(seconds / size))} ${unit}`;
+}
+
+function command(locked) {
+  const key = locked ? " -H 'Authorization: Bearer <token>'" : '';
+  const bookings = EXAMPLES.map(([CompanyId, BankEntryText, BankEntryAmount, AccountNumber]) =>
+    JSON.stringify({ CompanyId, BankEntryText, BankEntryAmount, AccountNumber }));
+  return `curl ${location.origin}/sample -H 'Content-Type: application/json'${key} -d '[
+${bookings.join(`,
+`)}]'`;
+}
+
+$('copy').addEventListener('click', async () => {
+  try {
+    await navigator.clipboard.writeText($('command').textContent);
+    put($('copied'), 'Copied');
+  } catch {
+    getSelection().selectAllChildren($('command'));
+    put($('copied'), 'Selected: copy it with the keyboard');
+  }
+});
+
+refresh();
+</script>
+</body>
+</html>
 """
 
 

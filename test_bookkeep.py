@@ -408,11 +408,14 @@ def test_unlearning_what_was_learned_gives_identical_counts(kept, passing):
     assert probability.sum() == pytest.approx(probability[:, columns].sum())
 
 
-@given(LEARNED, DOCUMENTS)
-def test_terms_are_log_odds_that_add_up_to_the_difference_of_scores(bookings, document):
-    model = taught(bookings)
+@given(LEARNED, LEARNED, DOCUMENTS)
+def test_terms_are_log_odds_that_add_up_to_the_difference_of_scores(kept, passing, document):
+    model = taught(kept)
+    documents, labels, weights = zip(*passing, strict=True)
+    for sign in (1, -1):
+        model.learn(documents, labels, [sign * weight for weight in weights])
     document = [*document, "unknown", document[0]]
-    accounts = np.arange(len(model.names))[::-1]
+    accounts = np.flatnonzero(model.account_counts)[::-1]
     terms = model.terms(document, accounts)
     assert terms.shape == (len(accounts), 1 + len(document))
     assert not terms[:, -2].any()
