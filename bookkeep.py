@@ -552,7 +552,7 @@ class History:
         self.companies = _numbers()
         self._table = np.zeros(1024, dtype=self.ROW)
         self._end = 0
-        self._unpredicted = 0
+        self._unpredicted = 0  # rows at most, since some may have been forgotten
 
     @property
     def rows(self) -> np.ndarray:
@@ -595,7 +595,6 @@ class History:
         """Drops all rows of a company."""
         self._table = self.rows[self.rows["company"] != self.companies.pop(company)]
         self._end = len(self._table)
-        self._unpredicted = int(np.count_nonzero(self._table["predicted"] < 0))
 
 
 class Histogram:
@@ -2311,6 +2310,7 @@ thead th { vertical-align: bottom; line-height: 1.3; overflow-wrap: normal;
 tbody tr + tr > * { border-top: 1px solid var(--rule); }
 caption { text-align: left; }
 td.number, th.number { text-align: right; }
+td.number { white-space: nowrap; }
 #steps { align-self: start; }
 #steps .chosen > * { background: var(--tint); }
 .clip { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2;
@@ -2730,7 +2730,7 @@ class Chart {
   draw() {
     const width = this.box.clientWidth, height = this.box.clientHeight;
     if (!width || !this.points.length) return;
-    const start = 44, stop = width - 26, top = 28, bottom = height - 44;
+    const start = 44, stop = width - 26, top = 40, bottom = height - 44;
     const end = this.end(this.points);
     const lowest = Math.min(...this.points.flatMap((p) => this.names.map((name) => p[name])));
     const floor = this.floors.find((each) => each <= lowest);

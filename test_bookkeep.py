@@ -12,6 +12,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -34,6 +35,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from playwright.sync_api import expect, sync_playwright
 from prometheus_client.parser import text_string_to_metric_families
 from sklearn.isotonic import IsotonicRegression
 from sklearn.metrics import precision_score, recall_score
@@ -545,7 +547,9 @@ def test_confidence_is_low_until_there_is_history():
 
 
 def test_the_second_gets_what_the_first_leaves_as_often_as_it_was_right():
-    calibration = calibrated([(1.0, 1)] * 48 + [(1.0, 2)] * 30 + [(1.0, 3)] * 10 + [(1.0, 0)] * 10)
+    calibration = calibrated(
+        [(1.0, 1)] * 48 + [(1.0, 2)] * 30 + [(1.0, 3)] * 10 + [(1.0, 0), (1.0, 25)] * 5
+    )
     first, second, third, *others = calibration.confidence([1.0])[0]
     assert first == pytest.approx(0.48)
     assert second == pytest.approx(0.52 * 30 / 52)
@@ -824,6 +828,27 @@ def test_a_removal_that_fails_changes_nothing(path, monkeypatch, failing):
     log.append([(None, [{"x": 2}])])
     log.close()
     assert len(read(path)) == 3
+
+
+def test_a_removal_leaves_out_what_a_failed_append_left(path, monkeypatch):
+    log = Log(path)
+    list(log.read())
+    log.append([(None, [{"x": 1}]), (None, [{"x": 2}])])
+
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        patch.setattr(os, "ftruncate", fail)
+        with pytest.raises(OSError, match="Input/output"):
+            log.append([(None, [{"x": "torn"}])])
+    assert b"torn" in path.read_bytes()
+    log.remove({0})
+    assert b"torn" not in path.read_bytes()
+    log.append([(None, [{"x": 3}])])
+    log.close()
+    assert [record.get("x") for record in read(path)] == [None, 2, 3]
 
 
 def test_what_a_crash_left_of_a_removal_goes_at_the_next_start(path):
@@ -2737,6 +2762,245 @@ def test_after_a_gap_a_batch_is_kept_if_its_start_is_sure(path, name, kept):
     assert [whole.records[0]["seq"] for whole in found if hasattr(whole, "records")] == kept
     [damage] = [damage for damage in found if not hasattr(damage, "records")]
     assert (damage.line, damage.reason) == (6, "4 bookings are missing before it")
+
+
+# ------------------------------------------------------------------------------------------- Page
+
+CHROMIUM = shutil.which("chromium")
+IN_A_BROWSER = pytest.mark.skipif(not CHROMIUM, reason="there is no chromium, the Debian package")
+HOSTILE = '<img src=x onerror="document.title=1">'
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
+        )
+        expect.set_options(timeout=20_000)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(chromium):
+    """Opens pages; afterwards nothing may have been logged, nor another host asked."""
+    complaints, contexts = [], []
+
+    def open(service, expected=(), **options):
+        context = chromium.new_context(**options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        home = f"http://127.0.0.1:{service.port}/"
+
+        def asked(request):
+            if not request.url.startswith((home, "data:")):
+                complaints.append(request.url)
+
+        def said(message):
+            if not any(text in message.text for text in expected):
+                complaints.append(message.text)
+
+        page.on("request", asked)
+        page.on("console", said)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("dialog", lambda dialog: complaints.append(dialog.message))
+        page.goto(home)
+        return page
+
+    yield open
+    for context in contexts:
+        context.close()
+    assert not complaints
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """A service that has booked some 1,500 bookings, some of them hostile."""
+    service = Service(tmp_path_factory.mktemp("learned") / "log.jsonl")
+    for batch in batches_of(bookings(1500), 150):
+        service.post("/sample", batch)
+    nasty = HOSTILE * 40
+    for account in (HOSTILE, nasty, "\u202e" + HOSTILE, "a\nb"):
+        assert service.post("/sample", [booking(HOSTILE, nasty, HOSTILE, account)] * 2)[0] == 200
+    yield service
+    service.process.kill()
+    service.process.wait()
+
+
+def test_the_page_allows_its_own_style_and_script_and_nothing_else(service):
+    status, headers, page = service.ask("GET", "/", kind="text/html; charset=utf-8")
+    assert status == 200
+    policy = dict(part.split(" ", 1) for part in headers["Content-Security-Policy"].split("; "))
+    assert policy == {
+        "default-src": "'none'",
+        "script-src": policy["script-src"],
+        "style-src": policy["style-src"],
+        "connect-src": "'self'",
+        "img-src": "data:",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+    }
+    for kind in ("script", "style"):
+        assert re.fullmatch(r"'sha256-[A-Za-z0-9+/]{43}='", policy[f"{kind}-src"])
+    assert b"innerHTML" not in page
+    assert {*re.findall(rb"https?://[^'\"/]*", page)} == {b"http://www.w3.org"}
+
+
+@IN_A_BROWSER
+def test_the_page_shows_what_metrics_say_and_keeps_up(learned, visit):
+    page = visit(learned)
+
+    def shows():
+        metrics, health = learned.get("/metrics/1000")[1], learned.get("/health")[1]
+        report = learned.get("/report/1000")[1]
+        for name in ("precision", "recall"):
+            expect(page.locator(f"#{name}")).to_have_text(f"{metrics[name]:.3f}")
+        expect(page.locator("#accuracy")).to_have_text(f"{report['accuracy']:.3f}")
+        for name in ("samples", "accounts", "companies"):
+            expect(page.locator(f"#{name}")).to_have_text(f"{health[name]:,}")
+
+    shows()
+    wrong = page.locator("#wrong tbody tr")
+    listed = learned.get("/overview")[1]
+    expect(wrong).to_have_count(len(listed["wrong"]))
+    expect(page.locator("#unsure tbody tr")).to_have_count(10)
+    for place, row in enumerate(listed["wrong"][-3:], start=len(listed["wrong"]) - 3):
+        for name in ("company", "text", "amount", "booked", "predicted"):
+            expect(wrong.nth(place)).to_contain_text(row[name][:100])
+    expect(page.locator("#curve svg")).to_have_attribute("aria-label", re.compile("accuracy 0"))
+    assert page.locator("#curve path.line").count() == 3
+    learned.post("/sample", bookings(200, seed=1))
+    shows()
+
+
+@IN_A_BROWSER
+def test_the_form_gives_suggestions_and_reasons(learned, visit):
+    page = visit(learned)
+    asked = bookings(1, seed=3)[0]
+    for key in bookkeep.FEATURES:
+        page.fill(f"#try [name={key}]", asked[key])
+    page.press("#try [name=BankEntryAmount]", "Enter")
+    page.wait_for_selector("#ranking li")
+    suggestions = learned.post("/suggest?top=5", asked)[1]["suggestions"]
+    texts = page.locator("#ranking summary").all_inner_texts()
+    for text, suggestion in zip(texts, suggestions, strict=True):
+        assert suggestion["account"] in text
+        assert f"{100 * suggestion['confidence']:.1f}%" in text
+    first = page.locator("#ranking details").first
+    assert first.get_attribute("open") is not None
+    heaviest = suggestions[0]["reasons"][0]
+    expect(first).to_contain_text(heaviest["token"])
+    expect(first).to_contain_text(heaviest["kind"])
+    expect(first).to_contain_text(f"+{heaviest['weight']:.2f}")
+    expect(first).to_contain_text(f"+{suggestions[0]['margin']:.2f}")
+
+
+@IN_A_BROWSER
+def test_what_is_hostile_stays_text(learned, visit):
+    assert learned.post("/sample", [booking(HOSTILE, HOSTILE, HOSTILE, "<b>1</b>")])[0] == 200
+    page = visit(learned)
+    expect(page.locator("#wrong tbody")).to_contain_text(HOSTILE)
+    for key in bookkeep.FEATURES:
+        page.fill(f"#try [name={key}]", HOSTILE)
+    page.click("#try button")
+    expect(page.locator("#ranking")).to_contain_text(HOSTILE)
+    page.locator("#wrong tbody button").first.click()
+    page.wait_for_timeout(300)
+    assert page.locator("img").count() == 0
+    assert page.title() == "bookkeep"
+
+
+@IN_A_BROWSER
+def test_the_page_is_as_wide_as_the_window_in_light_and_dark(learned, visit):
+    for width, scheme in itertools.product((360, 800, 1400), ("light", "dark")):
+        page = visit(learned, viewport={"width": width, "height": 800}, color_scheme=scheme)
+        page.locator("#unsure tbody button").first.click()
+        page.wait_for_selector("#ranking li")
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (max(map(int, re.findall("[0-9]+", background))) < 99) == (scheme == "dark")
+
+
+@IN_A_BROWSER
+def test_an_empty_service_says_what_to_do_first(serve, visit):
+    service = serve()
+    page = visit(service)
+    expect(page.locator("#start")).to_be_visible()
+    assert page.locator("#report").is_hidden()
+    command = page.inner_text("#command")
+    url, body = re.fullmatch(r"curl (\S+) -H '[^']+' -d '(.*)'", command, re.DOTALL).groups()
+    assert url == f"http://127.0.0.1:{service.port}/sample"
+    assert service.post("/sample", json.loads(body))[0] == 200
+    expect(page.locator("#samples")).to_have_text("2")
+    expect(page.locator("#start")).to_be_hidden()
+    expect(page.locator("#precision")).to_have_text("–")
+    assert service.post("/sample", json.loads(body))[0] == 200
+    expect(page.locator("#precision")).to_have_text("1.000")
+
+
+@IN_A_BROWSER
+def test_the_page_asks_for_the_token_once(serve, visit, monkeypatch):
+    monkeypatch.setenv("BOOKKEEP_TOKEN", "s3cret")
+    service = serve()
+    headers = {"Authorization": "Bearer s3cret"}
+    service.ask("POST", "/sample", [booking()], headers=headers)
+    page = visit(service, expected=["status of 401"])
+    page.fill("#token", "wrong")
+    page.press("#token", "Enter")
+    expect(page.locator("#why")).to_contain_text("refused")
+    page.fill("#token", "s3cret")
+    page.press("#token", "Enter")
+    expect(page.locator("#samples")).to_have_text("1")
+    assert page.locator("#access").is_hidden()
+    page.reload()
+    expect(page.locator("#samples")).to_have_text("1")
+    assert "s3cret" not in page.url + page.content() + service.said()
+
+
+@IN_A_BROWSER
+def test_the_charts_can_be_read_by_keyboard(learned, visit):
+    page = visit(learned)
+    handle = page.get_by_role("slider", name="learning curve")
+    handle.focus()
+    points = learned.get("/overview")[1]["curve"]
+    for key, point in (("Home", points[0]), ("ArrowRight", points[1]), ("End", points[-1])):
+        page.keyboard.press(key)
+        text = handle.get_attribute("aria-valuetext")
+        assert text.startswith(f"After {point['bookings']:,} bookings: ")
+        assert f"precision {point['precision']:.3f}" in text
+
+
+@IN_A_BROWSER
+def test_a_refresh_keeps_what_the_user_is_at(learned, visit):
+    page = visit(learned)
+    page.wait_for_selector("#unsure tbody tr")
+    page.fill("#try [name=BankEntryText]", "half a te")
+    page.evaluate("scrollTo(0, 300)")
+    row = page.locator("#unsure tbody tr").first.element_handle()
+    learned.post("/sample", bookings(3, seed=5))
+    expect(page.locator("#samples")).to_have_text(f"{learned.samples():,}")
+    assert page.evaluate("document.activeElement.name") == "BankEntryText"
+    assert page.input_value("#try [name=BankEntryText]") == "half a te"
+    assert page.evaluate("scrollY") == 300
+    page.wait_for_timeout(2500)
+    assert row.evaluate("row => row.isConnected")  # what is the same is not made anew
+
+
+@IN_A_BROWSER
+def test_a_page_whose_service_has_gone_says_so_and_recovers(serve, visit):
+    service = serve()
+    service.post("/sample", [booking()])
+    page = visit(service, expected=["ERR_CONNECTION_REFUSED"])
+    expect(page.locator("#state")).to_have_text("Connected")
+    service.stop()
+    expect(page.locator("#state")).to_contain_text("Not reachable; last figures from")
+    service = serve(port=service.port)
+    service.post("/sample", [booking()])
+    expect(page.locator("#state")).to_have_text("Connected")
+    expect(page.locator("#samples")).to_have_text("2")
 
 
 # --------------------------------------------------------------------------------------- replay.py
