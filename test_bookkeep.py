@@ -3285,11 +3285,13 @@ def test_the_figures_of_a_synthetic_set():
     assert run(HERE / "data" / "synthesize.py", "--rows", "0")[0] == 2
 
 
-def prequential(rows):
-    """Accuracy, mean macro precision and recall of windows of 1,000, each batch predicted whole."""
-    rows = sorted(rows, key=lambda row: (row["BankEntryDate"], row["CompanyId"]))
-    model = NaiveBayes()
-    booked, predicted = [], []
+def prequential(path):
+    """Each batch of the rows by date predicted whole: accuracy, the mean macro precision and recall
+    of windows of 1,000, and the expected calibration error (ten equal bins) of the second half.
+    """
+    rows = sorted(replay.read_rows(path), key=lambda row: (row["BankEntryDate"], row["CompanyId"]))
+    model, calibration = NaiveBayes(), Calibration()
+    booked, predicted, confidence = [], [], []
     for batch in replay._batches(rows, 1000, seed=0):
         documents = [tokens(row) for row in batch]
         labels = [row["AccountNumber"] for row in batch]
@@ -3297,24 +3299,37 @@ def prequential(rows):
         model.learn(documents, labels, [assessment.weight for assessment in assessments])
         booked += labels
         predicted += [assessment.predicted or "" for assessment in assessments]
+        evidence = [(a.margin or 0) / len(d) for a, d in zip(assessments, documents, strict=True)]
+        confidence += calibration.confidence(evidence)[:, 0].tolist()
+        if assessments[0].predicted:
+            calibration.add(evidence, [assessment.rank or 0 for assessment in assessments])
     booked, predicted = np.array(booked), np.array(predicted)
     windows = [
         precision_recall(booked[end - 1000 : end], predicted[end - 1000 : end])
         for end in range(2000, len(rows) + 1, 1000)
     ]
-    return (booked == predicted).mean(), *np.mean(windows, axis=0)
+    right, confidence = booked == predicted, np.array(confidence)
+    late = np.arange(len(rows)) >= len(rows) // 2
+    bins = np.minimum(confidence * 10, 9).astype(int)
+    error = sum(
+        abs(right[late & (bins == bin)].sum() - confidence[late & (bins == bin)].sum())
+        for bin in range(10)
+    )
+    return right.mean(), *np.mean(windows, axis=0), error / late.sum()
 
 
 def test_the_synthetic_set_is_as_hard_as_it_should_be():
-    accuracy, precision, recall = prequential(replay.read_rows(SYNTHETIC))
+    accuracy, precision, recall, calibration_error = prequential(SYNTHETIC)
     assert 0.60 < accuracy < 0.80
     assert precision > 0.3
     assert recall > 0.3
+    assert calibration_error < 0.03
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="the real data set is not in data/")
 def test_quality_on_the_real_set():
-    accuracy, precision, recall = prequential(replay.read_rows(REAL))
+    accuracy, precision, recall, calibration_error = prequential(REAL)
     assert accuracy >= 0.695
     assert precision >= 0.465
     assert recall >= 0.470
+    assert calibration_error <= 0.02
