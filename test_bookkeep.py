@@ -1123,10 +1123,11 @@ def test_confidence_is_the_record_of_earlier_predictions_only(path):
             assert [r["rank"] == 1 for r in records] == right
             calibration.add(evidence, [r["rank"] or 0 for r in records])
         sample = bookings(1, seed=1)[0]
-        [first, second] = bookkeeper.suggest(sample, 2)
-        expected = calibration.confidence([first["margin"] / len(tokens(sample))])[0]
-        assert [first["confidence"], second["confidence"]] == expected[:2].round(4).tolist()
-        assert first["confidence"] > 0
+        suggestions = bookkeeper.suggest(sample, 8)
+        confidences = [suggestion["confidence"] for suggestion in suggestions]
+        expected = calibration.confidence([suggestions[0]["margin"] / len(tokens(sample))])[0]
+        assert confidences == expected[:8].round(4).tolist()
+        assert len({*confidences}) > 3
 
 
 def read_lines(path):
@@ -1259,6 +1260,7 @@ def test_when_all_is_forgotten_there_is_no_model(path):
         assert bookkeeper.book([booking(account="2")]) == range(2, 3)
         assert read_lines(path)[2]["predicted"] is None
         assert bookkeeper.predict([booking()]) == ["2"]
+        assert [suggestion["account"] for suggestion in bookkeeper.suggest(booking(), 3)] == ["2"]
 
 
 @given(st.data())
