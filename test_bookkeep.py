@@ -1127,7 +1127,7 @@ def test_confidence_is_the_record_of_earlier_predictions_only(path):
         confidences = [suggestion["confidence"] for suggestion in suggestions]
         expected = calibration.confidence([suggestions[0]["margin"] / len(tokens(sample))])[0]
         assert confidences == expected[:8].round(4).tolist()
-        assert len({*confidences}) > 3
+        assert len({*confidences}) > 2
 
 
 def read_lines(path):
