@@ -1,12 +1,13 @@
 """bookkeep: a service that learns from every booking and suggests the account of the next.
 
 `python bookkeep.py` answers HTTP requests: `POST /sample` stores and learns bookings,
-`POST /predict` suggests an account, `GET /metrics/<n>` says how good the last suggestions were,
-`GET /health` how much has been learned. The module reads from top to bottom, each section using
-only those above it: Samples, Model, Metrics, Log, Bookkeeper, HTTP, Command line.
+`POST /predict` predicts an account, `POST /suggest` says how sure that is and why,
+`GET /metrics/<n>` how good the last predictions were; `GET /openapi.json` describes the rest. The
+module reads from top to bottom, each section using only those above it: Samples, Model, Metrics,
+Log, Bookkeeper, HTTP, Command line. At its end stands the source of the page.
 
-It does not tune itself, does not forget, and does not spread over machines: one process owns one
-log, and the model is the sum of what is in it.
+It does not tune itself, forgets only what it is told to forget, and does not spread over machines:
+one process owns one log, and the model is the sum of what is in it.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from functools import partial
 from hashlib import sha256
 from itertools import accumulate, chain, count, groupby, islice, pairwise
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import waitress
@@ -69,6 +70,7 @@ KINDS = (  # of tokens, in a person's words
 )
 
 Sample = dict[str, str]
+T = TypeVar("T")
 
 
 class BadRequest(ValueError):
@@ -432,6 +434,10 @@ def _grown(values: np.ndarray, length: int) -> np.ndarray:
 
 # ---------------------------------------------------------------------------------------- Metrics
 
+LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99)  # of confidence, in a report
+CONFUSED = 10  # pairs of accounts, in a report
+WINDOW = 1000  # predictions that a point of the learning curve is over
+
 
 def precision_recall(booked: np.ndarray, predicted: np.ndarray) -> tuple[float, float]:
     """Macro-averaged precision and recall, over the labels in either of two (n,) arrays, n > 0.
@@ -449,21 +455,6 @@ def precision_recall(booked: np.ndarray, predicted: np.ndarray) -> tuple[float, 
     precision = math.fsum(hits / np.maximum(claimed, 1)) / len(labels)
     recall = math.fsum(hits / np.maximum(actual, 1)) / len(labels)
     return precision, recall
-
-
-def by_confidence(
-    right: np.ndarray, confidence: np.ndarray, levels: Sequence[float]
-) -> list[dict[str, float | None]]:
-    """For each level, the share of predictions that were at least so sure, and their accuracy.
-
-    `right` and `confidence` are (n,) arrays, n > 0. The accuracy of none is None.
-    """
-    rows = []
-    for level in levels:
-        sure = right[confidence >= level]
-        accuracy = float(sure.mean()) if len(sure) else None
-        rows.append({"at_least": level, "share": len(sure) / len(right), "accuracy": accuracy})
-    return rows
 
 
 class Calibration:
@@ -595,6 +586,59 @@ class History:
         """Drops all rows of a company."""
         self._table = self.rows[self.rows["company"] != self.companies.pop(company)]
         self._end = len(self._table)
+
+
+def right(rows: np.ndarray) -> np.ndarray:
+    """(n,) which of these rows of a History were predicted right."""
+    return rows["booked"] == rows["predicted"]
+
+
+def figures(rows: np.ndarray) -> dict[str, float]:
+    """Accuracy and macro-averaged precision and recall of n > 0 rows of a History."""
+    precision, recall = precision_recall(rows["booked"], rows["predicted"])
+    return {"accuracy": float(right(rows).mean()), "precision": precision, "recall": recall}
+
+
+def by_confidence(rows: np.ndarray, levels: Sequence[float]) -> list[dict[str, float | None]]:
+    """For each level, the share of n > 0 rows that were at least so sure, and their accuracy."""
+    found = []
+    for level in levels:
+        sure = right(rows[rows["confidence"] >= level])
+        accuracy = float(sure.mean()) if len(sure) else None
+        found.append({"at_least": level, "share": len(sure) / len(rows), "accuracy": accuracy})
+    return found
+
+
+def report(rows: np.ndarray, accounts: Sequence[str]) -> dict:
+    """How good n > 0 predictions were, which accounts they confused, and how good when how sure."""
+    wrong = rows[~right(rows)][["booked", "predicted"]]
+    pairs, counts = np.unique(wrong, return_counts=True)
+    most = (-counts).argsort(kind="stable")[:CONFUSED]
+    return {
+        "support": len(rows),
+        **figures(rows),
+        "confused": [
+            {"booked": accounts[booked], "predicted": accounts[predicted], "count": count}
+            for (booked, predicted), count in zip(
+                pairs[most].tolist(), counts[most].tolist(), strict=True
+            )
+        ],
+        "confidence": by_confidence(rows, LEVELS),
+    }
+
+
+def curve(rows: np.ndarray, points: dict[int, dict]) -> Iterator[dict]:
+    """The learning curve's points but the last: at most 128, each of the last WINDOW bookings."""
+    step = WINDOW // 4
+    while len(rows) > 128 * step:
+        step *= 2
+    for end in range(step, len(rows), step):
+        if end not in points:
+            window = rows[max(0, end - WINDOW) : end]
+            window = window[window["predicted"] >= 0]
+            points[end] = {"bookings": end, **figures(window)} if len(window) else {}
+        if points[end]:
+            yield points[end]
 
 
 class Histogram:
@@ -748,8 +792,8 @@ class Log:
             line = os.pread(self._file, end - start, start)
         return _parse(line)
 
-    def open(self, seqs: range) -> tuple[BinaryIO, int]:
-        """A file to read the lines of these seqs from, as far as there are any, and their bytes."""
+    def export(self, seqs: range) -> tuple[BinaryIO, int]:
+        """A file at the first of these lines, and how many bytes to read; of those that exist."""
         with self._placing:
             start, end = self._start(seqs.start), self._start(seqs.stop)
             file = open(self.path, "rb")  # noqa: SIM115 (its reader closes it)
@@ -927,9 +971,6 @@ CHUNK = 128  # samples scored or learned at a time: what a prediction may have t
 GROUP = 1000  # samples that a group of batches may have, unless it is one batch
 BACKLOG = 50_000  # samples that may wait, unless they are one batch
 RESTART = "nothing can be booked until the service is started again"
-LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99)  # of confidence, in a report
-CONFUSED = 10  # pairs of accounts, in a report
-WINDOW = 1000  # predictions that a point of the learning curve is over
 LISTED = 10  # bookings in each list of the overview
 
 
@@ -997,7 +1038,7 @@ class Bookkeeper:
         Raises Conflict if that was another batch, NotStored if the samples could not be written,
         Busy if too many wait, NotReady if the bookkeeper is closed.
         """
-        return self._done(Batch(Future(), name, samples))
+        return self._submit(Batch(Future(), name, samples))
 
     def correct(self, seq: int, account: str) -> str:
         """Books a booking to another account, and says to which it was booked before.
@@ -1005,14 +1046,14 @@ class Bookkeeper:
         The old one is unlearned, the new one learned with the weight of its surprise. Metrics keep
         the prediction. Raises NotFound, NotStored, NotReady.
         """
-        return self._done(Batch(Future(), change=partial(self._correct, seq, account)))
+        return self._submit(Batch(Future(), change=partial(self._correct, seq, account)))
 
     def forget(self, company: str) -> int:
         """Unlearns a company, removes it from the log, and says how many bookings it had.
 
         Raises NotFound, NotStored, NotReady.
         """
-        return self._done(Batch(Future(), change=partial(self._forget, company)))
+        return self._submit(Batch(Future(), change=partial(self._forget, company)))
 
     def predict(self, samples: Iterable[Sample]) -> list[str]:
         """The most probable account of each sample. Raises NotReady while there is no model."""
@@ -1064,49 +1105,33 @@ class Bookkeeper:
 
     def metrics(self, n: int) -> dict[str, float]:
         """Macro precision and recall of the last n (or fewer) predictions. Raises NotReady."""
-        figures = _figures(self._last(n))
-        return {name: figures[name] for name in ("precision", "recall")}
+        rows = self._last(n)
+        precision, recall = precision_recall(rows["booked"], rows["predicted"])
+        return {"precision": precision, "recall": recall}
 
     def report(self, n: int, company: str | None = None) -> dict:
         """How good the last n (or fewer) predictions were, and how good when how sure.
 
         Raises NotFound if there is no such company, NotReady if nothing was predicted.
         """
-        rows = self._last(n, company)
-        wrong = rows[rows["booked"] != rows["predicted"]][["booked", "predicted"]]
-        pairs, counts = np.unique(wrong, return_counts=True)
-        names = list(self._history.accounts)
-        most = (-counts).argsort(kind="stable")[:CONFUSED]
-        return {
-            "support": len(rows),
-            **_figures(rows),
-            "confused": [
-                {"booked": names[booked], "predicted": names[predicted], "count": count}
-                for (booked, predicted), count in zip(
-                    pairs[most].tolist(), counts[most].tolist(), strict=True
-                )
-            ],
-            "confidence": by_confidence(_right(rows), rows["confidence"], LEVELS),
-        }
+        return report(self._last(n, company), list(self._history.accounts))
 
     def overview(self) -> dict:
         """What the page shows: health, the learning curve, confidence, bookings to look at."""
         health = self.health()
         with self._changing:
-            rows, recent, curve = self._history.rows, self._history.last(10_000), self._curve
+            rows, recent, points = self._history.rows, self._history.last(10_000), self._curve
         names = list(self._history.accounts)
         last = recent[-WINDOW:]
         overview = {"health": health, "metrics": None, "curve": [], "confidence": []}
         if len(last):
-            figures = _figures(last)
+            now = figures(last)
             overview |= {
-                "metrics": {name: figures[name] for name in ("precision", "recall")},
-                "curve": [*_curve(rows, curve), {"bookings": len(rows), **figures}],
-                "confidence": by_confidence(
-                    _right(recent), recent["confidence"], [*np.arange(20) / 20, 0.99]
-                ),
+                "metrics": {name: now[name] for name in ("precision", "recall")},
+                "curve": [*curve(rows, points), {"bookings": len(rows), **now}],
+                "confidence": by_confidence(recent, [*np.arange(20) / 20, 0.99]),
             }
-        wrong = recent[~_right(recent)][: -LISTED - 1 : -1]
+        wrong = recent[~right(recent)][: -LISTED - 1 : -1]
         unsure = last[::-1][last["confidence"][::-1].argsort(kind="stable")][:LISTED]
         for name, listed in (("wrong", wrong), ("unsure", unsure)):
             overview[name] = [
@@ -1158,10 +1183,9 @@ class Bookkeeper:
                 "log_bytes": ("Bytes of the log.", self.log.size),
             }
         if len(last):
-            figures = _figures(last)
+            now = figures(last)
             for name in ("precision", "accuracy"):
-                text = f"The last batch's {name}."
-                gauges[f"last_batch_{name}"] = (text, figures[name])
+                gauges[f"last_batch_{name}"] = (f"The last batch's {name}.", now[name])
         return gauges
 
     def close(self) -> None:
@@ -1191,7 +1215,7 @@ class Bookkeeper:
     def _queue(self) -> int:
         return sum(len(batch.samples) for batch in self._waiting.copy())
 
-    def _done(self, batch: Batch) -> object:
+    def _submit(self, batch: Batch) -> object:
         """What the writer made of the batch."""
         with self._arrival:
             if self._closed or self._broken:
@@ -1485,30 +1509,6 @@ def _reasons(sample: Sample, weights: list[float]) -> list[dict[str, str | float
     ]
 
 
-def _right(rows: np.ndarray) -> np.ndarray:
-    return rows["booked"] == rows["predicted"]
-
-
-def _figures(rows: np.ndarray) -> dict[str, float]:
-    """Accuracy and macro-averaged precision and recall of rows of a History, at least one."""
-    precision, recall = precision_recall(rows["booked"], rows["predicted"])
-    return {"accuracy": float(_right(rows).mean()), "precision": precision, "recall": recall}
-
-
-def _curve(rows: np.ndarray, points: dict[int, dict]) -> Iterator[dict]:
-    """The learning curve's points but the last: at most 128, each of the last WINDOW bookings."""
-    step = WINDOW // 4
-    while len(rows) > 128 * step:
-        step *= 2
-    for end in range(step, len(rows), step):
-        if end not in points:
-            window = rows[max(0, end - WINDOW) : end]
-            window = window[window["predicted"] >= 0]
-            points[end] = {"bookings": end, **_figures(window)} if len(window) else {}
-        if points[end]:
-            yield points[end]
-
-
 def _chunks(items: Iterable, size: int) -> Iterator[list]:
     items = iter(items)
     while chunk := list(islice(items, size)):
@@ -1585,13 +1585,13 @@ def create_app(
         seconds = time.perf_counter() - request.environ["bookkeep.arrival"]
         durations.observe(seconds, f'path="{path}",status="{response.status_code}"')
 
-    def content() -> object:
+    def received(parse: Callable[[bytes], T]) -> T:
         if request.content_type.partition(";")[0].strip() != "application/json":
             raise HTTPError(415, "send JSON, with the header Content-Type: application/json")
         if request.content_length > max_body:
             raise HTTPError(413, f"send at most {max_body} bytes in one request")
         with parsing if request.content_length > LARGE_BODY else nullcontext():
-            return parse_json(request.body.read())
+            return parse(request.body.read())
 
     def number(name: str, text: str, least: int, most: int = MAX_NUMBER) -> int:
         if not re.fullmatch("[0-9]{1,18}", text) or not least <= int(text) <= most:
@@ -1603,25 +1603,25 @@ def create_app(
         key = request.environ.get("HTTP_IDEMPOTENCY_KEY")
         if key is not None and not re.fullmatch("[ -~]{1,200}", key):
             raise HTTPError(400, "an Idempotency-Key must be 1 to 200 printable ASCII characters")
-        stored = bookkeeper.book(check_samples(content(), True, max_batch), key)
+        stored = bookkeeper.book(received(partial(parse_samples, booked=True, most=max_batch)), key)
         first, last = (stored[0], stored[-1]) if stored else (None, None)
         return {"received": len(stored), "total": stored.stop, "first": first, "last": last}
 
     @app.post("/predict")
     def predict() -> list[str]:
-        return bookkeeper.predict(check_samples(content(), False, max_batch))
+        return bookkeeper.predict(received(partial(parse_samples, booked=False, most=max_batch)))
 
     @app.post("/suggest")
     def suggest() -> dict | list[dict]:
         top = number("top", request.query.get("top", "3"), 1, Calibration.RANKS)
-        asked = content()
+        asked = received(parse_json)
         samples = check_samples(asked, False, min(max_batch, MAX_SUGGESTED))
         answers = [{"suggestions": bookkeeper.suggest(sample, top)} for sample in samples]
         return answers if isinstance(asked, list) else answers[0]
 
     @app.post("/correct")
     def correct() -> dict:
-        match content():
+        match received(parse_json):
             case {"seq": float(seq), "AccountNumber": account, **others} if not others:
                 check_sample({TARGET: account}, (TARGET,))
                 if not seq.is_integer():
@@ -1650,7 +1650,7 @@ def create_app(
     def samples() -> BinaryIO | str:
         first = number("from", request.query.get("from", "0"), 0)
         limit = number("limit", request.query.get("limit", str(MAX_NUMBER)), 0)
-        lines, size = bookkeeper.log.open(range(first, first + limit))
+        lines, size = bookkeeper.log.export(range(first, first + limit))
         response.content_type = JSON_LINES
         response.content_length = size
         if not size:

@@ -490,8 +490,12 @@ def test_precision_and_recall_of_a_case_done_by_hand():
 
 
 def test_accuracy_by_confidence():
-    right, confidence = np.array([1, 0, 1, 1], dtype=bool), np.array([0.9, 0.5, 0.2, 0.95], "f4")
-    assert bookkeep.by_confidence(right, confidence, [0.0, 0.5, 0.9, 0.99]) == [
+    history = History()
+    for seq, (predicted, confidence) in enumerate(
+        [("1", 0.9), ("2", 0.5), ("1", 0.2), ("1", 0.95)]
+    ):
+        history.append([(seq, "A", "1", predicted, confidence)])
+    assert bookkeep.by_confidence(history.rows, [0.0, 0.5, 0.9, 0.99]) == [
         {"at_least": 0.0, "share": 1.0, "accuracy": 0.75},
         {"at_least": 0.5, "share": 0.75, "accuracy": 2 / 3},
         {"at_least": 0.9, "share": 0.5, "accuracy": 1.0},
@@ -892,10 +896,10 @@ def test_lines_are_read_from_the_file_as_they_were_when_it_was_opened(path):
     log = Log(path)
     list(log.read())
     for seqs in (range(0, 10), range(3, 5), range(9, 99), range(10, 12), range(99, 120)):
-        file, size = log.open(seqs)
+        file, size = log.export(seqs)
         with file:
             assert file.read(size) == b"".join(lines[seqs.start : seqs.stop])
-    file, size = log.open(range(0, 10))
+    file, size = log.export(range(0, 10))
     log.remove({0})
     log.append([(None, [{"x": 10}])])
     with file:
@@ -1477,6 +1481,24 @@ def test_the_overview_is_what_metrics_and_the_log_say(path):
             }
             for seq in (1100, 2999):
                 bookkeeper.correct(seq, "corrected")
+
+
+def test_the_overview_leaves_out_what_is_forgotten_meanwhile(path, monkeypatch):
+    with bookkeeping(path) as bookkeeper:
+        for batch in batches_of(bookings(100), 50):
+            bookkeeper.book(batch)
+        record = Log.record
+
+        def forgotten_first(log, seq):
+            monkeypatch.setattr(Log, "record", record)
+            bookkeeper.forget("company1")
+            return record(log, seq)
+
+        monkeypatch.setattr(Log, "record", forgotten_first)
+        overview = bookkeeper.overview()
+        assert overview["health"]["companies"] == 5
+        left = {row["company"] for row in overview["wrong"] + overview["unsure"]}
+        assert left == {"company0", "company2", "company3", "company4"}
 
 
 def test_the_learning_curve_has_at_most_129_points(path, monkeypatch):
