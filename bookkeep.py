@@ -611,17 +611,20 @@ def by_confidence(rows: np.ndarray, levels: Sequence[float]) -> list[dict[str, f
 
 def report(rows: np.ndarray, accounts: Sequence[str]) -> dict:
     """How good n > 0 predictions were, which accounts they confused, and how good when how sure."""
-    wrong = rows[~right(rows)][["booked", "predicted"]]
-    pairs, counts = np.unique(wrong, return_counts=True)
+    wrong = rows[~right(rows)]
+    pairs = wrong["booked"].astype(np.int64) << 32 | wrong["predicted"]
+    pairs, counts = np.unique(pairs, return_counts=True)
     most = (-counts).argsort(kind="stable")[:CONFUSED]
     return {
         "support": len(rows),
         **figures(rows),
         "confused": [
-            {"booked": accounts[booked], "predicted": accounts[predicted], "count": count}
-            for (booked, predicted), count in zip(
-                pairs[most].tolist(), counts[most].tolist(), strict=True
-            )
+            {
+                "booked": accounts[pair >> 32],
+                "predicted": accounts[pair & 0xFFFFFFFF],
+                "count": count,
+            }
+            for pair, count in zip(pairs[most].tolist(), counts[most].tolist(), strict=True)
         ],
         "confidence": by_confidence(rows, LEVELS),
     }
@@ -1423,8 +1426,6 @@ class Bookkeeper:
             with self._changing:
                 self._history.forget(company)
                 self._curve = {}
-                for seq in seqs:
-                    self._corrections.pop(seq, None)
         return len(seqs)
 
     @contextmanager
