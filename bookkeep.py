@@ -11,6 +11,7 @@ one process owns one log, and the model is the sum of what is in it.
 """
 
 import argparse
+import errno
 import fcntl
 import hmac
 import ipaddress
@@ -44,6 +45,7 @@ import numpy as np
 import waitress
 from bottle import Bottle, HTTPError, request, response
 from waitress.channel import HTTPChannel
+from waitress.server import BaseWSGIServer
 from waitress.task import ErrorTask
 
 __version__ = "0.1.0"
@@ -281,7 +283,24 @@ class NaiveBayes:
 
     def predict(self, documents: Sequence[Sequence[str]]) -> list[str]:
         """The most probable account of each document. There must be a model, that is an account."""
-        return [self.names[best] for best in self.scores(documents).argmax(axis=1).tolist()]
+        return [self.names[best] for best in self._best(self.scores(documents)).tolist()]
+
+    def _best(self, scores: np.ndarray) -> np.ndarray:
+        """(n,) the account of the highest of (n, A) scores; of equals, the first by name."""
+        best = scores.argmax(axis=1)
+        ties = scores == scores[np.arange(len(scores)), best, np.newaxis]
+        for document in np.flatnonzero(np.count_nonzero(ties, axis=1) > 1):
+            best[document] = min(np.flatnonzero(ties[document]), key=self.names.__getitem__)
+        return best
+
+    def top(self, scores: np.ndarray, most: int) -> np.ndarray:
+        """(k,) the accounts of the highest of (A,) scores, best first; of equals, by name."""
+        known = np.flatnonzero(scores > -np.inf)
+        if len(known) > most:
+            least = np.partition(scores[known], -most)[-most]
+            known = known[scores[known] >= least]
+        best = sorted(known.tolist(), key=lambda account: (-scores[account], self.names[account]))
+        return np.array(best[:most], dtype=np.int64)
 
     def assess(self, documents: Sequence[Sequence[str]], labels: Sequence[str]) -> list[Assessment]:
         """Predictions and learning weights of documents whose accounts, the labels, are known.
@@ -298,7 +317,7 @@ class NaiveBayes:
         probability = np.where(booked < 0, 0, posterior(scores)[each, booked])
         weights = np.maximum(FLOOR, np.round((1 - probability) * GRAIN) / GRAIN)
 
-        best = scores.argmax(axis=1)
+        best = self._best(scores)
         ranks = (best == booked).astype(np.int64)
         wrong = np.flatnonzero((best != booked) & (booked >= 0))
         own_score = scores[wrong, booked[wrong], np.newaxis]
@@ -614,17 +633,16 @@ def report(rows: np.ndarray, accounts: Sequence[str]) -> dict:
     wrong = rows[~right(rows)]
     pairs = wrong["booked"].astype(np.int64) << 32 | wrong["predicted"]
     pairs, counts = np.unique(pairs, return_counts=True)
-    most = (-counts).argsort(kind="stable")[:CONFUSED]
+    confused = [
+        (-count, accounts[pair >> 32], accounts[pair & 0xFFFFFFFF])
+        for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True)
+    ]
     return {
         "support": len(rows),
         **figures(rows),
         "confused": [
-            {
-                "booked": accounts[pair >> 32],
-                "predicted": accounts[pair & 0xFFFFFFFF],
-                "count": count,
-            }
-            for pair, count in zip(pairs[most].tolist(), counts[most].tolist(), strict=True)
+            {"booked": booked, "predicted": predicted, "count": -count}
+            for count, booked, predicted in sorted(confused)[:CONFUSED]
         ],
         "confidence": by_confidence(rows, LEVELS),
     }
@@ -709,7 +727,7 @@ class Log:
         self._torn = False  # may the file hold bytes beyond them?
         self._named: OrderedDict[str, range] = OrderedDict()  # batch -> its lines
         self._placing = threading.Lock()  # held while lines get their places, or are looked up
-        self._rewritten = path.resolve().with_name(f"{path.name}.new")
+        self._rewritten = path.resolve().with_name(f".{path.name}.rewritten")
         try:
             folders = path.absolute().parents
             new = sum(not folder.exists() for folder in folders)
@@ -799,9 +817,13 @@ class Log:
         """A file at the first of these lines, and how many bytes to read; of those that exist."""
         with self._placing:
             start, end = self._start(seqs.start), self._start(seqs.stop)
-            file = open(self.path, "rb")  # noqa: SIM115 (its reader closes it)
+            file = self._opened()
         file.seek(start)
         return file, max(0, end - start)
+
+    def _opened(self) -> BinaryIO:
+        """The file that is owned, whatever stands at its path by now, opened once more."""
+        return open(f"/proc/self/fd/{self._file}", "rb")
 
     def _start(self, seq: int) -> int:
         return self._starts[seq] if seq < len(self) else self.size
@@ -819,14 +841,17 @@ class Log:
             os.fchmod(file, stat.S_IMODE(os.fstat(self._file).st_mode))
             starts = array("q")
             size = 0
-            with open(path, "rb") as lines, open(file, "wb", closefd=False) as copy:
-                for seq, line in enumerate(islice(lines, len(self))):
+            with self._opened() as lines, open(file, "wb", closefd=False) as copy:
+                for seq, (start, end) in enumerate(pairwise([*self._starts, self.size])):
+                    line = lines.read(end - start)
                     if seq in seqs:
                         record = _parse(line)
                         line = _line({key: record[key] for key in PLACE})
                     starts.append(size)
                     size += copy.write(line)
             os.fsync(file)
+            if not os.path.samestat(os.fstat(self._file), os.stat(path)):
+                raise OSError(errno.ESTALE, "another file is in its place")
             os.replace(self._rewritten, path)
         except BaseException:
             os.close(file)
@@ -1023,7 +1048,7 @@ class Bookkeeper:
         self._corrections: dict[int, list[int]] = {}  # seq of a booking -> of its corrections
         self._curve: dict[int, dict] = {}  # points of the learning curve that will not change
         self._predictions = 0  # that were asked for
-        self._last_batch = 0  # samples in it
+        self._last_batch = 0  # the seq that it starts with
         self._changing = threading.Lock()  # held to learn a chunk, and to read what that changes
         self._waiting: deque[Batch] = deque()
         self._arrival = threading.Condition()  # of a batch that waits, or of the end
@@ -1076,8 +1101,7 @@ class Bookkeeper:
         document = tokens(sample)
         with self._model_at_rest() as model:
             [scores] = model.scores([document])
-            best = np.argsort(-scores, kind="stable")[: max(top, 2)]
-            best = best[scores[best] > -np.inf]
+            best = model.top(scores, max(top, 2))
             accounts = [model.names[account] for account in best.tolist()]
             terms = model.terms(document, best)
             margin = round(scores[best[0]] - scores[best[1]], 4) if len(best) > 1 else None
@@ -1132,7 +1156,7 @@ class Bookkeeper:
             overview |= {
                 "metrics": {name: now[name] for name in ("precision", "recall")},
                 "curve": [*curve(rows, points), {"bookings": len(rows), **now}],
-                "confidence": by_confidence(recent, [*np.arange(20) / 20, 0.99]),
+                "confidence": by_confidence(recent, [*(step / 20 for step in range(20)), 0.99]),
             }
         wrong = recent[~right(recent)][: -LISTED - 1 : -1]
         unsure = last[::-1][last["confidence"][::-1].argsort(kind="stable")][:LISTED]
@@ -1148,7 +1172,7 @@ class Bookkeeper:
                     "confidence": record["confidence"],
                 }
                 for seq, _, booked, predicted, _ in listed.tolist()
-                if "sample" in (record := self.log.record(seq))  # not forgotten since
+                if "sample" in (record := self._record(seq))  # not forgotten since
             ]
         return overview
 
@@ -1174,7 +1198,7 @@ class Bookkeeper:
         """What an operator watches: what each figure is, and the figure."""
         with self._changing:
             rows = self._history.rows
-            last = rows[len(rows) - self._last_batch :]
+            last = rows[rows["seq"].searchsorted(self._last_batch) :]
             last = last[last["predicted"] >= 0]
             gauges = {
                 "bookings": ("Bookings in the log.", len(rows)),
@@ -1241,7 +1265,9 @@ class Bookkeeper:
                     self._book_group(group)
             except Exception as error:
                 if isinstance(error, LogError):
+                    logger.error("%s", error)
                     self._broken = True
+                    error = NotReady(RESTART)
                 elif isinstance(error, OSError):
                     logger.error("%s could not be written: %s", self.log.path, error.strerror)
                     error = NotStored(f"the log could not be written ({error.strerror}); try later")
@@ -1276,7 +1302,7 @@ class Bookkeeper:
         )
         with self._in_step():
             self._learn(records, documents)
-            self._last_batch = len(group[-1].samples)
+            self._last_batch = len(self.log) - len(group[-1].samples)
         for batch in group:
             batch.done.set_result(range(first, first + len(batch.samples)))
             first += len(batch.samples)
@@ -1524,7 +1550,7 @@ MAX_NUMBER = 999_999_999
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}  # of every answer
 
 JSON_LINES = "application/jsonl"
-MAX_SUGGESTED = 100  # samples in a request for suggestions, each of which is long
+MAX_SUGGESTED = 300  # suggestions in one answer, each of which is long
 OPEN = {"/", "/health"}  # to all, as there is nothing to learn from them
 
 STATUS = {  # of what is raised above
@@ -1616,7 +1642,7 @@ def create_app(
     def suggest() -> dict | list[dict]:
         top = number("top", request.query.get("top", "3"), 1, Calibration.RANKS)
         asked = received(parse_json)
-        samples = check_samples(asked, False, min(max_batch, MAX_SUGGESTED))
+        samples = check_samples(asked, False, min(max_batch, MAX_SUGGESTED // top))
         answers = [{"suggestions": bookkeeper.suggest(sample, top)} for sample in samples]
         return answers if isinstance(asked, list) else answers[0]
 
@@ -1625,13 +1651,13 @@ def create_app(
         match received(parse_json):
             case {"seq": float(seq), "AccountNumber": account, **others} if not others:
                 check_sample({TARGET: account}, (TARGET,))
-                if not seq.is_integer():
-                    raise BadRequest("seq must be a whole number")
+                if not (seq.is_integer() and 0 <= seq <= MAX_NUMBER):
+                    raise BadRequest(f"seq must be a whole number from 0 to {MAX_NUMBER}")
                 before = bookkeeper.correct(int(seq), account)
                 return {"seq": int(seq), TARGET: account, "before": before}
         raise BadRequest('send {"seq": 1203, "AccountNumber": "6700"}, and nothing else')
 
-    @app.delete("/company/<id:path>")
+    @app.delete("/company/<id:re:(?s:.+)>")
     def company(id: str) -> dict:
         return {"company": id, "forgotten": bookkeeper.forget(id)}
 
@@ -1883,7 +1909,7 @@ def _openapi(max_batch: int) -> dict:
         ),
         "/suggest": post(
             "suggest accounts for one sample, or for each of a list, and say why",
-            {"anyOf": [a_sample, a_list(a_sample, maxItems=min(max_batch, MAX_SUGGESTED))]},
+            {"anyOf": [a_sample, a_list(a_sample, maxItems=min(max_batch, MAX_SUGGESTED // 3))]},
             answers({"anyOf": [a_suggestion, a_list(a_suggestion)]}, 400, 413, 415, 503),
             top,
         ),
@@ -1978,15 +2004,17 @@ def serve(options: argparse.Namespace) -> None:
     log = Log(options.log)
     started = time.monotonic()
     bookkeeper = Bookkeeper(log)
-    logger.info(
-        "serving on http://%s:%d, log %s, %d bookings read back in %.1f s",
-        *(f"[{host}]" if ":" in host else host, port),
-        *(log.path, bookkeeper.health()["samples"], time.monotonic() - started),
-    )
+    seconds = time.monotonic() - started
     names = {"localhost", "127.0.0.1", "[::1]", options.host.lower()}
     hosts = None if token or options.open else sorted(names)
     app = create_app(bookkeeper, token, hosts, options.max_body, options.max_batch)
-    _answer(app, listener, options)
+    server = _server(app, listener, options)
+    logger.info(
+        "serving on http://%s:%d, log %s, %d bookings read back in %.1f s",
+        *(f"[{host}]" if ":" in host else host, port),
+        *(log.path, bookkeeper.health()["samples"], seconds),
+    )
+    _answer(server, listener)
     bookkeeper.close()
     logger.info("stopped")
 
@@ -2152,8 +2180,8 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _answer(app: Bottle, listener: socket.socket, options: argparse.Namespace) -> None:
-    """Answers requests until SIGTERM or Ctrl-C, then those that are under way."""
+def _server(app: Bottle, listener: socket.socket, options: argparse.Namespace) -> BaseWSGIServer:
+    """A server that listens, but does not answer yet."""
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     server = waitress.create_server(
@@ -2169,6 +2197,11 @@ def _answer(app: Bottle, listener: socket.socket, options: argparse.Namespace) -
     )
     server.channel_class = Channel
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # waiting for a thread is fine
+    return server
+
+
+def _answer(server: BaseWSGIServer, listener: socket.socket) -> None:
+    """Answers requests until SIGTERM or Ctrl-C, then those that are under way."""
     stopping = threading.Event()
 
     def stop(number: int, _: object) -> None:
@@ -2321,7 +2354,7 @@ td.number { white-space: nowrap; }
 .bookings th:nth-child(odd) { width: 14%; }
 .bookings th:nth-child(5) { width: 11.5%; }
 .bookings th:nth-child(7) { width: 4.25rem; }
-.held { visibility: hidden; position: absolute; }
+.held { visibility: hidden; }
 .part:has(tbody:hover, tbody:focus-within) .held { visibility: visible; }
 
 form { display: grid; gap: .75rem; }
@@ -2474,7 +2507,7 @@ details > div { padding: 0 0 1rem 1.75rem; }
       have to be booked unseen: the higher, the fewer but the surer.</p>
   </div>
   <div>
-    <p class="none" data-of="confidence">Nothing has been predicted yet.</p>
+    <p class="none" data-of="confidence">It is too early to say: this takes 100 bookings.</p>
     <div class="coverage" data-of="confidence">
       <div id="coverage" class="chart">
         <svg role="img"></svg>
@@ -2494,7 +2527,8 @@ details > div { padding: 0 0 1rem 1.75rem; }
 <section class="part" aria-labelledby="try-title">
   <div class="lead">
     <h2 id="try-title">Try a sample</h2>
-    <p class="muted">It only asks. Nothing is booked or learned.</p>
+    <p class="muted">It only asks. Nothing is booked or learned. Confidence is how often past
+      predictions with about as much evidence were right, and lower while there are few.</p>
     <form id="try">
       <label>Company <input name="CompanyId" required autocomplete="off"></label>
       <label>Text <input name="BankEntryText" required autocomplete="off"></label>
@@ -2549,6 +2583,7 @@ details > div { padding: 0 0 1rem 1.75rem; }
 const PAUSE = 2000, LONGEST_PAUSE = 10000, TIMEOUT = 10000; // milliseconds
 const STEPS = [0, 0.5, 0.8, 0.9, 0.95, 0.99]; // confidences with a row, and most with a dot
 const USUAL = 0.9; // the confidence shown while none is pointed at
+const ENOUGH = 100; // bookings, to say what can be booked unseen
 const REASONS = 8; // shown for one suggestion: a long text has hundreds
 const EXAMPLES = [
   ['acme', 'Office rent May', '> -10000', '6300'],
@@ -2885,8 +2920,8 @@ async function suggest(sample) {
   try {
     ({ suggestions } = await call('suggest?top=5', sample));
     const { account, confidence } = suggestions[0];
-    verdict = ['Most likely ', make('b', {}, value(account, 40)), '. Of the past predictions with '
-      + `about as much evidence, ${percent(confidence)} were right.`];
+    verdict = ['Most likely ', make('b', {}, value(account, 40)),
+      `, with ${percent(confidence)} confidence.`];
   } catch (error) {
     const why = error instanceof Refused ? error.message : 'The service is not reachable.';
     verdict = [make('span', { className: 'error' }, why)];
@@ -2940,7 +2975,8 @@ $('try').addEventListener('submit', (event) => {
 
 // --------------------------------------------------------------------------------------- The page
 
-function show({ health, metrics, curve: points, confidence, wrong, unsure }) {
+function show({ health, metrics, curve: points, confidence: all, wrong, unsure }) {
+  const confidence = health.samples < ENOUGH ? [] : all;
   for (const name of ['samples', 'accounts', 'companies']) put($(name), count(health[name]));
   const now = { accuracy: points.at(-1)?.accuracy, ...metrics };
   for (const name of SCORES) put($(name), score(now[name]));

@@ -85,7 +85,8 @@ def replay(client: "Client", options: argparse.Namespace, skip: bool = True) -> 
     interrupted = False
     answer = None
     started = asked = time.monotonic()
-    stored_before = client.health()["lines"]
+    health = client.health()
+    stored_before = health["lines"]
     start = stored_before if options.resume is None else options.resume
     source = (options.file.name, options.order, options.batch, options.seed, start)
     run = hashlib.sha256(repr(source).encode()).hexdigest()[:16]
@@ -104,9 +105,10 @@ def replay(client: "Client", options: argparse.Namespace, skip: bool = True) -> 
                 sent += len(batch)
                 if answer["first"] < stored_before:
                     resent += len(batch)
-                if answer["first"] == 0:
+                if answer["first"] == 0 or (sent == len(batch) and not health["accounts"]):
                     unpredicted = len(batch)  # there was no model yet
-                predicted = answer["total"] - unpredicted
+                bookings = answer["total"] - health["lines"] + health["samples"]
+                predicted = bookings - unpredicted
                 if predicted and (sent == options.samples or time.monotonic() - asked > 0.1):
                     asked = time.monotonic()
                     show(sent, client.ask("GET", "/metrics/1000"))
@@ -142,10 +144,12 @@ def replay(client: "Client", options: argparse.Namespace, skip: bool = True) -> 
 
 
 def _stay(url: str) -> None:
-    """Waits for Ctrl-C."""
+    """Waits for Ctrl-C. Raises Failed if the service ends before."""
     print(f"The page is at {url}/ until Ctrl-C", file=sys.stderr)
     with suppress(KeyboardInterrupt):
-        signal.pause()
+        while _listens(urlsplit(url).port):
+            time.sleep(1)
+        raise Failed("the service has ended")
 
 
 def in_words(report: dict) -> str:

@@ -465,6 +465,20 @@ def test_counts_of_tokens_with_one_account_and_with_nearly_all():
     assert model.token_counts.occupied == 3051
 
 
+@given(LEARNED, st.lists(DOCUMENTS, min_size=1), st.randoms(use_true_random=False))
+def test_predictions_are_the_same_in_whatever_order_was_learned(bookings, documents, rng):
+    model, other = taught(bookings), taught(rng.sample(bookings, len(bookings)))
+    assert model.predict(documents) == other.predict(documents)
+    for document in documents:
+        [scores], [others] = model.scores([document]), other.scores([document])
+        ordered = sorted(model.accounts, key=lambda name: (-scores[model.accounts[name]], name))
+        for most in (1, 2, 9):
+            top = [model.names[account] for account in model.top(scores, most)]
+            assert top == [other.names[account] for account in other.top(others, most)]
+            assert top == ordered[:most]
+        assert model.predict([document]) == ordered[:1]
+
+
 def test_without_a_model_there_is_no_prediction_and_full_weight():
     assert NaiveBayes().assess([["a"]], ["1"]) == [(None, None, None, 1.0)]
 
@@ -487,6 +501,13 @@ def test_precision_and_recall_of_a_case_done_by_hand():
     booked, predicted = np.array([1, 1, 2, 3]), np.array([1, 2, 2, 4])
     # precision: 1 of 1, 1 of 2, none of 0, none of 1; recall: 1 of 2, 1 of 1, none of 1, none of 0
     assert precision_recall(booked, predicted) == (1.5 / 4, 1.5 / 4)
+
+
+@pytest.mark.parametrize("level", [0.05, 0.1, 0.9, 0.95, 0.99])
+def test_who_is_just_sure_enough_is_sure_enough(level):
+    history = History()
+    history.append([(0, "A", "1", "1", level)])
+    assert bookkeep.by_confidence(history.rows, [level])[0]["share"] == 1
 
 
 def test_accuracy_by_confidence():
@@ -857,7 +878,7 @@ def test_a_removal_leaves_out_what_a_failed_append_left(path, monkeypatch):
 
 def test_what_a_crash_left_of_a_removal_goes_at_the_next_start(path):
     written(path, [[{"x": 1}]])
-    path.with_name("log.jsonl.new").write_text("half a line")
+    path.with_name(".log.jsonl.rewritten").write_text("half a line")
     assert len(read(path)) == 1
     assert os.listdir(path.parent) == [path.name]
 
@@ -889,6 +910,47 @@ def test_a_symbolic_link_to_the_log_stays_one(path):
     log.close()
     assert link.is_symlink()
     assert [record.get("x") for record in read(path)] == [None, 2]
+
+
+def test_a_log_that_was_moved_is_not_rewritten_and_can_be_exported(path):
+    log = Log(path)
+    list(log.read())
+    log.append([(None, [{"x": 1}])])
+    moved = path.rename(path.with_name("moved"))
+    for another in (False, True):
+        if another:
+            path.touch()
+        with pytest.raises(OSError, match=r"another file|No such file"):
+            log.remove({0})
+        file, size = log.export(range(0, 1))
+        with file:
+            assert file.read(size) == moved.read_bytes()
+    log.append([(None, [{"x": 2}])])
+    log.close()
+    assert [record["x"] for record in read(moved)] == [1, 2]
+    assert {*os.listdir(path.parent)} == {"log.jsonl", "moved"}
+
+
+def test_an_export_is_of_the_old_log_or_of_the_new(path):
+    written(path, [[{"x": "x" * (seq % 7), "y": "y" * 100}] for seq in range(2000)])
+    log = Log(path)
+    list(log.read())
+    done = threading.Event()
+
+    def remove():
+        for seq in range(40):
+            log.remove({seq})
+        done.set()
+
+    removing = threading.Thread(target=remove)
+    removing.start()
+    while not done.is_set():
+        file, size = log.export(range(1500, 1510))
+        with file:
+            lines = file.read(size).splitlines(keepends=True)
+        assert [bookkeep._parse(line)["seq"] for line in lines] == list(range(1500, 1510))
+    removing.join()
+    log.close()
 
 
 def test_lines_are_read_from_the_file_as_they_were_when_it_was_opened(path):
@@ -1337,7 +1399,7 @@ def test_after_a_removal_that_may_not_be_on_disk_nothing_is_booked(path, monkeyp
                 raise OSError(5, "Input/output error")
 
             patch.setattr(bookkeep, "_fsync_folder", broken)
-            with pytest.raises(LogError):
+            with pytest.raises(NotReady, match="started again"):
                 bookkeeper.forget("A")
         with pytest.raises(NotReady, match="started again"):
             bookkeeper.book([booking()])
@@ -1474,6 +1536,8 @@ def test_the_overview_is_what_metrics_and_the_log_say(path):
             ]
             unsure = sorted(records[-1000:], key=lambda r: (np.float32(r["confidence"]), -r["seq"]))
             assert [row["seq"] for row in overview["unsure"]] == [r["seq"] for r in unsure[:10]]
+            levels = [row["at_least"] for row in overview["confidence"]]
+            assert levels == [*np.arange(20) / 20, 0.99]
             assert overview["confidence"][0] == {
                 "at_least": 0,
                 "share": 1,
@@ -1906,7 +1970,10 @@ def test_one_sample_gets_suggestions_and_a_list_a_list(service):
     for top in ("0", "21", "x", "-1", "1.0", "", "9" * 50):
         status, refusal = service.post(f"/suggest?top={top}", asked)
         assert (status, refusal["error"]) == (400, "top must be a whole number from 1 to 20")
+    assert service.post("/suggest", [asked] * 100)[0] == 200
     assert service.post("/suggest", [asked] * 101)[0] == 400
+    assert service.post("/suggest?top=20", [asked] * 15)[0] == 200
+    assert service.post("/suggest?top=20", [asked] * 16)[0] == 400
     assert service.post("/suggest", {"CompanyId": "A"})[0] == 400
 
 
@@ -1926,7 +1993,8 @@ def test_corrections_forgetting_and_reports_over_http(serve):
     for refused, status in (
         ({"seq": 99, "AccountNumber": "1"}, 404),
         ({"seq": 6, "AccountNumber": "1"}, 404),
-        ({"seq": -1, "AccountNumber": "1"}, 404),
+        ({"seq": -1, "AccountNumber": "1"}, 400),
+        ({"seq": 1e300, "AccountNumber": "1"}, 400),
         ({"seq": 10**400, "AccountNumber": "1"}, 400),
         ({"seq": 1.5, "AccountNumber": "1"}, 400),
         ({"seq": "1", "AccountNumber": "1"}, 400),
@@ -1947,6 +2015,15 @@ def test_corrections_forgetting_and_reports_over_http(serve):
     assert service.get("/report/0")[0] == 400
     assert service.get("/report/1?company=%ff")[0] == 400
     assert service.get("/report/1?company=")[0] == 404
+    for name in ("acme", "acme\n", "a\nb", "\n", ".."):
+        service.post("/sample", [booking(name)] * 2)
+        assert service.delete(f"/company/{quote(name, safe='')}") == (
+            200,
+            {"company": name, "forgotten": 2},
+        )
+        service.post("/sample", [booking("acme")])
+    assert service.delete("/company/acme%0A")[0] == 404
+    assert service.delete("/company/acme") == (200, {"company": "acme", "forgotten": 5})
     assert service.delete("/company/nobody")[0] == 404
     assert service.delete(f"/company/{quote(company)}%ff")[0] == 400
     assert service.samples() == 6
@@ -1957,7 +2034,7 @@ def test_corrections_forgetting_and_reports_over_http(serve):
     assert service.delete(f"/company/{quote(company)}")[0] == 404
     assert service.get(f"/report/10?company={quote(company)}")[0] == 404
     health = service.get("/health")[1]
-    assert [health[key] for key in ("samples", "lines", "accounts")] == [3, 7, 1]
+    assert [health[key] for key in ("samples", "lines", "accounts")] == [3, 22, 1]
     service.stop(signal.SIGKILL)
     service = serve()
     again = service.get("/health")[1]
@@ -2471,7 +2548,7 @@ def test_a_signal_stops_it_cleanly_and_a_restart_knows_all(serve, number):
     assert said.rstrip().endswith("stopped")
     assert "Traceback" not in said
     service = serve()
-    assert "700 bookings read back" in service.said()
+    wait_until(lambda: "700 bookings read back" in service.said())
     assert (service.get("/metrics/100"), service.post("/predict", samples)) == before
 
 
@@ -2599,7 +2676,7 @@ def test_a_kill_while_a_company_is_forgotten_leaves_all_of_it_or_nothing(serve, 
             assert not answered
         service = serve()
         assert service.samples() == 5000 - len(gone)
-        assert not list(tmp_path.glob("*.new"))
+        assert not list(tmp_path.glob(".*"))
         service.stop(signal.SIGKILL)
     print(outcomes)
 
@@ -2963,6 +3040,9 @@ def test_an_empty_service_says_what_to_do_first(serve, visit):
     expect(page.locator("#precision")).to_have_text("–")
     assert service.post("/sample", json.loads(body))[0] == 200
     expect(page.locator("#precision")).to_have_text("1.000")
+    expect(page.locator("#coverage")).to_be_hidden()
+    assert service.post("/sample", [booking()] * 100)[0] == 200
+    expect(page.locator("#coverage")).to_be_visible()
 
 
 @IN_A_BROWSER
@@ -3203,6 +3283,18 @@ def test_an_interrupted_replay_reports_what_was_sent(tmp_path):
     assert "1000" in report["metrics"], said
     # The service is stopped, and the batch that was under way may be in its log.
     assert len(read(log)) - report["samples"] in (0, 1)
+
+
+def test_a_replay_to_a_service_that_has_forgotten_all(serve):
+    service = serve()
+    service.post("/sample", [booking()] * 200)
+    service.delete("/company/A")
+    url = f"http://127.0.0.1:{service.port}"
+    status, out, said = run(HERE / "replay.py", SYNTHETIC, "--url", url, "--samples=150", "--json")
+    assert (status, said) == (0, "")
+    assert json.loads(out)["samples"] == 150
+    [resumed] = [json.loads(out)["resume"]]
+    assert resumed == 200
 
 
 def test_a_resumed_replay_stores_each_booking_once(serve, tmp_path):
