@@ -949,6 +949,7 @@ def test_an_export_is_of_the_old_log_or_of_the_new(path):
         with file:
             lines = file.read(size).splitlines(keepends=True)
         assert [bookkeep._parse(line)["seq"] for line in lines] == list(range(1500, 1510))
+        assert log.record(1505)["seq"] == 1505
     removing.join()
     log.close()
 
@@ -1226,6 +1227,15 @@ def test_a_correction_unlearns_the_old_and_learns_the_new(path):
         assert [(tokens(c), c["AccountNumber"]) for c in corrected] == [
             learned[:2] for learned in standing(path)
         ]
+        calibration = Calibration()
+        for record, (document, account, _) in zip(read_lines(path), standing(path), strict=False):
+            if record["predicted"]:
+                ranks = {record["sample"]["AccountNumber"]: record["rank"], record["predicted"]: 1}
+                evidence = record["margin"] / len(document)
+                calibration.add([evidence], [ranks.get(account) or 0])
+        evidence = np.linspace(0, 9)
+        expected = calibration.confidence(evidence)
+        assert np.array_equal(bookkeeper._calibration.confidence(evidence), expected)
         known = state(bookkeeper, samples[:50])
         suggested = [bookkeeper.suggest(sample, 5) for sample in samples[:50]]
         reported = bookkeeper.report(1000)
@@ -2572,8 +2582,8 @@ def test_a_request_under_way_is_answered_before_it_stops(serve):
 
 
 def test_kills_at_any_moment_lose_nothing_and_double_nothing(serve, tmp_path):
-    """30 rounds, or BOOKKEEP_ROUNDS, ten on each log."""
-    rounds = int(os.environ.get("BOOKKEEP_ROUNDS", 30))
+    """20 rounds, or BOOKKEEP_ROUNDS, ten on each log."""
+    rounds = int(os.environ.get("BOOKKEEP_ROUNDS", 20))
     seed = int(os.environ.get("BOOKKEEP_SEED", random.randrange(10**6)))
     print(f"BOOKKEEP_SEED={seed}")
     rng = random.Random(seed)
@@ -2638,7 +2648,7 @@ def scanned(log):
 
 
 def test_a_kill_while_a_company_is_forgotten_leaves_all_of_it_or_nothing(serve, tmp_path):
-    rounds = int(os.environ.get("BOOKKEEP_ROUNDS", 30)) // 3
+    rounds = int(os.environ.get("BOOKKEEP_ROUNDS", 20)) // 3
     log = tmp_path / "log.jsonl"
     companies = [f"company{number}" for number in range(5)]
     outcomes = Counter()
