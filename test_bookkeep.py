@@ -1420,21 +1420,23 @@ def test_after_a_removal_that_may_not_be_on_disk_nothing_is_booked(path, monkeyp
 def test_changes_are_made_in_their_turn(path):
     answers = {}
 
-    def call(name, *arguments):
-        answers[len(answers)] = getattr(bookkeeper, name)(*arguments)
+    def call(turn, method, *arguments):
+        answers[turn] = method(*arguments)
 
     with bookkeeping(path) as bookkeeper:
-        calls = [
-            partial(call, "book", [booking(account="1")]),
-            partial(call, "book", [booking(account="1")]),
-            partial(call, "correct", 1, "2"),
-            partial(call, "book", [booking(account="3")]),
-            partial(call, "forget", "A"),
-            partial(call, "book", [booking(account="4")]),
+        changes = [
+            (bookkeeper.book, [booking(account="1")]),
+            (bookkeeper.book, [booking(account="1")]),
+            (bookkeeper.correct, 1, "2"),
+            (bookkeeper.book, [booking(account="3")]),
+            (bookkeeper.forget, "A"),
+            (bookkeeper.book, [booking(account="4")]),
         ]
+        calls = [partial(call, turn, *change) for turn, change in enumerate(changes)]
         with held_at_the_disk(bookkeeper, calls):
             pass
-        assert [*answers.values()] == [range(0, 1), range(1, 2), "1", range(3, 4), 3, range(4, 5)]
+        expected = [range(0, 1), range(1, 2), "1", range(3, 4), 3, range(4, 5)]
+        assert [answers[turn] for turn in range(6)] == expected
         assert bookkeeper.predict([booking()]) == ["4"]
 
 
