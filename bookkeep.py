@@ -1048,7 +1048,6 @@ class Bookkeeper:
         self._corrections: dict[int, list[int]] = {}  # seq of a booking -> of its corrections
         self._curve: dict[int, dict] = {}  # points of the learning curve that will not change
         self._predictions = 0  # that were asked for
-        self._last_batch = 0  # the seq that it starts with
         self._changing = threading.Lock()  # held to learn a chunk, and to read what that changes
         self._waiting: deque[Batch] = deque()
         self._arrival = threading.Condition()  # of a batch that waits, or of the end
@@ -1056,6 +1055,7 @@ class Bookkeeper:
         self._broken = False  # has the model lost step with the log?
         self._started = time.monotonic()
         self._read_back()
+        self._last_batch = len(log)  # the seq that it starts with; there is none since the start
         self._writer = threading.Thread(target=self._write, name="writer", daemon=True)
         self._writer.start()
 
@@ -1302,7 +1302,8 @@ class Bookkeeper:
         )
         with self._in_step():
             self._learn(records, documents)
-            self._last_batch = len(self.log) - len(group[-1].samples)
+            if group[-1].samples:
+                self._last_batch = len(self.log) - len(group[-1].samples)
         for batch in group:
             batch.done.set_result(range(first, first + len(batch.samples)))
             first += len(batch.samples)

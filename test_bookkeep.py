@@ -1559,6 +1559,21 @@ def test_the_overview_is_what_metrics_and_the_log_say(path):
                 bookkeeper.correct(seq, "corrected")
 
 
+def test_the_last_batch_is_watched_without_what_was_forgotten(path):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking(account="1")])
+        assert "last_batch_accuracy" not in bookkeeper.gauges()
+        bookkeeper.book([booking(account="2")] * 3)
+        bookkeeper.book([booking("B", account="2"), booking(account="1")])
+        assert bookkeeper.gauges()["last_batch_accuracy"][1] == 0.5
+        bookkeeper.book([])
+        bookkeeper.correct(0, "3")
+        bookkeeper.forget("A")
+        assert bookkeeper.gauges()["last_batch_accuracy"][1] == 1
+    with bookkeeping(path) as bookkeeper:
+        assert "last_batch_accuracy" not in bookkeeper.gauges()
+
+
 def test_the_overview_leaves_out_what_is_forgotten_meanwhile(path, monkeypatch):
     with bookkeeping(path) as bookkeeper:
         for batch in batches_of(bookings(100), 50):
