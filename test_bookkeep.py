@@ -1468,6 +1468,9 @@ def test_a_correction_that_makes_no_sense_is_refused_with_its_line(path, damage)
     with pytest.raises(LogError, match="is damaged, line 4: "):
         Bookkeeper(log)
     log.close()
+    status, out, _ = run(HERE / "bookkeep.py", "check", path)
+    assert status == 1
+    assert f"{path}, line 4: " in out
 
 
 def test_a_report_is_of_the_last_n_predictions_as_they_stand(path):
@@ -2090,6 +2093,7 @@ def test_the_export_is_the_log(serve, tmp_path):
     assert export("?limit=0") == export("?from=6001") == b""
     for query in ("?from=-1", "?from=x", "?limit=1e3", "?from=", "?limit=9999999999"):
         assert service.get(f"/samples{query}")[0] == 400
+    assert "WARNING" not in service.said()
     (tmp_path / "backup.jsonl").write_bytes(export())
     assert run(HERE / "bookkeep.py", "check", tmp_path / "backup.jsonl")[0] == 0
 
