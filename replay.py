@@ -228,9 +228,12 @@ def _open_text(path: Path) -> Iterator[io.TextIOBase]:
 def _rows(options: argparse.Namespace) -> Iterator[Sample]:
     """The file's rows in the order that is asked for."""
     rows = read_rows(options.file)
-    if options.order == "date":
-        return iter(sorted(rows, key=lambda row: (row["BankEntryDate"], row["CompanyId"])))
-    return rows
+    return iter(by_date(rows)) if options.order == "date" else rows
+
+
+def by_date(rows: Iterable[Sample]) -> list[Sample]:
+    """The rows in the order in which they arose."""
+    return sorted(rows, key=lambda row: (row["BankEntryDate"], row["CompanyId"]))
 
 
 def _default_file() -> Path:
