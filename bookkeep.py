@@ -35,7 +35,7 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
-from functools import partial
+from functools import cache, partial
 from hashlib import sha256
 from itertools import accumulate, chain, count, groupby, islice, pairwise
 from pathlib import Path
@@ -287,10 +287,11 @@ class NaiveBayes:
 
     def _best(self, scores: np.ndarray) -> np.ndarray:
         """(n,) the account of the highest of (n, A) scores; of equals, the first by name."""
-        best = scores.argmax(axis=1)
-        ties = scores == scores[np.arange(len(scores)), best, np.newaxis]
-        for document in np.flatnonzero(np.count_nonzero(ties, axis=1) > 1):
-            best[document] = min(np.flatnonzero(ties[document]), key=self.names.__getitem__)
+        highest = scores == scores.max(axis=1, keepdims=True)
+        best = highest.argmax(axis=1)
+        if np.count_nonzero(highest) > len(scores):
+            for document in np.flatnonzero(np.count_nonzero(highest, axis=1) > 1):
+                best[document] = min(np.flatnonzero(highest[document]), key=self.names.__getitem__)
         return best
 
     def top(self, scores: np.ndarray, most: int) -> np.ndarray:
@@ -1609,9 +1610,8 @@ def create_app(
         for name, value in HEADERS.items():
             response.set_header(name, value)
         route = request.environ.get("bottle.route")
-        path = re.sub("<(.*?)(:.*?)?>", r"{\1}", route.rule) if route else "other"
         seconds = time.perf_counter() - request.environ["bookkeep.arrival"]
-        durations.observe(seconds, f'path="{path}",status="{response.status_code}"')
+        durations.observe(seconds, _labels(route and route.rule, response.status_code))
 
     def received(parse: Callable[[bytes], T]) -> T:
         if request.content_type.partition(";")[0].strip() != "application/json":
@@ -1747,6 +1747,13 @@ def _in_json(callback: Callable) -> Callable:
         return json.dumps(answer)
 
     return route
+
+
+@cache
+def _labels(rule: str | None, status: int) -> str:
+    """Of a request in Prometheus's text format: the path as the API's description has it."""
+    path = re.sub("<(.*?)(:.*?)?>", r"{\1}", rule) if rule else "other"
+    return f'path="{path}",status="{status}"'
 
 
 def _exposition(bookkeeper: Bookkeeper, durations: Histogram) -> Iterator[str]:
