@@ -68,7 +68,9 @@ KINDS = (  # of tokens, in a person's words
     "amount",
     "word",
     "word in this company",
-    "word with this amount in this company",
+    "first word in this company",
+    "first word with this amount in this company",
+    "first two words in this company",
 )
 
 Sample = dict[str, str]
@@ -148,19 +150,29 @@ def check_sample(sample: object, required: Sequence[str]) -> None:
 def tokens(sample: Sample) -> list[str]:
     """The sample's tokens, each prefixed with its kind, so that no word can pass for a company.
 
-    >>> tokens({"CompanyId": "A", "BankEntryText": "rent May", "BankEntryAmount": "< 10"})
-    ['c A', 'a < 10', 'w rent', 'w May', 'cw A|rent', 'cw A|May', 'caw A|< 10|rent', ...]
+    >>> tokens({"CompanyId": "A", "BankEntryText": "rent May 3", "BankEntryAmount": "< 10"})
+    ['c A', 'a < 10', 'w rent', 'w May', 'w 3', 'cw A|rent', 'cw A|May', 'cw A|3',
+     'cf A|rent', 'caf A|< 10|rent', 'ct A|rent May']
 
     (The bar stands for the unit separator, which no word contains.)
     """
     company, text, amount = (sample[key] for key in FEATURES)
     words = text.split(maxsplit=MAX_WORDS)[:MAX_WORDS]
+    first = (
+        [
+            f"cf {company}\x1f{words[0]}",
+            f"caf {company}\x1f{amount}\x1f{words[0]}",
+            f"ct {company}\x1f{' '.join(words[:2])}",
+        ]
+        if words
+        else []
+    )
     return [
         f"c {company}",
         f"a {amount}",
         *[f"w {word}" for word in words],
         *[f"cw {company}\x1f{word}" for word in words],
-        *[f"caw {company}\x1f{amount}\x1f{word}" for word in words],
+        *first,
     ]
 
 
@@ -168,8 +180,9 @@ def wordings(sample: Sample) -> list[tuple[str, str]]:
     """What each of the sample's tokens says to a person: its kind and the sample's own words."""
     company, text, amount = (sample[key] for key in FEATURES)
     words = text.split(maxsplit=MAX_WORDS)[:MAX_WORDS]
-    crossed = [(kind, word) for kind in KINDS[2:] for word in words]
-    return [(KINDS[0], company), (KINDS[1], amount), *crossed]
+    first = [words[0], words[0], " ".join(words[:2])] if words else []
+    crossed = [(kind, word) for kind in KINDS[2:4] for word in words]
+    return [(KINDS[0], company), (KINDS[1], amount), *crossed, *zip(KINDS[4:], first, strict=False)]
 
 
 def _loads(text: str) -> object:
@@ -197,7 +210,10 @@ def _shown(key: str) -> str:
 
 # ------------------------------------------------------------------------------------------ Model
 
-ALPHA = 0.02  # Lidstone smoothing
+ALPHA = 0.03  # Lidstone smoothing
+SOFTENING = (
+    3  # what the log-odds are divided by to weigh a booking: Naive Bayes is too sure of itself
+)
 FLOOR = 1 / 16  # what a booking that surprises nobody counts at the least
 MAX_CELLS = 1 << 22  # counts and scores that are at work at once, unless one document has more
 GRAIN = 1024  # weights are multiples of 1 / GRAIN, so sums of them are exact in any order
@@ -307,7 +323,8 @@ class NaiveBayes:
         """Predictions and learning weights of documents whose accounts, the labels, are known.
 
         The weight is max(floor, 1 - P(label | tokens)), 1 for an account not seen before: the
-        discriminative frequency estimate (Su, Zhang, Ling, Matwin, ICML 2008).
+        discriminative frequency estimate (Su, Zhang, Ling, Matwin, ICML 2008), from a posterior
+        that is softened by SOFTENING.
         """
         if not self.known:
             return [Assessment(None, None, None, 1.0)] * len(documents)
@@ -315,7 +332,7 @@ class NaiveBayes:
         each = np.arange(len(documents))
         booked = np.array([self.accounts.get(label, -1) for label in labels], dtype=np.int64)
         booked[self.account_counts[booked] == 0] = -1
-        probability = np.where(booked < 0, 0, posterior(scores)[each, booked])
+        probability = np.where(booked < 0, 0, posterior(scores / SOFTENING)[each, booked])
         weights = np.maximum(FLOOR, np.round((1 - probability) * GRAIN) / GRAIN)
 
         best = self._best(scores)

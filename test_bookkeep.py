@@ -49,6 +49,7 @@ from bookkeep import (
     FLOOR,
     GRAIN,
     GROUP,
+    SOFTENING,
     BadRequest,
     Bookkeeper,
     Busy,
@@ -123,9 +124,12 @@ def test_tokens_are_the_features_each_with_its_kind():
         "w May",
         "cw A\x1frent",
         "cw A\x1fMay",
-        "caw A\x1f< 10\x1frent",
-        "caw A\x1f< 10\x1fMay",
+        "cf A\x1frent",
+        "caf A\x1f< 10\x1frent",
+        "ct A\x1frent May",
     ]
+    assert tokens(booking(company="A", text="rent", amount="b"))[-1] == "ct A\x1frent"
+    assert tokens(booking(company="A", text=" ", amount="b")) == ["c A", "a b"]
 
 
 def test_only_the_first_100_words_make_tokens():
@@ -150,9 +154,12 @@ def test_a_value_in_one_place_is_never_the_token_of_another():
 
 def test_each_token_can_be_said_in_the_samples_own_words():
     sample = booking(company="A b", text="rent May rent", amount="< 10")
-    prefixes = ["c ", "a ", "w ", "cw A b\x1f", "caw A b\x1f< 10\x1f"]
-    prefixes = dict(zip(bookkeep.KINDS, prefixes, strict=True))
-    assert [prefixes[kind] + word for kind, word in bookkeep.wordings(sample)] == tokens(sample)
+    crossed = ["cw A b\x1f", "cf A b\x1f", "caf A b\x1f< 10\x1f", "ct A b\x1f"]
+    prefixes = dict(zip(bookkeep.KINDS, ["c ", "a ", "w ", *crossed], strict=True))
+    for text in ("rent May rent", "rent", " "):
+        sample["BankEntryText"] = text
+        said = [prefixes[kind] + word for kind, word in bookkeep.wordings(sample)]
+        assert said == tokens(sample)
     long = booking(text="x " * 500)
     assert len(bookkeep.wordings(long)) == len(tokens(long))
 
@@ -359,7 +366,8 @@ def test_an_assessment_is_the_prediction_its_margin_and_the_surprise(bookings, a
             own = row[accounts.index(label)]
             assert np.count_nonzero(row > own + 1e-9) < rank <= np.count_nonzero(row >= own - 1e-9)
             assert (rank == 1) == (predicted == label)
-            surprise = max(FLOOR, 1 - np.exp(row[accounts.index(label)]))
+            softened = np.exp(row / SOFTENING)
+            surprise = max(FLOOR, 1 - softened[accounts.index(label)] / softened.sum())
             assert weight == pytest.approx(surprise, abs=0.51 / GRAIN)
             assert weight * GRAIN % 1 == 0
         if len(accounts) == 1:
@@ -1154,9 +1162,12 @@ def test_a_reason_is_what_the_word_says_for_one_account_over_the_other(path):
         assert first["prior"] == 0
         weights = {(r["kind"], r["token"]): r["weight"] for r in first["reasons"]}
         odds = np.log((1 + bookkeep.ALPHA) / bookkeep.ALPHA)
-        for kind in bookkeep.KINDS[2:]:
+        for kind in bookkeep.KINDS[2:4]:
             assert weights[kind, "rent"] == pytest.approx(2 * odds, abs=1e-4)
             assert weights[kind, "food"] == pytest.approx(-odds, abs=1e-4)
+        for kind in bookkeep.KINDS[4:6]:
+            assert weights[kind, "rent"] == pytest.approx(odds, abs=1e-4)
+        assert (bookkeep.KINDS[6], "rent food") not in weights
         assert second["margin"] == -first["margin"]
 
 
