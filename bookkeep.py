@@ -211,9 +211,7 @@ def _shown(key: str) -> str:
 # ------------------------------------------------------------------------------------------ Model
 
 ALPHA = 0.03  # Lidstone smoothing
-SOFTENING = (
-    3  # what the log-odds are divided by to weigh a booking: Naive Bayes is too sure of itself
-)
+SOFTENING = 3  # divides log-odds for the weights: Naive Bayes is too sure of itself
 FLOOR = 1 / 16  # what a booking that surprises nobody counts at the least
 MAX_CELLS = 1 << 22  # counts and scores that are at work at once, unless one document has more
 GRAIN = 1024  # weights are multiples of 1 / GRAIN, so sums of them are exact in any order
