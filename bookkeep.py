@@ -2607,7 +2607,7 @@ const PAUSE = 2000, LONGEST_PAUSE = 10000, TIMEOUT = 10000; // milliseconds
 const STEPS = [0, 0.5, 0.8, 0.9, 0.95, 0.99]; // confidences with a row, and most with a dot
 const USUAL = 0.9; // the confidence shown while none is pointed at
 const ENOUGH = 100; // bookings, to say what can be booked unseen
-const REASONS = 8; // shown for one suggestion: a long text has hundreds
+const REASONS = 13; // shown for one suggestion: a long text has hundreds
 const EXAMPLES = [
   ['acme', 'Office rent May', '> -10000', '6300'],
   ['acme', 'Train to Oslo', '> -100', '7140'],
@@ -2972,7 +2972,7 @@ function weights(over, margin, prior, reasons) {
     ...reasons.filter((reason) => shown.has(reason))];
   if (others.length) {
     const weight = others.reduce((sum, reason) => sum + reason.weight, 0);
-    rows.push({ token: `${count(others.length)} others`, kind: '', weight });
+    rows.push({ token: `${count(others.length)} more`, kind: '', weight });
   }
   const most = Math.max(...rows.map((row) => Math.abs(row.weight)));
   const body = rows.map(({ token, kind, weight }) => make('tr', {},
