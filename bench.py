@@ -21,7 +21,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -293,8 +292,8 @@ def measure_service(rows: list[Sample], repeats: int) -> dict:
         _say(f"service, {repeat + 1} of {repeats}")
         with (
             tempfile.TemporaryDirectory() as folder,
-            _started(SERVICE, f"--log={folder}/log") as (port, _, _),
-            _started("-c", BARE) as (bare_port, _, _),
+            replay.started(SERVICE, f"--log={folder}/log") as (port, _),
+            replay.started("-c", BARE) as (bare_port, _),
         ):
             client = replay.Client(f"http://127.0.0.1:{port}")
             for number, batch in enumerate(_chunks(rows, 500)):
@@ -314,24 +313,6 @@ def measure_service(rows: list[Sample], repeats: int) -> dict:
                 _busy(port, rows, predict)
             )
     return {name: _medians(loads) for name, loads in found.items()}
-
-
-@contextmanager
-def _started(*command: object) -> Iterator[tuple[int, int, float]]:
-    """The port and the process of a service, and the seconds after which it listened."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    started = time.perf_counter()
-    service = subprocess.Popen([sys.executable, *command, f"--port={port}"], stderr=subprocess.PIPE)
-    try:
-        while not replay._listens(port):
-            if service.poll() is not None:
-                raise replay.Failed(f"a service did not start: {service.stderr.read().decode()}")
-            time.sleep(0.01)
-        yield port, service.pid, time.perf_counter() - started
-    finally:
-        service.terminate()
-        service.wait()
 
 
 def _busy(port: int, rows: list[Sample], predict: bytes) -> dict:
@@ -406,19 +387,21 @@ def measure_scale(most: int) -> dict[str, dict]:
         command = [sys.executable, script, f"--rows={most}", "--companies=10000", "--out", file]
         subprocess.run(command, check=True)
         rows = iter(replay.by_date(replay.read_rows(file)))
-        with _started(SERVICE, f"--log={folder}/empty") as (_, process, _):
+        with replay.started(SERVICE, f"--log={folder}/empty") as (_, process):
             empty = _memory("VmRSS", process)
         sent = 0
         for size in (*(size for size in SIZES if size < most), most):
-            with _started(SERVICE, f"--log={log}") as (port, _, _):
-                client = replay.Client(f"http://127.0.0.1:{port}")
+            with replay.serving(log) as url:
+                client = replay.Client(url)
                 _send(client, itertools.islice(rows, max(0, size - LAST - sent)), size)
                 last = list(itertools.islice(rows, LAST))
                 started = time.perf_counter()
                 _send(client, last, size)
                 seconds = time.perf_counter() - started
                 sent = size
-            with _started(SERVICE, f"--log={log}") as (_, process, restart):
+            started = time.perf_counter()
+            with replay.started(SERVICE, f"--log={log}") as (_, process):
+                restart = time.perf_counter() - started
                 results[f"{size:,}"] = {
                     "samples_per_second": len(last) / seconds,
                     "bytes_per_sample": (_memory("VmRSS", process) - empty) * (1 << 20) / size,

@@ -156,8 +156,7 @@ def tokens(sample: Sample) -> list[str]:
 
     (The bar stands for the unit separator, which no word contains.)
     """
-    company, text, amount = (sample[key] for key in FEATURES)
-    words = text.split(maxsplit=MAX_WORDS)[:MAX_WORDS]
+    company, words, amount = _parts(sample)
     first = (
         [
             f"cf {company}\x1f{words[0]}",
@@ -178,11 +177,16 @@ def tokens(sample: Sample) -> list[str]:
 
 def wordings(sample: Sample) -> list[tuple[str, str]]:
     """What each of the sample's tokens says to a person: its kind and the sample's own words."""
-    company, text, amount = (sample[key] for key in FEATURES)
-    words = text.split(maxsplit=MAX_WORDS)[:MAX_WORDS]
+    company, words, amount = _parts(sample)
     first = [words[0], words[0], " ".join(words[:2])] if words else []
     crossed = [(kind, word) for kind in KINDS[2:4] for word in words]
     return [(KINDS[0], company), (KINDS[1], amount), *crossed, *zip(KINDS[4:], first, strict=False)]
+
+
+def _parts(sample: Sample) -> tuple[str, list[str], str]:
+    """The sample's company, the words of its text that count, and its amount."""
+    company, text, amount = (sample[key] for key in FEATURES)
+    return company, text.split(maxsplit=MAX_WORDS)[:MAX_WORDS], amount
 
 
 def _loads(text: str) -> object:
@@ -257,11 +261,8 @@ class NaiveBayes:
     def scores(self, documents: Sequence[Sequence[str]]) -> np.ndarray:
         """(n, A) log P(account, tokens), up to a constant of the document."""
         n, A = len(documents), len(self.names)
-        rows = [self.vocabulary.get(token, -1) for token in chain.from_iterable(documents)]
-        rows = np.array(rows, dtype=np.int64)
-        document = np.repeat(np.arange(n), [len(tokens) for tokens in documents])
-        known = (rows >= 0) & (self.token_counts.sizes[rows] > 0)
-        rows, document = rows[known], document[known]
+        known, rows = self._known(chain.from_iterable(documents))
+        document = np.repeat(np.arange(n), [len(tokens) for tokens in documents])[known]
         if n > 1 and n * A + self.token_counts.sizes[rows].sum() > MAX_CELLS:
             half = n // 2
             return np.concatenate([self.scores(documents[:half]), self.scores(documents[half:])])
@@ -282,18 +283,23 @@ class NaiveBayes:
         The difference between two accounts' terms is a list of log-odds that add up to the
         difference of their scores. The terms of an unknown token are 0.
         """
-        rows = np.array([self.vocabulary.get(token, -1) for token in document], dtype=np.int64)
-        known = np.flatnonzero((rows >= 0) & (self.token_counts.sizes[rows] > 0))
+        known, rows = self._known(document)
         terms = np.zeros((len(accounts), 1 + len(document)))
         terms[:, 0] = np.log(self.account_counts[accounts])
 
-        owner, account, count = self.token_counts.take(rows[known])
+        owner, account, count = self.token_counts.take(rows)
         entry, asked = np.nonzero(account[:, np.newaxis] == accounts)
         counts = np.zeros((len(accounts), len(known)))
         counts[asked, owner[entry]] = count[entry]
         total = self.account_tokens[accounts] + self.alpha * self.token_counts.occupied
         terms[:, 1 + known] = np.log((counts + self.alpha) / total[:, np.newaxis])
         return terms
+
+    def _known(self, tokens: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Which of the tokens are known, and in which rows of token_counts they are."""
+        rows = np.array([self.vocabulary.get(token, -1) for token in tokens], dtype=np.int64)
+        known = np.flatnonzero((rows >= 0) & (self.token_counts.sizes[rows] > 0))
+        return known, rows[known]
 
     def predict(self, documents: Sequence[Sequence[str]]) -> list[str]:
         """The most probable account of each document. There must be a model, that is an account."""
@@ -1375,7 +1381,7 @@ class Bookkeeper:
             weights = [record["weight"] for record, _ in chunk]
             with self._changing:
                 self._model.learn([document for _, document in chunk], labels, weights)
-                self._count(zip(*zip(*chunk, strict=True), labels, strict=True))
+                self._count((record, doc, record["sample"][TARGET]) for record, doc in chunk)
                 self._history.append(
                     (
                         record["seq"],
@@ -1462,10 +1468,8 @@ class Bookkeeper:
                 with self._changing:
                     self._model.learn(documents, accounts, [-weight for _, (_, weight) in chunk])
                     self._model.forget(chain.from_iterable(documents))
-                    self._count(
-                        zip([booking for booking, _ in chunk], documents, accounts, strict=True),
-                        times=-1,
-                    )
+                    records = [booking for booking, _ in chunk]
+                    self._count(zip(records, documents, accounts, strict=True), times=-1)
             with self._changing:
                 self._history.forget(company)
                 self._curve = {}

@@ -332,9 +332,19 @@ def _service(options: argparse.Namespace) -> AbstractContextManager[str]:
 @contextmanager
 def serving(log: Path, *options: str) -> Iterator[str]:
     """Starts bookkeep.py with that log on a free port, gives its URL and stops it at the end."""
+    with started(HERE / "bookkeep.py", f"--log={log}", *options) as (port, _):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def started(*command: object) -> Iterator[tuple[int, int]]:
+    """Starts a Python script that listens on a --port, gives that and its process, and stops it.
+
+    Raises Failed if it ends before it listens.
+    """
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    command = [sys.executable, HERE / "bookkeep.py", f"--port={port}", f"--log={log}", *options]
+    command = (sys.executable, *command, f"--port={port}")
     with tempfile.TemporaryFile() as messages:
         # In a session of its own, so that Ctrl-C ends the replay first and the service after it.
         service = subprocess.Popen(command, stderr=messages, start_new_session=True)
@@ -344,8 +354,8 @@ def serving(log: Path, *options: str) -> Iterator[str]:
                     messages.seek(0)
                     last = messages.read().decode(errors="replace").splitlines()[-1:]
                     raise Failed(f"the service did not start: {''.join(last)}")
-                time.sleep(0.05)
-            yield f"http://127.0.0.1:{port}"
+                time.sleep(0.01)
+            yield port, service.pid
         finally:
             service.terminate()
             service.wait()
