@@ -27,7 +27,16 @@ from pathlib import Path
 import numpy as np
 
 import replay
-from bookkeep import CHUNK, FEATURES, TARGET, NaiveBayes, Sample, _chunks, precision_recall, tokens
+from bookkeep import (
+    FEATURES,
+    TARGET,
+    NaiveBayes,
+    Sample,
+    _chunks,
+    precision_recall,
+    rounds,
+    tokens,
+)
 
 WINDOW = 1000  # predictions that macro averages are over
 SIZES = (10_000, 50_000, 100_000, 1_000_000)  # bookings at which the service is looked at
@@ -83,16 +92,11 @@ class Bookkeep:
         """The predictions for a batch, which is learned then."""
         documents = [tokens(sample) for sample in batch]
         labels = [sample[TARGET] for sample in batch]
-        chunks = [slice(start, start + CHUNK) for start in range(0, len(batch), CHUNK)]
-        assessed = [
-            assessment
-            for chunk in chunks
-            for assessment in self.model.assess(documents[chunk], labels[chunk])
-        ]
-        for chunk in chunks:
-            weights = [assessment.weight for assessment in assessed[chunk]]
-            self.model.learn(documents[chunk], labels[chunk], weights)
-        return [assessment.predicted or "" for assessment in assessed]
+        predicted = [made.predicted for made in self.model.assess(documents, labels)]
+        for part in rounds(len(batch)):
+            weights = self.model.weigh(documents[part], labels[part], predicted[part])
+            self.model.learn(documents[part], labels[part], weights)
+        return [account or "" for account in predicted]
 
 
 class Refitted:
@@ -140,7 +144,7 @@ class PartiallyFitted:
 
     def step(self, batch: list[Sample]) -> list[str]:
         """The predictions for a batch, which is learned then."""
-        documents = self.hasher.transform(tokens(sample) for sample in batch)
+        documents = self.hasher.transform(map(str, tokens(sample)) for sample in batch)
         known = hasattr(self.model, "classes_")
         predicted = self.model.predict(documents).tolist() if known else [""] * len(batch)
         labels = [sample[TARGET] for sample in batch]
@@ -162,7 +166,7 @@ class River:
 
     def step(self, batch: list[Sample]) -> list[str]:
         """The predictions for a batch, which is learned then."""
-        documents = [Counter(tokens(sample)) for sample in batch]
+        documents = [Counter(map(str, tokens(sample))) for sample in batch]
         predicted = [self.model.predict_one(document) or "" for document in documents]
         for document, sample in zip(documents, batch, strict=True):
             self.model.learn_one(document, sample[TARGET])

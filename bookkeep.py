@@ -35,8 +35,8 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
-from functools import cache, partial
-from hashlib import sha256
+from functools import cache, lru_cache, partial
+from hashlib import blake2b, sha256
 from itertools import accumulate, chain, count, groupby, islice, pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
@@ -46,7 +46,7 @@ import waitress
 from bottle import Bottle, HTTPError, request, response
 from waitress.channel import HTTPChannel
 from waitress.server import BaseWSGIServer
-from waitress.task import ErrorTask
+from waitress.task import ErrorTask, ThreadedTaskDispatcher
 
 __version__ = "0.1.0"
 
@@ -147,32 +147,28 @@ def check_sample(sample: object, required: Sequence[str]) -> None:
         raise BadRequest("a lone surrogate (half of a \\u pair) is not text") from None
 
 
-def tokens(sample: Sample) -> list[str]:
-    """The sample's tokens, each prefixed with its kind, so that no word can pass for a company.
+def tokens(sample: Sample) -> list[int]:
+    """The sample's tokens: 64-bit hashes of their kind and of what they say.
 
-    >>> tokens({"CompanyId": "A", "BankEntryText": "rent May 3", "BankEntryAmount": "< 10"})
-    ['c A', 'a < 10', 'w rent', 'w May', 'w 3', 'cw A|rent', 'cw A|May', 'cw A|3',
-     'cf A|rent', 'caf A|< 10|rent', 'ct A|rent May']
-
-    (The bar stands for the unit separator, which no word contains.)
+    The kind keeps a word from passing for a company. That any two of five million tokens have the
+    same hash has a probability of less than 1 in 100,000.
     """
     company, words, amount = _parts(sample)
-    first = (
-        [
-            f"cf {company}\x1f{words[0]}",
-            f"caf {company}\x1f{amount}\x1f{words[0]}",
-            f"ct {company}\x1f{' '.join(words[:2])}",
-        ]
-        if words
-        else []
-    )
+    c, a, *w = map(_digest, [company, amount, *words])
+    first = [hash((4, c, w[0])), hash((5, c, a, w[0])), hash((6, c, *w[:2]))] if w else []
     return [
-        f"c {company}",
-        f"a {amount}",
-        *[f"w {word}" for word in words],
-        *[f"cw {company}\x1f{word}" for word in words],
+        hash((0, c)),
+        hash((1, a)),
+        *[hash((2, word)) for word in w],
+        *[hash((3, c, word)) for word in w],
         *first,
     ]
+
+
+@lru_cache(1 << 16)
+def _digest(text: str) -> int:
+    """A hash that is the same in every process, unlike Python's own of a string."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest())
 
 
 def wordings(sample: Sample) -> list[tuple[str, str]]:
@@ -214,11 +210,12 @@ def _shown(key: str) -> str:
 
 # ------------------------------------------------------------------------------------------ Model
 
-ALPHA = 0.03  # Lidstone smoothing
+ALPHA = 0.025  # Lidstone smoothing
 SOFTENING = 3  # divides log-odds for the weights: Naive Bayes is too sure of itself
 FLOOR = 1 / 16  # what a booking that surprises nobody counts at the least
-MAX_CELLS = 1 << 22  # counts and scores that are at work at once, unless one document has more
 GRAIN = 1024  # weights are multiples of 1 / GRAIN, so sums of them are exact in any order
+ROUND = 64  # documents of a batch that are weighed, and learned, at once
+MAX_CELLS = 1 << 21  # scores that are at work at once, unless one document has more
 
 
 class Assessment(NamedTuple):
@@ -227,7 +224,24 @@ class Assessment(NamedTuple):
     predicted: str | None  # the most probable account; None while there is no model
     margin: float | None  # its log-odds over the second; None while there is no second
     rank: int | None  # of the booked account, 1 for the most probable; None if it was not known
-    weight: float  # what the booking will count when it is learned
+
+
+class Known(NamedTuple):
+    """The known tokens of n documents."""
+
+    document: np.ndarray  # (m,) that each is in, in ascending order
+    rows: np.ndarray  # (m,) of token_counts
+    lengths: np.ndarray  # (n,) how many each document has
+
+
+class Cells(NamedTuple):
+    """The scores of n documents that are worth a look: each of a document and an account."""
+
+    document: np.ndarray  # (k,) in ascending order
+    account: np.ndarray  # (k,) in ascending order for each document
+    before: np.ndarray  # (k,) the score without the evidence of narrow tokens
+    score: np.ndarray  # (k,)
+    start: np.ndarray  # (n,) each document's first cell
 
 
 class NaiveBayes:
@@ -236,83 +250,87 @@ class NaiveBayes:
     Of an account (a class) and a document it knows, up to a constant of the document,
 
         log P(account | tokens) = log N(account)
-            + sum over known tokens of log (N(token, account) + alpha)
+            + sum over known tokens of log (1 + N(token, account) / alpha)
             - (number of known tokens) * log (N(account's tokens) + alpha * V)
 
     where N are sums of weights and V is the number of known tokens. A document is a list of
     tokens, n documents with A accounts give (n, A) scores, and accounts count from 0 in the order
     in which they were first seen. Equals scikit-learn's MultinomialNB fitted with sample_weight.
+
+    Few of the scores have to be computed. Documents with as many known tokens and the same wide
+    ones, those that many accounts have met, have the same `base` of scores; their narrow tokens
+    raise it for few accounts.
     """
 
     def __init__(self, alpha: float = ALPHA) -> None:
         self.alpha = alpha
-        self.vocabulary = _numbers()  # token -> row of token_counts
         self.accounts = _numbers()  # account -> column of token_counts
         self.names: list[str] = []  # (A,) the accounts by number
-        self.token_counts = Counts()  # N(token, account)
+        self.token_counts = Counts(alpha)  # N(token, account)
         self.account_counts = np.zeros(0)  # (A,) N(account)
         self.account_tokens = np.zeros(0)  # (A,) N(account's tokens)
+        self._logs = np.zeros((2, 0))  # of what a base is made of, see _update_logs
 
     @property
     def known(self) -> int:
         """How many accounts it can predict: all that were learned but those wholly unlearned."""
         return int(np.count_nonzero(self.account_counts))
 
-    def scores(self, documents: Sequence[Sequence[str]]) -> np.ndarray:
+    def scores(self, documents: Sequence[Sequence[int]]) -> np.ndarray:
         """(n, A) log P(account, tokens), up to a constant of the document."""
-        n, A = len(documents), len(self.names)
-        known, rows = self._known(chain.from_iterable(documents))
-        document = np.repeat(np.arange(n), [len(tokens) for tokens in documents])[known]
-        if n > 1 and n * A + self.token_counts.sizes[rows].sum() > MAX_CELLS:
-            half = n // 2
-            return np.concatenate([self.scores(documents[:half]), self.scores(documents[half:])])
-
-        # log (N + alpha) = log (1 + N / alpha) + log alpha: zeros add nothing but the constant.
-        owner, account, count = self.token_counts.take(rows)
-        cell = document[owner] * A + account
-        evidence = np.bincount(cell, np.log1p(count / self.alpha), minlength=n * A)
-        with np.errstate(divide="ignore"):  # an account wholly unlearned: log 0
-            scores = np.log(self.account_counts) + evidence.reshape(n, A)
-        total = np.log(self.account_tokens + self.alpha * self.token_counts.occupied)
-        scores -= np.outer(np.bincount(document, minlength=n), total)
+        known = self._known(documents)
+        scores = self._base([*self._kinds(known)])
+        owner, account, evidence = self.token_counts.evidence(known.rows)
+        np.add.at(scores, (known.document[owner], account), evidence)
         return scores
 
-    def terms(self, document: Sequence[str], accounts: np.ndarray) -> np.ndarray:
+    def _base(self, kinds: Collection[tuple[int, ...]]) -> np.ndarray:
+        """(n, A) scores of documents of that many known tokens, with these lines of wide ones."""
+        A = len(self.names)
+        base = np.empty((len(kinds), A))
+        log_counts, log_tokens = self._logs
+        for scores, (length, *lines) in zip(base, kinds, strict=True):
+            np.multiply(log_tokens, -length, out=scores)
+            scores += log_counts
+            for line in lines:
+                scores += self.token_counts.wide_evidence[line, :A]
+        return base
+
+    def terms(self, document: Sequence[int], accounts: np.ndarray) -> np.ndarray:
         """(k, 1 + T) what makes up the scores of k accounts: the prior, then each of T tokens.
 
         The difference between two accounts' terms is a list of log-odds that add up to the
         difference of their scores. The terms of an unknown token are 0.
         """
-        known, rows = self._known(document)
+        rows = self.token_counts.find(_flat([document]))
+        known = np.flatnonzero(self.token_counts.sizes[rows])
         terms = np.zeros((len(accounts), 1 + len(document)))
         terms[:, 0] = np.log(self.account_counts[accounts])
-
-        owner, account, count = self.token_counts.take(rows)
-        entry, asked = np.nonzero(account[:, np.newaxis] == accounts)
-        counts = np.zeros((len(accounts), len(known)))
-        counts[asked, owner[entry]] = count[entry]
+        counts = self.token_counts.of(rows[known], accounts)
         total = self.account_tokens[accounts] + self.alpha * self.token_counts.occupied
         terms[:, 1 + known] = np.log((counts + self.alpha) / total[:, np.newaxis])
         return terms
 
-    def _known(self, tokens: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Which of the tokens are known, and in which rows of token_counts they are."""
-        rows = np.array([self.vocabulary.get(token, -1) for token in tokens], dtype=np.int64)
-        known = np.flatnonzero((rows >= 0) & (self.token_counts.sizes[rows] > 0))
-        return known, rows[known]
-
-    def predict(self, documents: Sequence[Sequence[str]]) -> list[str]:
+    def predict(self, documents: Sequence[Sequence[int]]) -> list[str]:
         """The most probable account of each document. There must be a model, that is an account."""
-        return [self.names[best] for best in self._best(self.scores(documents)).tolist()]
+        if len(documents) * len(self.names) > MAX_CELLS and len(documents) > 1:
+            half = len(documents) // 2
+            return self.predict(documents[:half]) + self.predict(documents[half:])
+        best, _ = self._best_two(self.scores(documents))
+        return [self.names[account] for account in best.tolist()]
 
-    def _best(self, scores: np.ndarray) -> np.ndarray:
-        """(n,) the account of the highest of (n, A) scores; of equals, the first by name."""
-        highest = scores == scores.max(axis=1, keepdims=True)
-        best = highest.argmax(axis=1)
-        if np.count_nonzero(highest) > len(scores):
-            for document in np.flatnonzero(np.count_nonzero(highest, axis=1) > 1):
-                best[document] = min(np.flatnonzero(highest[document]), key=self.names.__getitem__)
-        return best
+    def _best_two(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) accounts of the two highest of (n, A) scores; of equals, the first by name."""
+        each = np.arange(len(scores))
+        first = scores.argmax(axis=1)
+        highest = scores[each, first]
+        scores[each, first] = -np.inf
+        second = scores.argmax(axis=1)
+        scores[each, first] = highest
+        for i in np.flatnonzero(scores[each, second] == highest):
+            tied = np.flatnonzero(scores[i] == highest[i])
+            first[i], *_, second[i] = 2 * sorted(tied, key=self.names.__getitem__)
+        return first, second
 
     def top(self, scores: np.ndarray, most: int) -> np.ndarray:
         """(k,) the accounts of the highest of (A,) scores, best first; of equals, by name."""
@@ -323,144 +341,390 @@ class NaiveBayes:
         best = sorted(known.tolist(), key=lambda account: (-scores[account], self.names[account]))
         return np.array(best[:most], dtype=np.int64)
 
-    def assess(self, documents: Sequence[Sequence[str]], labels: Sequence[str]) -> list[Assessment]:
-        """Predictions and learning weights of documents whose accounts, the labels, are known.
+    def assess(self, documents: Sequence[Sequence[int]], labels: Sequence[str]) -> list[Assessment]:
+        """Predictions for documents whose accounts, the labels, are known."""
+        n = len(documents)
+        if not (n and self.known):
+            return [Assessment(None, None, None)] * n
+        known = self._known(documents)
+        numbers = _numbers()
+        kind = np.array([numbers[kind] for kind in self._kinds(known)])
+        if n > 1 and len(numbers) * len(self.names) > MAX_CELLS:
+            half = n // 2
+            first_half = self.assess(documents[:half], labels[:half])
+            return first_half + self.assess(documents[half:], labels[half:])
+        base = self._base(numbers)
+        first, second = (best[kind] for best in self._best_two(base))
+        booked = self._numbered(labels)
+        cells, (_, _, own) = self._cells(known, first, second, np.where(booked < 0, first, booked))
 
-        The weight is max(floor, 1 - P(label | tokens)), 1 for an account not seen before: the
-        discriminative frequency estimate (Su, Zhang, Ling, Matwin, ICML 2008), from a posterior
-        that is softened by SOFTENING.
+        best_score = np.maximum.reduceat(cells.score, cells.start)
+        best = np.flatnonzero(cells.score == best_score[cells.document])
+        if len(best) > n:  # of equals, the first by name
+            name = [self.names[account] for account in cells.account[best].tolist()]
+            best = best[sorted(range(len(best)), key=lambda i: (cells.document[best[i]], name[i]))]
+            best = best[np.diff(cells.document[best], prepend=-1) > 0]
+        predicted = cells.account[best]
+
+        others = cells.score.copy()
+        others[best] = -np.inf
+        margins = best_score - np.maximum.reduceat(others, cells.start)
+
+        # The rank of a booked account that was not predicted: how many score as much.
+        ranks = (predicted == booked).astype(np.int64)
+        wrong = np.flatnonzero((predicted != booked) & (booked >= 0))
+        least = cells.score[own]
+        raised = (cells.before < least[cells.document]) & (cells.score >= least[cells.document])
+        ranks[wrong] = np.add.reduceat(raised, cells.start, dtype=np.int64)[wrong]
+        for i in wrong:
+            ranks[i] += np.count_nonzero(base[kind[i]] >= least[i])
+
+        return [
+            Assessment(self.names[account], round(lead, 4) if lead < np.inf else None, rank or None)
+            for account, lead, rank in zip(
+                predicted.tolist(), margins.tolist(), ranks.tolist(), strict=True
+            )
+        ]
+
+    def weigh(
+        self,
+        documents: Sequence[Sequence[int]],
+        labels: Sequence[str],
+        predicted: Sequence[str | None],
+    ) -> np.ndarray:
+        """(n,) what documents count when they are learned: max(floor, 1 - P(label | tokens)).
+
+        That is the discriminative frequency estimate (Su, Zhang, Ling, Matwin, ICML 2008), from a
+        posterior that is softened by SOFTENING and is over the accounts that narrow tokens of the
+        document have met, the label, and what was predicted. An account not seen before counts 1.
         """
         if not self.known:
-            return [Assessment(None, None, None, 1.0)] * len(documents)
-        scores = self.scores(documents)
-        each = np.arange(len(documents))
-        booked = np.array([self.accounts.get(label, -1) for label in labels], dtype=np.int64)
-        booked[self.account_counts[booked] == 0] = -1
-        probability = np.where(booked < 0, 0, posterior(scores / SOFTENING)[each, booked])
-        weights = np.maximum(FLOOR, np.round((1 - probability) * GRAIN) / GRAIN)
+            return np.ones(len(documents))
+        booked, rival = self._numbered(labels), self._numbered(predicted)
+        rival = np.where(rival < 0, booked, rival)
+        cells, (own, _) = self._cells(
+            self._known(documents), np.maximum(booked, 0), np.maximum(rival, 0)
+        )
+        softened = cells.score / SOFTENING
+        softened -= np.maximum.reduceat(softened, cells.start)[cells.document]
+        likelihood = np.exp(softened)
+        probability = likelihood[own] / np.add.reduceat(likelihood, cells.start)
+        probability[booked < 0] = 0
+        return np.maximum(FLOOR, np.round((1 - probability) * GRAIN) / GRAIN)
 
-        best = self._best(scores)
-        ranks = (best == booked).astype(np.int64)
-        wrong = np.flatnonzero((best != booked) & (booked >= 0))
-        own_score = scores[wrong, booked[wrong], np.newaxis]
-        ranks[wrong] = np.count_nonzero(scores[wrong] >= own_score, axis=1)
+    def _numbered(self, accounts: Sequence[str | None]) -> np.ndarray:
+        """(n,) their numbers, -1 for those that are not known."""
+        numbers = np.array([self.accounts.get(account, -1) for account in accounts], dtype=np.int64)
+        numbers[self.account_counts[numbers] == 0] = -1
+        return numbers
 
-        best_score = scores[each, best]
-        scores[each, best] = -np.inf
-        margins = best_score - scores.max(axis=1)
-        rounded = [round(margin, 4) if margin < np.inf else None for margin in margins.tolist()]
-        predicted = [self.names[account] for account in best.tolist()]
-        places = [rank or None for rank in ranks.tolist()]
-        return list(map(Assessment, predicted, rounded, places, weights.tolist()))
+    def _known(self, documents: Sequence[Sequence[int]]) -> Known:
+        n = len(documents)
+        rows = self.token_counts.find(_flat(documents))
+        known = self.token_counts.sizes[rows].nonzero()[0]
+        document = np.arange(n).repeat([len(tokens) for tokens in documents])[known]
+        lengths = np.bincount(document, minlength=n)
+        return Known(document, rows[known], lengths)
+
+    def _kinds(self, known: Known) -> Iterator[tuple[int, ...]]:
+        """Of each document, how many tokens are known, and the lines of its wide ones."""
+        wide = self.token_counts.sizes[known.rows] == WIDE
+        lines = self.token_counts.starts[known.rows[wide]].tolist()
+        sizes = np.bincount(known.document[wide], minlength=len(known.lengths))
+        end = 0
+        for length, size in zip(known.lengths.tolist(), sizes.tolist(), strict=True):
+            yield length, *lines[end : end + size]
+            end += size
+
+    def _cells(self, known: Known, *accounts: np.ndarray) -> tuple[Cells, list[np.ndarray]]:
+        """The scores of accounts that narrow tokens have met, and of these, and where these are."""
+        counts, n, A = self.token_counts, len(known.lengths), len(self.names)
+        each = np.arange(n) * A
+        asked = [each + account for account in accounts]
+        owner, account, evidence = counts.evidence(known.rows)
+        cells = np.concatenate([known.document[owner] * A + account, *asked])
+        evidence = np.concatenate([evidence, np.zeros(len(asked) * n)])
+        order = cells.argsort(kind="stable")
+        cells = cells[order]
+        first = np.flatnonzero(np.diff(cells, prepend=-1))
+        cells = cells[first]
+        document, account = np.divmod(cells, A)
+
+        log_counts, log_tokens = self._logs
+        before = log_counts[account] - known.lengths[document] * log_tokens[account]
+        wide = np.flatnonzero(counts.sizes[known.rows] == WIDE)
+        sizes = np.bincount(known.document[wide], minlength=n)
+        owner, at = _ranges((sizes.cumsum() - sizes)[document], sizes[document])
+        lines = counts.starts[known.rows[wide]]
+        before += np.bincount(
+            owner, counts.wide_evidence[lines[at], account[owner]], minlength=len(cells)
+        )
+        score = before + np.add.reduceat(evidence[order], first)
+        start = cells.searchsorted(each)
+        return Cells(document, account, before, score, start), [
+            cells.searchsorted(x) for x in asked
+        ]
 
     def learn(
         self,
-        documents: Sequence[Sequence[str]],
+        documents: Sequence[Sequence[int]],
         labels: Sequence[str],
         weights: Sequence[float] | np.ndarray,
     ) -> None:
         """Adds each document to its account `weight` times; the weight's negative takes it away.
 
-        With weights that are multiples of 1 / GRAIN the counts are exact: the same in any order
-        and any batching, and as if it had never been after learning and unlearning.
+        Weights are multiples of 1 / GRAIN, so the counts are exact: the same in any order and any
+        batching, and as if it had never been after learning and unlearning.
         """
         lengths = np.array([len(tokens) for tokens in documents], dtype=np.int64)
-        rows = [self.vocabulary[token] for token in chain.from_iterable(documents)]
         columns = np.array([self.accounts[label] for label in labels], dtype=np.int64)
         weights = np.asarray(weights, dtype=np.float64)
         if len(self.accounts) > len(self.names):
-            self.names = list(self.accounts)
+            self.names += islice(self.accounts, len(self.names), None)
             self.account_counts = _grown(self.account_counts, len(self.names))
             self.account_tokens = _grown(self.account_tokens, len(self.names))
+            self.token_counts.grow(len(self.names))
         np.add.at(self.account_counts, columns, weights)
         np.add.at(self.account_tokens, columns, weights * lengths)
-        self.token_counts.add(
-            np.array(rows, dtype=np.int64), columns.repeat(lengths), weights.repeat(lengths)
-        )
-
-    def forget(self, tokens: Iterable[str]) -> None:
-        """Drops the very names of those of the tokens that have been wholly unlearned."""
-        for token in {*tokens} & self.vocabulary.keys():
-            if not self.token_counts.sizes[self.vocabulary[token]]:
-                del self.vocabulary[token]
+        self.token_counts.add(_flat(documents), columns.repeat(lengths), weights.repeat(lengths))
+        total = self.account_tokens + self.alpha * self.token_counts.occupied
+        with np.errstate(divide="ignore"):  # an account wholly unlearned: log 0
+            self._logs = _exact(np.log([self.account_counts, total]))
 
 
-def posterior(scores: np.ndarray) -> np.ndarray:
-    """(n, A) P(account | tokens), which sums to one over the accounts, from (n, A) scores."""
-    probability = np.exp(scores - scores.max(axis=1, keepdims=True))
-    probability /= probability.sum(axis=1, keepdims=True)
-    return probability
+def rounds(n: int) -> list[slice]:
+    """How a batch of n is learned: in rounds of at most ROUND, each of which spans all of it.
+
+    Neighbours, often much alike, are in different rounds, so that the second is weighed by a model
+    that has learned the first.
+    """
+    step = -(-n // ROUND)
+    return [slice(start, n, step) for start in range(step)]
 
 
-def _numbers() -> defaultdict[str, int]:
+def _log_ratio(counts: np.ndarray, alpha: float) -> np.ndarray:
+    """log (1 + N / alpha), which is 0 for most."""
+    return _exact(np.log1p(counts / alpha))
+
+
+def _exact(logs: np.ndarray) -> np.ndarray:
+    """Rounded to multiples of 2 ** -40, so that sums of them are exact in any order, too."""
+    logs *= 2.0**40
+    np.rint(logs, out=logs)
+    logs *= 2.0**-40
+    return logs
+
+
+def _flat(documents: Sequence[Sequence[int]]) -> np.ndarray:
+    return np.fromiter(chain.from_iterable(documents), dtype=np.int64)
+
+
+def _numbers() -> defaultdict:
     """Numbers things from 0 in the order in which they are first asked for."""
     return defaultdict(count().__next__)
+
+
+def _ranges(starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers in ranges of these sizes from these starts on, each with its range's index.
+
+    starts [5, 8], sizes [2, 1] -> [0, 0, 1], [5, 6, 8]
+    """
+    owner = np.arange(len(sizes)).repeat(sizes)
+    before = sizes.cumsum() - sizes
+    return owner, (starts - before)[owner] + np.arange(len(owner))
+
+
+WIDE = -1  # the size of a wide row
 
 
 class Counts:
     """A sparse matrix of sums, token by account, that grows with each entry added.
 
-    Most tokens meet one account, an amount meets nearly all. So each row has a span of its own in
-    two long arrays, its entries sorted by account, with room for the next power of two; a row that
-    outgrows its span moves to the end. Entries that become zero are dropped.
+    A token is a 64-bit integer, not 0; an open hash table with triangular probing has its row. Most
+    tokens meet one account, an amount meets nearly all. So a row is either narrow: a span of one
+    long array, its entries sorted by account, with room for the next power of two, that moves to
+    the end when it outgrows that; or wide: a line of a dense matrix, beside which its evidence, the
+    log (1 + N / alpha), is kept. An entry is one number: the account in the upper 24 bits, the sum
+    in the lower 40, in units of 1 / GRAIN. Entries that become zero are dropped.
     """
 
-    def __init__(self) -> None:
-        self.starts = np.zeros(1, dtype=np.int64)  # of each row's span
-        self.sizes = np.zeros(1, dtype=np.int64)  # how many entries are in it
-        self.accounts = np.zeros(1, dtype=np.int32)
-        self.values = np.zeros(1)
+    LOAD = 2 / 3  # of the slots may be taken
+    NARROW = 64  # entries that a narrow row may have, a power of two, unless it is less than
+    SHARE = 1 / 32  # of all accounts
+
+    def __init__(self, alpha: float) -> None:
+        self.alpha = alpha
+        self.tokens = np.zeros(2, dtype=np.int64)  # in each slot of the table, 0 if it is free
+        self.starts = np.zeros(2, dtype=np.int64)  # of its row's span, or which wide row it is
+        self.sizes = np.zeros(2, dtype=np.int32)  # of its row: how many entries, or WIDE
+        self.entries = np.zeros(0, dtype=np.int64)
+        self.wide_counts = np.zeros((0, 0))
+        self.wide_evidence = np.zeros((0, 0))
+        self.used = 0  # slots that are not free
         self.end = 0  # of the last span
+        self.wide = 0  # wide rows
+        self.narrow = self.NARROW  # entries that a narrow row may have
         self.occupied = 0  # rows that have an entry
 
+    def find(self, tokens: np.ndarray) -> np.ndarray:
+        """(m,) the row of each token, or an empty one, of size 0, if the token is not known."""
+        last = len(self.tokens) - 1
+        rows = tokens & last
+        there = self.tokens[rows]
+        far = ((there != tokens) & (there != 0)).nonzero()[0]
+        step = 0
+        while len(far):
+            step += 1
+            rows[far] = at = rows[far] + step & last
+            there = self.tokens[at]
+            far = far[(there != tokens[far]) & (there != 0)]
+        return rows
+
     def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All entries of these rows, in order: the index into `rows`, the account, the value."""
-        owner, at = self._entries(rows)
-        return owner, self.accounts[at], self.values[at]
+        """All entries of the narrow ones of these rows: index into `rows`, account, sum."""
+        owner, at = self._spans(rows)
+        account, units = _unpacked(self.entries[at])
+        return owner, account, units * (1 / GRAIN)
 
-    def add(self, rows: np.ndarray, accounts: np.ndarray, values: np.ndarray) -> None:
-        """Adds each value to the entry at its row and account."""
-        if not len(rows):
+    def evidence(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As take, but log (1 + N / alpha) for each sum N."""
+        owner, account, count = self.take(rows)
+        return owner, account, _log_ratio(count, self.alpha)
+
+    def of(self, rows: np.ndarray, accounts: np.ndarray) -> np.ndarray:
+        """(k, m) the sums of k accounts in each of m rows."""
+        sums = np.zeros((len(accounts), len(rows)))
+        owner, account, value = self.take(rows)
+        entry, asked = np.nonzero(account[:, np.newaxis] == accounts)
+        sums[asked, owner[entry]] = value[entry]
+        wide = np.flatnonzero(self.sizes[rows] == WIDE)
+        sums[:, wide] = self.wide_counts[self.starts[rows[wide]]][:, accounts].T
+        return sums
+
+    def grow(self, accounts: int) -> None:
+        """Makes room for so many accounts."""
+        lines, columns = self.wide_counts.shape
+        if accounts > columns:
+            self._grow_wide(lines, 2 * accounts)
+        narrowest = self.NARROW
+        while narrowest < self.SHARE * accounts:
+            narrowest *= 2
+        if narrowest > self.narrow:
+            self.narrow = narrowest
+            self._make_narrow(np.flatnonzero(self.sizes == WIDE))
+
+    def add(self, tokens: np.ndarray, accounts: np.ndarray, values: np.ndarray) -> None:
+        """Adds each value to the sum of its token and account."""
+        if not len(tokens):
             return
-        last = int(rows.max())
-        if last >= len(self.sizes):
-            self.starts = _grown(self.starts, 2 * last)
-            self.sizes = _grown(self.sizes, 2 * last)
+        rows = self._insert(tokens)
+        wide = self.sizes[rows] == WIDE
+        self._add_wide(rows[wide], accounts[wide], values[wide])
+        narrow = ~wide
+        self._add_narrow(rows[narrow], accounts[narrow], values[narrow])
 
+    def _add_wide(self, rows: np.ndarray, accounts: np.ndarray, values: np.ndarray) -> None:
+        lines = self.starts[rows]
+        np.add.at(self.wide_counts, (lines, accounts), values)
+        sums = self.wide_counts[lines, accounts]
+        self.wide_evidence[lines, accounts] = _log_ratio(sums, self.alpha)
+        self._make_narrow(np.unique(rows[sums == 0]))
+
+    def _add_narrow(self, rows: np.ndarray, accounts: np.ndarray, values: np.ndarray) -> None:
         # What the touched rows hold and what is new, merged and summed by (row, account).
         touched, row = np.unique(rows, return_inverse=True)
-        owner, old_accounts, old_values = self.take(touched)
-        keys = np.concatenate([owner << 32 | old_accounts, row << 32 | accounts])
-        order = keys.argsort(kind="stable")
-        keys = keys[order]
-        first = np.flatnonzero(np.diff(keys, prepend=-1))
-        sums = np.add.reduceat(np.concatenate([old_values, values])[order], first)
-        keys, sums = keys[first][sums != 0], sums[sums != 0]
+        owner, at = self._spans(touched)
+        old_account, old_units = _unpacked(self.entries[at])
+        cells = np.concatenate([owner << 24 | old_account, row << 24 | accounts])
+        units = np.concatenate([old_units, np.rint(values * GRAIN).astype(np.int64)])
+        order = cells.argsort(kind="stable")
+        cells = cells[order]
+        first = np.flatnonzero(np.diff(cells, prepend=-1))
+        sums = np.add.reduceat(units[order], first)
+        cells, sums = cells[first][sums != 0], sums[sums != 0]
+        self._fill(touched, cells >> 24, cells & 0xFFFFFF, sums)
 
-        sizes = np.bincount(keys >> 32, minlength=len(touched))
-        self._resize(touched, sizes)
-        _, at = self._entries(touched)
-        self.accounts[at] = keys & 0xFFFFFFFF
-        self.values[at] = sums
-
-    def _entries(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where these rows' entries lie, in order, each with its index into `rows`."""
-        sizes = self.sizes[rows]
-        owner = np.repeat(np.arange(len(rows)), sizes)
-        before = sizes.cumsum() - sizes
-        return owner, (self.starts[rows] - before)[owner] + np.arange(len(owner))
-
-    def _resize(self, rows: np.ndarray, sizes: np.ndarray) -> None:
-        """Gives these (distinct) rows new sizes, and a new span where the old one is too short."""
+    def _fill(
+        self, rows: np.ndarray, owner: np.ndarray, accounts: np.ndarray, units: np.ndarray
+    ) -> None:
+        """Puts these entries, in order, into narrow rows, and makes those wide that should be."""
+        sizes = np.bincount(owner, minlength=len(rows))
         moved = _room(sizes) > _room(self.sizes[rows])
         room = _room(sizes[moved])
         self.starts[rows[moved]] = self.end + room.cumsum() - room
         self.end += int(room.sum())
-        if self.end > len(self.values):
-            self.accounts = _grown(self.accounts, 2 * self.end)
-            self.values = _grown(self.values, 2 * self.end)
+        if self.end > len(self.entries):
+            self.entries = _grown(self.entries, 2 * self.end)
         self.occupied += int(np.count_nonzero(sizes) - np.count_nonzero(self.sizes[rows]))
         self.sizes[rows] = sizes
+        _, at = self._spans(rows)
+        self.entries[at] = accounts << 40 | units & (1 << 40) - 1
+        self._make_wide(rows[sizes > self.narrow])
+
+    def _spans(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the narrow rows' entries lie, in order, each with its index into `rows`."""
+        return _ranges(self.starts[rows], np.maximum(self.sizes[rows], 0))
+
+    def _make_wide(self, rows: np.ndarray) -> None:
+        lines = self.wide + np.arange(len(rows))
+        self.wide += len(rows)
+        if self.wide > len(self.wide_counts):
+            self._grow_wide(2 * self.wide, self.wide_counts.shape[1])
+        owner, account, count = self.take(rows)
+        self.wide_counts[lines[owner], account] = count
+        self.wide_evidence[lines[owner], account] = _log_ratio(count, self.alpha)
+        self.starts[rows] = lines
+        self.sizes[rows] = WIDE
+
+    def _make_narrow(self, rows: np.ndarray) -> None:
+        """Makes those of the wide rows narrow that have few enough entries."""
+        counts = self.wide_counts[self.starts[rows]]
+        few = np.count_nonzero(counts, axis=1) <= self.narrow
+        rows, counts = rows[few], counts[few]
+        owner, account = counts.nonzero()
+        self.sizes[rows] = 0
+        self.occupied -= len(rows)
+        units = np.rint(counts[owner, account] * GRAIN).astype(np.int64)
+        self._fill(rows, owner, account, units)
+
+    def _grow_wide(self, lines: int, columns: int) -> None:
+        self.wide_counts = _grown(self.wide_counts, lines, columns)
+        self.wide_evidence = _grown(self.wide_evidence, lines, columns)
+
+    def _insert(self, tokens: np.ndarray) -> np.ndarray:
+        """(m,) the row of each token, which has one now."""
+        rows = self.find(tokens)
+        new = np.flatnonzero(self.tokens[rows] != tokens)
+        if self.used + len(new) > self.LOAD * len(self.tokens):
+            self._rehash(len(new))
+            return self._insert(tokens)
+        self._put(tokens, rows, new)
+        self.used += len(np.unique(rows[new]))
+        return rows
+
+    def _put(self, tokens: np.ndarray, rows: np.ndarray, new: np.ndarray) -> None:
+        """Takes slots for the new ones of the tokens, which changes their rows."""
+        while len(new):
+            self.tokens[rows[new]] = tokens[new]  # of those that want a slot, one gets it
+            new = new[self.tokens[rows[new]] != tokens[new]]
+            rows[new] = self.find(tokens[new])
+
+    def _rehash(self, more: int) -> None:
+        """Makes room for so many more tokens, and drops those whose rows are empty."""
+        live = np.flatnonzero(self.sizes)
+        tokens, starts, sizes = self.tokens[live], self.starts[live], self.sizes[live]
+        length = 1 << math.ceil((len(live) + more) / self.LOAD).bit_length()
+        self.tokens, self.starts = np.zeros((2, length), dtype=np.int64)
+        self.sizes = np.zeros(length, dtype=np.int32)
+        rows = self.find(tokens)
+        self._put(tokens, rows, np.arange(len(tokens)))
+        self.starts[rows], self.sizes[rows] = starts, sizes
+        self.used = len(live)
+
+
+def _unpacked(entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Accounts, and sums in units of 1 / GRAIN."""
+    return entries >> 40, entries << 24 >> 24
 
 
 def _room(sizes: np.ndarray) -> np.ndarray:
@@ -468,9 +732,11 @@ def _room(sizes: np.ndarray) -> np.ndarray:
     return np.where(sizes > 0, 1 << np.frexp(sizes - 1.0)[1], 0)
 
 
-def _grown(values: np.ndarray, length: int) -> np.ndarray:
-    """A longer copy, filled up with zeros."""
-    return np.concatenate([values, np.zeros(length - len(values), dtype=values.dtype)])
+def _grown(values: np.ndarray, *shape: int) -> np.ndarray:
+    """A copy of that shape, filled up with zeros."""
+    grown = np.zeros(shape, dtype=values.dtype)
+    grown[tuple(map(slice, values.shape))] = values
+    return grown
 
 
 # ---------------------------------------------------------------------------------------- Metrics
@@ -1057,8 +1323,9 @@ class Bookkeeper:
     """Books samples into the log and the model, and knows how well it predicted them.
 
     One writer thread is the only one that changes anything. It takes the batches that wait as one
-    group: predicts them all, appends them all with one fsync, learns them. So no batch is scored
-    by a model that has seen its answers, and none is learned that is not on disk.
+    group: each in turn is predicted as a whole and then learned, and all are appended to the log
+    with one fsync. So no batch is scored by a model that has seen its answers, and all figures are
+    the same however batches meet. If they cannot be appended, all of them are unlearned, exactly.
     """
 
     def __init__(self, log: Log) -> None:
@@ -1313,22 +1580,26 @@ class Bookkeeper:
 
     def _book_group(self, group: list[Batch]) -> None:
         group = [batch for batch in group if not self._answered_before(batch)]
-        if not group:
-            return
-        samples = [sample for batch in group for sample in batch.samples]
-        documents = [tokens(sample) for sample in samples]
-        remaining = iter(self._assess(samples, documents))
-        first = len(self.log)
-        records = self.log.append(
-            [(batch.name, list(islice(remaining, len(batch.samples)))) for batch in group]
-        )
+        learned: list[list[dict]] = []
+        try:
+            for batch in group:
+                learned.append(self._book_in_model(batch.samples))
+            records = self.log.append(
+                [(batch.name, new) for batch, new in zip(group, learned, strict=True)]
+            )
+        except BaseException:
+            for new in learned:
+                self._learn(new, times=-1)
+            raise
         with self._in_step():
-            self._learn(records, documents)
-            if group[-1].samples:
-                self._last_batch = len(self.log) - len(group[-1].samples)
+            self._remember(records)
+        first = len(self.log) - len(records)
         for batch in group:
-            batch.done.set_result(range(first, first + len(batch.samples)))
-            first += len(batch.samples)
+            last = first + len(batch.samples)
+            if batch.samples:
+                self._last_batch = first
+            batch.done.set_result(range(first, last))
+            first = last
 
     def _answered_before(self, batch: Batch) -> bool:
         try:
@@ -1350,46 +1621,54 @@ class Bookkeeper:
             )
         return True
 
-    def _assess(self, samples: list[Sample], documents: list[list[str]]) -> list[dict]:
-        """What the log will say of these samples."""
+    def _book_in_model(self, samples: Sequence[Sample]) -> list[dict]:
+        """Predicts a batch, then learns it, and gives what the log will say of it."""
+        documents = [tokens(sample) for sample in samples]
         labels = [sample[TARGET] for sample in samples]
-        assessments: list[Assessment] = []
-        for chunk in _chunks(zip(documents, labels, strict=True), CHUNK):
-            assessments += self._model.assess(*zip(*chunk, strict=True))
-        evidence = [
-            _evidence(assessment.margin, document)
-            for assessment, document in zip(assessments, documents, strict=True)
-        ]
+        assessments = self._model.assess(documents, labels)
+        predicted = [assessment.predicted for assessment in assessments]
+        evidence = list(map(_evidence, [made.margin for made in assessments], documents))
         confidence = self._calibration.confidence(evidence)[:, 0].round(4).tolist()
-        return [
+        records = [
             {
                 "sample": sample,
-                "predicted": predicted,
-                "margin": margin,
-                "confidence": None if predicted is None else sure,
-                "rank": rank,
-                "weight": weight,
+                "predicted": made.predicted,
+                "margin": made.margin,
+                "confidence": None if made.predicted is None else sure,
+                "rank": made.rank,
             }
-            for sample, sure, (predicted, margin, rank, weight) in zip(
-                samples, confidence, assessments, strict=True
-            )
+            for sample, made, sure in zip(samples, assessments, confidence, strict=True)
         ]
+        for part in rounds(len(samples)):
+            weights = self._model.weigh(documents[part], labels[part], predicted[part])
+            for record, weight in zip(records[part], weights.tolist(), strict=True):
+                record["weight"] = weight
+            self._learn(records[part], documents[part])
+        return records
 
-    def _learn(self, records: list[dict], documents: list[list[str]]) -> None:
+    def _learn(
+        self, records: list[dict], documents: list[list[int]] | None = None, times: int = 1
+    ) -> None:
+        """Learns bookings from what the log says of them; with times = -1 unlearns them."""
+        documents = documents or [tokens(record["sample"]) for record in records]
         for chunk in _chunks(zip(records, documents, strict=True), CHUNK):
             labels = [record["sample"][TARGET] for record, _ in chunk]
-            weights = [record["weight"] for record, _ in chunk]
-            with self._changing:
+            weights = [times * record["weight"] for record, _ in chunk]
+            with self._in_step(), self._changing:
                 self._model.learn([document for _, document in chunk], labels, weights)
-                self._count((record, doc, record["sample"][TARGET]) for record, doc in chunk)
-                self._history.append(
-                    (
-                        record["seq"],
-                        record["sample"]["CompanyId"],
-                        *(record["sample"][TARGET], record["predicted"], record["confidence"]),
-                    )
-                    for record, _ in chunk
+                booked = ((record, doc, record["sample"][TARGET]) for record, doc in chunk)
+                self._count(booked, times)
+
+    def _remember(self, records: list[dict]) -> None:
+        with self._changing:
+            self._history.append(
+                (
+                    record["seq"],
+                    record["sample"]["CompanyId"],
+                    *(record["sample"][TARGET], record["predicted"], record["confidence"]),
                 )
+                for record in records
+            )
 
     def _count(self, booked: Iterable[tuple[dict, list[str], str]], times: int = 1) -> None:
         """Takes into account how good the predictions of these (record, document, account) were."""
@@ -1404,8 +1683,10 @@ class Bookkeeper:
         booking = self._booking(seq)
         before, _ = self._standing(booking)
         if account != before:
-            [assessment] = self._model.assess([tokens(booking["sample"])], [account])
-            correction = {"corrects": seq, TARGET: account, "weight": assessment.weight}
+            document = tokens(booking["sample"])
+            [assessment] = self._model.assess([document], [account])
+            [weight] = self._model.weigh([document], [account], [assessment.predicted]).tolist()
+            correction = {"corrects": seq, TARGET: account, "weight": weight}
             [correction] = self.log.append([(None, [correction])])
             with self._in_step():
                 self._apply(correction)
@@ -1467,12 +1748,12 @@ class Bookkeeper:
                 accounts = [account for _, (account, _) in chunk]
                 with self._changing:
                     self._model.learn(documents, accounts, [-weight for _, (_, weight) in chunk])
-                    self._model.forget(chain.from_iterable(documents))
                     records = [booking for booking, _ in chunk]
                     self._count(zip(records, documents, accounts, strict=True), times=-1)
             with self._changing:
                 self._history.forget(company)
                 self._curve = {}
+            _digest.cache_clear()
         return len(seqs)
 
     @contextmanager
@@ -1492,7 +1773,8 @@ class Bookkeeper:
             for keys, alike in groupby(records, dict.keys):
                 if "sample" in keys:
                     bookings = list(alike)
-                    self._learn(bookings, [tokens(booking["sample"]) for booking in bookings])
+                    self._learn(bookings)
+                    self._remember(bookings)
                 elif "corrects" in keys:
                     self._apply_all(alike)
             if time.monotonic() - reported > 3:
@@ -1995,6 +2277,7 @@ def _openapi(max_batch: int) -> dict:
 
 # ----------------------------------------------------------------------------------- Command line
 
+SHORT_BODY = 1 << 14  # bytes of a question that is answered without another thread
 GRACE = 10  # seconds that requests under way have to end when the service stops
 
 
@@ -2211,8 +2494,11 @@ def _server(app: Bottle, listener: socket.socket, options: argparse.Namespace) -
     """A server that listens, but does not answer yet."""
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    dispatcher = Dispatcher()
+    dispatcher.set_thread_count(options.threads)
     server = waitress.create_server(
         app,
+        _dispatcher=dispatcher,
         sockets=[listener],
         threads=options.threads,
         ident=None,
@@ -2272,9 +2558,41 @@ class JSONErrorTask(ErrorTask):
 
 
 class Channel(HTTPChannel):
-    """A connection of waitress's whose errors are in JSON."""
+    """A connection of waitress's whose errors are in JSON.
+
+    A short question is answered by the very thread that received it: to hand it to another and
+    back takes longer than to answer it.
+    """
 
     error_task_class = JSONErrorTask
+    receiving = False  # is it this thread that calls add_task below?
+    short = False  # is there a short question to answer?
+
+    def handle_read(self) -> None:
+        """Receives what has arrived."""
+        self.receiving = True
+        super().handle_read()
+        self.receiving = False
+        if self.short:
+            self.short = False
+            self.service()
+
+
+class Dispatcher(ThreadedTaskDispatcher):
+    """Threads of waitress's for all requests but short questions."""
+
+    def add_task(self, channel: Channel) -> None:
+        """Has the channel's next request answered."""
+        request = channel.requests[0]
+        if (
+            channel.receiving
+            and not request.error
+            and request.path == "/predict"
+            and request.content_length <= SHORT_BODY
+        ):
+            channel.short = True
+        else:
+            super().add_task(channel)
 
 
 # ------------------------------------------------------------------------------------------- Page
