@@ -32,7 +32,7 @@ from array import array
 from base64 import b64encode
 from bisect import bisect_left
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, lru_cache, partial
@@ -74,6 +74,7 @@ KINDS = (  # of tokens, in a person's words
 )
 
 Sample = dict[str, str]
+Arrays = dict[str, np.ndarray]
 T = TypeVar("T")
 
 
@@ -185,6 +186,15 @@ def _parts(sample: Sample) -> tuple[str, list[str], str]:
     return company, text.split(maxsplit=MAX_WORDS)[:MAX_WORDS], amount
 
 
+def _packed(content: object) -> np.ndarray:
+    """Its JSON, as an array of bytes."""
+    return np.frombuffer(json.dumps(content).encode(), dtype=np.uint8)
+
+
+def _unpacked(array: np.ndarray) -> object:
+    return json.loads(array.tobytes())
+
+
 def _loads(text: str) -> object:
     # No number is of use here, so any will do as a float, which may have any number of digits.
     return json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant, parse_int=float)
@@ -269,7 +279,7 @@ class NaiveBayes:
         self.token_counts = Counts(alpha)  # N(token, account)
         self.account_counts = np.zeros(0)  # (A,) N(account)
         self.account_tokens = np.zeros(0)  # (A,) N(account's tokens)
-        self._logs = np.zeros((2, 0))  # of what a base is made of, see _update_logs
+        self._logs = np.zeros((2, 0))  # (2, A) of N(account) and of N(account's tokens) + alpha * V
 
     @property
     def known(self) -> int:
@@ -487,9 +497,30 @@ class NaiveBayes:
         np.add.at(self.account_counts, columns, weights)
         np.add.at(self.account_tokens, columns, weights * lengths)
         self.token_counts.add(_flat(documents), columns.repeat(lengths), weights.repeat(lengths))
+        self._take_logs()
+
+    def _take_logs(self) -> None:
         total = self.account_tokens + self.alpha * self.token_counts.occupied
         with np.errstate(divide="ignore"):  # an account wholly unlearned: log 0
             self._logs = _exact(np.log([self.account_counts, total]))
+
+    def state(self) -> Arrays:
+        """All that it has counted; arrays that are its own."""
+        return {
+            "account_names": _packed(self.names),
+            "account_counts": self.account_counts,
+            "account_tokens": self.account_tokens,
+            **self.token_counts.state(),
+        }
+
+    def restore(self, state: Arrays) -> None:
+        """Takes over what a model had counted."""
+        self.names = _unpacked(state["account_names"])
+        self.accounts = _numbers(dict(zip(self.names, count())))
+        self.account_counts = state["account_counts"]
+        self.account_tokens = state["account_tokens"]
+        self.token_counts.restore(state)
+        self._take_logs()
 
 
 def rounds(n: int) -> list[slice]:
@@ -519,9 +550,9 @@ def _flat(documents: Sequence[Sequence[int]]) -> np.ndarray:
     return np.fromiter(chain.from_iterable(documents), dtype=np.int64)
 
 
-def _numbers() -> defaultdict:
-    """Numbers things from 0 in the order in which they are first asked for."""
-    return defaultdict(count().__next__)
+def _numbers(known: Mapping[Hashable, int] = {}) -> defaultdict:
+    """Numbers things in the order in which they are first asked for, on from the known ones."""
+    return defaultdict(count(max([-1, *known.values()]) + 1).__next__, known)
 
 
 def _ranges(starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -566,6 +597,25 @@ class Counts:
         self.narrow = self.NARROW  # entries that a narrow row may have
         self.occupied = 0  # rows that have an entry
 
+    def state(self) -> Arrays:
+        """All sums; arrays that are its own."""
+        return {
+            "tokens": self.tokens,
+            "starts": self.starts,
+            "sizes": self.sizes,
+            "entries": self.entries[: self.end],
+            "wide_counts": self.wide_counts[: self.wide],
+            "table": np.array([self.used, self.narrow, self.occupied]),
+        }
+
+    def restore(self, state: Arrays) -> None:
+        """Takes over all sums of another."""
+        self.tokens, self.starts, self.sizes = (state[k] for k in ("tokens", "starts", "sizes"))
+        self.entries, self.wide_counts = state["entries"], state["wide_counts"]
+        self.end, self.wide = len(self.entries), len(self.wide_counts)
+        self.wide_evidence = _log_ratio(self.wide_counts, self.alpha)
+        self.used, self.narrow, self.occupied = state["table"].tolist()
+
     def find(self, tokens: np.ndarray) -> np.ndarray:
         """(m,) the row of each token, or an empty one, of size 0, if the token is not known."""
         last = len(self.tokens) - 1
@@ -583,7 +633,7 @@ class Counts:
     def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All entries of the narrow ones of these rows: index into `rows`, account, sum."""
         owner, at = self._spans(rows)
-        account, units = _unpacked(self.entries[at])
+        account, units = _parted(self.entries[at])
         return owner, account, units * (1 / GRAIN)
 
     def evidence(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -634,7 +684,7 @@ class Counts:
         # What the touched rows hold and what is new, merged and summed by (row, account).
         touched, row = np.unique(rows, return_inverse=True)
         owner, at = self._spans(touched)
-        old_account, old_units = _unpacked(self.entries[at])
+        old_account, old_units = _parted(self.entries[at])
         cells = np.concatenate([owner << 24 | old_account, row << 24 | accounts])
         units = np.concatenate([old_units, np.rint(values * GRAIN).astype(np.int64)])
         order = cells.argsort(kind="stable")
@@ -722,7 +772,7 @@ class Counts:
         self.used = len(live)
 
 
-def _unpacked(entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _parted(entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Accounts, and sums in units of 1 / GRAIN."""
     return entries >> 40, entries << 24 >> 24
 
@@ -796,6 +846,14 @@ class Calibration:
         np.add.at(self._ranks, np.where(ranks <= self.RANKS, ranks, 0)[~right], times)
         self._table = None
 
+    def state(self) -> Arrays:
+        """All that it has counted; arrays that are its own."""
+        return {"bins": self._all, "bins_right": self._right, "ranks": self._ranks}
+
+    def restore(self, state: Arrays) -> None:
+        """Takes over what another had counted."""
+        self._all, self._right, self._ranks = (state[k] for k in ("bins", "bins_right", "ranks"))
+
     def confidence(self, evidence: Sequence[float]) -> np.ndarray:
         """(n, RANKS) the probability that each suggestion is right, best first.
 
@@ -851,6 +909,18 @@ class History:
         self._table = np.zeros(1024, dtype=self.ROW)
         self._end = 0
         self._unpredicted = 0  # rows at most, since some may have been forgotten
+
+    def state(self) -> Arrays:
+        """The whole table; arrays that are its own."""
+        names = [self.accounts, self.companies, self._unpredicted]
+        return {"history": self.rows, "history_names": _packed(names)}
+
+    def restore(self, state: Arrays) -> None:
+        """Takes over the table of another."""
+        accounts, companies, self._unpredicted = _unpacked(state["history_names"])
+        self.accounts, self.companies = _numbers(accounts), _numbers(companies)
+        self._table = state["history"]
+        self._end = len(self._table)
 
     @property
     def rows(self) -> np.ndarray:
@@ -1034,17 +1104,36 @@ class Log:
         except OSError as error:
             raise LogError(f"cannot open {path}: {error.strerror}") from None
 
+    def state(self) -> Arrays:
+        """Where its lines are."""
+        named = [[name, lines.start, lines.stop] for name, lines in self._named.items()]
+        return {"line_starts": np.array(self._starts), "named": _packed([self.size, named])}
+
+    def restore(self, state: Arrays) -> None:
+        """Takes over where lines are, so that only later ones will be read."""
+        self.size, named = _unpacked(state["named"])
+        self._starts.frombytes(state["line_starts"].tobytes())
+        self._named.update((name, range(start, stop)) for name, start, stop in named)
+
+    def checksum(self, size: int) -> int | None:
+        """The CRC-32 of its first bytes, so many; None if there are fewer."""
+        crc = 0
+        with self._opened() as file:
+            while size and (part := file.read(min(size, 1 << 22))):
+                crc, size = zlib.crc32(part, crc), size - len(part)
+        return None if size else crc
+
     def __len__(self) -> int:
         """The lines of all whole batches, so that the next one's seq is this."""
         return len(self._starts)
 
     def read(self) -> Iterator[dict]:
-        """The records of all whole batches; an unfinished batch at the end is cut off.
+        """The records of all further whole batches; an unfinished one at the end is cut off.
 
         To be read to its end, once, before the first append. Raises LogError where the log is
         damaged, and leaves the file as it is.
         """
-        for found in scan(self.path):
+        for found in scan(self.path, self.size, len(self)):
             if isinstance(found, Damage):
                 if not found.at_end:
                     raise self.damaged(found)
@@ -1197,14 +1286,17 @@ class Damage(NamedTuple):
     at_end: bool = False  # is it but a batch that a crash left unfinished?
 
 
-def scan(path: Path) -> Iterator[Whole | Damage]:
-    """What is in the log, in order; after a damage, the batches that are surely whole."""
-    seq, left, name = -1, 0, None  # of the line before
+def scan(path: Path, start: int = 0, lines: int = 0) -> Iterator[Whole | Damage]:
+    """What is in the log, in order; after a damage, the batches that are surely whole.
+
+    It starts at a byte behind which the whole batches before it have so many lines.
+    """
+    seq, left, name = lines - 1, 0, None  # of the line before
     batch: list[dict] | None = []  # the lines of an unfinished batch, None if some are missing
-    number = start = unreadable = 0
+    number, first, unreadable = lines, 0, 0
     sizes: list[int] = []
     torn = False
-    for (number, line, record), (_, _, after) in pairwise(_lines(path)):
+    for (number, line, record), (_, _, after) in pairwise(_lines(path, start, lines)):
         if isinstance(record, ValueError):
             torn = not line.endswith(b"\n")
             if not torn:
@@ -1221,7 +1313,7 @@ def scan(path: Path) -> Iterator[Whole | Damage]:
         if left == missing or record["batch"] == record["seq"]:
             if left > missing:
                 yield Damage(number, "the batch before it is unfinished")
-            batch, start, sizes = [], number, []
+            batch, first, sizes = [], number, []
         elif missing:
             batch = None
         elif (name, left - 1) != (record["batch"], record["left"]):
@@ -1233,17 +1325,20 @@ def scan(path: Path) -> Iterator[Whole | Damage]:
             batch.append(record)
             sizes.append(len(line))
             if left == 0:
-                yield Whole(batch, start, sizes)
+                yield Whole(batch, first, sizes)
                 batch = []
     if torn or left:
         first = number + (not torn) - len(batch or [])
         yield Damage(first, "the batch is unfinished", at_end=True)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes, dict | ValueError | None]]:
-    """The lines from 1, as bytes and as records, or what is wrong with them; and then no line."""
+def _lines(
+    path: Path, start: int, before: int
+) -> Iterator[tuple[int, bytes, dict | ValueError | None]]:
+    """The lines, as bytes and as records, or what is wrong with them; and then no line."""
     with open(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
+        lines.seek(start)
+        for number, line in enumerate(lines, start=before + 1):
             try:
                 yield number, line, _parse(line)
             except ValueError as error:
@@ -1281,6 +1376,66 @@ def _fsync_folder(path: Path) -> None:
         os.close(folder)
 
 
+# --------------------------------------------------------------------------------------- Snapshot
+
+FORMAT = 1  # of snapshots
+
+
+class Snapshot:
+    """A file beside a log, with what was made of its first lines, to spare reading them again.
+
+    It counts for nothing unless it is whole and of this format, tokens are made as they were, and
+    the log still starts with the very bytes that it was made from.
+    """
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+        path = log.path.resolve()
+        self.path = path.with_name(f"{path.name}.snapshot.npz")
+        self._unfinished = path.with_name(f".{path.name}.snapshot.npz")
+
+    def save(self, state: Arrays) -> None:
+        """Puts the state in the place of an earlier one, in one step, or logs why it cannot."""
+        size, _ = _unpacked(state["named"])
+        origin = np.array([size, self.log.checksum(size), *self._version()])
+        try:
+            file = os.open(self._unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with open(file, "wb") as file:
+                np.savez(file, origin=origin, **state)
+            # There is no fsync: if it was not on disk at a power failure, the log is.
+            os.replace(self._unfinished, self.path)
+        except OSError as error:
+            logger.warning("%s could not be written: %s", self.path, error.strerror)
+            self._unfinished.unlink(missing_ok=True)
+
+    def load(self) -> Arrays | None:
+        """The state, or None, with a warning, if there is one that cannot be used."""
+        try:
+            with np.load(self.path, allow_pickle=False) as file:
+                state = dict(file)
+            size, checksum, *version = state["origin"].tolist()
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # whatever is wrong with it, the log has it all
+            reason = f"it is damaged ({error})"
+        else:
+            if version != self._version():
+                reason = "another version made it"
+            elif checksum != self.log.checksum(size):
+                reason = "it is not of this log as it is"
+            else:
+                return state
+        logger.warning("%s is of no use, %s; all of the log is read", self.path, reason)
+        return None
+
+    def discard(self) -> None:
+        """Removes the file. Raises OSError."""
+        self.path.unlink(missing_ok=True)
+
+    def _version(self) -> list[int]:
+        return [FORMAT, *tokens(dict.fromkeys(FEATURES, "a b c"))]
+
+
 # ------------------------------------------------------------------------------------- Bookkeeper
 
 CHUNK = 128  # samples scored or learned at a time: what a prediction may have to wait for
@@ -1288,6 +1443,7 @@ GROUP = 1000  # samples that a group of batches may have, unless it is one batch
 BACKLOG = 50_000  # samples that may wait, unless they are one batch
 RESTART = "nothing can be booked until the service is started again"
 LISTED = 10  # bookings in each list of the overview
+UNSAVED = 10_000  # lines of the log that its snapshot may lack; an eighth of it while it grows
 
 
 class NotReady(Exception):
@@ -1343,6 +1499,11 @@ class Bookkeeper:
         self._closed = False
         self._broken = False  # has the model lost step with the log?
         self._started = time.monotonic()
+        self._snapshot = Snapshot(log)
+        self._saved = 0  # lines of the log that are in its snapshot
+        self._saving: threading.Thread | None = None
+        if state := self._snapshot.load():
+            self._restore(state)
         self._read_back()
         self._last_batch = len(log)  # the seq that it starts with; there is none since the start
         self._writer = threading.Thread(target=self._write, name="writer", daemon=True)
@@ -1510,7 +1671,42 @@ class Bookkeeper:
             self._closed = True
             self._arrival.notify()
         self._writer.join()
+        self._end_saving()
+        if self._unsaved() >= UNSAVED:
+            self._snapshot.save(self._state())
         self.log.close()
+
+    def _state(self) -> Arrays:
+        """All that was made of the log; arrays that are those at work."""
+        parts = (self.log, self._model, self._calibration, self._history)
+        corrections = {"corrections": _packed([*self._corrections.items()])}
+        return dict(chain(*(part.state().items() for part in parts), corrections.items()))
+
+    def _restore(self, state: Arrays) -> None:
+        for part in (self.log, self._model, self._calibration, self._history):
+            part.restore(state)
+        self._corrections = dict(_unpacked(state["corrections"]))
+        self._saved = len(self.log)
+
+    def _unsaved(self) -> int:
+        return 0 if self._broken else len(self.log) - self._saved
+
+    def _save(self) -> None:
+        """Saves the state in the background, if it is time to."""
+        waiting = self._saving and self._saving.is_alive()
+        if waiting or self._unsaved() < max(UNSAVED, self._saved / 8):
+            return
+        self._saved = len(self.log)
+        try:
+            state = {name: array.copy() for name, array in self._state().items()}
+            self._saving = threading.Thread(target=self._snapshot.save, args=[state], name="saving")
+            self._saving.start()
+        except (MemoryError, RuntimeError) as error:
+            logger.warning("no snapshot was made: %s", error)
+
+    def _end_saving(self) -> None:
+        if self._saving:
+            self._saving.join()
 
     @contextmanager
     def _model_at_rest(self) -> Iterator[NaiveBayes]:
@@ -1563,6 +1759,7 @@ class Bookkeeper:
                 for batch in group:
                     if not batch.done.done():
                         batch.done.set_exception(error)
+            self._save()
 
     def _next_group(self) -> list[Batch]:
         with self._arrival:
@@ -1741,6 +1938,9 @@ class Bookkeeper:
         bookings = [self._booking(seq) for seq in seqs]
         standing = [self._standing(booking) for booking in bookings]
         corrections = chain.from_iterable(self._corrections.get(seq, []) for seq in seqs)
+        self._end_saving()
+        self._snapshot.discard()
+        self._saved = 0
         self.log.remove({*seqs, *corrections})
         with self._in_step():
             for chunk in _chunks(zip(bookings, standing, strict=True), CHUNK):

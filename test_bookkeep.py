@@ -1199,6 +1199,193 @@ def test_a_restart_changes_nothing(path):
     assert [record["sample"] for record in read(path)] == [*samples, booking()]
 
 
+def snapshot_of(path):
+    return path.with_name(f"{path.name}.snapshot.npz")
+
+
+@pytest.fixture
+def unsaved(monkeypatch):
+    """After how many lines a snapshot is due, here."""
+    monkeypatch.setattr(bookkeep, "UNSAVED", 100)
+    return 100
+
+
+@contextmanager
+def learned_again(monkeypatch):
+    """How many bookings were read back and learned inside."""
+    sizes, learn = [], Bookkeeper._learn
+    with monkeypatch.context() as patch:
+
+        def counted(self, records, *others, **more):
+            sizes.append(len(records))
+            learn(self, records, *others, **more)
+
+        patch.setattr(Bookkeeper, "_learn", counted)
+        yield sizes
+
+
+def settled(bookkeeper):
+    """Returns once the writer has nothing to do and no snapshot is on its way."""
+    bookkeeper.book([])
+    bookkeeper.book([])  # the writer has looked whether a snapshot is due after the first
+    bookkeeper._end_saving()
+
+
+def grown(path):
+    """A log of 700 bookings, some corrected and some forgotten, and what its bookkeeper knew."""
+    samples, asked = bookings(700), bookings(50, seed=1)
+    with bookkeeping(path) as bookkeeper:
+        for number, batch in enumerate(batches_of(samples[:600], 70)):
+            bookkeeper.book(batch, f"key{number}")
+        bookkeeper.forget(samples[0]["CompanyId"])
+        for batch in batches_of(samples[600:], 7):
+            bookkeeper.book(batch)
+        for seq in (690, 691, 690):
+            bookkeeper.correct(seq, f"account{seq}")
+        known = state(bookkeeper, asked)
+        bookkeeper._saved = 0  # so that all of it will be in a snapshot
+    return asked, known
+
+
+def test_a_snapshot_spares_reading_the_log_and_changes_nothing(path, unsaved, monkeypatch, caplog):
+    asked, known = grown(path)
+    assert snapshot_of(path).exists()
+    with learned_again(monkeypatch) as sizes, bookkeeping(path) as bookkeeper:
+        assert sum(sizes) == 0
+        assert state(bookkeeper, asked) == known
+        # It goes on as one that has read the log does.
+        more = bookings(60, seed=2)
+        assert bookkeeper.book(bookings(700)[:70], "key0") == range(70)
+        assert bookkeeper.correct(690, "other") == "account690"
+        assert bookkeeper.forget(more[0]["CompanyId"]) > 0
+        bookkeeper.book(more)
+        known = state(bookkeeper, asked)
+    snapshot_of(path).unlink(missing_ok=True)
+    with learned_again(monkeypatch) as sizes, bookkeeping(path) as bookkeeper:
+        assert sum(sizes) > 100
+        assert state(bookkeeper, asked) == known
+    assert not caplog.records
+
+
+def test_what_came_after_a_snapshot_is_read_from_the_log(path, unsaved, monkeypatch):
+    asked, _ = grown(path)
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book(bookings(unsaved - 1, seed=3), "late")
+        known = state(bookkeeper, asked)
+    lines = len(path.read_bytes().splitlines())
+    with open(path, "ab") as log:
+        log.write(b'{"seq": 5')  # cut off by a crash
+    with learned_again(monkeypatch) as sizes, bookkeeping(path) as bookkeeper:
+        assert sum(sizes) == unsaved - 1
+        assert state(bookkeeper, asked) == known
+        assert bookkeeper.book(bookings(unsaved - 1, seed=3), "late").stop == lines
+    spoilt = path.read_bytes().splitlines(keepends=True)
+    spoilt[-1] = spoilt[-1].replace(b"ref", b"Ref")
+    path.write_bytes(b"".join(spoilt))
+    with pytest.raises(LogError, match=f"line {lines}: the checksum"):
+        Bookkeeper(Log(path))
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (lambda snapshot, path: snapshot.write_bytes(b""), "damaged"),
+        (lambda snapshot, path: snapshot.write_bytes(snapshot.read_bytes()[:-100]), "damaged"),
+        (lambda snapshot, path: snapshot.write_bytes(b"\x80\x04K\x01."), "damaged"),  # a pickle
+        (lambda snapshot, path: np.savez(snapshot, origin=np.zeros(3)), "another version"),
+        (lambda snapshot, path: snapshot.write_bytes(other_snapshot(path)), "not of this log"),
+    ],
+    ids=["empty", "cut", "pickle", "version", "foreign"],
+)
+def test_a_snapshot_that_is_of_no_use_is_said_so_and_the_log_read(
+    path, unsaved, monkeypatch, caplog, harm, reason
+):
+    asked, known = grown(path)
+    harm(snapshot_of(path), path)
+    with learned_again(monkeypatch) as sizes, bookkeeping(path) as bookkeeper:
+        assert state(bookkeeper, asked) == known
+        assert sum(sizes) > 500
+    assert [reason in record.message for record in caplog.records] == [True]
+    with learned_again(monkeypatch) as sizes, bookkeeping(path) as bookkeeper:  # it was made anew
+        assert state(bookkeeper, asked) == known
+        assert sum(sizes) == 0
+
+
+def other_snapshot(path):
+    other = path.with_name("other")
+    with bookkeeping(other) as bookkeeper:
+        bookkeeper.book(bookings(150, seed=9))
+    return snapshot_of(other).read_bytes()
+
+
+def test_a_snapshot_of_other_tokens_is_not_used(path, unsaved, monkeypatch, caplog):
+    grown(path)
+    monkeypatch.setattr(bookkeep, "tokens", lambda sample: [hash((9, sample["CompanyId"]))])
+    with bookkeeping(path) as bookkeeper:
+        assert bookkeeper._model.token_counts.occupied == 5  # companies
+    assert "another version" in caplog.text
+
+
+def test_a_flipped_byte_in_a_snapshot_does_no_harm(path, unsaved):
+    asked, known = grown(path)
+    whole = snapshot_of(path).read_bytes()
+    rng = random.Random(0)
+    for _ in range(60):
+        flipped = bytearray(whole)
+        flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        snapshot_of(path).write_bytes(flipped)
+        with bookkeeping(path) as bookkeeper:
+            assert state(bookkeeper, asked) == known
+
+
+def test_a_damaged_log_is_refused_whatever_the_snapshot_says(path, unsaved):
+    grown(path)
+    path.write_bytes(path.read_bytes().replace(b"ref", b"Ref", 1))
+    with pytest.raises(LogError, match="the checksum does not fit"):
+        Bookkeeper(Log(path))
+
+
+def test_a_snapshot_is_made_while_the_log_grows(path, unsaved, monkeypatch):
+    with bookkeeping(path) as bookkeeper:
+        for batch in batches_of(bookings(1000), 10):
+            bookkeeper.book(batch)
+        settled(bookkeeper)
+        saved = snapshot_of(path).read_bytes()
+    snapshot_of(path).write_bytes(saved)  # as if it had been killed
+    with learned_again(monkeypatch) as sizes, bookkeeping(path):
+        assert 0 < sum(sizes) <= 1000 / 8 + 10
+
+
+def test_a_snapshot_that_cannot_be_written_keeps_nothing_from_working(
+    path, unsaved, monkeypatch, caplog
+):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with bookkeeping(path) as bookkeeper:
+        with monkeypatch.context() as patch:
+            patch.setattr(np, "savez", full)
+            bookkeeper.book(bookings(150))
+            settled(bookkeeper)
+        assert "No space left" in caplog.text
+        assert [file.name for file in path.parent.iterdir()] == [path.name]
+        bookkeeper.book(bookings(150))
+    assert snapshot_of(path).exists()
+    assert snapshot_of(path).stat().st_mode & 0o777 == 0o600
+
+
+def test_a_forgotten_company_is_in_no_snapshot(path, unsaved):
+    samples = bookings(300)
+    company = samples[0]["CompanyId"]
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book(samples)
+        settled(bookkeeper)
+        assert company.encode() in snapshot_of(path).read_bytes()
+        bookkeeper.forget(company)
+        assert company.encode() not in b"".join(f.read_bytes() for f in path.parent.iterdir())
+    assert company.encode() not in snapshot_of(path).read_bytes()
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -1998,18 +2185,20 @@ def free_port():
 class Service:
     """A real bookkeep.py in a process of its own."""
 
-    def __init__(self, log, *options, port=None, limit=None):
+    def __init__(self, log, *options, port=None, limit=None, unsaved=bookkeep.UNSAVED):
         self.port = port or free_port()
         self.messages = log.with_suffix(".stderr")
         with open(self.messages, "wb") as stderr:
             self.process = subprocess.Popen(
                 [
                     sys.executable,
-                    HERE / "bookkeep.py",
+                    "-c",
+                    f"import bookkeep; bookkeep.UNSAVED = {unsaved}; exit(bookkeep.main())",
                     f"--log={log}",
                     f"--port={self.port}",
                     *options,
                 ],
+                cwd=HERE,
                 stderr=stderr,
                 preexec_fn=limit,
             )
@@ -2753,7 +2942,7 @@ def test_kills_at_any_moment_lose_nothing_and_double_nothing(serve, tmp_path):
             for i in range(60)
         ]
         sent |= dict(batches)
-        service = serve(log=log)
+        service = serve(log=log, unsaved=rng.choice([100, 10_000]))
         answered = {}
         streams = [
             threading.Thread(target=stream, args=(service, batches[i::3], answered))
