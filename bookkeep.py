@@ -366,7 +366,10 @@ class NaiveBayes:
         base = self._base(numbers)
         first, second = (best[kind] for best in self._best_two(base))
         booked = self._numbered(labels)
-        cells, (_, _, own) = self._cells(known, first, second, np.where(booked < 0, first, booked))
+        asked = [first, second, np.where(booked < 0, first, booked)]
+        cells, (_, _, own) = self._cells(
+            known, asked, lambda document, account: base[kind[document], account]
+        )
 
         best_score = np.maximum.reduceat(cells.score, cells.start)
         best = np.flatnonzero(cells.score == best_score[cells.document])
@@ -412,9 +415,9 @@ class NaiveBayes:
             return np.ones(len(documents))
         booked, rival = self._numbered(labels), self._numbered(predicted)
         rival = np.where(rival < 0, booked, rival)
-        cells, (own, _) = self._cells(
-            self._known(documents), np.maximum(booked, 0), np.maximum(rival, 0)
-        )
+        known = self._known(documents)
+        asked = [np.maximum(booked, 0), np.maximum(rival, 0)]
+        cells, (own, _) = self._cells(known, asked, partial(self._base_at, known))
         softened = cells.score / SOFTENING
         softened -= np.maximum.reduceat(softened, cells.start)[cells.document]
         likelihood = np.exp(softened)
@@ -446,34 +449,42 @@ class NaiveBayes:
             yield length, *lines[end : end + size]
             end += size
 
-    def _cells(self, known: Known, *accounts: np.ndarray) -> tuple[Cells, list[np.ndarray]]:
-        """The scores of accounts that narrow tokens have met, and of these, and where these are."""
-        counts, n, A = self.token_counts, len(known.lengths), len(self.names)
-        each = np.arange(n) * A
-        asked = [each + account for account in accounts]
-        owner, account, evidence = counts.evidence(known.rows)
-        cells = np.concatenate([known.document[owner] * A + account, *asked])
-        evidence = np.concatenate([evidence, np.zeros(len(asked) * n)])
+    def _cells(
+        self,
+        known: Known,
+        asked: list[np.ndarray],
+        base: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    ) -> tuple[Cells, list[np.ndarray]]:
+        """The scores of the accounts that narrow tokens have met and of those asked for, (n,) each.
+
+        And in which cells these are. `base` gives the scores without the narrow tokens.
+        """
+        owner, account, evidence = self.token_counts.evidence(known.rows)
+        each = np.arange(len(known.lengths)) << 32
+        asked = [each | account for account in asked]
+        cells = np.concatenate([known.document[owner] << 32 | account, *asked])
+        evidence = np.concatenate([evidence, np.zeros(len(cells) - len(evidence))])
         order = cells.argsort(kind="stable")
         cells = cells[order]
         first = np.flatnonzero(np.diff(cells, prepend=-1))
         cells = cells[first]
-        document, account = np.divmod(cells, A)
-
-        log_counts, log_tokens = self._logs
-        before = log_counts[account] - known.lengths[document] * log_tokens[account]
-        wide = np.flatnonzero(counts.sizes[known.rows] == WIDE)
-        sizes = np.bincount(known.document[wide], minlength=n)
-        owner, at = _ranges((sizes.cumsum() - sizes)[document], sizes[document])
-        lines = counts.starts[known.rows[wide]]
-        before += np.bincount(
-            owner, counts.wide_evidence[lines[at], account[owner]], minlength=len(cells)
-        )
+        document, account = cells >> 32, cells & 0xFFFFFFFF
+        before = base(document, account)
         score = before + np.add.reduceat(evidence[order], first)
-        start = cells.searchsorted(each)
-        return Cells(document, account, before, score, start), [
-            cells.searchsorted(x) for x in asked
-        ]
+        found = Cells(document, account, before, score, start=cells.searchsorted(each))
+        return found, [cells.searchsorted(cell) for cell in asked]
+
+    def _base_at(self, known: Known, document: np.ndarray, account: np.ndarray) -> np.ndarray:
+        """(k,) what the base of each document has for the account."""
+        counts = self.token_counts
+        log_counts, log_tokens = self._logs
+        base = log_counts[account] - known.lengths[document] * log_tokens[account]
+        wide = np.flatnonzero(counts.sizes[known.rows] == WIDE)
+        sizes = np.bincount(known.document[wide], minlength=len(known.lengths))
+        owner, at = _ranges((sizes.cumsum() - sizes)[document], sizes[document])
+        line = counts.starts[known.rows[wide]][at]
+        evidence = counts.wide_evidence[line, account[owner]]
+        return base + np.bincount(owner, evidence, minlength=len(base))
 
     def learn(
         self,
@@ -581,7 +592,7 @@ class Counts:
 
     LOAD = 2 / 3  # of the slots may be taken
     NARROW = 64  # entries that a narrow row may have, a power of two, unless it is less than
-    SHARE = 1 / 32  # of all accounts
+    SHARE = 1 / 64  # of all accounts
 
     def __init__(self, alpha: float) -> None:
         self.alpha = alpha
@@ -1337,7 +1348,8 @@ def _lines(
 ) -> Iterator[tuple[int, bytes, dict | ValueError | None]]:
     """The lines, as bytes and as records, or what is wrong with them; and then no line."""
     with open(path, "rb") as lines:
-        lines.seek(start)
+        if start:  # else it may be a pipe
+            lines.seek(start)
         for number, line in enumerate(lines, start=before + 1):
             try:
                 yield number, line, _parse(line)
