@@ -225,7 +225,7 @@ SOFTENING = 3  # divides log-odds for the weights: Naive Bayes is too sure of it
 FLOOR = 1 / 16  # what a booking that surprises nobody counts at the least
 GRAIN = 1024  # weights are multiples of 1 / GRAIN, so sums of them are exact in any order
 ROUND = 64  # documents of a batch that are weighed, and learned, at once
-MAX_CELLS = 1 << 21  # scores that are at work at once, unless one document has more
+MAX_CELLS = 1 << 23  # scores that may be at work at once, unless one document has more
 
 
 class Assessment(NamedTuple):
@@ -356,13 +356,13 @@ class NaiveBayes:
         n = len(documents)
         if not (n and self.known):
             return [Assessment(None, None, None)] * n
-        known = self._known(documents)
-        numbers = _numbers()
-        kind = np.array([numbers[kind] for kind in self._kinds(known)])
-        if n > 1 and len(numbers) * len(self.names) > MAX_CELLS:
+        if n > 1 and n * len(self.names) > MAX_CELLS:
             half = n // 2
             first_half = self.assess(documents[:half], labels[:half])
             return first_half + self.assess(documents[half:], labels[half:])
+        known = self._known(documents)
+        numbers = _numbers()
+        kind = np.array([numbers[kind] for kind in self._kinds(known)])
         base = self._base(numbers)
         first, second = (best[kind] for best in self._best_two(base))
         booked = self._numbered(labels)
@@ -376,7 +376,7 @@ class NaiveBayes:
         if len(best) > n:  # of equals, the first by name
             name = [self.names[account] for account in cells.account[best].tolist()]
             best = best[sorted(range(len(best)), key=lambda i: (cells.document[best[i]], name[i]))]
-            best = best[np.diff(cells.document[best], prepend=-1) > 0]
+            best = best[_run_starts(cells.document[best])]
         predicted = cells.account[best]
 
         others = cells.score.copy()
@@ -466,7 +466,7 @@ class NaiveBayes:
         evidence = np.concatenate([evidence, np.zeros(len(cells) - len(evidence))])
         order = cells.argsort(kind="stable")
         cells = cells[order]
-        first = np.flatnonzero(np.diff(cells, prepend=-1))
+        first = _run_starts(cells)
         cells = cells[first]
         document, account = cells >> 32, cells & 0xFFFFFFFF
         before = base(document, account)
@@ -564,6 +564,17 @@ def _flat(documents: Sequence[Sequence[int]]) -> np.ndarray:
 def _numbers(known: Mapping[Hashable, int] = {}) -> defaultdict:
     """Numbers things in the order in which they are first asked for, on from the known ones."""
     return defaultdict(count(max([-1, *known.values()]) + 1).__next__, known)
+
+
+def _run_starts(values: np.ndarray) -> np.ndarray:
+    """Where in sorted values, of which there must be one, another value starts.
+
+    [3, 3, 5, 7, 7] -> [0, 2, 3]
+    """
+    starts = np.empty(len(values), dtype=bool)
+    starts[0] = True
+    np.not_equal(values[1:], values[:-1], out=starts[1:])
+    return starts.nonzero()[0]
 
 
 def _ranges(starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -673,37 +684,46 @@ class Counts:
         if narrowest > self.narrow:
             self.narrow = narrowest
             self._make_narrow(np.flatnonzero(self.sizes == WIDE))
+            rows = np.flatnonzero(self.sizes == WIDE)
+            lines = self.starts[rows]
+            self.wide_counts = self.wide_counts[lines]
+            self.wide_evidence = self.wide_evidence[lines]
+            self.starts[rows] = np.arange(len(rows))
+            self.wide = len(rows)
 
     def add(self, tokens: np.ndarray, accounts: np.ndarray, values: np.ndarray) -> None:
         """Adds each value to the sum of its token and account."""
         if not len(tokens):
             return
         rows = self._insert(tokens)
-        wide = self.sizes[rows] == WIDE
-        self._add_wide(rows[wide], accounts[wide], values[wide])
-        narrow = ~wide
-        self._add_narrow(rows[narrow], accounts[narrow], values[narrow])
+        is_wide = self.sizes[rows] == WIDE
+        for add, those in ((self._add_wide, is_wide), (self._add_narrow, ~is_wide)):
+            if those.any():
+                add(rows[those], accounts[those], values[those])
 
     def _add_wide(self, rows: np.ndarray, accounts: np.ndarray, values: np.ndarray) -> None:
         lines = self.starts[rows]
         np.add.at(self.wide_counts, (lines, accounts), values)
         sums = self.wide_counts[lines, accounts]
         self.wide_evidence[lines, accounts] = _log_ratio(sums, self.alpha)
-        self._make_narrow(np.unique(rows[sums == 0]))
+        if not sums.all():
+            self._make_narrow(np.unique(rows[sums == 0]))
 
     def _add_narrow(self, rows: np.ndarray, accounts: np.ndarray, values: np.ndarray) -> None:
         # What the touched rows hold and what is new, merged and summed by (row, account).
-        touched, row = np.unique(rows, return_inverse=True)
+        touched = np.sort(rows)
+        touched = touched[_run_starts(touched)]
         owner, at = self._spans(touched)
-        old_account, old_units = _parted(self.entries[at])
-        cells = np.concatenate([owner << 24 | old_account, row << 24 | accounts])
+        old_accounts, old_units = _parted(self.entries[at])
+        cells = np.concatenate([touched[owner] << 24 | old_accounts, rows << 24 | accounts])
         units = np.concatenate([old_units, np.rint(values * GRAIN).astype(np.int64)])
         order = cells.argsort(kind="stable")
         cells = cells[order]
-        first = np.flatnonzero(np.diff(cells, prepend=-1))
-        sums = np.add.reduceat(units[order], first)
-        cells, sums = cells[first][sums != 0], sums[sums != 0]
-        self._fill(touched, cells >> 24, cells & 0xFFFFFF, sums)
+        first = _run_starts(cells)
+        units = np.add.reduceat(units[order], first)
+        kept = units.nonzero()[0]
+        cells = cells[first[kept]]
+        self._fill(touched, touched.searchsorted(cells >> 24), cells & 0xFFFFFF, units[kept])
 
     def _fill(
         self, rows: np.ndarray, owner: np.ndarray, accounts: np.ndarray, units: np.ndarray
@@ -720,7 +740,9 @@ class Counts:
         self.sizes[rows] = sizes
         _, at = self._spans(rows)
         self.entries[at] = accounts << 40 | units & (1 << 40) - 1
-        self._make_wide(rows[sizes > self.narrow])
+        many = sizes > self.narrow
+        if many.any():
+            self._make_wide(rows[many])
 
     def _spans(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where the narrow rows' entries lie, in order, each with its index into `rows`."""
@@ -759,8 +781,9 @@ class Counts:
         if self.used + len(new) > self.LOAD * len(self.tokens):
             self._rehash(len(new))
             return self._insert(tokens)
-        self._put(tokens, rows, new)
-        self.used += len(np.unique(rows[new]))
+        if len(new):
+            self._put(tokens, rows, new)
+            self.used += len({*rows[new].tolist()})
         return rows
 
     def _put(self, tokens: np.ndarray, rows: np.ndarray, new: np.ndarray) -> None:
@@ -1363,8 +1386,11 @@ def name_of(batch: list[dict]) -> str | None:
     return batch[0]["batch"] if batch and isinstance(batch[0]["batch"], str) else None
 
 
+_encode = json.JSONEncoder(ensure_ascii=False).encode
+
+
 def _line(record: dict) -> bytes:
-    text = json.dumps(record, ensure_ascii=False)[:-1].encode()
+    text = _encode(record)[:-1].encode()
     return b'%s, "crc": %d}\n' % (text, zlib.crc32(text))
 
 
