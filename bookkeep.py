@@ -288,10 +288,13 @@ class NaiveBayes:
 
     def scores(self, documents: Sequence[Sequence[int]]) -> np.ndarray:
         """(n, A) log P(account, tokens), up to a constant of the document."""
-        known = self._known(documents)
-        scores = self._base([*self._kinds(known)])
-        owner, account, evidence = self.token_counts.evidence(known.rows)
-        np.add.at(scores, (known.document[owner], account), evidence)
+        return np.array([self._scores(document) for document in documents])
+
+    def _scores(self, document: Sequence[int]) -> np.ndarray:
+        # One token after the other, which for a single document is faster than all at once.
+        length, lines, account, evidence = self.token_counts.of_document(document)
+        [scores] = self._base([(length, *lines)])
+        np.add.at(scores, account, evidence)
         return scores
 
     def _base(self, kinds: Collection[tuple[int, ...]]) -> np.ndarray:
@@ -323,11 +326,16 @@ class NaiveBayes:
 
     def predict(self, documents: Sequence[Sequence[int]]) -> list[str]:
         """The most probable account of each document. There must be a model, that is an account."""
-        if len(documents) * len(self.names) > MAX_CELLS and len(documents) > 1:
-            half = len(documents) // 2
-            return self.predict(documents[:half]) + self.predict(documents[half:])
-        best, _ = self._best_two(self.scores(documents))
-        return [self.names[account] for account in best.tolist()]
+        if len(documents) > 1:
+            assessed = self.assess(documents, [""] * len(documents))
+            return [assessment.predicted for assessment in assessed]
+        return [self.names[self._best(self._scores(document))] for document in documents]
+
+    def _best(self, scores: np.ndarray) -> int:
+        """The account of the highest of (A,) scores; of equals, the first by name."""
+        best = scores.argmax()
+        tied = (scores == scores[best]).nonzero()[0]
+        return best if len(tied) == 1 else min(tied, key=self.names.__getitem__)
 
     def _best_two(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(n,) accounts of the two highest of (n, A) scores; of equals, the first by name."""
@@ -338,8 +346,10 @@ class NaiveBayes:
         second = scores.argmax(axis=1)
         scores[each, first] = highest
         for i in np.flatnonzero(scores[each, second] == highest):
-            tied = np.flatnonzero(scores[i] == highest[i])
-            first[i], *_, second[i] = 2 * sorted(tied, key=self.names.__getitem__)
+            other = first[i]
+            first[i] = self._best(scores[i])
+            if first[i] != other:
+                second[i] = other
         return first, second
 
     def top(self, scores: np.ndarray, most: int) -> np.ndarray:
@@ -662,6 +672,28 @@ class Counts:
         """As take, but log (1 + N / alpha) for each sum N."""
         owner, account, count = self.take(rows)
         return owner, account, _log_ratio(count, self.alpha)
+
+    def of_document(self, tokens: Iterable[int]) -> tuple[int, list[int], np.ndarray, np.ndarray]:
+        """Of a document: how many tokens are known, the lines of wide ones, and of narrow ones all
+        accounts, each with its evidence.
+        """
+        last = len(self.tokens) - 1
+        there, sizes, starts = self.tokens.item, self.sizes.item, self.starts.item
+        known, lines, spans = 0, [], [self.entries[:0]]
+        for token in tokens:
+            row, step = token & last, 0
+            while there(row) not in (token, 0):
+                step += 1
+                row = row + step & last
+            if size := sizes(row):
+                known += 1
+                start = starts(row)
+                if size == WIDE:
+                    lines.append(start)
+                else:
+                    spans.append(self.entries[start : start + size])
+        account, units = _parted(np.concatenate(spans))
+        return known, lines, account, _log_ratio(units * (1 / GRAIN), self.alpha)
 
     def of(self, rows: np.ndarray, accounts: np.ndarray) -> np.ndarray:
         """(k, m) the sums of k accounts in each of m rows."""
