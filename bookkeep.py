@@ -236,6 +236,10 @@ class Assessment(NamedTuple):
     rank: int | None  # of the booked account, 1 for the most probable; None if it was not known
 
 
+def _assessment(predicted: str, margin: float, rank: int) -> Assessment:
+    return Assessment(predicted, round(margin, 4) if margin < math.inf else None, rank or None)
+
+
 class Known(NamedTuple):
     """The known tokens of n documents."""
 
@@ -366,7 +370,9 @@ class NaiveBayes:
         n = len(documents)
         if not (n and self.known):
             return [Assessment(None, None, None)] * n
-        if n > 1 and n * len(self.names) > MAX_CELLS:
+        if n == 1:
+            return [self._assessed(documents[0], labels[0])]
+        if n * len(self.names) > MAX_CELLS:
             half = n // 2
             first_half = self.assess(documents[:half], labels[:half])
             return first_half + self.assess(documents[half:], labels[half:])
@@ -402,12 +408,17 @@ class NaiveBayes:
         for i in wrong:
             ranks[i] += np.count_nonzero(base[kind[i]] >= least[i])
 
-        return [
-            Assessment(self.names[account], round(lead, 4) if lead < np.inf else None, rank or None)
-            for account, lead, rank in zip(
-                predicted.tolist(), margins.tolist(), ranks.tolist(), strict=True
-            )
-        ]
+        names = [self.names[account] for account in predicted.tolist()]
+        return list(map(_assessment, names, margins.tolist(), ranks.tolist()))
+
+    def _assessed(self, document: Sequence[int], label: str) -> Assessment:
+        scores = self._scores(document)
+        best, [booked] = self._best(scores), self._numbered([label])
+        rank = 1 if best == booked else np.count_nonzero(scores >= scores[booked])
+        highest = scores[best]
+        scores[best] = -np.inf
+        margin = float(highest - scores.max())
+        return _assessment(self.names[best], margin, int(rank) if booked >= 0 else 0)
 
     def weigh(
         self,
@@ -2835,14 +2846,14 @@ class Channel(HTTPChannel):
     """
 
     error_task_class = JSONErrorTask
-    receiving = False  # is it this thread that calls add_task below?
+    receiver: int | None = None  # the thread that receives, while it does
     short = False  # is there a short question to answer?
 
     def handle_read(self) -> None:
         """Receives what has arrived."""
-        self.receiving = True
+        self.receiver = threading.get_ident()
         super().handle_read()
-        self.receiving = False
+        self.receiver = None
         if self.short:
             self.short = False
             self.service()
@@ -2855,7 +2866,7 @@ class Dispatcher(ThreadedTaskDispatcher):
         """Has the channel's next request answered."""
         request = channel.requests[0]
         if (
-            channel.receiving
+            channel.receiver == threading.get_ident()
             and not request.error
             and request.path == "/predict"
             and request.content_length <= SHORT_BODY

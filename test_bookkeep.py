@@ -387,6 +387,8 @@ def test_an_assessment_is_the_prediction_its_margin_and_the_rank(bookings, asked
     expected, accounts = oracle(bookings, documents, model.alpha)
     assessments = model.assess(documents, labels)
     assert [a.predicted for a in assessments] == model.predict(documents)
+    alone = [model.assess([document], [label])[0] for document, label in asked]
+    assert alone == assessments
     for (predicted, margin, rank), label, row in zip(assessments, labels, expected, strict=True):
         if label not in accounts:
             assert rank is None
@@ -2594,6 +2596,53 @@ def test_a_full_disk_is_a_507_and_when_there_is_space_again_bookings_go_on(serve
     assert service.post("/sample", [booking(account="2")] * 500)[0] == 200
     service.stop()
     assert serve().samples() == 601
+
+
+def test_a_short_question_is_answered_while_all_threads_are_busy(serve):
+    service = serve("--threads=1")
+    service.post("/sample", bookings(100))
+    done = []
+
+    def book():
+        service.post("/sample", bookings(10_000))
+        done.append("booked")
+
+    booking_it = threading.Thread(target=book)
+    booking_it.start()
+    while not done:
+        assert service.post("/predict", booking())[0] == 200
+        done.append("predicted")
+    booking_it.join()
+    assert done[0] == "predicted"
+
+
+def test_requests_of_one_connection_are_answered_in_order(service):
+    def request(path, content):
+        body = json.dumps(content).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+    kinds = [
+        (request("/predict", booking()), b'["1"]'),
+        (request("/predict", [booking()] * 500), b'["1", "1", '),  # too long to be a short one
+        (request("/predict", {}), b'{"error": "sample 0: CompanyId is missing"}'),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b'{"status": "ok"'),
+    ]
+    rng = random.Random(0)
+    asked = rng.choices(kinds, k=200)
+    with socket.create_connection(("127.0.0.1", service.port)) as connection:
+        sending = threading.Thread(
+            target=connection.sendall, args=(b"".join(sent for sent, _ in asked),)
+        )
+        sending.start()
+        answers = connection.makefile("rb")
+        for _, expected in asked:
+            length = 0
+            while (line := answers.readline()) != b"\r\n":
+                if line.lower().startswith(b"content-length:"):
+                    length = int(line.split()[1])
+            assert answers.read(length).startswith(expected)
+        sending.join()
 
 
 def test_an_idempotency_key_books_a_batch_once_also_after_a_restart(serve):
