@@ -4,7 +4,7 @@
 `POST /predict` predicts an account, `POST /suggest` says how sure that is and why,
 `GET /metrics/<n>` how good the last predictions were; `GET /openapi.json` describes the rest. The
 module reads from top to bottom, each section using only those above it: Samples, Model, Metrics,
-Log, Bookkeeper, HTTP, Command line. At its end stands the source of the page.
+Log, Snapshot, Bookkeeper, HTTP, Command line. At its end stands the source of the page.
 
 It does not tune itself, forgets only what it is told to forget, and does not spread over machines:
 one process owns one log, and the model is the sum of what is in it.
@@ -182,8 +182,8 @@ def wordings(sample: Sample) -> list[tuple[str, str]]:
 
 def _parts(sample: Sample) -> tuple[str, list[str], str]:
     """The sample's company, the words of its text that count, and its amount."""
-    company, text, amount = (sample[key] for key in FEATURES)
-    return company, text.split(maxsplit=MAX_WORDS)[:MAX_WORDS], amount
+    words = sample["BankEntryText"].split(maxsplit=MAX_WORDS)[:MAX_WORDS]
+    return sample["CompanyId"], words, sample["BankEntryAmount"]
 
 
 def _packed(content: object) -> np.ndarray:
@@ -234,10 +234,6 @@ class Assessment(NamedTuple):
     predicted: str | None  # the most probable account; None while there is no model
     margin: float | None  # its log-odds over the second; None while there is no second
     rank: int | None  # of the booked account, 1 for the most probable; None if it was not known
-
-
-def _assessment(predicted: str, margin: float, rank: int) -> Assessment:
-    return Assessment(predicted, round(margin, 4) if margin < math.inf else None, rank or None)
 
 
 class Known(NamedTuple):
@@ -387,17 +383,11 @@ class NaiveBayes:
             known, asked, lambda document, account: base[kind[document], account]
         )
 
-        best_score = np.maximum.reduceat(cells.score, cells.start)
-        best = np.flatnonzero(cells.score == best_score[cells.document])
-        if len(best) > n:  # of equals, the first by name
-            name = [self.names[account] for account in cells.account[best].tolist()]
-            best = best[sorted(range(len(best)), key=lambda i: (cells.document[best[i]], name[i]))]
-            best = best[_run_starts(cells.document[best])]
+        best = self._best_cells(cells)
         predicted = cells.account[best]
-
         others = cells.score.copy()
         others[best] = -np.inf
-        margins = best_score - np.maximum.reduceat(others, cells.start)
+        margins = cells.score[best] - np.maximum.reduceat(others, cells.start)
 
         # The rank of a booked account that was not predicted: how many score as much.
         ranks = (predicted == booked).astype(np.int64)
@@ -408,8 +398,14 @@ class NaiveBayes:
         for i in wrong:
             ranks[i] += np.count_nonzero(base[kind[i]] >= least[i])
 
-        names = [self.names[account] for account in predicted.tolist()]
-        return list(map(_assessment, names, margins.tolist(), ranks.tolist()))
+        return list(
+            map(
+                Assessment,
+                [self.names[account] for account in predicted.tolist()],
+                [margin if margin < np.inf else None for margin in margins.round(4).tolist()],
+                [rank or None for rank in ranks.tolist()],
+            )
+        )
 
     def _assessed(self, document: Sequence[int], label: str) -> Assessment:
         scores = self._scores(document)
@@ -417,8 +413,12 @@ class NaiveBayes:
         rank = 1 if best == booked else np.count_nonzero(scores >= scores[booked])
         highest = scores[best]
         scores[best] = -np.inf
-        margin = float(highest - scores.max())
-        return _assessment(self.names[best], margin, int(rank) if booked >= 0 else 0)
+        margin = float((highest - scores.max()).round(4))
+        return Assessment(
+            self.names[best],
+            margin if margin < np.inf else None,
+            int(rank) if booked >= 0 else None,
+        )
 
     def weigh(
         self,
@@ -495,6 +495,17 @@ class NaiveBayes:
         found = Cells(document, account, before, score, start=cells.searchsorted(each))
         return found, [cells.searchsorted(cell) for cell in asked]
 
+    def _best_cells(self, cells: Cells) -> np.ndarray:
+        """(n,) the cell of each document's highest score; of equals, the first by name."""
+        highest = np.maximum.reduceat(cells.score, cells.start)
+        best = np.flatnonzero(cells.score == highest[cells.document])
+        if len(best) > len(highest):
+            document, account = cells.document[best].tolist(), cells.account[best].tolist()
+            name = [self.names[number] for number in account]
+            order = sorted(range(len(best)), key=lambda i: (document[i], name[i]))
+            best = best[order][_run_starts(cells.document[best])]
+        return best
+
     def _base_at(self, known: Known, document: np.ndarray, account: np.ndarray) -> np.ndarray:
         """(k,) what the base of each document has for the account."""
         counts = self.token_counts
@@ -548,7 +559,7 @@ class NaiveBayes:
     def restore(self, state: Arrays) -> None:
         """Takes over what a model had counted."""
         self.names = _unpacked(state["account_names"])
-        self.accounts = _numbers(dict(zip(self.names, count())))
+        self.accounts = _numbers({name: number for number, name in enumerate(self.names)})
         self.account_counts = state["account_counts"]
         self.account_tokens = state["account_tokens"]
         self.token_counts.restore(state)
@@ -567,7 +578,7 @@ def rounds(n: int) -> list[slice]:
 
 def _log_ratio(counts: np.ndarray, alpha: float) -> np.ndarray:
     """log (1 + N / alpha), which is 0 for most."""
-    return _exact(np.log1p(counts / alpha))
+    return _exact(np.log(1 + counts / alpha))  # log1p is slower, and counts are not so small
 
 
 def _exact(logs: np.ndarray) -> np.ndarray:
@@ -1581,7 +1592,7 @@ class Bookkeeper:
         self._broken = False  # has the model lost step with the log?
         self._started = time.monotonic()
         self._snapshot = Snapshot(log)
-        self._saved = 0  # lines of the log that are in its snapshot
+        self._saved: float = 0  # lines of the log that are in its snapshot
         self._saving: threading.Thread | None = None
         if state := self._snapshot.load():
             self._restore(state)
@@ -1769,7 +1780,7 @@ class Bookkeeper:
         self._corrections = dict(_unpacked(state["corrections"]))
         self._saved = len(self.log)
 
-    def _unsaved(self) -> int:
+    def _unsaved(self) -> float:
         return 0 if self._broken else len(self.log) - self._saved
 
     def _save(self) -> None:
@@ -2021,7 +2032,7 @@ class Bookkeeper:
         corrections = chain.from_iterable(self._corrections.get(seq, []) for seq in seqs)
         self._end_saving()
         self._snapshot.discard()
-        self._saved = 0
+        self._saved = math.inf  # accounts that only it used keep their names until the next start
         self.log.remove({*seqs, *corrections})
         with self._in_step():
             for chunk in _chunks(zip(bookings, standing, strict=True), CHUNK):

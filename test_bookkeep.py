@@ -1240,12 +1240,14 @@ def grown(path):
         for number, batch in enumerate(batches_of(samples[:600], 70)):
             bookkeeper.book(batch, f"key{number}")
         bookkeeper.forget(samples[0]["CompanyId"])
+    with bookkeeping(path) as bookkeeper:
         for batch in batches_of(samples[600:], 7):
             bookkeeper.book(batch)
         for seq in (690, 691, 690):
             bookkeeper.correct(seq, f"account{seq}")
-        known = state(bookkeeper, asked)
+        settled(bookkeeper)
         bookkeeper._saved = 0  # so that all of it will be in a snapshot
+        known = state(bookkeeper, asked)
     return asked, known
 
 
@@ -1376,16 +1378,26 @@ def test_a_snapshot_that_cannot_be_written_keeps_nothing_from_working(
     assert snapshot_of(path).stat().st_mode & 0o777 == 0o600
 
 
-def test_a_forgotten_company_is_in_no_snapshot(path, unsaved):
-    samples = bookings(300)
-    company = samples[0]["CompanyId"]
+def test_what_was_forgotten_is_in_no_snapshot(path, unsaved):
+    samples = [booking(company="mine", text=f"shop{i}", account="its own") for i in range(50)]
+
+    def said():
+        return b"".join(file.read_bytes() for file in path.parent.iterdir())
+
     with bookkeeping(path) as bookkeeper:
-        bookkeeper.book(samples)
+        bookkeeper.book(samples + bookings(300))
         settled(bookkeeper)
-        assert company.encode() in snapshot_of(path).read_bytes()
-        bookkeeper.forget(company)
-        assert company.encode() not in b"".join(f.read_bytes() for f in path.parent.iterdir())
-    assert company.encode() not in snapshot_of(path).read_bytes()
+        assert b"mine" in snapshot_of(path).read_bytes()
+        bookkeeper.forget("mine")
+        bookkeeper.book(bookings(300, seed=1))
+        settled(bookkeeper)
+        assert b"mine" not in said()
+        assert b"its own" not in said()
+    assert b"its own" not in said()
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book(bookings(300, seed=2))
+    assert snapshot_of(path).exists()
+    assert b"its own" not in said()
 
 
 @pytest.mark.parametrize(
