@@ -88,8 +88,8 @@ def parse_json(body: bytes) -> object:
     A body that is a JSON string is read as the JSON within.
     """
     try:
-        content = _loads(body.decode("utf-8-sig"))
-        return _loads(content) if isinstance(content, str) else content
+        content = _decode(body.decode("utf-8-sig"))
+        return _decode(content) if isinstance(content, str) else content
     except UnicodeDecodeError as error:
         raise BadRequest(f"the body must be UTF-8, byte {error.start} is not") from None
     except RecursionError:
@@ -195,11 +195,6 @@ def _unpacked(array: np.ndarray) -> object:
     return json.loads(array.tobytes())
 
 
-def _loads(text: str) -> object:
-    # No number is of use here, so any will do as a float, which may have any number of digits.
-    return json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant, parse_int=float)
-
-
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     unique = dict(pairs)
     if len(unique) < len(pairs):
@@ -211,6 +206,12 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _no_constant(name: str) -> None:
     raise BadRequest(f"the body must be JSON, which has no {name}")
+
+
+# No number is of use here, so any will do as a float, which may have any number of digits.
+_decode = json.JSONDecoder(
+    object_pairs_hook=_object, parse_constant=_no_constant, parse_int=float
+).decode
 
 
 def _shown(key: str) -> str:
@@ -2209,9 +2210,10 @@ def create_app(
     def received(parse: Callable[[bytes], T]) -> T:
         if request.content_type.partition(";")[0].strip() != "application/json":
             raise HTTPError(415, "send JSON, with the header Content-Type: application/json")
-        if request.content_length > max_body:
+        length = request.content_length
+        if length > max_body:
             raise HTTPError(413, f"send at most {max_body} bytes in one request")
-        with parsing if request.content_length > LARGE_BODY else nullcontext():
+        with parsing if length > LARGE_BODY else nullcontext():
             return parse(request.body.read())
 
     def number(name: str, text: str, least: int, most: int = MAX_NUMBER) -> int:
