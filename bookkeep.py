@@ -634,7 +634,7 @@ class Counts:
     in the lower 40, in units of 1 / GRAIN. Entries that become zero are dropped.
     """
 
-    LOAD = 2 / 3  # of the slots may be taken
+    LOAD = 1 / 2  # of the slots may be taken
     NARROW = 64  # entries that a narrow row may have, a power of two, unless it is less than
     SHARE = 1 / 64  # of all accounts
 
