@@ -227,6 +227,7 @@ FLOOR = 1 / 16  # what a booking that surprises nobody counts at the least
 GRAIN = 1024  # weights are multiples of 1 / GRAIN, so sums of them are exact in any order
 ROUND = 64  # documents of a batch that are weighed, and learned, at once
 MAX_CELLS = 1 << 23  # scores that may be at work at once, unless one document has more
+MAX_ENTRIES = 1 << 20  # sums of narrow tokens that may be at work at once, likewise
 
 
 class Assessment(NamedTuple):
@@ -243,6 +244,7 @@ class Known(NamedTuple):
     document: np.ndarray  # (m,) that each is in, in ascending order
     rows: np.ndarray  # (m,) of token_counts
     lengths: np.ndarray  # (n,) how many each document has
+    entries: int  # of the narrow ones
 
 
 class Cells(NamedTuple):
@@ -369,11 +371,12 @@ class NaiveBayes:
             return [Assessment(None, None, None)] * n
         if n == 1:
             return [self._assessed(documents[0], labels[0])]
-        if n * len(self.names) > MAX_CELLS:
+        if n * len(self.names) > MAX_CELLS or (
+            (known := self._known(documents)).entries > MAX_ENTRIES
+        ):
             half = n // 2
             first_half = self.assess(documents[:half], labels[:half])
             return first_half + self.assess(documents[half:], labels[half:])
-        known = self._known(documents)
         numbers = _numbers()
         kind = np.array([numbers[kind] for kind in self._kinds(known)])
         base = self._base(numbers)
@@ -433,12 +436,19 @@ class NaiveBayes:
         posterior that is softened by SOFTENING and is over the accounts that narrow tokens of the
         document have met, the label, and what was predicted. An account not seen before counts 1.
         """
+        n = len(documents)
         if not self.known:
-            return np.ones(len(documents))
-        booked, rival = self._numbered(labels), self._numbered(predicted)
-        rival = np.where(rival < 0, booked, rival)
+            return np.ones(n)
         known = self._known(documents)
-        asked = [np.maximum(booked, 0), np.maximum(rival, 0)]
+        if n > 1 and known.entries > MAX_ENTRIES:
+            halves = slice(n // 2), slice(n // 2, n)
+            return np.concatenate(
+                [self.weigh(documents[h], labels[h], predicted[h]) for h in halves]
+            )
+        booked, rival = self._numbered(labels), self._numbered(predicted)
+        any_known = self.account_counts.argmax()
+        asked = [np.where(booked < 0, any_known, booked)]
+        asked.append(np.where(rival < 0, asked[0], rival))
         cells, (own, _) = self._cells(known, asked, partial(self._base_at, known))
         softened = cells.score / SOFTENING
         softened -= np.maximum.reduceat(softened, cells.start)[cells.document]
@@ -456,10 +466,11 @@ class NaiveBayes:
     def _known(self, documents: Sequence[Sequence[int]]) -> Known:
         n = len(documents)
         rows = self.token_counts.find(_flat(documents))
-        known = self.token_counts.sizes[rows].nonzero()[0]
+        sizes = self.token_counts.sizes[rows]
+        known = sizes.nonzero()[0]
         document = np.arange(n).repeat([len(tokens) for tokens in documents])[known]
         lengths = np.bincount(document, minlength=n)
-        return Known(document, rows[known], lengths)
+        return Known(document, rows[known], lengths, int(np.maximum(sizes, 0).sum()))
 
     def _kinds(self, known: Known) -> Iterator[tuple[int, ...]]:
         """Of each document, how many tokens are known, and the lines of its wide ones."""
@@ -631,12 +642,13 @@ class Counts:
     long array, its entries sorted by account, with room for the next power of two, that moves to
     the end when it outgrows that; or wide: a line of a dense matrix, beside which its evidence, the
     log (1 + N / alpha), is kept. An entry is one number: the account in the upper 24 bits, the sum
-    in the lower 40, in units of 1 / GRAIN. Entries that become zero are dropped.
+    in the lower 40, in units of 1 / GRAIN. Entries that become zero are dropped. A row is wide if
+    it has more than `narrow` entries, which doubles when too many rows are.
     """
 
     LOAD = 1 / 2  # of the slots may be taken
-    NARROW = 64  # entries that a narrow row may have, a power of two, unless it is less than
-    SHARE = 1 / 64  # of all accounts
+    NARROW = 64  # entries that a narrow row may have, as long as there are no more than
+    LINES = 256  # wide rows
 
     def __init__(self, alpha: float) -> None:
         self.alpha = alpha
@@ -733,18 +745,6 @@ class Counts:
         lines, columns = self.wide_counts.shape
         if accounts > columns:
             self._grow_wide(lines, 2 * accounts)
-        narrowest = self.NARROW
-        while narrowest < self.SHARE * accounts:
-            narrowest *= 2
-        if narrowest > self.narrow:
-            self.narrow = narrowest
-            self._make_narrow(np.flatnonzero(self.sizes == WIDE))
-            rows = np.flatnonzero(self.sizes == WIDE)
-            lines = self.starts[rows]
-            self.wide_counts = self.wide_counts[lines]
-            self.wide_evidence = self.wide_evidence[lines]
-            self.starts[rows] = np.arange(len(rows))
-            self.wide = len(rows)
 
     def add(self, tokens: np.ndarray, accounts: np.ndarray, values: np.ndarray) -> None:
         """Adds each value to the sum of its token and account."""
@@ -787,10 +787,9 @@ class Counts:
         sizes = np.bincount(owner, minlength=len(rows))
         moved = _room(sizes) > _room(self.sizes[rows])
         room = _room(sizes[moved])
+        self._make_room(int(room.sum()))
         self.starts[rows[moved]] = self.end + room.cumsum() - room
         self.end += int(room.sum())
-        if self.end > len(self.entries):
-            self.entries = _grown(self.entries, 2 * self.end)
         self.occupied += int(np.count_nonzero(sizes) - np.count_nonzero(self.sizes[rows]))
         self.sizes[rows] = sizes
         _, at = self._spans(rows)
@@ -798,6 +797,19 @@ class Counts:
         many = sizes > self.narrow
         if many.any():
             self._make_wide(rows[many])
+
+    def _make_room(self, more: int) -> None:
+        """If so many more entries don't fit, moves all spans together, with twice the room."""
+        if self.end + more <= len(self.entries):
+            return
+        rows = np.flatnonzero(self.sizes > 0)
+        sizes = self.sizes[rows]
+        room = _room(sizes)
+        self.end = int(room.sum())
+        entries = np.zeros(2 * (self.end + more), dtype=np.int64)
+        starts = room.cumsum() - room
+        entries[_ranges(starts, sizes)[1]] = self.entries[self._spans(rows)[1]]
+        self.entries, self.starts[rows] = entries, starts
 
     def _spans(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where the narrow rows' entries lie, in order, each with its index into `rows`."""
@@ -813,6 +825,20 @@ class Counts:
         self.wide_evidence[lines[owner], account] = _log_ratio(count, self.alpha)
         self.starts[rows] = lines
         self.sizes[rows] = WIDE
+        if self.wide > self.LINES:
+            self._drop_lines()
+        while self.wide > self.LINES:
+            self.narrow *= 2
+            self._make_narrow(np.flatnonzero(self.sizes == WIDE))
+            self._drop_lines()
+
+    def _drop_lines(self) -> None:
+        """Drops the lines of rows that are not wide any more."""
+        rows = np.flatnonzero(self.sizes == WIDE)
+        lines = self.starts[rows]
+        self.wide_counts, self.wide_evidence = self.wide_counts[lines], self.wide_evidence[lines]
+        self.wide = len(rows)
+        self.starts[rows] = np.arange(self.wide)
 
     def _make_narrow(self, rows: np.ndarray) -> None:
         """Makes those of the wide rows narrow that have few enough entries."""
@@ -1486,20 +1512,23 @@ class Snapshot:
         path = log.path.resolve()
         self.path = path.with_name(f"{path.name}.snapshot.npz")
         self._unfinished = path.with_name(f".{path.name}.snapshot.npz")
+        self.lines = 0  # of the log that it covers
 
     def save(self, state: Arrays) -> None:
         """Puts the state in the place of an earlier one, in one step, or logs why it cannot."""
-        size, _ = _unpacked(state["named"])
-        origin = np.array([size, self.log.checksum(size), *self._version()])
         try:
+            size, _ = _unpacked(state["named"])
+            origin = np.array([size, self.log.checksum(size), *self._version()])
             file = os.open(self._unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with open(file, "wb") as file:
                 np.savez(file, origin=origin, **state)
             # There is no fsync: if it was not on disk at a power failure, the log is.
             os.replace(self._unfinished, self.path)
-        except OSError as error:
-            logger.warning("%s could not be written: %s", self.path, error.strerror)
-            self._unfinished.unlink(missing_ok=True)
+            self.lines = len(state["line_starts"])
+        except Exception as error:  # whatever it is, there is the log
+            logger.warning("%s could not be written: %s", self.path, error)
+            with suppress(OSError):
+                self._unfinished.unlink(missing_ok=True)
 
     def load(self) -> Arrays | None:
         """The state, or None, with a warning, if there is one that cannot be used."""
@@ -1517,13 +1546,16 @@ class Snapshot:
             elif checksum != self.log.checksum(size):
                 reason = "it is not of this log as it is"
             else:
+                self.lines = len(state["line_starts"])
                 return state
         logger.warning("%s is of no use, %s; all of the log is read", self.path, reason)
         return None
 
     def discard(self) -> None:
-        """Removes the file. Raises OSError."""
+        """Removes the file, also one that a crash left unfinished. Raises OSError."""
         self.path.unlink(missing_ok=True)
+        self._unfinished.unlink(missing_ok=True)
+        self.lines = 0
 
     def _version(self) -> list[int]:
         return [FORMAT, *tokens(dict.fromkeys(FEATURES, "a b c"))]
@@ -1593,7 +1625,7 @@ class Bookkeeper:
         self._broken = False  # has the model lost step with the log?
         self._started = time.monotonic()
         self._snapshot = Snapshot(log)
-        self._saved: float = 0  # lines of the log that are in its snapshot
+        self._saved: float = 0  # lines of the log that the last snapshot was to cover
         self._saving: threading.Thread | None = None
         if state := self._snapshot.load():
             self._restore(state)
@@ -1765,7 +1797,7 @@ class Bookkeeper:
             self._arrival.notify()
         self._writer.join()
         self._end_saving()
-        if self._unsaved() >= UNSAVED:
+        if self._unsaved() > -math.inf and len(self.log) - self._snapshot.lines >= UNSAVED:
             self._snapshot.save(self._state())
         self.log.close()
 
@@ -1782,7 +1814,7 @@ class Bookkeeper:
         self._saved = len(self.log)
 
     def _unsaved(self) -> float:
-        return 0 if self._broken else len(self.log) - self._saved
+        return -math.inf if self._broken else len(self.log) - self._saved
 
     def _save(self) -> None:
         """Saves the state in the background, if it is time to."""
@@ -1792,9 +1824,10 @@ class Bookkeeper:
         self._saved = len(self.log)
         try:
             state = {name: array.copy() for name, array in self._state().items()}
-            self._saving = threading.Thread(target=self._snapshot.save, args=[state], name="saving")
-            self._saving.start()
-        except (MemoryError, RuntimeError) as error:
+            saving = threading.Thread(target=self._snapshot.save, args=[state], name="saving")
+            saving.start()
+            self._saving = saving
+        except Exception as error:  # there is the log
             logger.warning("no snapshot was made: %s", error)
 
     def _end_saving(self) -> None:
@@ -1870,16 +1903,12 @@ class Bookkeeper:
 
     def _book_group(self, group: list[Batch]) -> None:
         group = [batch for batch in group if not self._answered_before(batch)]
-        learned: list[list[dict]] = []
+        learned: list[dict] = []
         try:
-            for batch in group:
-                learned.append(self._book_in_model(batch.samples))
-            records = self.log.append(
-                [(batch.name, new) for batch, new in zip(group, learned, strict=True)]
-            )
+            batches = [(batch.name, self._book_in_model(batch.samples, learned)) for batch in group]
+            records = self.log.append(batches)
         except BaseException:
-            for new in learned:
-                self._learn(new, times=-1)
+            self._learn(learned, times=-1)
             raise
         with self._in_step():
             self._remember(records)
@@ -1911,8 +1940,11 @@ class Bookkeeper:
             )
         return True
 
-    def _book_in_model(self, samples: Sequence[Sample]) -> list[dict]:
-        """Predicts a batch, then learns it, and gives what the log will say of it."""
+    def _book_in_model(self, samples: Sequence[Sample], learned: list[dict]) -> list[dict]:
+        """Predicts a batch, then learns it, and gives what the log will say of it.
+
+        Adds to `learned` what it has learned, however far it comes.
+        """
         documents = [tokens(sample) for sample in samples]
         labels = [sample[TARGET] for sample in samples]
         assessments = self._model.assess(documents, labels)
@@ -1934,6 +1966,7 @@ class Bookkeeper:
             for record, weight in zip(records[part], weights.tolist(), strict=True):
                 record["weight"] = weight
             self._learn(records[part], documents[part])
+            learned += records[part]
         return records
 
     def _learn(
@@ -2033,8 +2066,8 @@ class Bookkeeper:
         corrections = chain.from_iterable(self._corrections.get(seq, []) for seq in seqs)
         self._end_saving()
         self._snapshot.discard()
-        self._saved = math.inf  # accounts that only it used keep their names until the next start
         self.log.remove({*seqs, *corrections})
+        self._saved = math.inf  # accounts that only it used keep their names until the next start
         with self._in_step():
             for chunk in _chunks(zip(bookings, standing, strict=True), CHUNK):
                 documents = [tokens(booking["sample"]) for booking, _ in chunk]
@@ -2869,7 +2902,10 @@ class Channel(HTTPChannel):
         self.receiver = None
         if self.short:
             self.short = False
-            self.service()
+            if len(self.requests) == 1:
+                self.service()
+            else:  # before the next request, it might wait for what only this thread can send
+                self.server.add_task(self)
 
 
 class Dispatcher(ThreadedTaskDispatcher):
@@ -2881,6 +2917,7 @@ class Dispatcher(ThreadedTaskDispatcher):
         if (
             channel.receiver == threading.get_ident()
             and not request.error
+            and not request.chunked
             and request.path == "/predict"
             and request.content_length <= SHORT_BODY
         ):

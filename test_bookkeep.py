@@ -429,9 +429,13 @@ def test_all_is_the_same_a_few_cells_at_a_time(bookings, documents, cells):
     model = taught(bookings)
     labels = ["1"] * len(documents)
     expected = model.predict(documents), model.assess(documents, labels)
+    whole = model.weigh(documents, labels, expected[0])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bookkeep, "MAX_CELLS", cells)
-        assert (model.predict(documents), model.assess(documents, labels)) == expected
+        for limit in ("MAX_CELLS", "MAX_ENTRIES"):
+            patch.setattr(bookkeep, limit, cells)
+            assert (model.predict(documents), model.assess(documents, labels)) == expected
+            weights = model.weigh(documents, labels, expected[0])
+            assert weights.tolist() == pytest.approx(whole.tolist(), abs=1 / GRAIN)
 
 
 @given(LEARNED, st.lists(st.integers(0, 10)), st.randoms(use_true_random=False))
@@ -526,12 +530,15 @@ def test_counts_of_tokens_with_one_account_and_with_nearly_all():
     assert 1 < np.count_nonzero(model.token_counts.sizes == bookkeep.WIDE) < 60
 
 
-def test_wide_tokens_change_no_figure():
+@pytest.mark.parametrize("lines", [256, 8])
+def test_wide_tokens_change_no_figure(lines):
     rng = random.Random(1)
     learned, asked = many(rng), many(rng, 200)
     documents, labels, _ = zip(*asked, strict=True)
-    model = taught(learned, [rng.randrange(1, 200) for _ in range(20)])
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bookkeep.Counts, "LINES", lines)
+        model = taught(learned, [rng.randrange(1, 200) for _ in range(20)])
+        assert 0 < np.count_nonzero(model.token_counts.sizes == bookkeep.WIDE) <= lines
         patch.setattr(bookkeep.Counts, "NARROW", 1 << 20)
         plain = taught(learned)
         assert not (plain.token_counts.sizes == bookkeep.WIDE).any()
@@ -558,6 +565,19 @@ def test_which_tokens_are_wide_depends_on_nothing_but_what_is_counted():
     assert counts(model) == counts(expected)
     weights = weighed(model, documents, labels[:1] * len(documents))
     assert np.array_equal(weights, weighed(expected, documents, labels[:1] * len(documents)))
+
+
+def test_what_is_learned_and_unlearned_again_and_again_takes_no_more_room():
+    rng = random.Random(3)
+    model = taught(many(rng))
+    documents, labels, weights = map(np.array, zip(*many(rng), strict=True))
+    rooms = []
+    for _ in range(12):
+        for sign in (1, -1):
+            model.learn(documents.tolist(), labels.tolist(), sign * weights)
+        table = model.token_counts
+        rooms.append([len(table.entries), len(table.tokens), len(table.wide_counts)])
+    assert rooms[-1] == rooms[3]
 
 
 def test_tokens_whose_hashes_meet_are_told_apart():
@@ -1246,7 +1266,7 @@ def grown(path):
         for seq in (690, 691, 690):
             bookkeeper.correct(seq, f"account{seq}")
         settled(bookkeeper)
-        bookkeeper._saved = 0  # so that all of it will be in a snapshot
+        bookkeeper._snapshot.lines = 0  # so that there will be a new one
         known = state(bookkeeper, asked)
     return asked, known
 
@@ -1376,6 +1396,31 @@ def test_a_snapshot_that_cannot_be_written_keeps_nothing_from_working(
         bookkeeper.book(bookings(150))
     assert snapshot_of(path).exists()
     assert snapshot_of(path).stat().st_mode & 0o777 == 0o600
+
+
+def test_without_a_thread_for_snapshots_all_else_works(path, unsaved, monkeypatch, caplog):
+    def none_left(self):
+        raise RuntimeError("can't start new thread")
+
+    with bookkeeping(path) as bookkeeper:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", none_left)
+            bookkeeper.book(bookings(150))
+            settled(bookkeeper)
+        assert "can't start new thread" in caplog.text
+        bookkeeper.book([booking(company="mine")])
+        assert bookkeeper.forget("mine") == 1
+
+
+def test_forgetting_removes_a_snapshot_that_a_crash_left_unfinished(path, unsaved):
+    samples = bookings(150)
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book(samples)
+        settled(bookkeeper)
+        unfinished = path.with_name(f".{path.name}.snapshot.npz")
+        unfinished.write_bytes(snapshot_of(path).read_bytes()[:-100])
+        bookkeeper.forget(samples[0]["CompanyId"])
+        assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
 def test_what_was_forgotten_is_in_no_snapshot(path, unsaved):
@@ -2059,6 +2104,32 @@ def test_what_cannot_be_written_is_not_learned_and_can_be_sent_again(path, monke
     assert [record["sample"] for record in read(path)] == samples
 
 
+def test_a_batch_that_fails_half_way_is_not_learned(path, monkeypatch):
+    samples = bookings(300)
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book(samples[:100])
+        bookkeeper.book(samples[100:150])
+        before = state(bookkeeper, samples)
+        calibration = [*map(list, bookkeeper._calibration.state().values())]
+        weigh, calls = NaiveBayes.weigh, []
+
+        def broken(self, *arguments):
+            calls.append(arguments)
+            if len(calls) == 2:
+                raise MemoryError
+            return weigh(self, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(NaiveBayes, "weigh", broken)
+            with pytest.raises(MemoryError):
+                bookkeeper.book(samples[150:])
+        assert len(calls) == 2
+        assert state(bookkeeper, samples) == before
+        assert [*map(list, bookkeeper._calibration.state().values())] == calibration
+        assert bookkeeper.book(samples[150:]) == range(150, 300)
+    assert counts(bookkeeper._model) == counts(taught(standing(path)))
+
+
 def test_a_named_batch_is_booked_once(path):
     samples = bookings(50)
     with bookkeeping(path) as bookkeeper:
@@ -2626,6 +2697,26 @@ def test_a_short_question_is_answered_while_all_threads_are_busy(serve):
     done.append("predicted")
     sending.join()
     assert done == ["predicted", "booked"]
+
+
+def test_a_long_answer_that_nobody_reads_keeps_no_other_from_its_own(serve):
+    service = serve()
+    service.post("/sample", [booking(account="\U0001f600" * 10_000)])
+    samples = [{"CompanyId": "A", "BankEntryText": "r", "BankEntryAmount": "a"}] * 220
+    question = json.dumps(samples).encode()
+    assert len(question) < bookkeep.SHORT_BODY
+    head = (
+        "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(question)}\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", service.port)) as connection:
+        connection.sendall(
+            head.encode() + question + b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        )
+        time.sleep(0.5)
+        assert service.get("/health")[0] == 200
+        assert service.post("/predict", booking())[0] == 200
+    assert service.stop() == 0
 
 
 def test_requests_of_one_connection_are_answered_in_order(service):
