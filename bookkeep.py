@@ -1903,6 +1903,8 @@ class Bookkeeper:
 
     def _book_group(self, group: list[Batch]) -> None:
         group = [batch for batch in group if not self._answered_before(batch)]
+        if not group:
+            return
         learned: list[dict] = []
         try:
             batches = [(batch.name, self._book_in_model(batch.samples, learned)) for batch in group]
@@ -1993,7 +1995,7 @@ class Bookkeeper:
                 for record in records
             )
 
-    def _count(self, booked: Iterable[tuple[dict, list[str], str]], times: int = 1) -> None:
+    def _count(self, booked: Iterable[tuple[dict, list[int], str]], times: int = 1) -> None:
         """Takes into account how good the predictions of these (record, document, account) were."""
         evidence, ranks = [], []
         for record, document, account in booked:
@@ -2141,7 +2143,7 @@ def check_records(
             yield Damage(number, str(error))
 
 
-def _evidence(margin: float | None, document: list[str]) -> float:
+def _evidence(margin: float | None, document: list[int]) -> float:
     return (margin or 0) / len(document)
 
 
