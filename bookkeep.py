@@ -305,11 +305,14 @@ class NaiveBayes:
         A = len(self.names)
         base = np.empty((len(kinds), A))
         log_counts, log_tokens = self._logs
+        priors = {
+            length: log_counts - length * log_tokens for length in {kind[0] for kind in kinds}
+        }
         for scores, (length, *lines) in zip(base, kinds, strict=True):
-            np.multiply(log_tokens, -length, out=scores)
-            scores += log_counts
-            for line in lines:
-                scores += self.token_counts.wide_evidence[line, :A]
+            evidence = [self.token_counts.wide_evidence[line, :A] for line in lines] or [0.0]
+            np.add(priors[length], evidence[0], out=scores)
+            for more in evidence[1:]:
+                scores += more
         return base
 
     def terms(self, document: Sequence[int], accounts: np.ndarray) -> np.ndarray:
