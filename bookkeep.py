@@ -436,8 +436,9 @@ class NaiveBayes:
         """(n,) what documents count when they are learned: max(floor, 1 - P(label | tokens)).
 
         That is the discriminative frequency estimate (Su, Zhang, Ling, Matwin, ICML 2008), from a
-        posterior that is softened by SOFTENING and is over the accounts that narrow tokens of the
-        document have met, the label, and what was predicted. An account not seen before counts 1.
+        posterior that is softened by SOFTENING and is over the label, what was predicted, and the
+        accounts that those of the document's tokens have met that met at most NARROW of them. An
+        account not seen before counts 1.
         """
         n = len(documents)
         if not self.known:
@@ -452,7 +453,7 @@ class NaiveBayes:
         any_known = self.account_counts.argmax()
         asked = [np.where(booked < 0, any_known, booked)]
         asked.append(np.where(rival < 0, asked[0], rival))
-        cells, (own, _) = self._cells(known, asked, partial(self._base_at, known))
+        cells, (own, _) = self._cells(known, asked, partial(self._base_at, known), Counts.NARROW)
         softened = cells.score / SOFTENING
         softened -= np.maximum.reduceat(softened, cells.start)[cells.document]
         likelihood = np.exp(softened)
@@ -490,15 +491,20 @@ class NaiveBayes:
         known: Known,
         asked: list[np.ndarray],
         base: Callable[[np.ndarray, np.ndarray], np.ndarray],
+        most: int | None = None,
     ) -> tuple[Cells, list[np.ndarray]]:
         """The scores of the accounts that narrow tokens have met and of those asked for, (n,) each.
 
-        And in which cells these are. `base` gives the scores without the narrow tokens.
+        And in which cells these are. `base` gives the scores without the narrow tokens. Accounts
+        that no token has met that met at most so many are left out.
         """
-        owner, account, evidence = self.token_counts.evidence(known.rows)
+        counts = self.token_counts
+        most = most or counts.narrow
+        few = counts.sizes[known.rows] <= most
+        owner, account, evidence = counts.evidence(known.rows[few])
         each = np.arange(len(known.lengths)) << 32
         asked = [each | account for account in asked]
-        cells = np.concatenate([known.document[owner] << 32 | account, *asked])
+        cells = np.concatenate([known.document[few][owner] << 32 | account, *asked])
         evidence = np.concatenate([evidence, np.zeros(len(cells) - len(evidence))])
         order = cells.argsort(kind="stable")
         cells = cells[order]
@@ -507,6 +513,14 @@ class NaiveBayes:
         document, account = cells >> 32, cells & 0xFFFFFFFF
         before = base(document, account)
         score = before + np.add.reduceat(evidence[order], first)
+
+        if most < counts.narrow:
+            owner, other, count = counts.take(known.rows[~few])
+            key = known.document[~few][owner] << 32 | other
+            at = np.minimum(cells.searchsorted(key), len(cells) - 1)
+            there = cells[at] == key
+            more = _log_ratio(count[there], self.alpha)
+            score += np.bincount(at[there], more, minlength=len(cells))
         found = Cells(document, account, before, score, start=cells.searchsorted(each))
         return found, [cells.searchsorted(cell) for cell in asked]
 

@@ -549,6 +549,21 @@ def test_wide_tokens_change_no_figure(lines):
     assert np.array_equal(model.terms(documents[0], accounts), plain.terms(documents[0], accounts))
 
 
+def test_weights_do_not_depend_on_how_counts_are_kept():
+    rng = random.Random(4)
+    learned, asked = many(rng), many(rng, 200)
+    documents, labels, _ = zip(*asked, strict=True)
+    found = []
+    for lines in (256, 8):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(bookkeep.Counts, "LINES", lines)
+            model = taught(learned)
+            found.append(weighed(model, documents, labels))
+    assert model.token_counts.narrow > bookkeep.Counts.NARROW
+    assert np.array_equal(*found)
+    assert len({*found[0].tolist()}) > 50
+
+
 def test_which_tokens_are_wide_depends_on_nothing_but_what_is_counted():
     rng = random.Random(2)
     kept, passing = many(rng), many(rng)
