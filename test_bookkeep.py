@@ -3971,9 +3971,9 @@ def test_the_synthetic_set_is_as_hard_as_it_should_be():
 @pytest.mark.skipif(not REAL.exists(), reason="the real data set is not in data/")
 def test_quality_on_the_real_set():
     accuracy, precision, recall, calibration_error = prequential(REAL)
-    assert accuracy >= 0.699
-    assert precision >= 0.480
-    assert recall >= 0.485
+    assert accuracy >= 0.702
+    assert precision >= 0.489
+    assert recall >= 0.496
     assert calibration_error <= 0.02
 
 
