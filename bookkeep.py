@@ -56,11 +56,11 @@ logger = logging.getLogger("bookkeep")
 
 FEATURES = ("CompanyId", "BankEntryText", "BankEntryAmount")
 TARGET = "AccountNumber"
-REPEATED = ("CompanyId", "BankEntryAmount")  # in the tokens of each word
+NAMES = ("CompanyId", "BankEntryAmount")  # of at most MAX_NAME characters
 
 MAX_BATCH = 10_000  # samples in one body
 MAX_VALUE = 10_000  # characters in a key or a value
-MAX_NAME = 100  # characters in a company or an amount, which most of a sample's tokens repeat
+MAX_NAME = 100  # characters in a company or an amount
 MAX_WORDS = 100  # words of a text that become tokens: its first ones
 
 KINDS = (  # of tokens, in a person's words
@@ -140,7 +140,7 @@ def check_sample(sample: object, required: Sequence[str]) -> None:
             raise BadRequest(f"{key} is missing")
         if not sample[key]:
             raise BadRequest(f"{key} is empty")
-        if key in REPEATED and len(sample[key]) > MAX_NAME:
+        if key in NAMES and len(sample[key]) > MAX_NAME:
             raise BadRequest(f"{key} is longer than {MAX_NAME} characters")
     try:
         "".join(chain(sample, sample.values())).encode()
@@ -2468,7 +2468,7 @@ def _openapi(max_batch: int) -> dict:
     text = {"type": "string", "maxLength": MAX_VALUE}
     filled = text | {"minLength": 1}
     features = {
-        key: filled | {"maxLength": MAX_NAME if key in REPEATED else MAX_VALUE} for key in FEATURES
+        key: filled | {"maxLength": MAX_NAME if key in NAMES else MAX_VALUE} for key in FEATURES
     }
     count = {"type": "integer", "minimum": 0}
     share = {"type": "number", "minimum": 0, "maximum": 1}
