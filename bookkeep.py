@@ -1585,7 +1585,7 @@ GROUP = 1000  # samples that a group of batches may have, unless it is one batch
 BACKLOG = 50_000  # samples that may wait, unless they are one batch
 RESTART = "nothing can be booked until the service is started again"
 LISTED = 10  # bookings in each list of the overview
-UNSAVED = 10_000  # lines of the log that its snapshot may lack; an eighth of it while it grows
+UNSAVED = 10_000  # lines of the log that its snapshot may lack; a sixteenth while it grows
 
 
 class NotReady(Exception):
@@ -1836,7 +1836,7 @@ class Bookkeeper:
     def _save(self) -> None:
         """Saves the state in the background, if it is time to."""
         waiting = self._saving and self._saving.is_alive()
-        if waiting or self._unsaved() < max(UNSAVED, self._saved / 8):
+        if waiting or self._unsaved() < max(UNSAVED, self._saved / 16):
             return
         self._saved = len(self.log)
         try:
