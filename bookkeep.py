@@ -478,13 +478,17 @@ class NaiveBayes:
 
     def _kinds(self, known: Known) -> Iterator[tuple[int, ...]]:
         """Of each document, how many tokens are known, and the lines of its wide ones."""
-        wide = self.token_counts.sizes[known.rows] == WIDE
-        lines = self.token_counts.starts[known.rows[wide]].tolist()
-        sizes = np.bincount(known.document[wide], minlength=len(known.lengths))
+        lines, sizes = (numbers.tolist() for numbers in self._wide_lines(known))
         end = 0
-        for length, size in zip(known.lengths.tolist(), sizes.tolist(), strict=True):
+        for length, size in zip(known.lengths.tolist(), sizes, strict=True):
             yield length, *lines[end : end + size]
             end += size
+
+    def _wide_lines(self, known: Known) -> tuple[np.ndarray, np.ndarray]:
+        """The lines of all wide tokens, in order, and (n,) how many each document has."""
+        wide = self.token_counts.sizes[known.rows] == WIDE
+        sizes = np.bincount(known.document[wide], minlength=len(known.lengths))
+        return self.token_counts.starts[known.rows[wide]], sizes
 
     def _cells(
         self,
@@ -537,14 +541,11 @@ class NaiveBayes:
 
     def _base_at(self, known: Known, document: np.ndarray, account: np.ndarray) -> np.ndarray:
         """(k,) what the base of each document has for the account."""
-        counts = self.token_counts
         log_counts, log_tokens = self._logs
         base = log_counts[account] - known.lengths[document] * log_tokens[account]
-        wide = np.flatnonzero(counts.sizes[known.rows] == WIDE)
-        sizes = np.bincount(known.document[wide], minlength=len(known.lengths))
+        lines, sizes = self._wide_lines(known)
         owner, at = _ranges((sizes.cumsum() - sizes)[document], sizes[document])
-        line = counts.starts[known.rows[wide]][at]
-        evidence = counts.wide_evidence[line, account[owner]]
+        evidence = self.token_counts.wide_evidence[lines[at], account[owner]]
         return base + np.bincount(owner, evidence, minlength=len(base))
 
     def learn(
@@ -788,7 +789,7 @@ class Counts:
         owner, at = self._spans(touched)
         old_accounts, old_units = _parted(self.entries[at])
         cells = np.concatenate([touched[owner] << 24 | old_accounts, rows << 24 | accounts])
-        units = np.concatenate([old_units, np.rint(values * GRAIN).astype(np.int64)])
+        units = np.concatenate([old_units, _in_units(values)])
         order = cells.argsort(kind="stable")
         cells = cells[order]
         first = _run_starts(cells)
@@ -865,8 +866,7 @@ class Counts:
         owner, account = counts.nonzero()
         self.sizes[rows] = 0
         self.occupied -= len(rows)
-        units = np.rint(counts[owner, account] * GRAIN).astype(np.int64)
-        self._fill(rows, owner, account, units)
+        self._fill(rows, owner, account, _in_units(counts[owner, account]))
 
     def _grow_wide(self, lines: int, columns: int) -> None:
         self.wide_counts = _grown(self.wide_counts, lines, columns)
@@ -902,6 +902,10 @@ class Counts:
         self._put(tokens, rows, np.arange(len(tokens)))
         self.starts[rows], self.sizes[rows] = starts, sizes
         self.used = len(live)
+
+
+def _in_units(sums: np.ndarray) -> np.ndarray:
+    return np.rint(sums * GRAIN).astype(np.int64)
 
 
 def _parted(entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -1642,7 +1646,8 @@ class Bookkeeper:
         self._broken = False  # has the model lost step with the log?
         self._started = time.monotonic()
         self._snapshot = Snapshot(log)
-        self._saved: float = 0  # lines of the log that the last snapshot was to cover
+        # Lines of the log that the last snapshot was to cover; infinite if there must be none.
+        self._saved: float = 0
         self._saving: threading.Thread | None = None
         if state := self._snapshot.load():
             self._restore(state)
@@ -1814,7 +1819,8 @@ class Bookkeeper:
             self._arrival.notify()
         self._writer.join()
         self._end_saving()
-        if self._unsaved() > -math.inf and len(self.log) - self._snapshot.lines >= UNSAVED:
+        may_save = not self._broken and self._saved < math.inf
+        if may_save and len(self.log) - self._snapshot.lines >= UNSAVED:
             self._snapshot.save(self._state())
         self.log.close()
 
@@ -1830,13 +1836,10 @@ class Bookkeeper:
         self._corrections = dict(_unpacked(state["corrections"]))
         self._saved = len(self.log)
 
-    def _unsaved(self) -> float:
-        return -math.inf if self._broken else len(self.log) - self._saved
-
     def _save(self) -> None:
         """Saves the state in the background, if it is time to."""
         waiting = self._saving and self._saving.is_alive()
-        if waiting or self._unsaved() < max(UNSAVED, self._saved / 16):
+        if waiting or self._broken or len(self.log) - self._saved < max(UNSAVED, self._saved / 16):
             return
         self._saved = len(self.log)
         try:
@@ -2846,7 +2849,6 @@ def _server(app: Bottle, listener: socket.socket, options: argparse.Namespace) -
         app,
         _dispatcher=dispatcher,
         sockets=[listener],
-        threads=options.threads,
         ident=None,
         # A connection takes a socket, and a file for a body of over 512 KiB.
         connection_limit=1000 if files == resource.RLIM_INFINITY else min(1000, files // 2 - 50),
