@@ -3,8 +3,9 @@
 `python bookkeep.py` answers HTTP requests: `POST /sample` stores and learns bookings,
 `POST /predict` predicts an account, `POST /suggest` says how sure that is and why,
 `GET /metrics/<n>` how good the last predictions were; `GET /openapi.json` describes the rest. The
-module reads from top to bottom, each section using only those above it: Samples, Model, Metrics,
-Log, Snapshot, Bookkeeper, HTTP, Command line. At its end stands the source of the page.
+module reads from top to bottom, each section using only those above it: Samples, Counts, Model,
+Metrics, Log, Snapshot, Writer, Bookkeeper, API description, HTTP, Server, Command line. At its end
+stands the source of the page.
 
 It does not tune itself, forgets only what it is told to forget, and does not spread over machines:
 one process owns one log, and the model is the sum of what is in it.
@@ -34,18 +35,20 @@ from bisect import bisect_left
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache, lru_cache, partial
 from hashlib import blake2b, sha256
 from itertools import accumulate, chain, count, groupby, islice, pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
+# Requests are answered by threads of its own: those of NumPy's BLAS would only be in their way.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import numpy as np
 import waitress
 from bottle import Bottle, HTTPError, request, response
 from waitress.channel import HTTPChannel
-from waitress.server import BaseWSGIServer
 from waitress.task import ErrorTask, ThreadedTaskDispatcher
 
 __version__ = "0.1.0"
@@ -56,11 +59,11 @@ logger = logging.getLogger("bookkeep")
 
 FEATURES = ("CompanyId", "BankEntryText", "BankEntryAmount")
 TARGET = "AccountNumber"
-NAMES = ("CompanyId", "BankEntryAmount")  # of at most MAX_NAME characters
+SHORT = ("CompanyId", "BankEntryAmount")  # of at most MAX_SHORT characters
 
 MAX_BATCH = 10_000  # samples in one body
 MAX_VALUE = 10_000  # characters in a key or a value
-MAX_NAME = 100  # characters in a company or an amount
+MAX_SHORT = 100  # characters in a company or an amount
 MAX_WORDS = 100  # words of a text that become tokens: its first ones
 
 KINDS = (  # of tokens, in a person's words
@@ -71,10 +74,13 @@ KINDS = (  # of tokens, in a person's words
     "first word in this company",
     "first word with this amount in this company",
     "first two words in this company",
+    "whole text",
 )
+KIND_SHIFT = 60  # a token's kind stands in its upper bits
+HASH = (1 << KIND_SHIFT) - 1  # the others
+_KIND = [kind << KIND_SHIFT for kind in range(8)]
 
 Sample = dict[str, str]
-Arrays = dict[str, np.ndarray]
 T = TypeVar("T")
 
 
@@ -140,8 +146,8 @@ def check_sample(sample: object, required: Sequence[str]) -> None:
             raise BadRequest(f"{key} is missing")
         if not sample[key]:
             raise BadRequest(f"{key} is empty")
-        if key in NAMES and len(sample[key]) > MAX_NAME:
-            raise BadRequest(f"{key} is longer than {MAX_NAME} characters")
+        if key in SHORT and len(sample[key]) > MAX_SHORT:
+            raise BadRequest(f"{key} is longer than {MAX_SHORT} characters")
     try:
         "".join(chain(sample, sample.values())).encode()
     except UnicodeEncodeError:
@@ -149,33 +155,42 @@ def check_sample(sample: object, required: Sequence[str]) -> None:
 
 
 def tokens(sample: Sample) -> list[int]:
-    """The sample's tokens: 64-bit hashes of their kind and of what they say.
+    """The sample's tokens: positive 63-bit integers, the kind and a hash of what they say.
 
-    The kind keeps a word from passing for a company. That any two of five million tokens have the
-    same hash has a probability of less than 1 in 100,000.
+    That any two of five million tokens have the same hash has a probability of less than 1 in
+    50,000.
     """
     company, words, amount = _parts(sample)
     c, a, *w = map(_digest, [company, amount, *words])
-    first = [hash((4, c, w[0])), hash((5, c, a, w[0])), hash((6, c, *w[:2]))] if w else []
-    return [
-        hash((0, c)),
-        hash((1, a)),
-        *[hash((2, word)) for word in w],
-        *[hash((3, c, word)) for word in w],
-        *first,
-    ]
+    made = [c, _KIND[1] | a, *[_KIND[2] | word for word in w]]
+    if w:
+        kind = _KIND[3]
+        made += [kind | hash((c, word)) & HASH for word in w]
+        made += [
+            _KIND[4] | hash((c, w[0])) & HASH,
+            _KIND[5] | hash((c, a, w[0])) & HASH,
+            _KIND[6] | hash((c, *w[:2])) & HASH,
+            _KIND[7] | hash(tuple(w)) & HASH,
+        ]
+    return made
 
 
 @lru_cache(1 << 16)
 def _digest(text: str) -> int:
     """A hash that is the same in every process, unlike Python's own of a string."""
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest())
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest()) >> 64 - KIND_SHIFT
+
+
+def count_tokens(sample: Sample) -> int:
+    """How many tokens the sample has."""
+    _, words, _ = _parts(sample)
+    return 6 + 2 * len(words) if words else 2
 
 
 def wordings(sample: Sample) -> list[tuple[str, str]]:
     """What each of the sample's tokens says to a person: its kind and the sample's own words."""
     company, words, amount = _parts(sample)
-    first = [words[0], words[0], " ".join(words[:2])] if words else []
+    first = [words[0], words[0], " ".join(words[:2]), " ".join(words)] if words else []
     crossed = [(kind, word) for kind in KINDS[2:4] for word in words]
     return [(KINDS[0], company), (KINDS[1], amount), *crossed, *zip(KINDS[4:], first, strict=False)]
 
@@ -184,15 +199,6 @@ def _parts(sample: Sample) -> tuple[str, list[str], str]:
     """The sample's company, the words of its text that count, and its amount."""
     words = sample["BankEntryText"].split(maxsplit=MAX_WORDS)[:MAX_WORDS]
     return sample["CompanyId"], words, sample["BankEntryAmount"]
-
-
-def _packed(content: object) -> np.ndarray:
-    """Its JSON, as an array of bytes."""
-    return np.frombuffer(json.dumps(content).encode(), dtype=np.uint8)
-
-
-def _unpacked(array: np.ndarray) -> object:
-    return json.loads(array.tobytes())
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -219,399 +225,400 @@ def _shown(key: str) -> str:
     return key if re.fullmatch(r"\w{1,40}", key, re.ASCII) else json.dumps(key[:40])
 
 
-# ------------------------------------------------------------------------------------------ Model
+# ----------------------------------------------------------------------------------------- Counts
 
-ALPHA = 0.025  # Lidstone smoothing
-SOFTENING = 3  # divides log-odds for the weights: Naive Bayes is too sure of itself
-FLOOR = 1 / 16  # what a booking that surprises nobody counts at the least
 GRAIN = 1024  # weights are multiples of 1 / GRAIN, so sums of them are exact in any order
-ROUND = 64  # documents of a batch that are weighed, and learned, at once
-MAX_CELLS = 1 << 23  # scores that may be at work at once, unless one document has more
-MAX_ENTRIES = 1 << 20  # sums of narrow tokens that may be at work at once, likewise
+DENSE = -1  # the size of a dense row
+UNITS = (1 << 40) - 1  # of an entry
+
+Arrays = dict[str, np.ndarray]
 
 
-class Assessment(NamedTuple):
-    """What the model made of a booking before it learned it."""
+class Entries(NamedTuple):
+    """Sums in some rows."""
 
-    predicted: str | None  # the most probable account; None while there is no model
-    margin: float | None  # its log-odds over the second; None while there is no second
-    rank: int | None  # of the booked account, 1 for the most probable; None if it was not known
-
-
-class Known(NamedTuple):
-    """The known tokens of n documents."""
-
-    document: np.ndarray  # (m,) that each is in, in ascending order
-    rows: np.ndarray  # (m,) of token_counts
-    lengths: np.ndarray  # (n,) how many each document has
-    entries: int  # of the narrow ones
+    owner: np.ndarray  # (e,) index of the row
+    column: np.ndarray  # (e,) 2 * account, or 1 + 2 * account for a sum against it
+    units: np.ndarray  # (e,) the sum, in units of 1 / GRAIN
 
 
-class Cells(NamedTuple):
-    """The scores of n documents that are worth a look: each of a document and an account."""
+class Vocabulary:
+    """Gives each token a row: an open hash table with triangular probing, at most half full.
 
-    document: np.ndarray  # (k,) in ascending order
-    account: np.ndarray  # (k,) in ascending order for each document
-    before: np.ndarray  # (k,) the score without the evidence of narrow tokens
-    score: np.ndarray  # (k,)
-    start: np.ndarray  # (n,) each document's first cell
-
-
-class NaiveBayes:
-    """Multinomial Naive Bayes over documents of tokens, learned and unlearned a weight at a time.
-
-    Of an account (a class) and a document it knows, up to a constant of the document,
-
-        log P(account | tokens) = log N(account)
-            + sum over known tokens of log (1 + N(token, account) / alpha)
-            - (number of known tokens) * log (N(account's tokens) + alpha * V)
-
-    where N are sums of weights and V is the number of known tokens. A document is a list of
-    tokens, n documents with A accounts give (n, A) scores, and accounts count from 0 in the order
-    in which they were first seen. Equals scikit-learn's MultinomialNB fitted with sample_weight.
-
-    Few of the scores have to be computed. Documents with as many known tokens and the same wide
-    ones, those that many accounts have met, have the same `base` of scores; their narrow tokens
-    raise it for few accounts.
+    A token is an integer above 0 whose lower bits are as good as random. Its row is its slot in the
+    table. A table does not grow: who needs more room makes a larger one.
     """
 
-    def __init__(self, alpha: float = ALPHA) -> None:
-        self.alpha = alpha
-        self.accounts = _numbers()  # account -> column of token_counts
-        self.names: list[str] = []  # (A,) the accounts by number
-        self.token_counts = Counts(alpha)  # N(token, account)
-        self.account_counts = np.zeros(0)  # (A,) N(account)
-        self.account_tokens = np.zeros(0)  # (A,) N(account's tokens)
-        self._logs = np.zeros((2, 0))  # (2, A) of N(account) and of N(account's tokens) + alpha * V
+    def __init__(self, most: int) -> None:
+        """A table for at least so many tokens."""
+        self.most = 1 << most.bit_length()
+        self.tokens = np.zeros(2 * self.most, dtype=np.int64)  # in each slot, 0 if it is free
+        self.taken = 0  # slots
 
-    @property
-    def known(self) -> int:
-        """How many accounts it can predict: all that were learned but those wholly unlearned."""
-        return int(np.count_nonzero(self.account_counts))
+    def find(self, tokens: np.ndarray) -> np.ndarray:
+        """(m,) the row of each token, or the free one that it would get."""
+        last = len(self.tokens) - 1
+        rows = tokens & last
+        there = self.tokens[rows]
+        far = ((there != tokens) & (there != 0)).nonzero()[0]
+        step = 0
+        while len(far):
+            step += 1
+            rows[far] = at = rows[far] + step & last
+            there = self.tokens[at]
+            far = far[(there != tokens[far]) & (there != 0)]
+        return rows
 
-    def scores(self, documents: Sequence[Sequence[int]]) -> np.ndarray:
-        """(n, A) log P(account, tokens), up to a constant of the document."""
-        return np.array([self._scores(document) for document in documents])
+    def find_each(self, tokens: Iterable[int]) -> Iterator[int]:
+        """As find, one token after the other, which for a single document is faster."""
+        last, token_at = len(self.tokens) - 1, self.tokens.item
+        for token in tokens:
+            row, step = token & last, 0
+            while token_at(row) not in (token, 0):
+                step += 1
+                row = row + step & last
+            yield row
 
-    def _scores(self, document: Sequence[int]) -> np.ndarray:
-        # One token after the other, which for a single document is faster than all at once.
-        length, lines, account, evidence = self.token_counts.of_document(document)
-        [scores] = self._base([(length, *lines)])
-        np.add.at(scores, account, evidence)
-        return scores
+    def add(self, tokens: np.ndarray) -> np.ndarray | None:
+        """(m,) the row of each token, its own from now on; None if there may be no room."""
+        rows = self.find(tokens)
+        new = (self.tokens[rows] != tokens).nonzero()[0]
+        if self.taken + len(new) > self.most:
+            return None
+        homeless = new
+        while len(homeless):
+            self.tokens[rows[homeless]] = tokens[homeless]  # of those that want a slot, one gets it
+            homeless = homeless[self.tokens[rows[homeless]] != tokens[homeless]]
+            if len(homeless):
+                rows[homeless] = self.find(tokens[homeless])
+        self.taken += len({*rows[new].tolist()})
+        return rows
 
-    def _base(self, kinds: Collection[tuple[int, ...]]) -> np.ndarray:
-        """(n, A) scores of documents of that many known tokens, with these lines of wide ones."""
-        A = len(self.names)
-        base = np.empty((len(kinds), A))
-        log_counts, log_tokens = self._logs
-        priors = {
-            length: log_counts - length * log_tokens for length in {kind[0] for kind in kinds}
-        }
-        for scores, (length, *lines) in zip(base, kinds, strict=True):
-            evidence = [self.token_counts.wide_evidence[line, :A] for line in lines] or [0.0]
-            np.add(priors[length], evidence[0], out=scores)
-            for more in evidence[1:]:
-                scores += more
-        return base
 
-    def terms(self, document: Sequence[int], accounts: np.ndarray) -> np.ndarray:
-        """(k, 1 + T) what makes up the scores of k accounts: the prior, then each of T tokens.
+class Counts:
+    """A sparse matrix of exact sums, token by account, twice: N for an account, M against it.
 
-        The difference between two accounts' terms is a list of log-odds that add up to the
-        difference of their scores. The terms of an unknown token are 0.
-        """
-        rows = self.token_counts.find(_flat([document]))
-        known = np.flatnonzero(self.token_counts.sizes[rows])
-        terms = np.zeros((len(accounts), 1 + len(document)))
-        terms[:, 0] = np.log(self.account_counts[accounts])
-        counts = self.token_counts.of(rows[known], accounts)
-        total = self.account_tokens[accounts] + self.alpha * self.token_counts.occupied
-        terms[:, 1 + known] = np.log((counts + self.alpha) / total[:, np.newaxis])
-        return terms
+    Evidence is log (1 + N / alpha) - log (1 + M / beta). Most tokens meet few accounts, an amount
+    meets nearly all. So a row is either narrow: a span of entries in one long array, in ascending
+    order, with room for the next power of two, that moves to the end when it outgrows that; or
+    dense: a line of a matrix over all accounts, beside which their evidence is kept. An entry is
+    one number: the column (2 * account for N, the next one for M) in the upper 24 bits, the sum in
+    the lower 40, in units of 1 / GRAIN. Entries that become zero are dropped. A row is dense if it
+    has more than `limit` entries, which doubles when too many rows are.
+    """
 
-    def predict(self, documents: Sequence[Sequence[int]]) -> list[str]:
-        """The most probable account of each document. There must be a model, that is an account."""
-        if len(documents) > 1:
-            assessed = self.assess(documents, [""] * len(documents))
-            return [assessment.predicted for assessment in assessed]
-        return [self.names[self._best(self._scores(document))] for document in documents]
+    NARROW = 96  # the limit, as long as there are no more than
+    LINES = 256  # dense rows
 
-    def _best(self, scores: np.ndarray) -> int:
-        """The account of the highest of (A,) scores; of equals, the first by name."""
-        best = scores.argmax()
-        tied = (scores == scores[best]).nonzero()[0]
-        return best if len(tied) == 1 else min(tied, key=self.names.__getitem__)
+    def __init__(self, alpha: float, beta: float) -> None:
+        self._per_unit = 1 / (GRAIN * np.array([alpha, beta]))
+        self._sign = np.array([1.0, -1.0])
+        self.vocabulary = Vocabulary(0)
+        self.starts = np.zeros(2, dtype=np.int64)  # of each row's span, or which line it is
+        self.sizes = np.zeros(2, dtype=np.int32)  # how many entries each row has, or DENSE
+        self.occupied = np.zeros(len(KINDS), dtype=np.int64)  # known tokens of each kind
+        self.entries = np.zeros(1, dtype=np.int64)  # the first is in no span
+        self.end = 1  # of the last span
+        self.live = 0  # room of all spans
+        self.limit = self.NARROW
+        self.lines = 0  # in use
+        self.dense_units = np.zeros((0, 0), dtype=np.int64)  # (lines and room, 2 A and room)
+        self.dense_evidence = np.zeros((0, 0))  # (lines and room, A and room)
 
-    def _best_two(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(n,) accounts of the two highest of (n, A) scores; of equals, the first by name."""
-        each = np.arange(len(scores))
-        first = scores.argmax(axis=1)
-        highest = scores[each, first]
-        scores[each, first] = -np.inf
-        second = scores.argmax(axis=1)
-        scores[each, first] = highest
-        for i in np.flatnonzero(scores[each, second] == highest):
-            other = first[i]
-            first[i] = self._best(scores[i])
-            if first[i] != other:
-                second[i] = other
-        return first, second
+    def find(self, tokens: np.ndarray) -> np.ndarray:
+        """(m,) the row of each token, of size 0 if it is not known."""
+        return self.vocabulary.find(tokens)
 
-    def top(self, scores: np.ndarray, most: int) -> np.ndarray:
-        """(k,) the accounts of the highest of (A,) scores, best first; of equals, by name."""
-        known = np.flatnonzero(scores > -np.inf)
-        if len(known) > most:
-            least = np.partition(scores[known], -most)[-most]
-            known = known[scores[known] >= least]
-        best = sorted(known.tolist(), key=lambda account: (-scores[account], self.names[account]))
-        return np.array(best[:most], dtype=np.int64)
+    def take(self, rows: np.ndarray) -> Entries:
+        """All entries of the narrow ones of these rows."""
+        owner, at = self._spans(rows)
+        return Entries(owner, *_parted(self.entries[at]))
 
-    def assess(self, documents: Sequence[Sequence[int]], labels: Sequence[str]) -> list[Assessment]:
-        """Predictions for documents whose accounts, the labels, are known."""
-        n = len(documents)
-        if not (n and self.known):
-            return [Assessment(None, None, None)] * n
-        if n == 1:
-            return [self._assessed(documents[0], labels[0])]
-        if n * len(self.names) > MAX_CELLS or (
-            (known := self._known(documents)).entries > MAX_ENTRIES
-        ):
-            half = n // 2
-            first_half = self.assess(documents[:half], labels[:half])
-            return first_half + self.assess(documents[half:], labels[half:])
-        numbers = _numbers()
-        kind = np.array([numbers[kind] for kind in self._kinds(known)])
-        base = self._base(numbers)
-        first, second = (best[kind] for best in self._best_two(base))
-        booked = self._numbered(labels)
-        asked = [first, second, np.where(booked < 0, first, booked)]
-        cells, (_, _, own) = self._cells(
-            known, asked, lambda document, account: base[kind[document], account]
-        )
-
-        best = self._best_cells(cells)
-        predicted = cells.account[best]
-        others = cells.score.copy()
-        others[best] = -np.inf
-        margins = cells.score[best] - np.maximum.reduceat(others, cells.start)
-
-        # The rank of a booked account that was not predicted: how many score as much.
-        ranks = (predicted == booked).astype(np.int64)
-        wrong = np.flatnonzero((predicted != booked) & (booked >= 0))
-        least = cells.score[own]
-        raised = (cells.before < least[cells.document]) & (cells.score >= least[cells.document])
-        ranks[wrong] = np.add.reduceat(raised, cells.start, dtype=np.int64)[wrong]
-        for i in wrong:
-            ranks[i] += np.count_nonzero(base[kind[i]] >= least[i])
-
-        return list(
-            map(
-                Assessment,
-                [self.names[account] for account in predicted.tolist()],
-                [margin if margin < np.inf else None for margin in margins.round(4).tolist()],
-                [rank or None for rank in ranks.tolist()],
-            )
-        )
-
-    def _assessed(self, document: Sequence[int], label: str) -> Assessment:
-        scores = self._scores(document)
-        best, [booked] = self._best(scores), self._numbered([label])
-        rank = 1 if best == booked else np.count_nonzero(scores >= scores[booked])
-        highest = scores[best]
-        scores[best] = -np.inf
-        margin = float((highest - scores.max()).round(4))
-        return Assessment(
-            self.names[best],
-            margin if margin < np.inf else None,
-            int(rank) if booked >= 0 else None,
-        )
-
-    def weigh(
+    def add_evidence(
         self,
-        documents: Sequence[Sequence[int]],
-        labels: Sequence[str],
-        predicted: Sequence[str | None],
-    ) -> np.ndarray:
-        """(n,) what documents count when they are learned: max(floor, 1 - P(label | tokens)).
+        scores: np.ndarray,
+        documents: np.ndarray,
+        rows: np.ndarray,
+        accounts: np.ndarray | None = None,
+    ) -> None:
+        """Adds the evidence of m rows to the scores of the document that each is in.
 
-        That is the discriminative frequency estimate (Su, Zhang, Ling, Matwin, ICML 2008), from a
-        posterior that is softened by SOFTENING and is over the label, what was predicted, and the
-        accounts that those of the document's tokens have met that met at most NARROW of them. An
-        account not seen before counts 1.
+        Scores are (n, A), or (n, k) of the chosen accounts, in ascending order.
         """
-        n = len(documents)
-        if not self.known:
-            return np.ones(n)
-        known = self._known(documents)
-        if n > 1 and known.entries > MAX_ENTRIES:
-            halves = slice(n // 2), slice(n // 2, n)
-            return np.concatenate(
-                [self.weigh(documents[h], labels[h], predicted[h]) for h in halves]
-            )
-        booked, rival = self._numbered(labels), self._numbered(predicted)
-        any_known = self.account_counts.argmax()
-        asked = [np.where(booked < 0, any_known, booked)]
-        asked.append(np.where(rival < 0, asked[0], rival))
-        cells, (own, _) = self._cells(known, asked, partial(self._base_at, known), Counts.NARROW)
-        softened = cells.score / SOFTENING
-        softened -= np.maximum.reduceat(softened, cells.start)[cells.document]
-        likelihood = np.exp(softened)
-        probability = likelihood[own] / np.add.reduceat(likelihood, cells.start)
-        probability[booked < 0] = 0
-        return np.maximum(FLOOR, np.round((1 - probability) * GRAIN) / GRAIN)
+        owner, column, units = self.take(rows)
+        account = column >> 1
+        dense = (self.sizes[rows] == DENSE).nonzero()[0]
+        line = self.starts[rows[dense]]
+        if accounts is None:
+            evidence = self.dense_evidence[:, : scores.shape[1]]
+        else:
+            lines, line = np.unique(line, return_inverse=True)
+            evidence = self.dense_evidence[lines[:, np.newaxis], accounts]
+            place = np.full(self.dense_evidence.shape[1], -1)
+            place[accounts] = np.arange(len(accounts))
+            account = place[account]
+            if account.size and account.min() < 0:
+                chosen = account >= 0
+                owner, account = owner[chosen], account[chosen]
+                column, units = column[chosen], units[chosen]
+        cell = documents[owner] * scores.shape[1] + account
+        np.add.at(scores.reshape(-1), cell, self._evidence(column, units))
+        for i, j in zip(documents[dense].tolist(), line.tolist(), strict=True):
+            scores[i] += evidence[j]
 
-    def _numbered(self, accounts: Sequence[str | None]) -> np.ndarray:
-        """(n,) their numbers, -1 for those that are not known."""
-        numbers = np.array([self.accounts.get(account, -1) for account in accounts], dtype=np.int64)
-        numbers[self.account_counts[numbers] == 0] = -1
-        return numbers
+    def of_document(self, document: Iterable[int], accounts: int) -> tuple[list[int], np.ndarray]:
+        """Of one document: 1 + the kind of each known token, and (A,) their evidence."""
+        size_of, start_of = self.sizes.item, self.starts.item
+        kinds, spans = [], [self.entries[:0]]
+        evidence = np.zeros(accounts)
+        for token, row in zip(document, self.vocabulary.find_each(document), strict=True):
+            if size := size_of(row):
+                kinds.append(1 + (token >> KIND_SHIFT))
+                start = start_of(row)
+                if size == DENSE:
+                    evidence += self.dense_evidence[start, :accounts]
+                else:
+                    spans.append(self.entries[start : start + size])
+        column, units = _parted(np.concatenate(spans))
+        np.add.at(evidence, column >> 1, self._evidence(column, units))
+        return kinds, evidence
 
-    def _known(self, documents: Sequence[Sequence[int]]) -> Known:
-        n = len(documents)
-        rows = self.token_counts.find(_flat(documents))
-        sizes = self.token_counts.sizes[rows]
-        known = sizes.nonzero()[0]
-        document = np.arange(n).repeat([len(tokens) for tokens in documents])[known]
-        lengths = np.bincount(document, minlength=n)
-        return Known(document, rows[known], lengths, int(np.maximum(sizes, 0).sum()))
+    def evidence(self, rows: np.ndarray, accounts: np.ndarray) -> np.ndarray:
+        """(m, k) the evidence of m rows for each of k accounts, in ascending order."""
+        evidence = np.zeros((len(rows), len(accounts)))
+        self.add_evidence(evidence, np.arange(len(rows)), rows, accounts)
+        return evidence
 
-    def _kinds(self, known: Known) -> Iterator[tuple[int, ...]]:
-        """Of each document, how many tokens are known, and the lines of its wide ones."""
-        lines, sizes = (numbers.tolist() for numbers in self._wide_lines(known))
-        end = 0
-        for length, size in zip(known.lengths.tolist(), sizes, strict=True):
-            yield length, *lines[end : end + size]
-            end += size
+    def items(self) -> Iterator[tuple[int, int, float, float]]:
+        """All that is not zero: token, account, N, M."""
+        rows = self.sizes.nonzero()[0]
+        dense = rows[self.sizes[rows] == DENSE]
+        owner, column, units = self.take(rows)
+        line, dense_column = self.dense_units[self.starts[dense]].nonzero()
+        row = np.concatenate([rows[owner], dense[line]])
+        column = np.concatenate([column, dense_column])
+        units = np.concatenate([units, self.dense_units[self.starts[dense[line]], dense_column]])
+        tokens = self.vocabulary.tokens[row]
+        sums: defaultdict[tuple[int, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for token, c, u in zip(tokens.tolist(), column.tolist(), units.tolist(), strict=True):
+            sums[token, c >> 1][c & 1] = u / GRAIN
+        for (token, account), (n, m) in sums.items():
+            yield token, account, n, m
 
-    def _wide_lines(self, known: Known) -> tuple[np.ndarray, np.ndarray]:
-        """The lines of all wide tokens, in order, and (n,) how many each document has."""
-        wide = self.token_counts.sizes[known.rows] == WIDE
-        sizes = np.bincount(known.document[wide], minlength=len(known.lengths))
-        return self.token_counts.starts[known.rows[wide]], sizes
+    def grow(self, accounts: int) -> None:
+        """Makes room for so many accounts."""
+        lines, room = self.dense_evidence.shape
+        if accounts > room:
+            self._resize(lines, accounts + accounts // 2)
 
-    def _cells(
-        self,
-        known: Known,
-        asked: list[np.ndarray],
-        base: Callable[[np.ndarray, np.ndarray], np.ndarray],
-        most: int | None = None,
-    ) -> tuple[Cells, list[np.ndarray]]:
-        """The scores of the accounts that narrow tokens have met and of those asked for, (n,) each.
+    def insert(self, tokens: np.ndarray) -> np.ndarray:
+        """(m,) the row of each token, which has one from now on."""
+        rows = self.vocabulary.add(tokens)
+        if rows is None:
+            live = self.sizes.nonzero()[0]  # the others are dropped
+            old, self.vocabulary = self.vocabulary, Vocabulary(len(live) + len(tokens))
+            starts, sizes = self.starts[live], self.sizes[live]
+            moved = self.vocabulary.add(old.tokens[live])
+            self.starts = np.zeros(len(self.vocabulary.tokens), dtype=np.int64)
+            self.sizes = np.zeros(len(self.vocabulary.tokens), dtype=np.int32)
+            self.starts[moved], self.sizes[moved] = starts, sizes
+            rows = self.vocabulary.add(tokens)
+        return rows
 
-        And in which cells these are. `base` gives the scores without the narrow tokens. Accounts
-        that no token has met that met at most so many are left out.
-        """
-        counts = self.token_counts
-        most = most or counts.narrow
-        few = counts.sizes[known.rows] <= most
-        owner, account, evidence = counts.evidence(known.rows[few])
-        each = np.arange(len(known.lengths)) << 32
-        asked = [each | account for account in asked]
-        cells = np.concatenate([known.document[few][owner] << 32 | account, *asked])
-        evidence = np.concatenate([evidence, np.zeros(len(cells) - len(evidence))])
-        order = cells.argsort(kind="stable")
+    def add(self, rows: np.ndarray, columns: np.ndarray, units: np.ndarray) -> None:
+        """Adds so many units to the sum in each row and column."""
+        is_dense = self.sizes[rows] == DENSE
+        for add, those in ((self._add_dense, is_dense), (self._add_narrow, ~is_dense)):
+            chosen = those.nonzero()[0]
+            if len(chosen):
+                add(rows[chosen], columns[chosen], units[chosen])
+
+    def _add_dense(self, rows: np.ndarray, columns: np.ndarray, units: np.ndarray) -> None:
+        lines, accounts = self.starts[rows], columns >> 1
+        np.add.at(self.dense_units, (lines, columns), units)
+        n, m = (self.dense_units[lines, 2 * accounts + side] for side in (0, 1))
+        self.dense_evidence[lines, accounts] = self._evidence_of_both(n, m)
+        if not self.dense_units[lines, columns].all():
+            self._make_narrow(np.unique(rows))
+
+    def _add_narrow(self, rows: np.ndarray, columns: np.ndarray, units: np.ndarray) -> None:
+        cells = rows << 24 | columns
+        order = cells.argsort()
         cells = cells[order]
         first = _run_starts(cells)
-        cells = cells[first]
-        document, account = cells >> 32, cells & 0xFFFFFFFF
-        before = base(document, account)
-        score = before + np.add.reduceat(evidence[order], first)
+        rows, columns = cells[first] >> 24, cells[first] & 0xFFFFFF
+        units = np.add.reduceat(units[order], first)
+        at, there = self._search(rows, columns)
+        self.entries[at[there]] += units[there]
 
-        if most < counts.narrow:
-            owner, other, count = counts.take(known.rows[~few])
-            key = known.document[~few][owner] << 32 | other
-            at = np.minimum(cells.searchsorted(key), len(cells) - 1)
-            there = cells[at] == key
-            more = _log_ratio(count[there], self.alpha)
-            score += np.bincount(at[there], more, minlength=len(cells))
-        found = Cells(document, account, before, score, start=cells.searchsorted(each))
-        return found, [cells.searchsorted(cell) for cell in asked]
+        # Rows that get new entries, or lose some, are filled anew.
+        gone = self.entries[at] & UNITS == 0
+        anew = rows[~there | gone]
+        if not len(anew):
+            return
+        anew = anew[_run_starts(anew)]
+        owner, old_columns, old_units = self.take(anew)
+        new = (~there).nonzero()[0]
+        cells = np.concatenate(
+            [owner << 24 | old_columns, anew.searchsorted(rows[new]) << 24 | columns[new]]
+        )
+        units = np.concatenate([old_units, units[new]])
+        order = cells.argsort()
+        order = order[units[order] != 0]
+        cells = cells[order]
+        self._fill(anew, cells >> 24, cells & 0xFFFFFF, units[order])
 
-    def _best_cells(self, cells: Cells) -> np.ndarray:
-        """(n,) the cell of each document's highest score; of equals, the first by name."""
-        highest = np.maximum.reduceat(cells.score, cells.start)
-        best = np.flatnonzero(cells.score == highest[cells.document])
-        if len(best) > len(highest):
-            document, account = cells.document[best].tolist(), cells.account[best].tolist()
-            name = [self.names[number] for number in account]
-            order = sorted(range(len(best)), key=lambda i: (document[i], name[i]))
-            best = best[order][_run_starts(cells.document[best])]
-        return best
+    def _search(self, rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where in narrow rows the entry of each column is, or would be, and whether it is there.
 
-    def _base_at(self, known: Known, document: np.ndarray, account: np.ndarray) -> np.ndarray:
-        """(k,) what the base of each document has for the account."""
-        log_counts, log_tokens = self._logs
-        base = log_counts[account] - known.lengths[document] * log_tokens[account]
-        lines, sizes = self._wide_lines(known)
-        owner, at = _ranges((sizes.cumsum() - sizes)[document], sizes[document])
-        evidence = self.token_counts.wide_evidence[lines[at], account[owner]]
-        return base + np.bincount(owner, evidence, minlength=len(base))
-
-    def learn(
-        self,
-        documents: Sequence[Sequence[int]],
-        labels: Sequence[str],
-        weights: Sequence[float] | np.ndarray,
-    ) -> None:
-        """Adds each document to its account `weight` times; the weight's negative takes it away.
-
-        Weights are multiples of 1 / GRAIN, so the counts are exact: the same in any order and any
-        batching, and as if it had never been after learning and unlearning.
+        A binary search in all rows at once.
         """
-        lengths = np.array([len(tokens) for tokens in documents], dtype=np.int64)
-        columns = np.array([self.accounts[label] for label in labels], dtype=np.int64)
-        weights = np.asarray(weights, dtype=np.float64)
-        if len(self.accounts) > len(self.names):
-            self.names += islice(self.accounts, len(self.names), None)
-            self.account_counts = _grown(self.account_counts, len(self.names))
-            self.account_tokens = _grown(self.account_tokens, len(self.names))
-            self.token_counts.grow(len(self.names))
-        np.add.at(self.account_counts, columns, weights)
-        np.add.at(self.account_tokens, columns, weights * lengths)
-        self.token_counts.add(_flat(documents), columns.repeat(lengths), weights.repeat(lengths))
-        self._take_logs()
+        key = columns << 40
+        low, high = self.starts[rows], self.starts[rows] + self.sizes[rows]
+        end = high.copy()
+        far = (low < high).nonzero()[0]
+        while len(far):
+            middle = low[far] + high[far] >> 1
+            less = self.entries[middle] < key[far]
+            low[far[less]] = middle[less] + 1
+            high[far[~less]] = middle[~less]
+            far = far[low[far] < high[far]]
+        inside = low < end
+        low[~inside] = 0
+        return low, inside & (self.entries[low] >> 40 == columns)
 
-    def _take_logs(self) -> None:
-        total = self.account_tokens + self.alpha * self.token_counts.occupied
-        with np.errstate(divide="ignore"):  # an account wholly unlearned: log 0
-            self._logs = _exact(np.log([self.account_counts, total]))
+    def _fill(
+        self, rows: np.ndarray, owner: np.ndarray, columns: np.ndarray, units: np.ndarray
+    ) -> None:
+        """Puts these entries, in order, into narrow rows, and makes those dense that should be."""
+        sizes = np.bincount(owner, minlength=len(rows))
+        had = self.sizes[rows]
+        room, had_room = _room(sizes), _room(had)
+        self.live += int(room.sum() - had_room.sum())
+        moved = (room > had_room).nonzero()[0]
+        room = room[moved]
+        self._make_room(int(room.sum()))
+        self.starts[rows[moved]] = self.end + room.cumsum() - room
+        self.end += int(room.sum())
+        self._count(rows, (sizes > 0).astype(np.int64) - (had > 0))
+        self.sizes[rows] = sizes
+        _, at = self._spans(rows)
+        self.entries[at] = columns << 40 | units
+        many = sizes > self.limit
+        if many.any():
+            self._make_dense(rows[many])
+
+    def _count(self, rows: np.ndarray, change: np.ndarray) -> None:
+        """Counts rows that are occupied now (1) or no longer (-1)."""
+        changed = change.nonzero()[0]
+        kinds = self.vocabulary.tokens[rows[changed]] >> KIND_SHIFT
+        np.add.at(self.occupied, kinds, change[changed])
+
+    def _make_room(self, more: int) -> None:
+        """If so many more entries don't fit, makes more room, or moves all spans together."""
+        if self.end + more <= len(self.entries):
+            return
+        if self.live + more > self.end / 2:
+            self.entries = _grown(self.entries, self.end + max(more, self.end // 2))
+            return
+        rows = np.flatnonzero(self.sizes > 0)
+        sizes = self.sizes[rows]
+        room = _room(sizes)
+        starts = 1 + room.cumsum() - room
+        entries = np.zeros(len(self.entries) + more, dtype=np.int64)
+        entries[_ranges(starts, sizes)[1]] = self.entries[self._spans(rows)[1]]
+        self.entries, self.starts[rows], self.end = entries, starts, 1 + int(room.sum())
+
+    def _spans(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the narrow rows' entries lie, in order, each with its index into `rows`."""
+        return _ranges(self.starts[rows], np.maximum(self.sizes[rows], 0))
+
+    def _make_dense(self, rows: np.ndarray) -> None:
+        lines = self.lines + np.arange(len(rows))
+        self.lines += len(rows)
+        if self.lines > len(self.dense_units):
+            self._resize(2 * self.lines, self.dense_evidence.shape[1])
+        owner, column, units = self.take(rows)
+        self.live -= int(_room(self.sizes[rows]).sum())
+        self.dense_units[lines] = 0
+        self.dense_units[lines[owner], column] = units
+        n, m = (self.dense_units[lines, side::2] for side in (0, 1))
+        self.dense_evidence[lines] = self._evidence_of_both(n, m)
+        self.starts[rows] = lines
+        self.sizes[rows] = DENSE
+        if self.lines > self.LINES:
+            self._drop_lines()
+        while self.lines > self.LINES:
+            self.limit *= 2
+            self._make_narrow(np.flatnonzero(self.sizes == DENSE))
+
+    def _make_narrow(self, rows: np.ndarray) -> None:
+        """Makes those of the dense rows narrow that have few enough entries."""
+        units = self.dense_units[self.starts[rows]]
+        few = np.count_nonzero(units, axis=1) <= self.limit
+        rows, units = rows[few], units[few]
+        owner, column = units.nonzero()
+        self._count(rows, np.full(len(rows), -1))
+        self.sizes[rows] = 0
+        self._fill(rows, owner, column, units[owner, column])
+        self._drop_lines()
+
+    def _drop_lines(self) -> None:
+        """Drops the lines of rows that are not dense any more."""
+        rows = np.flatnonzero(self.sizes == DENSE)
+        lines = self.starts[rows]
+        self.dense_units, self.dense_evidence = self.dense_units[lines], self.dense_evidence[lines]
+        self.lines = len(rows)
+        self.starts[rows] = np.arange(self.lines)
+
+    def _resize(self, lines: int, accounts: int) -> None:
+        self.dense_units = _grown(self.dense_units, lines, 2 * accounts)
+        self.dense_evidence = _grown(self.dense_evidence, lines, accounts)
+
+    def _evidence(self, column: np.ndarray, units: np.ndarray) -> np.ndarray:
+        against = column & 1
+        logs = np.log(1 + units * self._per_unit[against])
+        return _rounded(logs * self._sign[against])
+
+    def _evidence_of_both(self, n: np.ndarray, m: np.ndarray) -> np.ndarray:
+        zero = np.zeros_like(n)
+        return self._evidence(zero, n) + self._evidence(zero + 1, m)
 
     def state(self) -> Arrays:
-        """All that it has counted; arrays that are its own."""
+        """All sums; arrays that are its own."""
         return {
-            "account_names": _packed(self.names),
-            "account_counts": self.account_counts,
-            "account_tokens": self.account_tokens,
-            **self.token_counts.state(),
+            "tokens": self.vocabulary.tokens,
+            "starts": self.starts,
+            "sizes": self.sizes,
+            "entries": self.entries[: self.end],
+            "dense_units": self.dense_units[: self.lines],
+            "occupied": self.occupied,
+            "table": np.array([self.vocabulary.taken, self.limit, self.live]),
         }
 
     def restore(self, state: Arrays) -> None:
-        """Takes over what a model had counted."""
-        self.names = _unpacked(state["account_names"])
-        self.accounts = _numbers({name: number for number, name in enumerate(self.names)})
-        self.account_counts = state["account_counts"]
-        self.account_tokens = state["account_tokens"]
-        self.token_counts.restore(state)
-        self._take_logs()
+        """Takes over all sums of another."""
+        taken, self.limit, self.live = state["table"].tolist()
+        self.vocabulary = Vocabulary(0)
+        self.vocabulary.tokens = state["tokens"]
+        self.vocabulary.taken, self.vocabulary.most = taken, len(state["tokens"]) // 2
+        self.starts, self.sizes, self.occupied = (state[k] for k in ("starts", "sizes", "occupied"))
+        self.entries, self.dense_units = state["entries"], state["dense_units"]
+        self.end, self.lines = len(self.entries), len(self.dense_units)
+        n, m = (self.dense_units[:, side::2] for side in (0, 1))
+        self.dense_evidence = self._evidence_of_both(n, m)
 
 
-def rounds(n: int) -> list[slice]:
-    """How a batch of n is learned: in rounds of at most ROUND, each of which spans all of it.
-
-    Neighbours, often much alike, are in different rounds, so that the second is weighed by a model
-    that has learned the first.
-    """
-    step = -(-n // ROUND)
-    return [slice(start, n, step) for start in range(step)]
+def _packed(content: object) -> np.ndarray:
+    """Its JSON, as an array of bytes."""
+    return np.frombuffer(json.dumps(content).encode(), dtype=np.uint8)
 
 
-def _log_ratio(counts: np.ndarray, alpha: float) -> np.ndarray:
-    """log (1 + N / alpha), which is 0 for most."""
-    return _exact(np.log(1 + counts / alpha))  # log1p is slower, and counts are not so small
+def _unpacked(array: np.ndarray) -> object:
+    return json.loads(array.tobytes())
 
 
-def _exact(logs: np.ndarray) -> np.ndarray:
+def _rounded(logs: np.ndarray) -> np.ndarray:
     """Rounded to multiples of 2 ** -40, so that sums of them are exact in any order, too."""
     logs *= 2.0**40
     np.rint(logs, out=logs)
@@ -619,13 +626,21 @@ def _exact(logs: np.ndarray) -> np.ndarray:
     return logs
 
 
-def _flat(documents: Sequence[Sequence[int]]) -> np.ndarray:
-    return np.fromiter(chain.from_iterable(documents), dtype=np.int64)
+def _parted(entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Columns, and sums in units of 1 / GRAIN."""
+    return entries >> 40, entries & UNITS
 
 
-def _numbers(known: Mapping[Hashable, int] = {}) -> defaultdict:
-    """Numbers things in the order in which they are first asked for, on from the known ones."""
-    return defaultdict(count(max([-1, *known.values()]) + 1).__next__, known)
+def _room(sizes: np.ndarray) -> np.ndarray:
+    """The power of two that holds so many entries: 0 -> 0, 1 -> 1, 2 -> 2, 3 -> 4, 5 -> 8."""
+    return np.where(sizes > 0, 1 << np.frexp(sizes - 1.0)[1], 0)
+
+
+def _grown(values: np.ndarray, *shape: int) -> np.ndarray:
+    """A copy of that shape, filled up with zeros."""
+    grown = np.zeros(shape, dtype=values.dtype)
+    grown[tuple(map(slice, values.shape))] = values
+    return grown
 
 
 def _run_starts(values: np.ndarray) -> np.ndarray:
@@ -649,280 +664,380 @@ def _ranges(starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return owner, (starts - before)[owner] + np.arange(len(owner))
 
 
-WIDE = -1  # the size of a wide row
+# ------------------------------------------------------------------------------------------ Model
+
+ALPHA = 0.1  # smooths what speaks for an account
+BETA = 6  # smooths what speaks against it
+SOFTENING = 3  # divides scores for the weights: Naive Bayes is too sure of itself
+FLOOR = 1 / 32  # what a booking that surprises nobody counts at the least
+SECOND = 0.1  # the probability from which on a booking counts against a second rival, too
+RARE = 96  # entries that a token has at most whose accounts are among the rivals
+ROUND = 64  # documents of a batch that are weighed, and learned, at once
+CELLS = 1 << 19  # scores that are at work at once, unless one document has more
 
 
-class Counts:
-    """A sparse matrix of sums, token by account, that grows with each entry added.
+class Assessment(NamedTuple):
+    """What the model made of a booking before it learned it."""
 
-    A token is a 64-bit integer, not 0; an open hash table with triangular probing has its row. Most
-    tokens meet one account, an amount meets nearly all. So a row is either narrow: a span of one
-    long array, its entries sorted by account, with room for the next power of two, that moves to
-    the end when it outgrows that; or wide: a line of a dense matrix, beside which its evidence, the
-    log (1 + N / alpha), is kept. An entry is one number: the account in the upper 24 bits, the sum
-    in the lower 40, in units of 1 / GRAIN. Entries that become zero are dropped. A row is wide if
-    it has more than `narrow` entries, which doubles when too many rows are.
+    predicted: str | None  # the most probable account; None while there is no model
+    margin: float | None  # its log-odds over the second; None while there is no second
+    rank: int | None  # of the booked account, 1 for the most probable; None if it was not known
+
+
+class Lesson(NamedTuple):
+    """What a document counts for its account, and against which rivals."""
+
+    account: str
+    weight: float
+    against: Mapping[str, float] = {}
+
+
+class Found(NamedTuple):
+    """The m tokens of n documents, looked up."""
+
+    lengths: np.ndarray  # (n,) tokens of each document
+    kind: np.ndarray  # (m,) of each token
+    row: np.ndarray  # (m,) of each token in the counts
+
+    @property
+    def document(self) -> np.ndarray:
+        """(m,) in which document each token is."""
+        return np.arange(len(self.lengths)).repeat(self.lengths)
+
+    def part(self, documents: slice) -> "Found":
+        """Some of the documents."""
+        starts = self.lengths.cumsum() - self.lengths
+        _, at = _ranges(starts[documents], self.lengths[documents])
+        return Found(self.lengths[documents], self.kind[at], self.row[at])
+
+
+class NaiveBayes:
+    """Multinomial Naive Bayes, for and against, over documents of tokens of several kinds.
+
+    The score of an account a (a class) for a document is log P(a | document), up to a constant:
+
+        log N(a) - 1/2 sum over kinds k of n_k log (T_k(a) + alpha V_k)
+            + sum over known tokens t of [ log (1 + N(t, a) / alpha) - log (1 + M(t, a) / beta) ]
+
+    N are sums of weights for an account, M against it. n_k is how many known tokens of kind k the
+    document has, T_k(a) the weight of a's tokens of kind k, V_k how many tokens of kind k are
+    known. With nothing against and 1 for 1/2 it is scikit-learn's MultinomialNB of each kind,
+    fitted with sample_weight, added up.
+
+    A document is a list of tokens; n documents with A accounts give (n, A) scores. Accounts count
+    from 0 in the order in which they were first seen. Scores are exact sums of rounded logs: the
+    same, bit for bit, in whatever order and company they are computed.
     """
 
-    LOAD = 1 / 2  # of the slots may be taken
-    NARROW = 64  # entries that a narrow row may have, as long as there are no more than
-    LINES = 256  # wide rows
-
-    def __init__(self, alpha: float) -> None:
+    def __init__(self, alpha: float = ALPHA, beta: float = BETA) -> None:
         self.alpha = alpha
-        self.tokens = np.zeros(2, dtype=np.int64)  # in each slot of the table, 0 if it is free
-        self.starts = np.zeros(2, dtype=np.int64)  # of its row's span, or which wide row it is
-        self.sizes = np.zeros(2, dtype=np.int32)  # of its row: how many entries, or WIDE
-        self.entries = np.zeros(0, dtype=np.int64)
-        self.wide_counts = np.zeros((0, 0))
-        self.wide_evidence = np.zeros((0, 0))
-        self.used = 0  # slots that are not free
-        self.end = 0  # of the last span
-        self.wide = 0  # wide rows
-        self.narrow = self.NARROW  # entries that a narrow row may have
-        self.occupied = 0  # rows that have an entry
+        self.accounts = _numbers()  # account -> number
+        self.names: list[str] = []  # (A,) the accounts by number
+        self.token_counts = Counts(alpha, beta)  # N(t, a) and M(t, a)
+        self.class_counts = np.zeros(0)  # (A,) N(a)
+        self.feature_counts = np.zeros((len(KINDS), 0))  # (kinds, A) T_k(a)
+        self._logs: np.ndarray | None = None  # of both, until they change
+
+    @property
+    def known(self) -> int:
+        """How many accounts it can predict: all that were learned but those wholly unlearned."""
+        return int(np.count_nonzero(self.class_counts))
+
+    @property
+    def known_tokens(self) -> int:
+        """How many tokens it knows."""
+        return int(self.token_counts.occupied.sum())
+
+    def joint_log_likelihood(self, documents: Sequence[Sequence[int]]) -> np.ndarray:
+        """(n, A) scores."""
+        if len(documents) > 1:
+            return self._scores(self._look_up(documents))
+        # One token after the other, which for a single document is faster than all at once.
+        kinds, evidence = self.token_counts.of_document(documents[0], len(self.names))
+        lengths = np.bincount([0, *kinds], minlength=1 + len(KINDS))
+        return (lengths @ self._log_counts() + evidence)[np.newaxis]
+
+    def _scores(self, found: Found, accounts: np.ndarray | None = None) -> np.ndarray:
+        """(n, A) scores, or (n, k) those of chosen accounts, in ascending order."""
+        n, columns = len(found.lengths), 1 + len(KINDS)
+        document = found.document
+        known = self.token_counts.sizes[found.row].nonzero()[0]
+        cell = document[known] * columns + found.kind[known] + 1
+        lengths = np.bincount(cell, minlength=n * columns).reshape(n, columns).astype(np.float64)
+        lengths[:, 0] = 1
+        scores = lengths @ self._log_counts(accounts)
+        self.token_counts.add_evidence(scores, document, found.row, accounts)
+        return scores
+
+    def _log_counts(self, accounts: np.ndarray | None = None) -> np.ndarray:
+        """(1 + kinds, A) log N(a), and - 1/2 log (T_k(a) + alpha V_k) for each kind."""
+        if accounts is None and self._logs is not None:
+            return self._logs
+        chosen = slice(None) if accounts is None else accounts
+        occupied = self.token_counts.occupied[:, np.newaxis]
+        # A kind without known tokens has no use for its log, which must be finite.
+        totals = self.feature_counts[:, chosen] + np.where(occupied, self.alpha * occupied, 1)
+        with np.errstate(divide="ignore"):  # an account wholly unlearned: log 0
+            logs = _rounded(np.log(np.vstack([self.class_counts[chosen], totals])))
+        logs[1:] /= -2
+        if accounts is None:
+            self._logs = logs
+        return logs
+
+    def _look_up(self, documents: Sequence[Sequence[int]], insert: bool = False) -> Found:
+        tokens = np.fromiter(chain.from_iterable(documents), dtype=np.int64)
+        lengths = np.array([len(document) for document in documents], dtype=np.int64)
+        row = self.token_counts.insert(tokens) if insert else self.token_counts.find(tokens)
+        return Found(lengths, tokens >> KIND_SHIFT, row)
+
+    def terms(self, document: Sequence[int], accounts: np.ndarray) -> np.ndarray:
+        """(k, 1 + T) what makes up the scores of k accounts: the prior, then each of T tokens.
+
+        The difference between two accounts' terms is a list of log-odds that add up to the
+        difference of their scores. The terms of an unknown token are 0.
+        """
+        found = self._look_up([document])
+        order = accounts.argsort()
+        logs = self._log_counts(accounts[order])
+        terms = self.token_counts.evidence(found.row, accounts[order])
+        known = self.token_counts.sizes[found.row].nonzero()[0]
+        terms[known] += logs[1 + found.kind[known]]
+        return np.vstack([logs[0], terms]).T[order.argsort()]
+
+    def predict(self, documents: Sequence[Sequence[int]]) -> list[str]:
+        """The most probable account of each document. There must be a model, that is an account."""
+        return [
+            self.names[best]
+            for part in self._blocks(len(documents))
+            for best in self._best(self.joint_log_likelihood(documents[part]))[0].tolist()
+        ]
+
+    def _blocks(self, n: int) -> Iterator[slice]:
+        """Parts of n documents to score at once: few enough to stay in a processor's cache."""
+        step = max(1, min(128, CELLS // len(self.names)))
+        return (slice(start, start + step) for start in range(0, n, step))
+
+    def _best(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) the account of the highest of (n, A) scores, and (n,) its lead over the second.
+
+        Of equals, it is the first by name.
+        """
+        each = np.arange(len(scores))
+        best = scores.argmax(axis=1)
+        highest = scores[each, best]
+        scores[each, best] = -np.inf
+        lead = highest - scores.max(axis=1)
+        scores[each, best] = highest
+        for i in (lead == 0).nonzero()[0]:
+            tied = (scores[i] == highest[i]).nonzero()[0].tolist()
+            best[i] = min(tied, key=self.names.__getitem__)
+        return best, lead
+
+    def top(self, scores: np.ndarray, most: int) -> np.ndarray:
+        """(k,) the accounts of the highest of (A,) scores, best first; of equals, by name."""
+        known = np.flatnonzero(scores > -np.inf)
+        if len(known) > most:
+            least = np.partition(scores[known], -most)[-most]
+            known = known[scores[known] >= least]
+        best = sorted(known.tolist(), key=lambda account: (-scores[account], self.names[account]))
+        return np.array(best[:most], dtype=np.int64)
+
+    def assess(self, documents: Sequence[Sequence[int]], labels: Sequence[str]) -> list[Assessment]:
+        """Predictions for documents whose accounts, the labels, are known."""
+        if not self.known:
+            return [Assessment(None, None, None)] * len(documents)
+        return [
+            made
+            for part in self._blocks(len(documents))
+            for made in self._assess(self.joint_log_likelihood(documents[part]), labels[part])
+        ]
+
+    def _assess(self, scores: np.ndarray, labels: Sequence[str]) -> Iterator[Assessment]:
+        best, lead = self._best(scores)
+        booked = self._numbered(labels)
+        ranks = (best == booked).astype(np.int64)
+        for i in ((best != booked) & (booked >= 0)).nonzero()[0]:
+            ranks[i] = np.count_nonzero(scores[i] >= scores[i, booked[i]])
+        return map(
+            Assessment,
+            [self.names[account] for account in best.tolist()],
+            [margin if margin < np.inf else None for margin in lead.round(4).tolist()],
+            [rank or None for rank in ranks.tolist()],
+        )
+
+    def _numbered(self, accounts: Sequence[str | None]) -> np.ndarray:
+        """(n,) their numbers, -1 for those that are not known."""
+        numbers = np.array([self.accounts.get(account, -1) for account in accounts], dtype=np.int64)
+        numbers[self.class_counts[numbers] == 0] = -1
+        return numbers
+
+    def weigh(
+        self,
+        documents: Sequence[Sequence[int]],
+        labels: Sequence[str],
+        predicted: Sequence[str | None],
+    ) -> list[Lesson]:
+        """What documents are to count, as multiples of 1 / GRAIN.
+
+        For the label b, max(FLOOR, 1 - P(b)): the discriminative frequency estimate (Su, Zhang,
+        Ling, Matwin, ICML 2008). Against the most probable other account r, P(r), and likewise
+        against the second, if its P is at least SECOND. P is the posterior, softened, over the
+        label, what was predicted, and the accounts that the document's rare tokens have met. An
+        account not seen before counts 1 and has no rivals.
+        """
+        return self._weigh(self._look_up(documents), labels, predicted)
+
+    def _weigh(
+        self,
+        found: Found,
+        labels: Sequence[str],
+        predicted: Sequence[str | None],
+        scores: np.ndarray | None = None,
+    ) -> list[Lesson]:
+        """As weigh; with (n, A) scores, if they are there already."""
+        if not self.known:
+            return [Lesson(label, 1.0) for label in labels]
+        booked, guessed = self._numbered(labels), self._numbered(predicted)
+        any_known = self.class_counts.argmax()
+        own = np.where(booked < 0, any_known, booked)
+        guessed = np.where(guessed < 0, any_known, guessed)
+        each = np.arange(len(labels))
+
+        rare = (self.token_counts.sizes[found.row] <= RARE).nonzero()[0]
+        token, column, _ = self.token_counts.take(found.row[rare])
+        document = np.concatenate([found.document[rare[token]], each, each])
+        account = np.concatenate([column >> 1, own, guessed])
+        accounts = np.arange(len(self.names))
+        if scores is None:  # those of the few accounts that any of the documents has met will do
+            few = np.zeros(len(self.names), dtype=bool)
+            few[account] = True
+            place, accounts = few.cumsum() - 1, few.nonzero()[0]
+            account, own = place[account], place[own]
+            scores = self._scores(found, accounts)
+        met = np.zeros(scores.shape, dtype=bool)
+        met[document, account] = True
+        scores = np.where(met, scores, -np.inf)
+
+        softened = (scores - scores.max(axis=1, keepdims=True)) / SOFTENING
+        posterior = np.exp(softened.astype(np.float32))
+        posterior /= posterior.sum(axis=1, keepdims=True)
+        weights = np.maximum(FLOOR, _in_grains(1 - posterior[each, own]))
+        weights[booked < 0] = 1
+        posterior[each, own] = posterior[booked < 0] = 0
+        against: list[dict[str, float]] = [{} for _ in labels]
+        for least in (0.5 / GRAIN, SECOND):
+            rival = posterior.argmax(axis=1)
+            probability = posterior[each, rival]
+            posterior[each, rival] = 0
+            chosen = (probability >= least).nonzero()[0]
+            counted = _in_grains(probability[chosen]).tolist()
+            for i, r, m in zip(chosen, accounts[rival[chosen]], counted, strict=True):
+                against[i][self.names[r]] = m
+        return list(map(Lesson, labels, weights.tolist(), against))
+
+    def learn(
+        self, documents: Sequence[Sequence[int]], lessons: Sequence[Lesson], times: int = 1
+    ) -> None:
+        """Adds what documents count to the sums; with times = -1 takes it away again.
+
+        Weights are multiples of 1 / GRAIN, so the sums are exact: the same in any order and any
+        batching, and as if it had never been after learning and unlearning.
+        """
+        self._learn(self._look_up(documents, insert=True), lessons, times)
+
+    def _learn(self, found: Found, lessons: Sequence[Lesson], times: int = 1) -> None:
+        column = [2 * self.accounts[lesson.account] for lesson in lessons]
+        weight = [times * lesson.weight for lesson in lessons]
+        document = [*range(len(lessons))]
+        for i, lesson in enumerate(lessons):
+            for rival, m in lesson.against.items():
+                document.append(i)
+                column.append(2 * self.accounts[rival] + 1)
+                weight.append(times * m)
+        if len(self.accounts) > len(self.names):
+            self.names += islice(self.accounts, len(self.names), None)
+            self.class_counts = _grown(self.class_counts, len(self.names))
+            self.feature_counts = _grown(self.feature_counts, len(KINDS), len(self.names))
+            self.token_counts.grow(len(self.names))
+        own, weight = np.array(column[: len(lessons)]) >> 1, np.array(weight)
+        np.add.at(self.class_counts, own, weight[: len(own)])
+        own = own.repeat(found.lengths)
+        np.add.at(
+            self.feature_counts, (found.kind, own), weight[: len(lessons)].repeat(found.lengths)
+        )
+        first = found.lengths.cumsum() - found.lengths
+        of, token = _ranges(first[document], found.lengths[document])
+        units = np.rint(GRAIN * weight).astype(np.int64)
+        self.token_counts.add(found.row[token], np.array(column)[of], units[of])
+        self._logs = None
+
+    def book(
+        self,
+        documents: Sequence[Sequence[int]],
+        labels: Sequence[str],
+        changing: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> Iterator[tuple[slice, list[Assessment], list[Lesson]]]:
+        """Predicts a batch as a whole, then learns it in rounds, and yields each once learned.
+
+        What `changing` gives is entered for as long as the model changes.
+        """
+        n = len(documents)
+        with changing():
+            found = self._look_up(documents, insert=True)
+        assessments, scores = [Assessment(None, None, None)] * n, None
+        if self.known:
+            for part in self._blocks(n):
+                scores = (
+                    self.joint_log_likelihood(documents)
+                    if n == 1
+                    else self._scores(found.part(part))
+                )
+                assessments[part] = self._assess(scores, labels[part])
+        if n > ROUND or (scores is not None and len(scores) < n):
+            scores = None
+        for part in rounds(n):
+            predicted = [made.predicted for made in assessments[part]]
+            taken = found.part(part)
+            lessons = self._weigh(taken, labels[part], predicted, scores)
+            with changing():
+                self._learn(taken, lessons)
+            yield part, assessments[part], lessons
 
     def state(self) -> Arrays:
-        """All sums; arrays that are its own."""
+        """All that it has counted; arrays that are its own."""
         return {
-            "tokens": self.tokens,
-            "starts": self.starts,
-            "sizes": self.sizes,
-            "entries": self.entries[: self.end],
-            "wide_counts": self.wide_counts[: self.wide],
-            "table": np.array([self.used, self.narrow, self.occupied]),
+            "account_names": _packed(self.names),
+            "class_counts": self.class_counts,
+            "feature_counts": self.feature_counts,
+            **self.token_counts.state(),
         }
 
     def restore(self, state: Arrays) -> None:
-        """Takes over all sums of another."""
-        self.tokens, self.starts, self.sizes = (state[k] for k in ("tokens", "starts", "sizes"))
-        self.entries, self.wide_counts = state["entries"], state["wide_counts"]
-        self.end, self.wide = len(self.entries), len(self.wide_counts)
-        self.wide_evidence = _log_ratio(self.wide_counts, self.alpha)
-        self.used, self.narrow, self.occupied = state["table"].tolist()
-
-    def find(self, tokens: np.ndarray) -> np.ndarray:
-        """(m,) the row of each token, or an empty one, of size 0, if the token is not known."""
-        last = len(self.tokens) - 1
-        rows = tokens & last
-        there = self.tokens[rows]
-        far = ((there != tokens) & (there != 0)).nonzero()[0]
-        step = 0
-        while len(far):
-            step += 1
-            rows[far] = at = rows[far] + step & last
-            there = self.tokens[at]
-            far = far[(there != tokens[far]) & (there != 0)]
-        return rows
-
-    def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All entries of the narrow ones of these rows: index into `rows`, account, sum."""
-        owner, at = self._spans(rows)
-        account, units = _parted(self.entries[at])
-        return owner, account, units * (1 / GRAIN)
-
-    def evidence(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """As take, but log (1 + N / alpha) for each sum N."""
-        owner, account, count = self.take(rows)
-        return owner, account, _log_ratio(count, self.alpha)
-
-    def of_document(self, tokens: Iterable[int]) -> tuple[int, list[int], np.ndarray, np.ndarray]:
-        """Of a document: how many tokens are known, the lines of wide ones, and of narrow ones all
-        accounts, each with its evidence.
-        """
-        last = len(self.tokens) - 1
-        there, sizes, starts = self.tokens.item, self.sizes.item, self.starts.item
-        known, lines, spans = 0, [], [self.entries[:0]]
-        for token in tokens:
-            row, step = token & last, 0
-            while there(row) not in (token, 0):
-                step += 1
-                row = row + step & last
-            if size := sizes(row):
-                known += 1
-                start = starts(row)
-                if size == WIDE:
-                    lines.append(start)
-                else:
-                    spans.append(self.entries[start : start + size])
-        account, units = _parted(np.concatenate(spans))
-        return known, lines, account, _log_ratio(units * (1 / GRAIN), self.alpha)
-
-    def of(self, rows: np.ndarray, accounts: np.ndarray) -> np.ndarray:
-        """(k, m) the sums of k accounts in each of m rows."""
-        sums = np.zeros((len(accounts), len(rows)))
-        owner, account, value = self.take(rows)
-        entry, asked = np.nonzero(account[:, np.newaxis] == accounts)
-        sums[asked, owner[entry]] = value[entry]
-        wide = np.flatnonzero(self.sizes[rows] == WIDE)
-        sums[:, wide] = self.wide_counts[self.starts[rows[wide]]][:, accounts].T
-        return sums
-
-    def grow(self, accounts: int) -> None:
-        """Makes room for so many accounts."""
-        lines, columns = self.wide_counts.shape
-        if accounts > columns:
-            self._grow_wide(lines, 2 * accounts)
-
-    def add(self, tokens: np.ndarray, accounts: np.ndarray, values: np.ndarray) -> None:
-        """Adds each value to the sum of its token and account."""
-        if not len(tokens):
-            return
-        rows = self._insert(tokens)
-        is_wide = self.sizes[rows] == WIDE
-        for add, those in ((self._add_wide, is_wide), (self._add_narrow, ~is_wide)):
-            if those.any():
-                add(rows[those], accounts[those], values[those])
-
-    def _add_wide(self, rows: np.ndarray, accounts: np.ndarray, values: np.ndarray) -> None:
-        lines = self.starts[rows]
-        np.add.at(self.wide_counts, (lines, accounts), values)
-        sums = self.wide_counts[lines, accounts]
-        self.wide_evidence[lines, accounts] = _log_ratio(sums, self.alpha)
-        if not sums.all():
-            self._make_narrow(np.unique(rows[sums == 0]))
-
-    def _add_narrow(self, rows: np.ndarray, accounts: np.ndarray, values: np.ndarray) -> None:
-        # What the touched rows hold and what is new, merged and summed by (row, account).
-        touched = np.sort(rows)
-        touched = touched[_run_starts(touched)]
-        owner, at = self._spans(touched)
-        old_accounts, old_units = _parted(self.entries[at])
-        cells = np.concatenate([touched[owner] << 24 | old_accounts, rows << 24 | accounts])
-        units = np.concatenate([old_units, _in_units(values)])
-        order = cells.argsort(kind="stable")
-        cells = cells[order]
-        first = _run_starts(cells)
-        units = np.add.reduceat(units[order], first)
-        kept = units.nonzero()[0]
-        cells = cells[first[kept]]
-        self._fill(touched, touched.searchsorted(cells >> 24), cells & 0xFFFFFF, units[kept])
-
-    def _fill(
-        self, rows: np.ndarray, owner: np.ndarray, accounts: np.ndarray, units: np.ndarray
-    ) -> None:
-        """Puts these entries, in order, into narrow rows, and makes those wide that should be."""
-        sizes = np.bincount(owner, minlength=len(rows))
-        moved = _room(sizes) > _room(self.sizes[rows])
-        room = _room(sizes[moved])
-        self._make_room(int(room.sum()))
-        self.starts[rows[moved]] = self.end + room.cumsum() - room
-        self.end += int(room.sum())
-        self.occupied += int(np.count_nonzero(sizes) - np.count_nonzero(self.sizes[rows]))
-        self.sizes[rows] = sizes
-        _, at = self._spans(rows)
-        self.entries[at] = accounts << 40 | units & (1 << 40) - 1
-        many = sizes > self.narrow
-        if many.any():
-            self._make_wide(rows[many])
-
-    def _make_room(self, more: int) -> None:
-        """If so many more entries don't fit, moves all spans together, with twice the room."""
-        if self.end + more <= len(self.entries):
-            return
-        rows = np.flatnonzero(self.sizes > 0)
-        sizes = self.sizes[rows]
-        room = _room(sizes)
-        self.end = int(room.sum())
-        entries = np.zeros(2 * (self.end + more), dtype=np.int64)
-        starts = room.cumsum() - room
-        entries[_ranges(starts, sizes)[1]] = self.entries[self._spans(rows)[1]]
-        self.entries, self.starts[rows] = entries, starts
-
-    def _spans(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where the narrow rows' entries lie, in order, each with its index into `rows`."""
-        return _ranges(self.starts[rows], np.maximum(self.sizes[rows], 0))
-
-    def _make_wide(self, rows: np.ndarray) -> None:
-        lines = self.wide + np.arange(len(rows))
-        self.wide += len(rows)
-        if self.wide > len(self.wide_counts):
-            self._grow_wide(2 * self.wide, self.wide_counts.shape[1])
-        owner, account, count = self.take(rows)
-        self.wide_counts[lines[owner], account] = count
-        self.wide_evidence[lines[owner], account] = _log_ratio(count, self.alpha)
-        self.starts[rows] = lines
-        self.sizes[rows] = WIDE
-        if self.wide > self.LINES:
-            self._drop_lines()
-        while self.wide > self.LINES:
-            self.narrow *= 2
-            self._make_narrow(np.flatnonzero(self.sizes == WIDE))
-            self._drop_lines()
-
-    def _drop_lines(self) -> None:
-        """Drops the lines of rows that are not wide any more."""
-        rows = np.flatnonzero(self.sizes == WIDE)
-        lines = self.starts[rows]
-        self.wide_counts, self.wide_evidence = self.wide_counts[lines], self.wide_evidence[lines]
-        self.wide = len(rows)
-        self.starts[rows] = np.arange(self.wide)
-
-    def _make_narrow(self, rows: np.ndarray) -> None:
-        """Makes those of the wide rows narrow that have few enough entries."""
-        counts = self.wide_counts[self.starts[rows]]
-        few = np.count_nonzero(counts, axis=1) <= self.narrow
-        rows, counts = rows[few], counts[few]
-        owner, account = counts.nonzero()
-        self.sizes[rows] = 0
-        self.occupied -= len(rows)
-        self._fill(rows, owner, account, _in_units(counts[owner, account]))
-
-    def _grow_wide(self, lines: int, columns: int) -> None:
-        self.wide_counts = _grown(self.wide_counts, lines, columns)
-        self.wide_evidence = _grown(self.wide_evidence, lines, columns)
-
-    def _insert(self, tokens: np.ndarray) -> np.ndarray:
-        """(m,) the row of each token, which has one now."""
-        rows = self.find(tokens)
-        new = np.flatnonzero(self.tokens[rows] != tokens)
-        if self.used + len(new) > self.LOAD * len(self.tokens):
-            self._rehash(len(new))
-            return self._insert(tokens)
-        if len(new):
-            self._put(tokens, rows, new)
-            self.used += len({*rows[new].tolist()})
-        return rows
-
-    def _put(self, tokens: np.ndarray, rows: np.ndarray, new: np.ndarray) -> None:
-        """Takes slots for the new ones of the tokens, which changes their rows."""
-        while len(new):
-            self.tokens[rows[new]] = tokens[new]  # of those that want a slot, one gets it
-            new = new[self.tokens[rows[new]] != tokens[new]]
-            rows[new] = self.find(tokens[new])
-
-    def _rehash(self, more: int) -> None:
-        """Makes room for so many more tokens, and drops those whose rows are empty."""
-        live = np.flatnonzero(self.sizes)
-        tokens, starts, sizes = self.tokens[live], self.starts[live], self.sizes[live]
-        length = 1 << math.ceil((len(live) + more) / self.LOAD).bit_length()
-        self.tokens, self.starts = np.zeros((2, length), dtype=np.int64)
-        self.sizes = np.zeros(length, dtype=np.int32)
-        rows = self.find(tokens)
-        self._put(tokens, rows, np.arange(len(tokens)))
-        self.starts[rows], self.sizes[rows] = starts, sizes
-        self.used = len(live)
+        """Takes over what a model had counted."""
+        self.names = _unpacked(state["account_names"])
+        self.accounts = _numbers({name: number for number, name in enumerate(self.names)})
+        self.class_counts, self.feature_counts = state["class_counts"], state["feature_counts"]
+        self.token_counts.restore(state)
+        self._logs = None
 
 
-def _in_units(sums: np.ndarray) -> np.ndarray:
-    return np.rint(sums * GRAIN).astype(np.int64)
+def rounds(n: int) -> list[slice]:
+    """How a batch of n is learned: in rounds of at most ROUND, each of which spans all of it.
+
+    Neighbours, often much alike, are in different rounds, so that the second is weighed by a model
+    that has learned the first.
+    """
+    step = -(-n // ROUND)
+    return [slice(start, n, step) for start in range(step)]
 
 
-def _parted(entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Accounts, and sums in units of 1 / GRAIN."""
-    return entries >> 40, entries << 24 >> 24
+def _in_grains(weights: np.ndarray) -> np.ndarray:
+    return np.rint(GRAIN * weights.astype(np.float64)) / GRAIN
 
 
-def _room(sizes: np.ndarray) -> np.ndarray:
-    """The power of two that holds so many entries: 0 -> 0, 1 -> 1, 2 -> 2, 3 -> 4, 5 -> 8."""
-    return np.where(sizes > 0, 1 << np.frexp(sizes - 1.0)[1], 0)
-
-
-def _grown(values: np.ndarray, *shape: int) -> np.ndarray:
-    """A copy of that shape, filled up with zeros."""
-    grown = np.zeros(shape, dtype=values.dtype)
-    grown[tuple(map(slice, values.shape))] = values
-    return grown
+def _numbers(known: Mapping[Hashable, int] = {}) -> defaultdict:
+    """Numbers things in the order in which they are first asked for, on from the known ones."""
+    return defaultdict(count(max([-1, *known.values()]) + 1).__next__, known)
 
 
 # ---------------------------------------------------------------------------------------- Metrics
@@ -951,16 +1066,16 @@ def precision_recall(booked: np.ndarray, predicted: np.ndarray) -> tuple[float, 
 
 
 class Calibration:
-    """What a margin is worth: how often predictions with about as much evidence were right.
+    """What a margin is worth: how often predictions with about as large a one were right.
 
-    The evidence of a prediction is its margin (log-odds) over the number of its tokens, for Naive
-    Bayes takes each token for independent of the others and is the surer the more there are.
-    Predictions are counted in bins of evidence. The share that was right is made monotone by
-    pooling adjacent violators (Ayer et al., 1955), and each bin's is that of its history and
-    DOUBT wrong predictions more. The counts are sums: any order gives the same.
+    It is the margin (log-odds) for each token that counts, for Naive Bayes takes each token for
+    independent of the others and is the surer the more there are. Predictions are counted in bins
+    of it. The share that was right is made monotone by pooling adjacent violators (Ayer et al.,
+    1955), and each bin's is that of its history and DOUBT wrong predictions more. The counts are
+    sums: any order gives the same.
     """
 
-    BINS = 48  # six for each doubling of 1 / 8 + evidence
+    BINS = 48  # six for each doubling of 1 / 8 + margin
     RANKS = 20  # suggestions that get a confidence
     DOUBT = 2
 
@@ -970,12 +1085,12 @@ class Calibration:
         self._ranks = np.zeros(self.RANKS + 1, dtype=np.int64)  # of the others' accounts, 0: beyond
         self._table: np.ndarray | None = None
 
-    def add(self, evidence: Sequence[float], ranks: Sequence[int], times: int = 1) -> None:
+    def add(self, margins: Sequence[float], ranks: Sequence[int], times: int = 1) -> None:
         """Counts predictions and the rank of what was booked, 1 if right, 0 if it was unknown.
 
         With times = -1 it takes them away again.
         """
-        bins, ranks = self._bins(evidence), np.asarray(ranks, dtype=np.int64)
+        bins, ranks = self._bins(margins), np.asarray(ranks, dtype=np.int64)
         right = ranks == 1
         np.add.at(self._all, bins, times)
         np.add.at(self._right, bins[right], times)
@@ -990,7 +1105,7 @@ class Calibration:
         """Takes over what another had counted."""
         self._all, self._right, self._ranks = (state[k] for k in ("bins", "bins_right", "ranks"))
 
-    def confidence(self, evidence: Sequence[float]) -> np.ndarray:
+    def confidence(self, margins: Sequence[float]) -> np.ndarray:
         """(n, RANKS) the probability that each suggestion is right, best first.
 
         That of the second and so on is what the first leaves, shared out as the ranks of wrongly
@@ -1001,10 +1116,10 @@ class Calibration:
             others = self._ranks[2:] / (self._ranks.sum() + self.DOUBT)
             table = np.column_stack([first, np.outer(1 - first, others)])
             self._table = np.minimum.accumulate(table, axis=1)
-        return self._table[self._bins(evidence)]
+        return self._table[self._bins(margins)]
 
-    def _bins(self, evidence: Sequence[float]) -> np.ndarray:
-        doublings = np.log2(1 + 8 * np.asarray(evidence, dtype=np.float64))
+    def _bins(self, margins: Sequence[float]) -> np.ndarray:
+        doublings = np.log2(1 + 8 * np.asarray(margins, dtype=np.float64))
         return np.minimum(6 * doublings, self.BINS - 1).astype(np.int64)
 
     def _shares(self) -> np.ndarray:
@@ -1156,47 +1271,21 @@ def curve(rows: np.ndarray, points: dict[int, dict]) -> Iterator[dict]:
             yield points[end]
 
 
-class Histogram:
-    """How often something took how long, as Prometheus counts it, for each of some labels."""
-
-    BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)  # seconds
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._seen: dict[str, tuple[list[int], list[float]]] = {}  # labels -> counts, [sum]
-
-    def observe(self, seconds: float, labels: str = "") -> None:
-        """Counts one that took so long."""
-        with self._lock:
-            new = [0] * (len(self.BOUNDS) + 1), [0.0]
-            counts, total = self._seen.setdefault(labels, new)
-            counts[bisect_left(self.BOUNDS, seconds)] += 1
-            total[0] += seconds
-
-    @contextmanager
-    def time(self) -> Iterator[None]:
-        """Counts how long its body takes."""
-        started = time.perf_counter()
-        yield
-        self.observe(time.perf_counter() - started)
-
-    def exposition(self, name: str) -> Iterator[str]:
-        """Its lines in Prometheus's text format."""
-        with self._lock:
-            seen = [(labels, [*counts], *total) for labels, (counts, total) in self._seen.items()]
-        for labels, counts, total in seen:
-            for bound, so_far in zip((*self.BOUNDS, "+Inf"), accumulate(counts), strict=True):
-                yield f'{name}_bucket{{{labels}{labels and ","}le="{bound}"}} {so_far}'
-            braced = labels and f"{{{labels}}}"
-            yield f"{name}_sum{braced} {total}"
-            yield f"{name}_count{braced} {sum(counts)}"
-
-
 # -------------------------------------------------------------------------------------------- Log
 
+# Three lines of a log: a booking, a correction of it, and what is left of a booking that was
+# forgotten. A record stands between its place and the CRC-32 of the line before it.
+#
+#   {"seq": 2, "batch": "may-17", "left": 0, "sample": {"CompanyId": "acme", "BankEntryText":
+#     "Office rent June", "BankEntryAmount": "> -10000", "AccountNumber": "6300"}, "predicted":
+#     "6300", "margin": 29.7, "confidence": 0.94, "rank": 1, "weight": 0.0625, "against":
+#     {"7140": 0.03125}, "crc": 2614598488}                          (one line, in the file)
+#   {"seq": 3, "batch": 3, "left": 0, "corrects": 2, "AccountNumber": "6700", "weight": 1.0,
+#     "against": {"6300": 0.9375}, "crc": 2471609420}
+#   {"seq": 4, "batch": 4, "left": 0, "crc": 1734215091}
 
 PLACE = ("seq", "batch", "left")  # what the log puts before a record
-MAX_NAMES = 100_000  # names of batches that are remembered, the last ones: about 30 MB
+MAX_KEYS = 100_000  # keys of batches that are remembered, the last ones: about 30 MB
 
 
 class LogError(Exception):
@@ -1206,20 +1295,19 @@ class LogError(Exception):
 class Log:
     """A JSON Lines file of batches of records, owned by one process, that grows at its end.
 
-    A line is a record between its place and its checksum: `seq` counts lines from 0, `batch` names
-    the batch (its sender's name for it, or else the seq of its first line), `left` counts it down
-    to 0, `crc` is the CRC-32 of the line before it. A batch is in the log once its line with
-    `left` 0 is. A record that was removed leaves an empty one in its place.
+    `seq` counts lines from 0, `batch` is the sender's key for the batch (or else the seq of its
+    first line), `left` counts the batch down to 0: it is in the log once its line with `left` 0 is.
+    A record that was removed leaves an empty one in its place.
     """
 
     def __init__(self, path: Path) -> None:
         """Opens the log or makes it, with its folder. Raises LogError if it cannot be owned."""
         self.path = path
         self.size = 0  # bytes of whole batches
-        self.fsyncs = Histogram()  # seconds that each took
+        self.fsynced: Callable[[float], object] = lambda seconds: None  # told how long each took
         self._starts = array("q")  # the byte at which each line of a whole batch starts
         self._torn = False  # may the file hold bytes beyond them?
-        self._named: OrderedDict[str, range] = OrderedDict()  # batch -> its lines
+        self._keys: OrderedDict[str, range] = OrderedDict()  # of batches -> their lines
         self._placing = threading.Lock()  # held while lines get their places, or are looked up
         self._rewritten = path.resolve().with_name(f".{path.name}.rewritten")
         try:
@@ -1242,14 +1330,14 @@ class Log:
 
     def state(self) -> Arrays:
         """Where its lines are."""
-        named = [[name, lines.start, lines.stop] for name, lines in self._named.items()]
-        return {"line_starts": np.array(self._starts), "named": _packed([self.size, named])}
+        keys = [[key, lines.start, lines.stop] for key, lines in self._keys.items()]
+        return {"line_starts": np.array(self._starts), "keys": _packed([self.size, keys])}
 
     def restore(self, state: Arrays) -> None:
         """Takes over where lines are, so that only later ones will be read."""
-        self.size, named = _unpacked(state["named"])
+        self.size, keys = _unpacked(state["keys"])
         self._starts.frombytes(state["line_starts"].tobytes())
-        self._named.update((name, range(start, stop)) for name, start, stop in named)
+        self._keys.update((key, range(start, stop)) for key, start, stop in keys)
 
     def checksum(self, size: int) -> int | None:
         """The CRC-32 of its first bytes, so many; None if there are fewer."""
@@ -1277,47 +1365,56 @@ class Log:
                 self._cut_back()
             else:
                 yield from found.records
-                self._keep(found.records, found.sizes)
+                self._keep(found)
 
     def append(self, batches: list[tuple[str | None, list[dict]]]) -> list[dict]:
-        """Writes batches, named or not, with one fsync: once it returns, they are on disk.
+        """Writes batches, with or without a key, with one fsync: then they are on disk.
 
         The answer is all records with their places. Raises OSError if they could not be written;
         then the log is as it was before.
         """
+        placed = self.place(batches)
+        self.write(placed)
+        return [record for batch in placed for record in batch.records]
+
+    def place(self, batches: list[tuple[str | None, list[dict]]]) -> list["Batch"]:
+        """What the log would say of batches if they came next."""
+        placed = []
         seq = len(self)
-        placed: list[list[dict]] = []
-        for name, batch in batches:
-            first, seq = seq, seq + len(batch)
-            batch_name = first if name is None else name
-            placed.append(
-                [
-                    {"seq": first + i, "batch": batch_name, "left": seq - first - i - 1} | record
-                    for i, record in enumerate(batch)
-                ]
-            )
-        written = [list(map(_line, batch)) for batch in placed]
+        for key, records in batches:
+            first, end = seq, seq + len(records)
+            batch = first if key is None else key
+            records = [
+                {"seq": seq, "batch": batch, "left": end - seq - 1} | record
+                for seq, record in enumerate(records, start=first)
+            ]
+            placed.append(Batch(records, [_line(record) for record in records], first + 1))
+            seq = end
+        return placed
+
+    def write(self, batches: list["Batch"]) -> None:
+        """Writes what was placed. Raises OSError, as append does."""
         try:
             if self._torn:
                 self._cut_back()
             self._torn = True
-            unwritten = memoryview(b"".join(chain.from_iterable(written)))
+            unwritten = memoryview(b"".join(line for batch in batches for line in batch.lines))
             while unwritten:
                 unwritten = unwritten[os.write(self._file, unwritten) :]
-            with self.fsyncs.time():
-                os.fsync(self._file)
+            started = time.perf_counter()
+            os.fsync(self._file)
+            self.fsynced(time.perf_counter() - started)
             self._torn = False
         except OSError:
             with suppress(OSError):  # else it is cut back before the next append
                 self._cut_back()
             raise
-        for batch, lines in zip(placed, written, strict=True):
-            self._keep(batch, list(map(len, lines)))
-        return list(chain.from_iterable(placed))
+        for batch in batches:
+            self._keep(batch)
 
-    def find(self, name: str) -> list[dict] | None:
-        """The records of the batch of that name, if it is one of the last MAX_NAMES named ones."""
-        return [self.record(seq) for seq in self._named[name]] if name in self._named else None
+    def find(self, key: str) -> list[dict] | None:
+        """The records of the batch of that key, if it is one of the last MAX_KEYS."""
+        return [self.record(seq) for seq in self._keys[key]] if key in self._keys else None
 
     def record(self, seq: int) -> dict:
         """The record of that seq, with its place. Raises ValueError or OSError if it is damaged."""
@@ -1389,16 +1486,16 @@ class Log:
             f"python bookkeep.py check {self.path} --repair can keep of it"
         )
 
-    def _keep(self, batch: list[dict], sizes: list[int]) -> None:
-        """Counts a whole batch that stands behind all others, with the bytes of its lines."""
-        if (name := name_of(batch)) is not None:
-            self._named[name] = range(len(self), len(self) + len(batch))
-            if len(self._named) > MAX_NAMES:
-                self._named.popitem(last=False)
+    def _keep(self, batch: "Batch") -> None:
+        """Counts a whole batch that stands behind all others."""
+        if batch.key is not None:
+            self._keys[batch.key] = range(len(self), len(self) + len(batch.records))
+            if len(self._keys) > MAX_KEYS:
+                self._keys.popitem(last=False)
         with self._placing:
-            for size in sizes:
+            for line in batch.lines:
                 self._starts.append(self.size)
-                self.size += size
+                self.size += len(line)
 
     def _cut_back(self) -> None:
         os.ftruncate(self._file, self.size)
@@ -1406,12 +1503,18 @@ class Log:
         self._torn = False
 
 
-class Whole(NamedTuple):
+class Batch(NamedTuple):
     """A whole batch in a log."""
 
-    records: list[dict]
-    line: int  # of the first, from 1
-    sizes: list[int]  # bytes of each
+    records: list[dict]  # with their places
+    lines: list[bytes]
+    line: int  # the number of the first, from 1
+
+    @property
+    def key(self) -> str | None:
+        """What its sender called it, if anything."""
+        key = self.records[0]["batch"] if self.records else None
+        return key if isinstance(key, str) else None
 
 
 class Damage(NamedTuple):
@@ -1422,17 +1525,15 @@ class Damage(NamedTuple):
     at_end: bool = False  # is it but a batch that a crash left unfinished?
 
 
-def scan(path: Path, start: int = 0, lines: int = 0) -> Iterator[Whole | Damage]:
+def scan(path: Path, start: int = 0, before: int = 0) -> Iterator[Batch | Damage]:
     """What is in the log, in order; after a damage, the batches that are surely whole.
 
     It starts at a byte behind which the whole batches before it have so many lines.
     """
-    seq, left, name = lines - 1, 0, None  # of the line before
-    batch: list[dict] | None = []  # the lines of an unfinished batch, None if some are missing
-    number, first, unreadable = lines, 0, 0
-    sizes: list[int] = []
-    torn = False
-    for (number, line, record), (_, _, after) in pairwise(_lines(path, start, lines)):
+    seq, left, name = before - 1, 0, None  # of the line before
+    batch: Batch | None = Batch([], [], 0)  # the unfinished one, None if lines of it are missing
+    number, unreadable, torn = before, 0, False
+    for (number, line, record), (_, _, after) in pairwise(_lines(path, start, before)):
         if isinstance(record, ValueError):
             torn = not line.endswith(b"\n")
             if not torn:
@@ -1445,27 +1546,25 @@ def scan(path: Path, start: int = 0, lines: int = 0) -> Iterator[Whole | Damage]
             continue
         if missing > unreadable:
             yield Damage(number, f"{missing - unreadable} bookings are missing before it")
-        # A batch starts where the one before ends, and an unnamed one says where it starts.
+        # A batch starts where the one before ends, and one without a key says where it starts.
         if left == missing or record["batch"] == record["seq"]:
             if left > missing:
                 yield Damage(number, "the batch before it is unfinished")
-            batch, first, sizes = [], number, []
+            batch = Batch([], [], number)
         elif missing:
             batch = None
         elif (name, left - 1) != (record["batch"], record["left"]):
             yield Damage(number, "it does not belong to the batch before it")
             batch = None
-        seq, left, name = record["seq"], record["left"], record["batch"]
-        unreadable = 0
+        seq, left, name, unreadable = record["seq"], record["left"], record["batch"], 0
         if batch is not None:
-            batch.append(record)
-            sizes.append(len(line))
+            batch.records.append(record)
+            batch.lines.append(line)
             if left == 0:
-                yield Whole(batch, first, sizes)
-                batch = []
+                yield batch
     if torn or left:
-        first = number + (not torn) - len(batch or [])
-        yield Damage(first, "the batch is unfinished", at_end=True)
+        unfinished = len(batch.records) if batch and left else 0
+        yield Damage(number + (not torn) - unfinished, "the batch is unfinished", at_end=True)
 
 
 def _lines(
@@ -1481,11 +1580,6 @@ def _lines(
             except ValueError as error:
                 yield number, line, error
     yield 0, b"", None
-
-
-def name_of(batch: list[dict]) -> str | None:
-    """What the sender of a batch called it, if anything."""
-    return batch[0]["batch"] if batch and isinstance(batch[0]["batch"], str) else None
 
 
 _encode = json.JSONEncoder(ensure_ascii=False).encode
@@ -1516,9 +1610,127 @@ def _fsync_folder(path: Path) -> None:
         os.close(folder)
 
 
+def check(path: Path, repair: bool) -> int:
+    """Prints what is wrong with a log, and what a repaired copy leaves out; the exit status.
+
+    Raises LogError or OSError if there is none, or no place for a copy.
+    """
+    with open(path, "rb"):  # before anything is made for the sake of a log that is not there
+        pass
+    damages: list[Damage] = []
+    if repair:
+        _repair(path, damages)
+    else:
+        kept = sum("sample" in r for batch in _sound(path, damages) for r in batch.records)
+        print(f"{path}: {kept} bookings in whole batches, {len(damages) or 'no'} problems")
+    return int(bool(damages))
+
+
+def _repair(path: Path, damages: list[Damage]) -> None:
+    """Copies all sound batches to LOG.repaired, under their old numbers."""
+    target = path.with_name(f"{path.name}.repaired")
+    if target.exists():
+        raise LogError(f"{target} is there already; move it away first")
+    copy = Log(target)
+    kept = last_line = 0
+    try:
+        for batches in _chunks(_sound(path, damages), 16):
+            whole: list[tuple[str | None, list[dict]]] = []
+            due = len(copy)
+            for batch in batches:
+                if lost := batch.records[0]["seq"] - due:
+                    print(f"left out: seq {due} to {batch.records[0]['seq'] - 1}")
+                    whole.append((None, [{}] * lost))
+                whole.append((batch.key, list(map(_content, batch.records))))
+                due = batch.records[-1]["seq"] + 1
+                last_line = batch.line + len(batch.records) - 1
+                kept += sum("sample" in record for record in batch.records)
+            copy.append(whole)
+    except BaseException:
+        target.unlink()  # an unfinished copy must not pass for a finished one
+        raise
+    if damages and damages[-1].line > last_line:
+        print(f"left out: all from seq {len(copy)} on")
+    print(f"{target}: {kept} bookings")
+    copy.close()
+
+
+def _sound(path: Path, damages: list[Damage]) -> Iterator[Batch]:
+    """The whole batches without a problem; prints the problems of others, and adds them."""
+    missing: set[int] = set()  # seqs before the next one that are of no booking
+    due = 0  # the seq that comes next, if none is left out
+    for found in scan(path):
+        if isinstance(found, Damage):
+            problems = [found]
+        else:
+            missing.update(range(due, found.records[0]["seq"]))
+            problems = list(check_records(found.records, found.line, missing))
+        for problem in problems:
+            print(f"{path}, line {problem.line}: {problem.reason}")
+        damages += problems
+        if not problems:
+            yield found
+            missing.update(r["seq"] for r in found.records if "sample" not in r)
+            due = found.records[-1]["seq"] + 1
+
+
+def check_records(
+    records: list[dict], line: int, missing: Collection[int] = ()
+) -> Iterator[Damage]:
+    """Yields a Damage for each record that a Bookkeeper could not have written.
+
+    The first one is on that line; `missing` are the seqs before that are known to be no bookings.
+    """
+    for number, record in enumerate(records, start=line):
+        try:
+            if "corrects" in record:
+                check_sample({TARGET: record[TARGET]}, (TARGET,))
+                if not 0 <= record["corrects"] < record["seq"] or record["corrects"] in missing:
+                    raise ValueError("it corrects no booking before it")
+                _check_weights(record)
+            elif record.keys() != {*PLACE}:  # else it was removed
+                check_sample(record["sample"], (*FEATURES, TARGET))
+                _check_prediction(record)
+                _check_weights(record)
+        except KeyError as error:
+            yield Damage(number, f"{error} is missing")
+        except (AttributeError, TypeError, ValueError) as error:
+            yield Damage(number, str(error))
+
+
+def _check_prediction(record: dict) -> None:
+    if not isinstance(record["predicted"], str | None):
+        raise ValueError("predicted is no account")
+    if not 0 <= (record["confidence"] or 0) <= 1:
+        raise ValueError("no prediction can have that confidence")
+    if not 0 <= (record["margin"] or 0) < math.inf:
+        raise ValueError("no prediction can have that margin")
+    if not (record["rank"] or 1) >= 1:
+        raise ValueError("no account can have that rank")
+
+
+def _check_weights(record: dict) -> None:
+    against = record.get("against", {})  # version 0.1 wrote none
+    for account in against:
+        check_sample({TARGET: account}, (TARGET,))
+    for weight, least in ((record["weight"], FLOOR), *((m, 1 / GRAIN) for m in against.values())):
+        if not (least <= weight <= 1 and weight * GRAIN % 1 == 0):
+            raise ValueError("no booking can have that weight")
+
+
+def _content(record: dict) -> dict:
+    return {key: value for key, value in record.items() if key not in PLACE}
+
+
+def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    items = iter(items)
+    while chunk := list(islice(items, size)):
+        yield chunk
+
+
 # --------------------------------------------------------------------------------------- Snapshot
 
-FORMAT = 1  # of snapshots
+FORMAT = 2  # of snapshots
 
 
 class Snapshot:
@@ -1538,7 +1750,7 @@ class Snapshot:
     def save(self, state: Arrays) -> None:
         """Puts the state in the place of an earlier one, in one step, or logs why it cannot."""
         try:
-            size, _ = _unpacked(state["named"])
+            size, _ = _unpacked(state["keys"])
             origin = np.array([size, self.log.checksum(size), *self._version()])
             file = os.open(self._unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with open(file, "wb") as file:
@@ -1582,14 +1794,11 @@ class Snapshot:
         return [FORMAT, *tokens(dict.fromkeys(FEATURES, "a b c"))]
 
 
-# ------------------------------------------------------------------------------------- Bookkeeper
+# ----------------------------------------------------------------------------------------- Writer
 
-CHUNK = 128  # samples scored or learned at a time: what a prediction may have to wait for
-GROUP = 1000  # samples that a group of batches may have, unless it is one batch
-BACKLOG = 50_000  # samples that may wait, unless they are one batch
+GROUP = 1000  # samples that a group of bookings may have, unless it is one booking
+BACKLOG = 50_000  # samples that may wait, unless they are one booking
 RESTART = "nothing can be booked until the service is started again"
-LISTED = 10  # bookings in each list of the overview
-UNSAVED = 10_000  # lines of the log that its snapshot may lack; a sixteenth while it grows
 
 
 class NotReady(Exception):
@@ -1604,66 +1813,175 @@ class NotStored(Exception):
     """The log could not be written: nothing has changed, and the same can be sent again."""
 
 
+class Booking(NamedTuple):
+    """Samples on their way into the log, and what their sender waits for."""
+
+    done: Future
+    samples: Sequence[Sample]
+    key: str | None = None
+
+
+class Change(NamedTuple):
+    """Another change, and what who asked for it waits for."""
+
+    done: Future
+    make: Callable[[], object]
+    samples: Sequence[Sample] = ()
+
+
+class Writer:
+    """A thread that makes one change after the other, and is the only one to make any.
+
+    Bookings that wait together are handed on as a group, to share what it costs to store them.
+    """
+
+    def __init__(self, book: Callable[[list[Booking]], None], rest: Callable[[], None]) -> None:
+        """`book` answers a group of bookings; `rest` is called after each group and change."""
+        self._book, self._rest = book, rest
+        self._queue: deque[Booking | Change] = deque()
+        self._arrival = threading.Condition()  # of something in the queue, or of the end
+        self._closed = False
+        self.broken = False  # has what is known lost step with the log?
+        self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
+
+    def start(self) -> None:
+        """Begins with what is waiting."""
+        self._thread.start()
+
+    def submit(self, work: Booking | Change) -> object:
+        """What came of it, once it is done.
+
+        Raises what it raises, Busy if too many wait, NotReady if no more are taken.
+        """
+        with self._arrival:
+            if self._closed or self.broken:
+                raise NotReady(RESTART)
+            if self._queue and self.waiting() + len(work.samples) > BACKLOG:
+                raise Busy("too many bookings are waiting; send this again in a second")
+            self._queue.append(work)
+            self._arrival.notify()
+        return work.done.result()
+
+    def waiting(self) -> int:
+        """How many samples wait to be booked."""
+        return sum(len(work.samples) for work in self._queue.copy())
+
+    def close(self) -> None:
+        """Does what is waiting, and nothing more."""
+        with self._arrival:
+            self._closed = True
+            self._arrival.notify()
+        self._thread.join()
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """For what must follow from what the log says: if it fails, only a restart will help."""
+        try:
+            yield
+        except BaseException:
+            self.broken = True
+            raise
+
+    def _run(self) -> None:
+        while group := self._next_group():
+            try:
+                if self.broken:
+                    raise NotReady(RESTART)
+                if isinstance(group[0], Change):
+                    group[0].done.set_result(group[0].make())
+                else:
+                    self._book(group)
+            except Exception as error:
+                refusal = self._refusal(error)
+                for work in group:
+                    if not work.done.done():
+                        work.done.set_exception(refusal)
+            self._rest()
+
+    def _next_group(self) -> list[Booking] | list[Change]:
+        """A change, or bookings of different keys; nothing if there will be no more."""
+        with self._arrival:
+            self._arrival.wait_for(lambda: self._queue or self._closed)
+            group, keys, size = [], set(), 0
+            while self._queue:
+                work = self._queue[0]
+                size += len(work.samples)
+                alone = isinstance(work, Change) or size > GROUP or work.key in keys
+                if group and (alone or isinstance(group[0], Change)):
+                    break
+                group.append(self._queue.popleft())
+                if isinstance(work, Booking) and work.key is not None:
+                    keys.add(work.key)
+            return group
+
+    def _refusal(self, error: Exception) -> Exception:
+        if isinstance(error, LogError):
+            logger.error("%s", error)
+            self.broken = True
+            return NotReady(RESTART)
+        if isinstance(error, OSError):
+            logger.error("the log could not be written: %s", error.strerror)
+            return NotStored(f"the log could not be written ({error.strerror}); try later")
+        return error
+
+
+# ------------------------------------------------------------------------------------- Bookkeeper
+
+CHUNK = 128  # samples scored or learned at a time: what a prediction may have to wait for
+LISTED = 10  # bookings in each list of the overview
+UNSAVED = 10_000  # lines of the log that its snapshot may lack; a sixteenth while it grows
+
+
 class NotFound(Exception):
     """There is no such booking or company."""
 
 
 class Conflict(Exception):
-    """A batch was sent under the name of another."""
-
-
-class Batch(NamedTuple):
-    """Samples on their way into the log, or another change, and what their sender waits for."""
-
-    done: Future
-    name: str | None = None
-    samples: Sequence[Sample] = ()
-    change: Callable[[], object] | None = None
+    """Other bookings were sent under the key of a batch."""
 
 
 class Bookkeeper:
     """Books samples into the log and the model, and knows how well it predicted them.
 
-    One writer thread is the only one that changes anything. It takes the batches that wait as one
-    group: each in turn is predicted as a whole and then learned, and all are appended to the log
-    with one fsync. So no batch is scored by a model that has seen its answers, and all figures are
-    the same however batches meet. If they cannot be appended, all of them are unlearned, exactly.
+    Its writer is the only one that changes anything. Bookings that wait together are one batch: it
+    is predicted as a whole, then learned, then appended to the log with one fsync. So no sample is
+    scored by a model that has seen its answer. What cannot be appended is unlearned, exactly.
     """
 
-    def __init__(self, log: Log) -> None:
-        """Learns all that is in the log. Raises LogError if that is damaged, or OSError."""
+    def __init__(self, log: Log, unsaved: int = UNSAVED) -> None:
+        """Learns all that is in the log. Raises LogError if that is damaged, or OSError.
+
+        A snapshot is not made for fewer than `unsaved` lines.
+        """
         self.log = log
+        self.unsaved = unsaved
         self._model = NaiveBayes()
         self._calibration = Calibration()
         self._history = History()
         self._corrections: dict[int, list[int]] = {}  # seq of a booking -> of its corrections
         self._curve: dict[int, dict] = {}  # points of the learning curve that will not change
         self._predictions = 0  # that were asked for
-        self._changing = threading.Lock()  # held to learn a chunk, and to read what that changes
-        self._waiting: deque[Batch] = deque()
-        self._arrival = threading.Condition()  # of a batch that waits, or of the end
-        self._closed = False
-        self._broken = False  # has the model lost step with the log?
+        self._changing = threading.Lock()  # held while these change, and to read them
         self._started = time.monotonic()
         self._snapshot = Snapshot(log)
         # Lines of the log that the last snapshot was to cover; infinite if there must be none.
         self._saved: float = 0
         self._saving: threading.Thread | None = None
+        self._writer = Writer(self._book, self._save)
         if state := self._snapshot.load():
             self._restore(state)
         self._read_back()
         self._last_batch = len(log)  # the seq that it starts with; there is none since the start
-        self._writer = threading.Thread(target=self._write, name="writer", daemon=True)
         self._writer.start()
 
-    def book(self, samples: list[Sample], name: str | None = None) -> range:
+    def book(self, samples: list[Sample], key: str | None = None) -> range:
         """The samples' sequence numbers, once they are on disk and learned.
 
-        A batch whose name is known is not booked again: it has the numbers that it got before.
+        A batch whose key is known is not booked again: it has the numbers that it got before.
         Raises Conflict if that was another batch, NotStored if the samples could not be written,
         Busy if too many wait, NotReady if the bookkeeper is closed.
         """
-        return self._submit(Batch(Future(), name, samples))
+        return self._writer.submit(Booking(Future(), samples, key))
 
     def correct(self, seq: int, account: str) -> str:
         """Books a booking to another account, and says to which it was booked before.
@@ -1671,14 +1989,14 @@ class Bookkeeper:
         The old one is unlearned, the new one learned with the weight of its surprise. Metrics keep
         the prediction. Raises NotFound, NotStored, NotReady.
         """
-        return self._submit(Batch(Future(), change=partial(self._correct, seq, account)))
+        return self._writer.submit(Change(Future(), partial(self._correct, seq, account)))
 
     def forget(self, company: str) -> int:
         """Unlearns a company, removes it from the log, and says how many bookings it had.
 
         Raises NotFound, NotStored, NotReady.
         """
-        return self._submit(Batch(Future(), change=partial(self._forget, company)))
+        return self._writer.submit(Change(Future(), partial(self._forget, company)))
 
     def predict(self, samples: Iterable[Sample]) -> list[str]:
         """The most probable account of each sample. Raises NotReady while there is no model."""
@@ -1697,12 +2015,12 @@ class Bookkeeper:
         """
         document = tokens(sample)
         with self._model_at_rest() as model:
-            [scores] = model.scores([document])
+            [scores] = model.joint_log_likelihood([document])
             best = model.top(scores, max(top, 2))
             accounts = [model.names[account] for account in best.tolist()]
             terms = model.terms(document, best)
             margin = round(scores[best[0]] - scores[best[1]], 4) if len(best) > 1 else None
-            [confidence] = self._calibration.confidence([_evidence(margin, document)])
+            [confidence] = self._calibration.confidence([_per_token(margin, sample)])
             self._predictions += 1
 
         suggestions = []
@@ -1745,7 +2063,6 @@ class Bookkeeper:
         health = self.health()
         with self._changing:
             rows, recent, points = self._history.rows, self._history.last(10_000), self._curve
-        names = list(self._history.accounts)
         last = recent[-WINDOW:]
         overview = {"health": health, "metrics": None, "curve": [], "confidence": []}
         if len(last):
@@ -1755,30 +2072,34 @@ class Bookkeeper:
                 "curve": [*curve(rows, points), {"bookings": len(rows), **now}],
                 "confidence": by_confidence(recent, [*(step / 20 for step in range(20)), 0.99]),
             }
-        wrong = recent[~right(recent)][: -LISTED - 1 : -1]
-        unsure = last[::-1][last["confidence"][::-1].argsort(kind="stable")][:LISTED]
-        for name, listed in (("wrong", wrong), ("unsure", unsure)):
-            overview[name] = [
-                {
-                    "seq": seq,
-                    "company": record["sample"]["CompanyId"],
-                    "text": record["sample"]["BankEntryText"],
-                    "amount": record["sample"]["BankEntryAmount"],
-                    "booked": names[booked],
-                    "predicted": names[predicted],
-                    "confidence": record["confidence"],
-                }
-                for seq, _, booked, predicted, _ in listed.tolist()
-                if "sample" in (record := self._record(seq))  # not forgotten since
-            ]
+        overview["wrong"] = self._listed(recent[~right(recent)][: -LISTED - 1 : -1])
+        unsure = last[::-1]["confidence"].argsort(kind="stable")[:LISTED]
+        overview["unsure"] = self._listed(last[::-1][unsure])
         return overview
+
+    def _listed(self, rows: np.ndarray) -> list[dict]:
+        """What the page says of rows of the history."""
+        names = list(self._history.accounts)
+        return [
+            {
+                "seq": seq,
+                "company": record["sample"]["CompanyId"],
+                "text": record["sample"]["BankEntryText"],
+                "amount": record["sample"]["BankEntryAmount"],
+                "booked": names[booked],
+                "predicted": names[predicted],
+                "confidence": record["confidence"],
+            }
+            for seq, _, booked, predicted, _ in rows.tolist()
+            if "sample" in (record := self._record(seq))  # not forgotten since
+        ]
 
     def health(self) -> dict[str, str | int | float]:
         """How much has been learned, and for how many seconds the service has been up.
 
         Raises NotReady if the service must be restarted.
         """
-        if self._broken:
+        if self._writer.broken:
             raise NotReady(RESTART)
         with self._changing:
             return {
@@ -1787,7 +2108,7 @@ class Bookkeeper:
                 "lines": len(self.log),
                 "accounts": self._model.known,
                 "companies": len(self._history.companies),
-                "tokens": self._model.token_counts.occupied,
+                "tokens": self._model.known_tokens,
                 "uptime": round(time.monotonic() - self._started, 3),
             }
 
@@ -1802,8 +2123,8 @@ class Bookkeeper:
                 "predictions_total": ("Predictions that were asked for.", self._predictions),
                 "accounts": ("Accounts in the model.", self._model.known),
                 "companies": ("Companies in the model.", len(self._history.companies)),
-                "tokens": ("Tokens in the model.", self._model.token_counts.occupied),
-                "waiting": ("Samples that wait to be booked.", self._queue()),
+                "tokens": ("Tokens in the model.", self._model.known_tokens),
+                "waiting": ("Samples that wait to be booked.", self._writer.waiting()),
                 "log_bytes": ("Bytes of the log.", self.log.size),
             }
         if len(last):
@@ -1812,17 +2133,217 @@ class Bookkeeper:
                 gauges[f"last_batch_{name}"] = (f"The last batch's {name}.", now[name])
         return gauges
 
-    def close(self) -> None:
-        """Books what is waiting, nothing more, and closes the log."""
-        with self._arrival:
-            self._closed = True
-            self._arrival.notify()
-        self._writer.join()
+    def _last(self, n: int, company: str | None = None) -> np.ndarray:
+        with self._changing:
+            if company is not None and company not in self._history.companies:
+                raise NotFound("there is no booking of this company")
+            rows = self._history.last(n, company)
+        if not len(rows):
+            raise NotReady("nothing has been predicted yet; send bookings to /sample first")
+        return rows
+
+    @contextmanager
+    def _model_at_rest(self) -> Iterator[NaiveBayes]:
+        with self._changing:
+            if not self._model.known:
+                raise NotReady("there is no model yet; send bookings to /sample first")
+            yield self._model
+
+    def _book(self, group: list[Booking]) -> None:
+        """Answers bookings of different keys, as one batch."""
+        group = [booking for booking in group if not self._repeats(booking)]
+        if not group:
+            return
+        samples = list(chain.from_iterable(booking.samples for booking in group))
+        learned: list[dict] = []
+        try:
+            records = iter(self._predict_and_learn(samples, learned))
+            records = self.log.append(
+                [(booking.key, list(islice(records, len(booking.samples)))) for booking in group]
+            )
+        except BaseException:
+            self._learn(learned, times=-1)
+            raise
+        with self._change():
+            self._count([(record, record["sample"][TARGET]) for record in records])
+            self._remember(records)
+        end = len(self.log) - len(records)
+        for booking in group:
+            first, end = end, end + len(booking.samples)
+            if booking.samples:
+                self._last_batch = first
+            booking.done.set_result(range(first, end))
+
+    def _repeats(self, booking: Booking) -> bool:
+        """Whether its key is known; then it is answered."""
+        try:
+            records = None if booking.key is None else self.log.find(booking.key)
+        except (OSError, ValueError) as error:
+            booking.done.set_exception(NotStored(f"the log could not be read ({error}); try later"))
+            return True
+        if records is None:
+            return False
+        # What was forgotten since is taken to have been the same, and is not booked again.
+        if len(records) == len(booking.samples) and all(
+            record.get("sample", sample) == sample
+            for record, sample in zip(records, booking.samples, strict=True)
+        ):
+            booking.done.set_result(range(records[0]["seq"], records[-1]["seq"] + 1))
+        else:
+            booking.done.set_exception(
+                Conflict("this Idempotency-Key was used for other bookings; take a new one")
+            )
+        return True
+
+    def _predict_and_learn(self, samples: list[Sample], learned: list[dict]) -> list[dict]:
+        """What the log is to say of samples. Adds to `learned` what is learned, however far."""
+        documents = [tokens(sample) for sample in samples]
+        labels = [sample[TARGET] for sample in samples]
+        records: list[dict] = [{}] * len(samples)
+        for part, assessments, lessons in self._model.book(documents, labels, self._change):
+            margins = map(_per_token, [made.margin for made in assessments], samples[part])
+            confidence = self._calibration.confidence(list(margins))[:, 0].round(4).tolist()
+            records[part] = [
+                {
+                    "sample": sample,
+                    "predicted": made.predicted,
+                    "margin": made.margin,
+                    "confidence": None if made.predicted is None else sure,
+                    "rank": made.rank,
+                    "weight": lesson.weight,
+                    "against": lesson.against,
+                }
+                for sample, made, sure, lesson in zip(
+                    samples[part], assessments, confidence, lessons, strict=True
+                )
+            ]
+            learned += records[part]
+        return records
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """For changes of what follows from the log."""
+        with self._writer.in_step(), self._changing:
+            yield
+
+    def _learn(self, records: list[dict], times: int = 1) -> None:
+        """Learns bookings from what the log says of them; with times = -1 unlearns them."""
+        for chunk in _chunks(records, CHUNK):
+            documents = [tokens(record["sample"]) for record in chunk]
+            lessons = [_lesson(record, record["sample"][TARGET]) for record in chunk]
+            with self._change():
+                self._model.learn(documents, lessons, times)
+
+    def _count(self, booked: Iterable[tuple[dict, str]], times: int = 1) -> None:
+        """Takes into account how good the predictions of these (record, account) were."""
+        margins, ranks = [], []
+        for record, account in booked:
+            if record["predicted"] is not None:
+                margins.append(_per_token(record["margin"], record["sample"]))
+                ranks.append(_rank(record, account))
+        self._calibration.add(margins, ranks, times)
+
+    def _remember(self, records: list[dict]) -> None:
+        self._history.append(
+            (
+                record["seq"],
+                record["sample"]["CompanyId"],
+                *(record["sample"][TARGET], record["predicted"], record["confidence"]),
+            )
+            for record in records
+        )
+
+    def _correct(self, seq: int, account: str) -> str:
+        booking = self._booking(seq)
+        before = self._standing(booking)
+        if account != before.account:
+            documents = [tokens(booking["sample"])]
+            [made] = self._model.assess(documents, [account])
+            [lesson] = self._model.weigh(documents, [account], [made.predicted])
+            correction = {"corrects": seq, TARGET: account}
+            correction |= {"weight": lesson.weight, "against": lesson.against}
+            [correction] = self.log.append([(None, [correction])])
+            self._apply(correction)
+        return before.account
+
+    def _booking(self, seq: int) -> dict:
+        """The record of a booking. Raises NotFound, NotStored."""
+        record = self._record(seq) if 0 <= seq < len(self.log) else {}
+        if "sample" not in record:
+            raise NotFound(f"there is no booking {seq}")
+        return record
+
+    def _record(self, seq: int) -> dict:
+        try:
+            return self.log.record(seq)
+        except ValueError as error:
+            raise NotStored(f"line {seq + 1} of the log could not be read ({error})") from None
+
+    def _standing(self, booking: dict) -> Lesson:
+        """To which account the booking is booked by now, and what it counts."""
+        corrections = self._corrections.get(booking["seq"])
+        last = self._record(corrections[-1]) if corrections else booking
+        return _lesson(last, last[TARGET] if corrections else booking["sample"][TARGET])
+
+    def _apply(self, correction: dict) -> None:
+        """Unlearns a booking and learns it as corrected. Raises NotFound."""
+        booking = self._booking(correction["corrects"])
+        seq, documents = booking["seq"], [tokens(booking["sample"])]
+        before, now = self._standing(booking), _lesson(correction, correction[TARGET])
+        with self._change():
+            self._model.learn(documents, [before], times=-1)
+            self._model.learn(documents, [now])
+            self._count([(booking, before.account)], times=-1)
+            self._count([(booking, now.account)])
+            self._history.correct(seq, now.account)
+            self._corrections.setdefault(seq, []).append(correction["seq"])
+            self._curve = {}
+
+    def _forget(self, company: str) -> int:
+        seqs = self._history.of(company)["seq"].tolist()
+        if not seqs:
+            raise NotFound("there is no booking of this company")
+        bookings = [self._booking(seq) for seq in seqs]
+        standing = [self._standing(booking) for booking in bookings]
+        corrections = chain.from_iterable(self._corrections.get(seq, []) for seq in seqs)
         self._end_saving()
-        may_save = not self._broken and self._saved < math.inf
-        if may_save and len(self.log) - self._snapshot.lines >= UNSAVED:
-            self._snapshot.save(self._state())
-        self.log.close()
+        self._snapshot.discard()
+        self.log.remove({*seqs, *corrections})
+        self._saved = math.inf  # accounts that only it used keep their names until the next start
+        for chunk in _chunks(zip(bookings, standing, strict=True), CHUNK):
+            documents = [tokens(booking["sample"]) for booking, _ in chunk]
+            with self._change():
+                self._model.learn(documents, [lesson for _, lesson in chunk], times=-1)
+                self._count([(booking, lesson.account) for booking, lesson in chunk], times=-1)
+        with self._change():
+            self._history.forget(company)
+            self._curve = {}
+        _digest.cache_clear()
+        return len(seqs)
+
+    def _read_back(self) -> None:
+        reported = time.monotonic()
+        for records in _chunks(self.log.read(), 32 * CHUNK):
+            for damage in check_records(records, records[0]["seq"] + 1):
+                raise self.log.damaged(damage)
+            for keys, alike in groupby(records, lambda record: {*record} & {"sample", "corrects"}):
+                if "sample" in keys:
+                    bookings = list(alike)
+                    self._learn(bookings)
+                    self._count([(record, record["sample"][TARGET]) for record in bookings])
+                    self._remember(bookings)
+                elif "corrects" in keys:
+                    self._apply_all(alike)
+            if time.monotonic() - reported > 3:
+                reported = time.monotonic()
+                logger.info("%s: %d lines read back so far", self.log.path, len(self.log))
+
+    def _apply_all(self, corrections: Iterable[dict]) -> None:
+        for correction in corrections:
+            try:
+                self._apply(correction)
+            except NotFound as error:
+                raise self.log.damaged(Damage(correction["seq"] + 1, str(error))) from None
 
     def _state(self) -> Arrays:
         """All that was made of the log; arrays that are those at work."""
@@ -1839,7 +2360,8 @@ class Bookkeeper:
     def _save(self) -> None:
         """Saves the state in the background, if it is time to."""
         waiting = self._saving and self._saving.is_alive()
-        if waiting or self._broken or len(self.log) - self._saved < max(UNSAVED, self._saved / 16):
+        due = max(self.unsaved, self._saved / 16)
+        if waiting or self._writer.broken or len(self.log) - self._saved < due:
             return
         self._saved = len(self.log)
         try:
@@ -1854,317 +2376,22 @@ class Bookkeeper:
         if self._saving:
             self._saving.join()
 
-    @contextmanager
-    def _model_at_rest(self) -> Iterator[NaiveBayes]:
-        with self._changing:
-            if not self._model.known:
-                raise NotReady("there is no model yet; send bookings to /sample first")
-            yield self._model
-
-    def _last(self, n: int, company: str | None = None) -> np.ndarray:
-        with self._changing:
-            if company is not None and company not in self._history.companies:
-                raise NotFound("there is no booking of this company")
-            rows = self._history.last(n, company)
-        if not len(rows):
-            raise NotReady("nothing has been predicted yet; send bookings to /sample first")
-        return rows
-
-    def _queue(self) -> int:
-        return sum(len(batch.samples) for batch in self._waiting.copy())
-
-    def _submit(self, batch: Batch) -> object:
-        """What the writer made of the batch."""
-        with self._arrival:
-            if self._closed or self._broken:
-                raise NotReady(RESTART)
-            if self._waiting and self._queue() + len(batch.samples) > BACKLOG:
-                raise Busy("too many bookings are waiting; send this again in a second")
-            self._waiting.append(batch)
-            self._arrival.notify()
-        return batch.done.result()
-
-    def _write(self) -> None:
-        """The writer thread: books group after group until there will be no more."""
-        while group := self._next_group():
-            try:
-                if self._broken:
-                    raise NotReady(RESTART)
-                if group[0].change:
-                    group[0].done.set_result(group[0].change())
-                else:
-                    self._book_group(group)
-            except Exception as error:
-                if isinstance(error, LogError):
-                    logger.error("%s", error)
-                    self._broken = True
-                    error = NotReady(RESTART)
-                elif isinstance(error, OSError):
-                    logger.error("%s could not be written: %s", self.log.path, error.strerror)
-                    error = NotStored(f"the log could not be written ({error.strerror}); try later")
-                for batch in group:
-                    if not batch.done.done():
-                        batch.done.set_exception(error)
-            self._save()
-
-    def _next_group(self) -> list[Batch]:
-        with self._arrival:
-            self._arrival.wait_for(lambda: self._waiting or self._closed)
-            group: list[Batch] = []
-            size = 0
-            while self._waiting:
-                batch = self._waiting[0]
-                size += len(batch.samples)
-                named = batch.name is not None and batch.name in {other.name for other in group}
-                if group and (named or size > GROUP or batch.change or group[0].change):
-                    break
-                group.append(self._waiting.popleft())
-            return group
-
-    def _book_group(self, group: list[Batch]) -> None:
-        group = [batch for batch in group if not self._answered_before(batch)]
-        if not group:
-            return
-        learned: list[dict] = []
-        try:
-            batches = [(batch.name, self._book_in_model(batch.samples, learned)) for batch in group]
-            records = self.log.append(batches)
-        except BaseException:
-            self._learn(learned, times=-1)
-            raise
-        with self._in_step():
-            self._remember(records)
-        first = len(self.log) - len(records)
-        for batch in group:
-            last = first + len(batch.samples)
-            if batch.samples:
-                self._last_batch = first
-            batch.done.set_result(range(first, last))
-            first = last
-
-    def _answered_before(self, batch: Batch) -> bool:
-        try:
-            records = None if batch.name is None else self.log.find(batch.name)
-        except (OSError, ValueError) as error:
-            batch.done.set_exception(NotStored(f"the log could not be read ({error}); try later"))
-            return True
-        if records is None:
-            return False
-        # What was forgotten since is taken to have been the same, and is not booked again.
-        if len(records) == len(batch.samples) and all(
-            record.get("sample", sample) == sample
-            for record, sample in zip(records, batch.samples, strict=True)
-        ):
-            batch.done.set_result(range(records[0]["seq"], records[-1]["seq"] + 1))
-        else:
-            batch.done.set_exception(
-                Conflict("this Idempotency-Key was used for other bookings; take a new one")
-            )
-        return True
-
-    def _book_in_model(self, samples: Sequence[Sample], learned: list[dict]) -> list[dict]:
-        """Predicts a batch, then learns it, and gives what the log will say of it.
-
-        Adds to `learned` what it has learned, however far it comes.
-        """
-        documents = [tokens(sample) for sample in samples]
-        labels = [sample[TARGET] for sample in samples]
-        assessments = self._model.assess(documents, labels)
-        predicted = [assessment.predicted for assessment in assessments]
-        evidence = list(map(_evidence, [made.margin for made in assessments], documents))
-        confidence = self._calibration.confidence(evidence)[:, 0].round(4).tolist()
-        records = [
-            {
-                "sample": sample,
-                "predicted": made.predicted,
-                "margin": made.margin,
-                "confidence": None if made.predicted is None else sure,
-                "rank": made.rank,
-            }
-            for sample, made, sure in zip(samples, assessments, confidence, strict=True)
-        ]
-        for part in rounds(len(samples)):
-            weights = self._model.weigh(documents[part], labels[part], predicted[part])
-            for record, weight in zip(records[part], weights.tolist(), strict=True):
-                record["weight"] = weight
-            self._learn(records[part], documents[part])
-            learned += records[part]
-        return records
-
-    def _learn(
-        self, records: list[dict], documents: list[list[int]] | None = None, times: int = 1
-    ) -> None:
-        """Learns bookings from what the log says of them; with times = -1 unlearns them."""
-        documents = documents or [tokens(record["sample"]) for record in records]
-        for chunk in _chunks(zip(records, documents, strict=True), CHUNK):
-            labels = [record["sample"][TARGET] for record, _ in chunk]
-            weights = [times * record["weight"] for record, _ in chunk]
-            with self._in_step(), self._changing:
-                self._model.learn([document for _, document in chunk], labels, weights)
-                booked = ((record, doc, record["sample"][TARGET]) for record, doc in chunk)
-                self._count(booked, times)
-
-    def _remember(self, records: list[dict]) -> None:
-        with self._changing:
-            self._history.append(
-                (
-                    record["seq"],
-                    record["sample"]["CompanyId"],
-                    *(record["sample"][TARGET], record["predicted"], record["confidence"]),
-                )
-                for record in records
-            )
-
-    def _count(self, booked: Iterable[tuple[dict, list[int], str]], times: int = 1) -> None:
-        """Takes into account how good the predictions of these (record, document, account) were."""
-        evidence, ranks = [], []
-        for record, document, account in booked:
-            if record["predicted"] is not None:
-                evidence.append(_evidence(record["margin"], document))
-                ranks.append(_rank(record, account))
-        self._calibration.add(evidence, ranks, times)
-
-    def _correct(self, seq: int, account: str) -> str:
-        booking = self._booking(seq)
-        before, _ = self._standing(booking)
-        if account != before:
-            document = tokens(booking["sample"])
-            [assessment] = self._model.assess([document], [account])
-            [weight] = self._model.weigh([document], [account], [assessment.predicted]).tolist()
-            correction = {"corrects": seq, TARGET: account, "weight": weight}
-            [correction] = self.log.append([(None, [correction])])
-            with self._in_step():
-                self._apply(correction)
-        return before
-
-    def _booking(self, seq: int) -> dict:
-        """The record of a booking. Raises NotFound, NotStored."""
-        record = self._record(seq) if 0 <= seq < len(self.log) else {}
-        if "sample" not in record:
-            raise NotFound(f"there is no booking {seq}")
-        return record
-
-    def _record(self, seq: int) -> dict:
-        try:
-            return self.log.record(seq)
-        except ValueError as error:
-            raise NotStored(f"line {seq + 1} of the log could not be read ({error})") from None
-
-    def _standing(self, booking: dict) -> tuple[str, float]:
-        """To which account the booking is booked by now, and with which weight."""
-        corrections = self._corrections.get(booking["seq"])
-        if corrections is None:
-            return booking["sample"][TARGET], booking["weight"]
-        last = self._record(corrections[-1])
-        return last[TARGET], last["weight"]
-
-    def _apply(self, correction: dict) -> None:
-        """Unlearns a booking and learns it as corrected. Raises NotFound."""
-        booking = self._booking(correction["corrects"])
-        seq, document = booking["seq"], tokens(booking["sample"])
-        before, weight = self._standing(booking)
-        account = correction[TARGET]
-        with self._changing:
-            self._model.learn([document] * 2, [before, account], [-weight, correction["weight"]])
-            self._count([(booking, document, before)], times=-1)
-            self._count([(booking, document, account)])
-            self._history.correct(seq, account)
-            self._corrections.setdefault(seq, []).append(correction["seq"])
-            self._curve = {}
-
-    def _apply_all(self, corrections: Iterable[dict]) -> None:
-        for correction in corrections:
-            try:
-                self._apply(correction)
-            except NotFound as error:
-                raise self.log.damaged(Damage(correction["seq"] + 1, str(error))) from None
-
-    def _forget(self, company: str) -> int:
-        seqs = self._history.of(company)["seq"].tolist()
-        if not seqs:
-            raise NotFound("there is no booking of this company")
-        bookings = [self._booking(seq) for seq in seqs]
-        standing = [self._standing(booking) for booking in bookings]
-        corrections = chain.from_iterable(self._corrections.get(seq, []) for seq in seqs)
+    def close(self) -> None:
+        """Books what is waiting, nothing more, and closes the log."""
+        self._writer.close()
         self._end_saving()
-        self._snapshot.discard()
-        self.log.remove({*seqs, *corrections})
-        self._saved = math.inf  # accounts that only it used keep their names until the next start
-        with self._in_step():
-            for chunk in _chunks(zip(bookings, standing, strict=True), CHUNK):
-                documents = [tokens(booking["sample"]) for booking, _ in chunk]
-                accounts = [account for _, (account, _) in chunk]
-                with self._changing:
-                    self._model.learn(documents, accounts, [-weight for _, (_, weight) in chunk])
-                    records = [booking for booking, _ in chunk]
-                    self._count(zip(records, documents, accounts, strict=True), times=-1)
-            with self._changing:
-                self._history.forget(company)
-                self._curve = {}
-            _digest.cache_clear()
-        return len(seqs)
-
-    @contextmanager
-    def _in_step(self) -> Iterator[None]:
-        """For what must follow from what the log says: if it fails, only a restart will help."""
-        try:
-            yield
-        except BaseException:
-            self._broken = True
-            raise
-
-    def _read_back(self) -> None:
-        reported = time.monotonic()
-        for records in _chunks(self.log.read(), 32 * CHUNK):
-            for damage in check_records(records, records[0]["seq"] + 1):
-                raise self.log.damaged(damage)
-            for keys, alike in groupby(records, dict.keys):
-                if "sample" in keys:
-                    bookings = list(alike)
-                    self._learn(bookings)
-                    self._remember(bookings)
-                elif "corrects" in keys:
-                    self._apply_all(alike)
-            if time.monotonic() - reported > 3:
-                reported = time.monotonic()
-                logger.info("%s: %d lines read back so far", self.log.path, len(self.log))
+        may_save = not self._writer.broken and self._saved < math.inf
+        if may_save and len(self.log) - self._snapshot.lines >= self.unsaved:
+            self._snapshot.save(self._state())
+        self.log.close()
 
 
-def check_records(
-    records: list[dict], line: int, missing: Collection[int] = ()
-) -> Iterator[Damage]:
-    """Those of the records from that line on which are none that a bookkeeper writes.
-
-    `missing` are the earlier seqs that are of no booking, as far as they are known.
-    """
-    for number, record in enumerate(records, start=line):
-        if record.keys() == {*PLACE}:
-            continue  # it was removed
-        try:
-            if "corrects" in record:
-                check_sample({TARGET: record[TARGET]}, (TARGET,))
-                if not 0 <= record["corrects"] < record["seq"] or record["corrects"] in missing:
-                    raise ValueError("it corrects no booking before it")
-            else:
-                check_sample(record["sample"], (*FEATURES, TARGET))
-                if not isinstance(record["predicted"], str | None):
-                    raise ValueError("predicted is no account")
-                if not 0 <= (record["confidence"] or 0) <= 1:
-                    raise ValueError("no prediction can have that confidence")
-                if not 0 <= (record["margin"] or 0) < math.inf:
-                    raise ValueError("no prediction can have that margin")
-                if not (record["rank"] or 1) >= 1:
-                    raise ValueError("no account can have that rank")
-            if not (FLOOR <= record["weight"] <= 1 and record["weight"] * GRAIN % 1 == 0):
-                raise ValueError("no booking can have that weight")
-        except KeyError as error:
-            yield Damage(number, f"{error} is missing")
-        except (ValueError, TypeError) as error:
-            yield Damage(number, str(error))
+def _lesson(record: dict, account: str) -> Lesson:
+    return Lesson(account, record["weight"], record.get("against", {}))  # version 0.1 wrote none
 
 
-def _evidence(margin: float | None, document: list[int]) -> float:
-    return (margin or 0) / len(document)
+def _per_token(margin: float | None, sample: Sample) -> float:
+    return (margin or 0) / count_tokens(sample)
 
 
 def _rank(record: dict, account: str) -> int:
@@ -2187,248 +2414,15 @@ def _reasons(sample: Sample, weights: list[float]) -> list[dict[str, str | float
     ]
 
 
-def _chunks(items: Iterable, size: int) -> Iterator[list]:
-    items = iter(items)
-    while chunk := list(islice(items, size)):
-        yield chunk
-
-
-# ------------------------------------------------------------------------------------------- HTTP
-
-MAX_BODY = 64 << 20  # bytes of a request's body
-LARGE_BODY = 1 << 20  # bytes from which a body has to wait for its turn
-MAX_NUMBER = 999_999_999
-HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}  # of every answer
+# -------------------------------------------------------------------------------- API description
 
 JSON_LINES = "application/jsonl"
+MAX_NUMBER = 999_999_999
 MAX_SUGGESTED = 300  # suggestions in one answer, each of which is long
 OPEN = {"/", "/health"}  # to all, as there is nothing to learn from them
 
-STATUS = {  # of what is raised above
-    BadRequest: 400,
-    NotFound: 404,
-    Conflict: 422,
-    NotReady: 503,
-    NotStored: 507,
-}
 
-
-def create_app(
-    bookkeeper: Bookkeeper,
-    token: str | None = None,
-    hosts: Collection[str] | None = None,
-    max_body: int = MAX_BODY,
-    max_batch: int = MAX_BATCH,
-) -> Bottle:
-    """The WSGI app that answers for this bookkeeper, all but the page in JSON, errors too.
-
-    With a token, all but the page and /health is for those who send it. With hosts, it is for those
-    who call the service by one of these names: a web page whose own name was made to lead here does
-    not.
-    """
-    app = Bottle()
-    app.install(_in_json)
-    app.default_error_handler = _error_in_json
-    description = _openapi(max_batch)
-    parsing = threading.Lock()  # parsed JSON may take 20 times its bytes, so one at a time
-    durations = Histogram()
-
-    @app.hook("before_request")
-    def authorize() -> None:
-        request.environ["bookkeep.arrival"] = time.perf_counter()
-        if request.environ["PATH_INFO"].encode() != request.environ["bottle.raw_path"].encode(
-            "latin-1"
-        ):
-            raise HTTPError(400, "the path must be UTF-8, percent-encoded")
-        host = re.sub(":[0-9]*$", "", request.environ.get("HTTP_HOST", "")).lower()
-        if hosts is not None and host not in hosts:
-            raise HTTPError(403, f"call this service by one of its names: {', '.join(hosts)}")
-        if token is None or request.path in OPEN:
-            return
-        expected = f"Bearer {token}".encode()
-        given = request.environ.get("HTTP_AUTHORIZATION", "")
-        if not hmac.compare_digest(given.encode("latin-1"), expected):
-            raise HTTPError(
-                401,
-                "send the token, with the header Authorization: Bearer <token>",
-                **{"WWW-Authenticate": "Bearer"},
-            )
-
-    @app.hook("after_request")
-    def protect() -> None:
-        for name, value in HEADERS.items():
-            response.set_header(name, value)
-        route = request.environ.get("bottle.route")
-        seconds = time.perf_counter() - request.environ["bookkeep.arrival"]
-        durations.observe(seconds, _labels(route and route.rule, response.status_code))
-
-    def received(parse: Callable[[bytes], T]) -> T:
-        if request.content_type.partition(";")[0].strip() != "application/json":
-            raise HTTPError(415, "send JSON, with the header Content-Type: application/json")
-        length = request.content_length
-        if length > max_body:
-            raise HTTPError(413, f"send at most {max_body} bytes in one request")
-        with parsing if length > LARGE_BODY else nullcontext():
-            return parse(request.body.read())
-
-    def number(name: str, text: str, least: int, most: int = MAX_NUMBER) -> int:
-        if not re.fullmatch("[0-9]{1,18}", text) or not least <= int(text) <= most:
-            raise HTTPError(400, f"{name} must be a whole number from {least} to {most}")
-        return int(text)
-
-    @app.post("/sample")
-    def sample() -> dict:
-        key = request.environ.get("HTTP_IDEMPOTENCY_KEY")
-        if key is not None and not re.fullmatch("[ -~]{1,200}", key):
-            raise HTTPError(400, "an Idempotency-Key must be 1 to 200 printable ASCII characters")
-        stored = bookkeeper.book(received(partial(parse_samples, booked=True, most=max_batch)), key)
-        first, last = (stored[0], stored[-1]) if stored else (None, None)
-        return {"received": len(stored), "total": stored.stop, "first": first, "last": last}
-
-    @app.post("/predict")
-    def predict() -> list[str]:
-        return bookkeeper.predict(received(partial(parse_samples, booked=False, most=max_batch)))
-
-    @app.post("/suggest")
-    def suggest() -> dict | list[dict]:
-        top = number("top", request.query.get("top", "3"), 1, Calibration.RANKS)
-        asked = received(parse_json)
-        samples = check_samples(asked, False, min(max_batch, MAX_SUGGESTED // top))
-        answers = [{"suggestions": bookkeeper.suggest(sample, top)} for sample in samples]
-        return answers if isinstance(asked, list) else answers[0]
-
-    @app.post("/correct")
-    def correct() -> dict:
-        match received(parse_json):
-            case {"seq": float(seq), "AccountNumber": account, **others} if not others:
-                check_sample({TARGET: account}, (TARGET,))
-                if not (seq.is_integer() and 0 <= seq <= MAX_NUMBER):
-                    raise BadRequest(f"seq must be a whole number from 0 to {MAX_NUMBER}")
-                before = bookkeeper.correct(int(seq), account)
-                return {"seq": int(seq), TARGET: account, "before": before}
-        raise BadRequest('send {"seq": 1203, "AccountNumber": "6700"}, and nothing else')
-
-    @app.delete("/company/<id:re:(?s:.+)>")
-    def company(id: str) -> dict:
-        return {"company": id, "forgotten": bookkeeper.forget(id)}
-
-    @app.get("/metrics/<n>")
-    def metrics(n: str) -> dict[str, float]:
-        return bookkeeper.metrics(number("n, after /metrics/,", n, 1))
-
-    @app.get("/report/<n>")
-    def report(n: str) -> dict:
-        n = number("n, after /report/,", n, 1)
-        company = request.query.getunicode("company")
-        if company is None and "company" in request.query:
-            raise HTTPError(400, "company must be UTF-8, percent-encoded")
-        return bookkeeper.report(n, company)
-
-    @app.get("/samples")
-    def samples() -> BinaryIO | str:
-        first = number("from", request.query.get("from", "0"), 0)
-        limit = number("limit", request.query.get("limit", str(MAX_NUMBER)), 0)
-        lines, size = bookkeeper.log.export(range(first, first + limit))
-        response.content_type = JSON_LINES
-        response.content_length = size
-        if not size:
-            lines.close()
-            return ""
-        return lines  # which waitress sends by itself, so that a slow reader keeps no thread
-
-    @app.get("/metrics")
-    def prometheus() -> str:
-        response.content_type = "text/plain; version=0.0.4; charset=utf-8"
-        return "".join(f"{line}\n" for line in _exposition(bookkeeper, durations))
-
-    @app.get("/overview")
-    def overview() -> dict:
-        return bookkeeper.overview()
-
-    @app.get("/health")
-    def health() -> dict:
-        return bookkeeper.health()
-
-    @app.get("/openapi.json")
-    def openapi() -> dict:
-        return description
-
-    @app.get("/")
-    def page() -> str:
-        response.content_type = "text/html; charset=utf-8"
-        response.set_header("Content-Security-Policy", _page_policy())
-        return PAGE
-
-    @app.error(404)
-    def not_found(error: HTTPError) -> str:
-        if error.body == f"Not found: {request.path!r}":
-            error.body = f"there is nothing here; {' '.join(description['paths'])} is all"
-        return _error_in_json(error)
-
-    @app.error(405)
-    def not_allowed(error: HTTPError) -> str:
-        error.body = f"ask for this with {response.get_header('Allow')}, not {request.method}"
-        return _error_in_json(error)
-
-    return app
-
-
-def _in_json(callback: Callable) -> Callable:
-    """A Bottle plugin: what a route returns becomes JSON, what it raises an error with a status.
-
-    Texts and files are left as they are.
-    """
-
-    def route(**arguments: str) -> str | BinaryIO:
-        try:
-            answer = callback(**arguments)
-        except HTTPError:
-            raise
-        except Exception as error:
-            for kind, status in STATUS.items():
-                if isinstance(error, kind):
-                    again = {"Retry-After": "1"} if isinstance(error, Busy) else {}
-                    raise HTTPError(status, str(error), **again) from None
-            logger.exception("%s %s failed", request.method, request.path)
-            raise HTTPError(500, "the service failed to answer; its log says why") from None
-        if not isinstance(answer, dict | list):
-            return answer
-        response.content_type = "application/json"
-        return json.dumps(answer)
-
-    return route
-
-
-@cache
-def _labels(rule: str | None, status: int) -> str:
-    """Of a request in Prometheus's text format: the path as the API's description has it."""
-    path = re.sub("<(.*?)(:.*?)?>", r"{\1}", rule) if rule else "other"
-    return f'path="{path}",status="{status}"'
-
-
-def _exposition(bookkeeper: Bookkeeper, durations: Histogram) -> Iterator[str]:
-    """What an operator watches, in Prometheus's text format."""
-    for name, (text, value) in bookkeeper.gauges().items():
-        kind = "counter" if name.endswith("_total") else "gauge"
-        yield f"# HELP bookkeep_{name} {text}"
-        yield f"# TYPE bookkeep_{name} {kind}"
-        yield f"bookkeep_{name} {value}"
-    for name, text, histogram in (
-        ("request", "How long requests took, by path and status.", durations),
-        ("fsync", "How long the disk took to store batches.", bookkeeper.log.fsyncs),
-    ):
-        name = f"bookkeep_{name}_duration_seconds"
-        yield f"# HELP {name} {text}"
-        yield f"# TYPE {name} histogram"
-        yield from histogram.exposition(name)
-
-
-def _error_in_json(error: HTTPError) -> str:
-    response.content_type = "application/json"
-    return json.dumps({"error": error.body})
-
-
-def _openapi(max_batch: int) -> dict:
+def openapi(max_batch: int) -> dict:
     """The description of this API, in OpenAPI 3.1."""
 
     def of(kind: str, name: str) -> dict:
@@ -2471,7 +2465,7 @@ def _openapi(max_batch: int) -> dict:
     text = {"type": "string", "maxLength": MAX_VALUE}
     filled = text | {"minLength": 1}
     features = {
-        key: filled | {"maxLength": MAX_NAME if key in NAMES else MAX_VALUE} for key in FEATURES
+        key: filled | {"maxLength": MAX_SHORT if key in SHORT else MAX_VALUE} for key in FEATURES
     }
     count = {"type": "integer", "minimum": 0}
     share = {"type": "number", "minimum": 0, "maximum": 1}
@@ -2624,270 +2618,327 @@ def _openapi(max_batch: int) -> dict:
     }
 
 
-# ----------------------------------------------------------------------------------- Command line
+# ------------------------------------------------------------------------------------------- HTTP
+
+MAX_BODY = 64 << 20  # bytes of a request's body
+LARGE_BODY = 1 << 20  # bytes from which a body has to wait for its turn
+HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}  # of every answer
+
+STATUS = {  # of what is raised above
+    BadRequest: 400,
+    NotFound: 404,
+    Conflict: 422,
+    NotReady: 503,
+    NotStored: 507,
+}
+
+
+class Histogram:
+    """How often something took how long, as Prometheus counts it, for each of some labels."""
+
+    BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)  # seconds
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seen: dict[str, tuple[list[int], list[float]]] = {}  # labels -> counts, [sum]
+
+    def observe(self, seconds: float, labels: str = "") -> None:
+        """Counts one that took so long."""
+        with self._lock:
+            new = [0] * (len(self.BOUNDS) + 1), [0.0]
+            counts, total = self._seen.setdefault(labels, new)
+            counts[bisect_left(self.BOUNDS, seconds)] += 1
+            total[0] += seconds
+
+    def exposition(self, name: str) -> Iterator[str]:
+        """Its lines in Prometheus's text format."""
+        with self._lock:
+            seen = [(labels, [*counts], *total) for labels, (counts, total) in self._seen.items()]
+        for labels, counts, total in seen:
+            for bound, so_far in zip((*self.BOUNDS, "+Inf"), accumulate(counts), strict=True):
+                yield f'{name}_bucket{{{labels}{labels and ","}le="{bound}"}} {so_far}'
+            braced = labels and f"{{{labels}}}"
+            yield f"{name}_sum{braced} {total}"
+            yield f"{name}_count{braced} {sum(counts)}"
+
+
+def create_app(
+    bookkeeper: Bookkeeper,
+    token: str | None = None,
+    hosts: Collection[str] | None = None,
+    max_body: int = MAX_BODY,
+    max_batch: int = MAX_BATCH,
+) -> Bottle:
+    """The WSGI app that answers for this bookkeeper, all but the page in JSON, errors too.
+
+    With a token, all but the page and /health is for those who send it. With hosts, it is for those
+    who call the service by one of these names: a web page whose own name was made to lead here does
+    not.
+    """
+    app = Bottle()
+    app.install(_in_json)
+    app.default_error_handler = _error_in_json
+    description = openapi(max_batch)
+    parsing = threading.Lock()  # parsed JSON may take 20 times its bytes, so one at a time
+    durations, fsyncs = Histogram(), Histogram()
+    bookkeeper.log.fsynced = fsyncs.observe
+
+    @app.hook("before_request")
+    def authorize() -> None:
+        request.environ["bookkeep.arrival"] = time.perf_counter()
+        if request.environ["PATH_INFO"].encode() != request.environ["bottle.raw_path"].encode(
+            "latin-1"
+        ):
+            raise HTTPError(400, "the path must be UTF-8, percent-encoded")
+        host = re.sub(":[0-9]*$", "", request.environ.get("HTTP_HOST", "")).lower()
+        if hosts is not None and host not in hosts:
+            raise HTTPError(403, f"call this service by one of its names: {', '.join(hosts)}")
+        if token is None or request.path in OPEN:
+            return
+        expected = f"Bearer {token}".encode()
+        given = request.environ.get("HTTP_AUTHORIZATION", "")
+        if not hmac.compare_digest(given.encode("latin-1"), expected):
+            raise HTTPError(
+                401,
+                "send the token, with the header Authorization: Bearer <token>",
+                **{"WWW-Authenticate": "Bearer"},
+            )
+
+    @app.hook("after_request")
+    def protect() -> None:
+        for name, value in HEADERS.items():
+            response.set_header(name, value)
+        route = request.environ.get("bottle.route")
+        seconds = time.perf_counter() - request.environ["bookkeep.arrival"]
+        durations.observe(seconds, _labels(route and route.rule, response.status_code))
+
+    def received(parse: Callable[[bytes], T]) -> T:
+        if request.content_type.partition(";")[0].strip() != "application/json":
+            raise HTTPError(415, "send JSON, with the header Content-Type: application/json")
+        length = request.content_length
+        if length > max_body:
+            raise HTTPError(413, f"send at most {max_body} bytes in one request")
+        with parsing if length > LARGE_BODY else nullcontext():
+            return parse(request.body.read())
+
+    def number(name: str, text: str, least: int, most: int = MAX_NUMBER) -> int:
+        if not re.fullmatch("[0-9]{1,18}", text) or not least <= int(text) <= most:
+            raise HTTPError(400, f"{name} must be a whole number from {least} to {most}")
+        return int(text)
+
+    @app.post("/sample")
+    def sample() -> dict:
+        key = request.environ.get("HTTP_IDEMPOTENCY_KEY")
+        if key is not None and not re.fullmatch("[ -~]{1,200}", key):
+            raise HTTPError(400, "an Idempotency-Key must be 1 to 200 printable ASCII characters")
+        stored = bookkeeper.book(received(partial(parse_samples, booked=True, most=max_batch)), key)
+        first, last = (stored[0], stored[-1]) if stored else (None, None)
+        return {"received": len(stored), "total": stored.stop, "first": first, "last": last}
+
+    @app.post("/predict")
+    def predict() -> list[str]:
+        return bookkeeper.predict(received(partial(parse_samples, booked=False, most=max_batch)))
+
+    @app.post("/suggest")
+    def suggest() -> dict | list[dict]:
+        top = number("top", request.query.get("top", "3"), 1, Calibration.RANKS)
+        asked = received(parse_json)
+        samples = check_samples(asked, False, min(max_batch, MAX_SUGGESTED // top))
+        answers = [{"suggestions": bookkeeper.suggest(sample, top)} for sample in samples]
+        return answers if isinstance(asked, list) else answers[0]
+
+    @app.post("/correct")
+    def correct() -> dict:
+        match received(parse_json):
+            case {"seq": float(seq), "AccountNumber": account, **others} if not others:
+                check_sample({TARGET: account}, (TARGET,))
+                if not (seq.is_integer() and 0 <= seq <= MAX_NUMBER):
+                    raise BadRequest(f"seq must be a whole number from 0 to {MAX_NUMBER}")
+                before = bookkeeper.correct(int(seq), account)
+                return {"seq": int(seq), TARGET: account, "before": before}
+        raise BadRequest('send {"seq": 1203, "AccountNumber": "6700"}, and nothing else')
+
+    @app.delete("/company/<id:re:(?s:.+)>")
+    def company(id: str) -> dict:
+        return {"company": id, "forgotten": bookkeeper.forget(id)}
+
+    @app.get("/metrics/<n>")
+    def metrics(n: str) -> dict[str, float]:
+        return bookkeeper.metrics(number("n, after /metrics/,", n, 1))
+
+    @app.get("/report/<n>")
+    def report(n: str) -> dict:
+        n = number("n, after /report/,", n, 1)
+        company = request.query.getunicode("company")
+        if company is None and "company" in request.query:
+            raise HTTPError(400, "company must be UTF-8, percent-encoded")
+        return bookkeeper.report(n, company)
+
+    @app.get("/samples")
+    def samples() -> BinaryIO | str:
+        first = number("from", request.query.get("from", "0"), 0)
+        limit = number("limit", request.query.get("limit", str(MAX_NUMBER)), 0)
+        lines, size = bookkeeper.log.export(range(first, first + limit))
+        response.content_type = JSON_LINES
+        response.content_length = size
+        if not size:
+            lines.close()
+            return ""
+        return lines  # which waitress sends by itself, so that a slow reader keeps no thread
+
+    @app.get("/metrics")
+    def prometheus() -> str:
+        response.content_type = "text/plain; version=0.0.4; charset=utf-8"
+        return "".join(f"{line}\n" for line in _exposition(bookkeeper.gauges(), durations, fsyncs))
+
+    @app.get("/overview")
+    def overview() -> dict:
+        return bookkeeper.overview()
+
+    @app.get("/health")
+    def health() -> dict:
+        return bookkeeper.health()
+
+    @app.get("/openapi.json")
+    def described() -> dict:
+        return description
+
+    @app.get("/")
+    def page() -> str:
+        response.content_type = "text/html; charset=utf-8"
+        response.set_header("Content-Security-Policy", _page_policy())
+        return PAGE
+
+    @app.error(404)
+    def not_found(error: HTTPError) -> str:
+        if error.body == f"Not found: {request.path!r}":
+            error.body = f"there is nothing here; {' '.join(description['paths'])} is all"
+        return _error_in_json(error)
+
+    @app.error(405)
+    def not_allowed(error: HTTPError) -> str:
+        error.body = f"ask for this with {response.get_header('Allow')}, not {request.method}"
+        return _error_in_json(error)
+
+    return app
+
+
+def _in_json(callback: Callable) -> Callable:
+    """A Bottle plugin: what a route returns becomes JSON, what it raises an error with a status.
+
+    Texts and files are left as they are.
+    """
+
+    def route(**arguments: str) -> str | BinaryIO:
+        try:
+            answer = callback(**arguments)
+        except HTTPError:
+            raise
+        except Exception as error:
+            for kind, status in STATUS.items():
+                if isinstance(error, kind):
+                    again = {"Retry-After": "1"} if isinstance(error, Busy) else {}
+                    raise HTTPError(status, str(error), **again) from None
+            logger.exception("%s %s failed", request.method, request.path)
+            raise HTTPError(500, "the service failed to answer; its log says why") from None
+        if not isinstance(answer, dict | list):
+            return answer
+        response.content_type = "application/json"
+        return json.dumps(answer)
+
+    return route
+
+
+@cache
+def _labels(rule: str | None, status: int) -> str:
+    """Of a request in Prometheus's text format: the path as the API's description has it."""
+    path = re.sub("<(.*?)(:.*?)?>", r"{\1}", rule) if rule else "other"
+    return f'path="{path}",status="{status}"'
+
+
+def _exposition(
+    gauges: dict[str, tuple[str, float]], durations: Histogram, fsyncs: Histogram
+) -> Iterator[str]:
+    """What an operator watches, in Prometheus's text format."""
+    for name, (text, value) in gauges.items():
+        kind = "counter" if name.endswith("_total") else "gauge"
+        yield f"# HELP bookkeep_{name} {text}"
+        yield f"# TYPE bookkeep_{name} {kind}"
+        yield f"bookkeep_{name} {value}"
+    for name, text, histogram in (
+        ("request", "How long requests took, by path and status.", durations),
+        ("fsync", "How long the disk took to store batches.", fsyncs),
+    ):
+        name = f"bookkeep_{name}_duration_seconds"
+        yield f"# HELP {name} {text}"
+        yield f"# TYPE {name} histogram"
+        yield from histogram.exposition(name)
+
+
+def _error_in_json(error: HTTPError) -> str:
+    response.content_type = "application/json"
+    return json.dumps({"error": error.body})
+
+
+# ----------------------------------------------------------------------------------------- Server
 
 SHORT_BODY = 1 << 14  # bytes of a question that is answered without another thread
 GRACE = 10  # seconds that requests under way have to end when the service stops
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the service until SIGTERM or Ctrl-C, or checks a log; the exit status."""
-    options = _options(arguments)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, until it serves
-    try:
-        if options.command == "check":
-            return check(options.checked, options.repair)
-        serve(options)
-    except (LogError, OSError) as error:
-        named = isinstance(error, OSError) and error.filename
-        reason = f"{error.filename}: {error.strerror}" if named else error
-        print(f"bookkeep: {reason}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        logger.info("stopped before it was done")
-        return 130 if options.command == "check" else 0
-    return 0
+class Server:
+    """Waitress, which calls the app: the one place that knows its insides."""
 
-
-def serve(options: argparse.Namespace) -> None:
-    """Runs the service. Raises LogError or OSError if it cannot."""
-    token = read_token(options.token_file)
-    listener = _bind(options.host, options.port)
-    host, port = listener.getsockname()[:2]
-    if not (token or options.open or ipaddress.ip_address(host).is_loopback):
-        raise OSError(
-            f"{host} can be reached from other machines: set a token in BOOKKEEP_TOKEN or with "
-            "--token-file, or give --open to let anybody read and teach"
+    def __init__(self, app: Bottle, listener: socket.socket, threads: int, max_body: int) -> None:
+        """Listens, but does not answer yet."""
+        _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+        dispatcher = Dispatcher()
+        dispatcher.set_thread_count(threads)
+        self._listener = listener
+        self._server = waitress.create_server(
+            app,
+            _dispatcher=dispatcher,
+            sockets=[listener],
+            ident=None,
+            # A connection takes a socket, and a file for a body of over 512 KiB.
+            connection_limit=1000
+            if files == resource.RLIM_INFINITY
+            else min(1000, files // 2 - 50),
+            asyncore_use_poll=True,
+            # The app refuses long bodies, in JSON; waitress refuses what is not worth receiving.
+            max_request_body_size=2 * max_body + (1 << 20),
         )
-    log = Log(options.log)
-    started = time.monotonic()
-    bookkeeper = Bookkeeper(log)
-    seconds = time.monotonic() - started
-    names = {"localhost", "127.0.0.1", "[::1]", options.host.lower()}
-    hosts = None if token or options.open else sorted(names)
-    app = create_app(bookkeeper, token, hosts, options.max_body, options.max_batch)
-    server = _server(app, listener, options)
-    logger.info(
-        "serving on http://%s:%d, log %s, %d bookings read back in %.1f s",
-        *(f"[{host}]" if ":" in host else host, port),
-        *(log.path, bookkeeper.health()["samples"], seconds),
-    )
-    _answer(server, listener)
-    bookkeeper.close()
-    logger.info("stopped")
+        self._server.channel_class = Channel
+        logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # waiting for a thread is fine
 
+    def answer(self) -> None:
+        """Answers requests until SIGTERM or Ctrl-C, then those that are under way."""
+        stopping = threading.Event()
 
-def check(path: Path, repair: bool) -> int:
-    """Prints what is wrong with a log, and what a repaired copy leaves out; the exit status."""
-    damages = lost_at_end = 0
-    missing: set[int] = set()  # seqs before the next one that are of no booking
-    due = 0  # the seq that comes next, if none is left out
+        def stop(number: int, _: object) -> None:
+            logger.info("stopping on %s", signal.Signals(number).name)
+            stopping.set()
+            self._server.pull_trigger()
 
-    def whole_batches() -> Iterator[list[dict]]:
-        nonlocal damages, lost_at_end, due
-        for found in scan(path):
-            if isinstance(found, Damage):
-                problems = [found]
-            else:
-                missing.update(range(due, found.records[0]["seq"]))
-                problems = list(check_records(found.records, found.line, missing))
-            for problem in problems:
-                print(f"{path}, line {problem.line}: {problem.reason}")
-            damages += len(problems)
-            lost_at_end = len(problems)
-            if not problems:
-                yield found.records
-                missing.update(record["seq"] for record in found.records if "sample" not in record)
-                due = found.records[-1]["seq"] + 1
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
+        while not stopping.is_set():
+            self._turn(1)
 
-    with open(path, "rb"):  # before anything is made for the sake of a log that is not there
-        pass
-    if not repair:
-        kept = sum("sample" in record for batch in whole_batches() for record in batch)
-        print(f"{path}: {kept} bookings in whole batches, {damages or 'no'} problems")
-        return int(damages > 0)
+        self._server.del_channel()
+        self._listener.close()
+        self._turn(0)  # what has arrived by now is under way
+        deadline = time.monotonic() + GRACE
+        while self._server.active_channels and time.monotonic() < deadline:
+            for channel in list(self._server.active_channels.values()):
+                if not (channel.requests or channel.request or channel.total_outbufs_len):
+                    channel.handle_close()
+            self._turn(0.05)
+        self._server.task_dispatcher.shutdown()
 
-    target = path.with_name(f"{path.name}.repaired")
-    if target.exists():
-        raise LogError(f"{target} is there already; move it away first")
-    copy = Log(target)
-    kept = 0
-    try:
-        for batches in _chunks(whole_batches(), 16):
-            whole: list[tuple[str | None, list[dict]]] = []
-            place = len(copy)
-            for records in batches:
-                if lost := records[0]["seq"] - place:
-                    print(f"left out: seq {place} to {records[0]['seq'] - 1}")
-                    whole.append((None, [{}] * lost))
-                whole.append((name_of(records), list(map(_content, records))))
-                place = records[-1]["seq"] + 1
-                kept += sum("sample" in record for record in records)
-            copy.append(whole)
-    except BaseException:
-        target.unlink()  # an unfinished copy must not pass for a finished one
-        raise
-    if lost_at_end:
-        print(f"left out: all from seq {len(copy)} on")
-    print(f"{target}: {kept} bookings")
-    copy.close()
-    return int(damages > 0)
-
-
-def _content(record: dict) -> dict:
-    return {key: value for key, value in record.items() if key not in PLACE}
-
-
-def read_token(file: Path | None) -> str | None:
-    """The token in the file, or else in BOOKKEEP_TOKEN. Raises OSError if it cannot be one."""
-    if file is None and "BOOKKEEP_TOKEN" not in os.environ:
-        return None
-    token = file.read_text("latin-1").strip() if file else os.environ["BOOKKEEP_TOKEN"]
-    if not re.fullmatch("[!-~]+", token):
-        raise OSError("a token must be printable ASCII characters, without a space, at least one")
-    return token
-
-
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="bookkeep",
-        description="Learns from every booking and suggests the account of the next, over HTTP.",
-        epilog="Try it: python replay.py --serve",
-    )
-    option = parser.add_argument
-    option("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    option(
-        "--port",
-        type=_whole(0, 65535),
-        default=8080,
-        help="0 for any free one (default: %(default)s)",
-    )
-    option(
-        "--log",
-        type=Path,
-        default=Path("data/bookkeep.jsonl"),
-        help="file that keeps every booking; it is made, and read back at the next start "
-        "(default: %(default)s)",
-    )
-    option(
-        "--token-file",
-        type=Path,
-        metavar="FILE",
-        help="file with a token that all requests but /health must send; or set BOOKKEEP_TOKEN",
-    )
-    option(
-        "--open",
-        action="store_true",
-        help="listen without a token where other machines can reach it",
-    )
-    option(
-        "--threads",
-        type=_whole(1, 1000),
-        default=16,
-        help="requests at work at once; one of /sample is until its bookings are on disk "
-        "(default: %(default)s)",
-    )
-    option(
-        "--max-body",
-        type=_whole(1, 1 << 40),
-        default=MAX_BODY,
-        help="bytes in one request's body (default: %(default)s)",
-    )
-    option(
-        "--max-batch",
-        type=_whole(1, 10**9),
-        default=MAX_BATCH,
-        help="samples in one request (default: %(default)s)",
-    )
-    option("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    checking = commands.add_parser(
-        "check",
-        help="verify a log without serving it",
-        description="Prints a line for each problem of a log; the exit status is 0 if it has none.",
-    )
-    checking.add_argument("checked", type=Path, metavar="LOG", help="the log to verify")
-    checking.add_argument(
-        "--repair",
-        action="store_true",
-        help="write all its whole batches to LOG.repaired, and say what is left out",
-    )
-    return parser.parse_args(arguments)
-
-
-def _whole(least: int, most: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
-        return int(text)
-
-    number.__name__ = "whole number"  # what argparse calls it in an error
-    return number
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    """A socket bound to the address, so that a port in use shows before the log is read."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no host name"
-        raise OSError(f"cannot listen on {host}, port {port}: {reason}") from None
-    return listener
-
-
-def _server(app: Bottle, listener: socket.socket, options: argparse.Namespace) -> BaseWSGIServer:
-    """A server that listens, but does not answer yet."""
-    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-    dispatcher = Dispatcher()
-    dispatcher.set_thread_count(options.threads)
-    server = waitress.create_server(
-        app,
-        _dispatcher=dispatcher,
-        sockets=[listener],
-        ident=None,
-        # A connection takes a socket, and a file for a body of over 512 KiB.
-        connection_limit=1000 if files == resource.RLIM_INFINITY else min(1000, files // 2 - 50),
-        asyncore_use_poll=True,
-        # The app refuses long bodies, in JSON; waitress refuses what is not worth receiving.
-        max_request_body_size=2 * options.max_body + (1 << 20),
-    )
-    server.channel_class = Channel
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # waiting for a thread is fine
-    return server
-
-
-def _answer(server: BaseWSGIServer, listener: socket.socket) -> None:
-    """Answers requests until SIGTERM or Ctrl-C, then those that are under way."""
-    stopping = threading.Event()
-
-    def stop(number: int, _: object) -> None:
-        logger.info("stopping on %s", signal.Signals(number).name)
-        stopping.set()
-        server.pull_trigger()
-
-    def turn(seconds: float) -> None:
-        server.asyncore.loop(timeout=seconds, use_poll=True, map=server._map, count=1)
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    while not stopping.is_set():
-        turn(1)
-
-    server.del_channel()
-    listener.close()
-    turn(0)  # what has arrived by now is under way
-    deadline = time.monotonic() + GRACE
-    while server.active_channels and time.monotonic() < deadline:
-        for channel in list(server.active_channels.values()):
-            if not (channel.requests or channel.request or channel.total_outbufs_len):
-                channel.handle_close()
-        turn(0.05)
-    server.task_dispatcher.shutdown()
+    def _turn(self, seconds: float) -> None:
+        self._server.asyncore.loop(seconds, use_poll=True, map=self._server._map, count=1)
 
 
 class JSONErrorTask(ErrorTask):
@@ -2947,9 +2998,132 @@ class Dispatcher(ThreadedTaskDispatcher):
             super().add_task(channel)
 
 
+# ----------------------------------------------------------------------------------- Command line
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the service until SIGTERM or Ctrl-C, or checks a log; the exit status."""
+    options = _options(arguments)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, until it serves
+    try:
+        if options.command == "check":
+            return check(options.checked, options.repair)
+        serve(options)
+    except (LogError, OSError) as error:
+        named = isinstance(error, OSError) and error.filename
+        reason = f"{error.filename}: {error.strerror}" if named else error
+        print(f"bookkeep: {reason}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        logger.info("stopped before it was done")
+        return 130 if options.command == "check" else 0
+    return 0
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Runs the service. Raises LogError or OSError if it cannot."""
+    token = read_token(options.token_file)
+    listener = _bind(options.host, options.port)
+    host, port = listener.getsockname()[:2]
+    if not (token or options.open or ipaddress.ip_address(host).is_loopback):
+        raise OSError(
+            f"{host} can be reached from other machines: set a token in BOOKKEEP_TOKEN or with "
+            "--token-file, or give --open to let anybody read and teach"
+        )
+    log = Log(options.log)
+    started = time.monotonic()
+    bookkeeper = Bookkeeper(log)
+    seconds = time.monotonic() - started
+    names = {"localhost", "127.0.0.1", "[::1]", options.host.lower()}
+    hosts = None if token or options.open else sorted(names)
+    app = create_app(bookkeeper, token, hosts, options.max_body, options.max_batch)
+    server = Server(app, listener, options.threads, options.max_body)
+    logger.info(
+        "serving on http://%s:%d, log %s, %d bookings read back in %.1f s",
+        *(f"[{host}]" if ":" in host else host, port),
+        *(log.path, bookkeeper.health()["samples"], seconds),
+    )
+    server.answer()
+    bookkeeper.close()
+    logger.info("stopped")
+
+
+def read_token(file: Path | None) -> str | None:
+    """The token in the file, or else in BOOKKEEP_TOKEN. Raises OSError if it cannot be one."""
+    if file is None and "BOOKKEEP_TOKEN" not in os.environ:
+        return None
+    token = file.read_text("latin-1").strip() if file else os.environ["BOOKKEEP_TOKEN"]
+    if not re.fullmatch("[!-~]+", token):
+        raise OSError("a token must be printable ASCII characters, without a space, at least one")
+    return token
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="bookkeep",
+        description="Learns from every booking and suggests the account of the next, over HTTP.",
+        epilog="Try it: python replay.py --serve",
+    )
+    _add_options(parser)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    checking = commands.add_parser(
+        "check",
+        help="verify a log without serving it",
+        description="Prints a line for each problem of a log; the exit status is 0 if it has none.",
+    )
+    checking.add_argument("checked", type=Path, metavar="LOG", help="the log to verify")
+    repair = "write all its whole batches to LOG.repaired, and say what is left out"
+    checking.add_argument("--repair", action="store_true", help=repair)
+    return parser.parse_args(arguments)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    def option(name: str, help: str, **more: object) -> None:
+        shown = f"{help} (default: %(default)s)" if "default" in more else help
+        parser.add_argument(f"--{name}", help=shown, **more)
+
+    option("host", "address to listen on", default="127.0.0.1")
+    option("port", "0 for any free one", type=_whole(0, 65535), default=8080)
+    kept = "file that keeps every booking; it is made, and read back at the next start"
+    option("log", kept, type=Path, default=Path("data/bookkeep.jsonl"))
+    token = "file with a token that all requests but /health must send; or set BOOKKEEP_TOKEN"
+    option("token-file", token, type=Path, metavar="FILE")
+    reach = "listen without a token where other machines can reach it"
+    option("open", reach, action="store_true")
+    threads = "requests at work at once; one of /sample is until its bookings are on disk"
+    option("threads", threads, type=_whole(1, 1000), default=16)
+    option("max-body", "bytes in one request's body", type=_whole(1, 1 << 40), default=MAX_BODY)
+    option("max-batch", "samples in one request", type=_whole(1, 10**9), default=MAX_BATCH)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+
+
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
+        return int(text)
+
+    number.__name__ = "whole number"  # what argparse calls it in an error
+    return number
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket bound to the address, so that a port in use shows before the log is read."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no host name"
+        raise OSError(f"cannot listen on {host}, port {port}: {reason}") from None
+    return listener
+
+
 # ------------------------------------------------------------------------------------------- Page
 
-PAGE = """<!doctype html>
+PAGE = r"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -3587,7 +3761,7 @@ function booking({ seq, company, text, amount, booked, predicted, confidence }) 
     const sample = { CompanyId: company, BankEntryText: text, BankEntryAmount: amount };
     for (const [name, what] of Object.entries(sample)) {
       // A field drops line ends, and the words around them would become one.
-      $('try').elements[name].value = what.replaceAll(String.fromCharCode(10), ' ');
+      $('try').elements[name].value = what.replaceAll('\n', ' ');
     }
     $('try').closest('section').scrollIntoView();
     $('try').elements.CompanyId.focus({ preventScroll: true });
@@ -3707,8 +3881,7 @@ function command(locked) {
   const bookings = EXAMPLES.map(([CompanyId, BankEntryText, BankEntryAmount, AccountNumber]) =>
     JSON.stringify({ CompanyId, BankEntryText, BankEntryAmount, AccountNumber }));
   return `curl ${location.origin}/sample -H 'Content-Type: application/json'${key} -d '[
-${bookings.join(`,
-`)}]'`;
+${bookings.join(',\n')}]'`;
 }
 
 $('copy').addEventListener('click', async () => {
