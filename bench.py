@@ -32,7 +32,6 @@ from bookkeep import (
     TARGET,
     NaiveBayes,
     Sample,
-    _chunks,
     precision_recall,
     rounds,
     tokens,
@@ -247,7 +246,7 @@ def compare_models(rows: list[Sample], repeats: int) -> dict[str, dict]:
 def evaluate(model_of: Callable, rows: list[Sample]) -> dict:
     """How good and how fast a model is on the rows."""
     accounts = list(dict.fromkeys(row[TARGET] for row in rows))
-    batches = list(replay._batches(rows, 1000, seed=0))
+    batches = list(replay.batches(rows, 1000, seed=0))
     before = _memory("VmHWM")
     model = model_of(accounts)
     predicted: list[str] = []
@@ -329,6 +328,12 @@ def _busy(port: int, rows: list[Sample], predict: bytes) -> dict:
     load = _load(port, itertools.repeat(predict), 1, 3.0)
     sender.join()
     return load
+
+
+def _chunks(items: Iterable, size: int) -> Iterator[list]:
+    items = iter(items)
+    while chunk := list(itertools.islice(items, size)):
+        yield chunk
 
 
 def _request(path: str, content: object) -> bytes:
@@ -496,11 +501,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "bookings, or how it grows with synthetic ones (default: all)",
     )
     parser.add_argument(
-        "--repeats", type=replay._count, default=3, help="of models and service (default: 3)"
+        "--repeats", type=replay.count, default=3, help="of models and service (default: 3)"
     )
     parser.add_argument(
         "--most",
-        type=replay._count,
+        type=replay.count,
         default=SIZES[-1],
         help="synthetic bookings that it grows to (default: %(default)s)",
     )

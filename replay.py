@@ -1,17 +1,19 @@
 """replay: streams a CSV file of bookings to bookkeep and shows how well it predicts them.
 
 `python replay.py --serve` is the demo: it starts the service, sends it 15,000 bookings in batches
-as an accounting program would, and reports what `/metrics` says. It judges nothing by itself: all
-figures are the service's own.
+as an accounting program would, and reports how many it would have booked right. It judges nothing
+by itself: all figures are the service's own.
 """
 
 import argparse
+import codecs
 import csv
 import hashlib
 import io
 import itertools
 import json
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -24,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import urlsplit
 
 from bookkeep import FEATURES, TARGET, Sample, read_token
@@ -34,19 +37,27 @@ except ImportError:  # the extra "client" is not installed: plain lines will do
     tqdm = None
 
 HERE = Path(__file__).parent
-DATA = HERE / "data" if (HERE / "data").is_dir() else Path("data")
+CHECKED_OUT = (HERE / "data").is_dir()  # else it is installed
+DATA = HERE / "data" if CHECKED_OUT else Path("data")
 DATA_SETS = [  # a real one first, if the user has put it there
     DATA / "bank_expenses_obfuscated.csv.zip",
     DATA / "bank_expenses_obfuscated.csv",
     DATA / "bank_expenses_synthetic.csv.zip",
 ]
-COLUMNS = [*FEATURES, "BankEntryDate", TARGET]
+START = "python bookkeep.py" if CHECKED_OUT else "bookkeep"  # what starts the service
+COLUMNS = [*FEATURES, TARGET]
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)  # encrypted is the last
-WINDOWS = (100, 1000, 10_000)  # the n of the /metrics/<n> in the report
+LAST = 1000  # predictions that the report is about
+WINDOWS = (100, LAST, 10_000)  # the n of the /metrics/<n> in it
+WELL_BOOKED = 0.9  # accuracy from which on one may book unseen
 
 
 class Failed(Exception):
     """The replay cannot go on; the message says why in one sentence."""
+
+
+class Away(Failed):
+    """The service is gone or full: what was asked can be asked again later."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,12 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.file = options.file or _default_file()
         token = read_token(options.token_file)
+        if options.serve and not options.log:
+            options.log = Path(tempfile.mkdtemp(prefix="bookkeep-")) / "replay.jsonl"
         with _service(options) as url:
             if options.stay:
                 print(f"Watch it learn: {url}/", file=sys.stderr)
             report = replay(Client(url, token), options)
             if options.serve:
                 report["log"] = str(options.log)
+            if options.stay or not options.serve:
+                report["page"] = f"{url}/"
             print(json.dumps(report) if options.json else in_words(report), flush=True)
             if options.stay and not report["interrupted"]:
                 _stay(url)
@@ -75,72 +90,133 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def replay(client: "Client", options: argparse.Namespace, skip: bool = True) -> dict:
-    """Sends the rows in batches and reports; Ctrl-C ends it early. Raises Failed.
-
-    Each batch has a key that is the same when the same run is resumed, so that the service stores
-    it once, whatever happened to the first attempt. Batches that the log holds already are skipped,
-    all but the last, which shows that they stand where they must.
-    """
-    sent = resent = predicted = unpredicted = 0
-    interrupted = False
-    answer = None
-    started = asked = time.monotonic()
-    health = client.health()
-    stored_before = health["lines"]
-    start = stored_before if options.resume is None else options.resume
-    source = (options.file.name, options.order, options.batch, options.seed, start)
-    run = hashlib.sha256(repr(source).encode()).hexdigest()[:16]
+    """Sends the rows in batches and reports; Ctrl-C ends it early. Raises Failed."""
+    run = Run(client, options)
+    started = time.monotonic()
     rows = _rows(options)
+    interrupted = False
     try:
         with _progress(options.samples) as show:
-            to_send = itertools.islice(rows, options.samples)
-            for batch in _batches(to_send, options.batch, options.seed):
-                if skip and start + sent + len(batch) < stored_before:
-                    sent += len(batch)
-                    resent = sent
-                    continue
-                answer = client.ask("POST", "/sample", batch, key=f"replay {run} row {sent}")
-                if skip and resent == sent > 0 and answer["first"] != start + sent:
-                    return replay(client, options, skip=False)  # others have booked in between
-                sent += len(batch)
-                if answer["first"] < stored_before:
-                    resent += len(batch)
-                if answer["first"] == 0 or (sent == len(batch) and not health["accounts"]):
-                    unpredicted = len(batch)  # there was no model yet
-                bookings = answer["total"] - health["lines"] + health["samples"]
-                predicted = bookings - unpredicted
-                if predicted and (sent == options.samples or time.monotonic() - asked > 0.1):
-                    asked = time.monotonic()
-                    show(sent, client.ask("GET", "/metrics/1000"))
-        if sent and answer is None:  # all were skipped, and none has shown that it is there
+            found = run.send(itertools.islice(rows, options.samples), show, skip)
+        if not found:
             return replay(client, options, skip=False)
     except KeyboardInterrupt:
         interrupted = True
         client.interrupted()
-    except Failed as error:
+    except Away as error:
         log = f" --log {options.log}" if options.serve else ""
-        raise Failed(f"{error}; the same command goes on with --resume {start}{log}") from None
+        raise Failed(f"{error}; the same command goes on with --resume {run.start}{log}") from None
     seconds = time.monotonic() - started
     report = {
-        "samples": sent,
-        "stored_before": resent,
+        "samples": run.sent,
+        "stored_before": run.resent,
         "seconds": round(seconds, 3),
-        "samples_per_second": round(sent / seconds),
+        "samples_per_second": round(run.sent / seconds),
+        "accounts": None,
         "metrics": {},
+        "report": None,
+        "unseen": None,
         "prediction": None,
         "interrupted": interrupted,
-        "resume": start,
+        "resume": run.start,
     }
     try:
-        for n in WINDOWS:
-            if predicted and (n == 1000 or predicted >= n):
-                report["metrics"][str(n)] = client.ask("GET", f"/metrics/{n}")
-        report["prediction"] = _prediction(next(rows, None), client) if sent else None
+        for name, figure in run.figures():
+            report[name] = figure
+        report["prediction"] = run.prediction(next(rows, None))
     except Failed as error:
         print(f"replay: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         report["interrupted"] = True
     return report
+
+
+class Run:
+    """One replay: what the service has of it, and what it says.
+
+    Each batch has a key that is the same when the same run is resumed, so that the service stores
+    it once, whatever happened to the first attempt.
+    """
+
+    def __init__(self, client: "Client", options: argparse.Namespace) -> None:
+        self.client, self.options = client, options
+        self.before = client.health()
+        self.start = self.before["lines"] if options.resume is None else options.resume
+        source = (options.file.name, options.order, options.batch, options.seed, self.start)
+        self.name = hashlib.sha256(repr(source).encode()).hexdigest()[:16]
+        self.sent = self.resent = self.predicted = self.unpredicted = 0
+        self.account_names: dict[tuple[str, str], str] = {}  # of a company's account, the latest
+
+    def send(self, rows: Iterable[Sample], show: Callable[[int, dict], None], skip: bool) -> bool:
+        """Sends the rows, without the batches that the log holds already but for the last of these.
+
+        That shows whether they stand where they must: False if they do not, and must all be sent.
+        """
+        before = self.before["lines"]
+        answer, asked = None, time.monotonic()
+        for batch in batches(rows, self.options.batch, self.options.seed):
+            for row in batch:
+                self.account_names[row["CompanyId"], row[TARGET]] = row.get("AccountName")
+            if skip and self.start + self.sent + len(batch) < before:
+                self.sent += len(batch)
+                self.resent = self.sent
+                continue
+            key = f"replay {self.name} row {self.sent}"
+            answer = self.client.ask("POST", "/sample", batch, key)
+            if skip and self.resent == self.sent > 0 and answer["first"] != self.start + self.sent:
+                return False  # others have booked in between
+            self._count(answer, len(batch))
+            if self.predicted and (
+                self.sent == self.options.samples or time.monotonic() - asked > 0.1
+            ):
+                asked = time.monotonic()
+                show(self.sent, self.client.ask("GET", f"/report/{LAST}"))
+        return answer is not None or not self.sent
+
+    def _count(self, answer: dict, size: int) -> None:
+        self.sent += size
+        if answer["first"] < self.before["lines"]:
+            self.resent += size
+        if answer["first"] == 0 or (self.sent == size and not self.before["accounts"]):
+            self.unpredicted = size  # there was no model yet
+        bookings = answer["total"] - self.before["lines"] + self.before["samples"]
+        self.predicted = bookings - self.unpredicted
+
+    def figures(self) -> Iterator[tuple[str, object]]:
+        """What the service says of its last predictions, by name."""
+        if not self.predicted:
+            return
+        yield "accounts", self.client.health()["accounts"]
+        wanted = [n for n in WINDOWS if n == LAST or self.predicted >= n]
+        yield "metrics", {str(n): self.client.ask("GET", f"/metrics/{n}") for n in wanted}
+        report = self.client.ask("GET", f"/report/{LAST}")
+        yield "report", report
+        yield "unseen", best_level(report["confidence"])
+
+    def prediction(self, row: Sample | None) -> dict | None:
+        """What the service suggests for a row that it has not been sent, if there is one."""
+        if row is None or not self.sent:
+            return None
+        sample = {key: value for key, value in row.items() if not key.startswith("Account")}
+        [suggestion] = self.client.ask("POST", "/suggest?top=1", sample)["suggestions"]
+        account = suggestion["account"]
+        return {
+            "sample": sample,
+            "predicted": account,
+            "predicted_name": self.account_names.get((row["CompanyId"], account)),
+            "confidence": suggestion["confidence"],
+            "reason": max(suggestion["reasons"], key=lambda reason: reason["weight"], default=None),
+            "booked": row[TARGET],
+            "booked_name": row.get("AccountName"),
+        }
+
+
+def best_level(levels: Sequence[dict]) -> dict:
+    """The confidence from which on most can be booked well enough, or else 0.9 as an example."""
+    good = [level for level in levels if (level["accuracy"] or 0) >= WELL_BOOKED]
+    if good:
+        return max(good, key=lambda level: level["share"])
+    return next(level for level in levels if level["at_least"] == 0.9)
 
 
 def _stay(url: str) -> None:
@@ -152,40 +228,94 @@ def _stay(url: str) -> None:
         raise Failed("the service has ended")
 
 
+# ----------------------------------------------------------------------------------------- Report
+
+
 def in_words(report: dict) -> str:
     """The report as a person reads it."""
     lines = [
-        f"{report['samples']:,} samples in {report['seconds']:.1f} s, "
+        f"{report['samples']:,} bookings in {report['seconds']:.1f} s, "
         f"{report['samples_per_second']:,} a second"
     ]
     if report["stored_before"]:
         lines.append(f"{report['stored_before']:,} of them had been stored before")
-    if report["interrupted"]:
-        log = f" --log {report['log']}" if "log" in report else ""
-        lines.append(f"Interrupted; the same command goes on with --resume {report['resume']}{log}")
-    for n, metrics in report["metrics"].items():
-        lines.append(
-            f"/metrics/{n:<6} precision {metrics['precision']:.3f}   recall {metrics['recall']:.3f}"
-        )
+    lines += _quality(report)
     if report["prediction"]:
-        sample, predicted, booked = report["prediction"].values()
-        lines.append(
-            f'Not sent: company {sample["CompanyId"]}, "{sample["BankEntryText"]}", '
-            f"{sample['BankEntryAmount']}\n"
-            f"          predicted {predicted}, the accountant booked {booked}"
-        )
-    if "log" in report:
-        lines.append(f"All of it is in {report['log']}")
+        lines += _suggestion(**report["prediction"])
+    if str(LAST) in report["metrics"]:
+        precision, recall = report["metrics"][str(LAST)].values()
+        lines += ["", f"/metrics/{LAST}   precision {precision:.3f}   recall {recall:.3f}"]
+    lines += ["", *_next(report)]
     return "\n".join(lines)
 
 
-def _prediction(row: Sample | None, client: "Client") -> dict | None:
-    """What the service predicts for a row that it has not been sent, if there is one."""
-    if row is None:
-        return None
-    sample = {key: value for key, value in row.items() if not key.startswith("Account")}
-    [predicted] = client.ask("POST", "/predict", sample)
-    return {"sample": sample, "predicted": predicted, "booked": row[TARGET]}
+def _quality(report: dict) -> Iterator[str]:
+    """How many of the last predictions were right, and of those that were sure enough."""
+    if not report["unseen"]:
+        return
+    last, level = report["report"], report["unseen"]
+    n = last["support"]
+    yield ""
+    yield (
+        f"The last {n:,} predictions, each of one among {report['accounts']:,} accounts, made "
+        "before the booking was known:"
+    )
+    yield (
+        f"  {round(last['accuracy'] * n):,} were right: accuracy {_percent(last['accuracy'], 1)}, "
+        f"precision {_percent(last['precision'], 1)}, recall {_percent(last['recall'], 1)} "
+        "(rare accounts count in full)"
+    )
+    sure, at_least = round(level["share"] * n), _percent(level["at_least"])
+    if not sure:
+        yield f"  none was at least {at_least} sure, to be booked unseen"
+        return
+    yield (
+        f"  {sure:,} could have been booked unseen, being at least {at_least} sure: "
+        f"{round(level['accuracy'] * sure):,} of these were right, {_percent(level['accuracy'], 1)}"
+    )
+
+
+def _suggestion(
+    sample: Sample,
+    predicted: str,
+    predicted_name: str | None,
+    confidence: float,
+    reason: dict | None,
+    booked: str,
+    booked_name: str | None,
+) -> Iterator[str]:
+    because = f', because of "{reason["token"]}" ({reason["kind"]})' if reason else ""
+    yield ""
+    yield (
+        f'The next one, not sent: "{sample["BankEntryText"]}" of {sample["CompanyId"]}, '
+        f"{sample['BankEntryAmount']}"
+    )
+    yield f"  predicted {_account(predicted, predicted_name)}, {_percent(confidence)} sure{because}"
+    yield f"  the accountant booked {_account(booked, booked_name)}"
+
+
+def _account(number: str, name: str | None) -> str:
+    return f"{number} ({name})" if name else number
+
+
+def _percent(share: float, digits: int = 0) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
+def _next(report: dict) -> Iterator[str]:
+    """Where all of it is, and what to do now."""
+    log = f" --log {report['log']}" if "log" in report else ""
+    if report["interrupted"]:
+        yield f"Interrupted; the same command goes on with --resume {report['resume']}{log}"
+        return
+    if log:
+        yield f"All of it is in {report['log']}"
+    if "page" not in report:
+        yield "What to try next:"
+        yield "  the same command with --stay shows it on a page, in a browser"
+        yield f"  {START}{log} goes on from here"
+    elif not log:
+        yield f"Its page is at {report['page']}"
 
 
 # ------------------------------------------------------------------------------------------- Rows
@@ -194,11 +324,16 @@ def _prediction(row: Sample | None, client: "Client") -> dict | None:
 def read_rows(path: Path) -> Iterator[Sample]:
     """The rows of a CSV file, or of the one in a zip, one by one. Raises Failed."""
     try:
-        with _open_text(path) as text:
-            rows = csv.DictReader(text, strict=True)
+        with _open(path) as file:
+            text = io.TextIOWrapper(file, newline="", encoding=_encoding(file))
+            header = text.readline()
+            lines = itertools.chain([header], text)
+            rows = csv.DictReader(lines, delimiter=_separator(header), strict=True)
             missing = [column for column in COLUMNS if column not in (rows.fieldnames or [])]
             if missing:
-                raise Failed(f"{path} is no CSV file with the column {', '.join(missing)}")
+                raise Failed(
+                    f"{path} is no CSV file with the column {', '.join(missing)} in its first line"
+                )
             for row in rows:
                 if None in row or None in row.values():
                     raise Failed(
@@ -212,17 +347,40 @@ def read_rows(path: Path) -> Iterator[Sample]:
 
 
 @contextmanager
-def _open_text(path: Path) -> Iterator[io.TextIOBase]:
+def _open(path: Path) -> Iterator[BinaryIO]:
     if path.suffix != ".zip":
-        with open(path, newline="", encoding="utf-8-sig") as text:
-            yield text
+        with open(path, "rb") as file:
+            yield file
         return
     with zipfile.ZipFile(path) as archive:
         names = [name for name in archive.namelist() if name.endswith(".csv")]
         if not names:
             raise Failed(f"there is no CSV file in {path}")
         with archive.open(names[0]) as file:
-            yield io.TextIOWrapper(file, newline="", encoding="utf-8-sig")
+            yield file
+
+
+def _encoding(file: BinaryIO) -> str:
+    """UTF-16 if the file begins so, UTF-8 if all of it can be that, else Windows-1252."""
+    if not file.seekable():
+        return "utf-8-sig"  # a pipe can be read but once
+    chunks = iter(lambda: file.read(1 << 20), b"")
+    try:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            return "utf-16"
+        file.seek(0)
+        for _ in codecs.iterdecode(chunks, "utf-8"):
+            pass
+        return "utf-8-sig"
+    except UnicodeDecodeError:
+        return "cp1252"
+    finally:
+        file.seek(0)
+
+
+def _separator(header: str) -> str:
+    """Comma, semicolon or tab: the one that the header has most of, outside of quotes."""
+    return max(",;\t", key=re.sub('"[^"]*"', "", header).count)
 
 
 def _rows(options: argparse.Namespace) -> Iterator[Sample]:
@@ -232,18 +390,26 @@ def _rows(options: argparse.Namespace) -> Iterator[Sample]:
 
 
 def by_date(rows: Iterable[Sample]) -> list[Sample]:
-    """The rows in the order in which they arose."""
-    return sorted(rows, key=lambda row: (row["BankEntryDate"], row["CompanyId"]))
+    """The rows in the order in which they arose. Raises Failed if they have no date."""
+    try:
+        return sorted(rows, key=lambda row: (row["BankEntryDate"], row["CompanyId"]))
+    except KeyError:
+        raise Failed(
+            "there is no column BankEntryDate to sort by; replay.py --order file needs none"
+        ) from None
 
 
 def _default_file() -> Path:
     for path in DATA_SETS:
         if path.exists():
             return path
-    raise Failed(f"there is no data set in {DATA}/: name a CSV file or its zip")
+    raise Failed(
+        f"there is no data set in {DATA}/: name a CSV file of bookings (--help says which columns "
+        "it needs), as data/bank_expenses_synthetic.csv.zip, which is in bookkeep's repository"
+    )
 
 
-def _batches(rows: Iterable[Sample], largest: int, seed: int) -> Iterator[list[Sample]]:
+def batches(rows: Iterable[Sample], largest: int, seed: int) -> Iterator[list[Sample]]:
     """Batches of random size, from 1 to the largest."""
     sizes = random.Random(seed)
     rows = iter(rows)
@@ -275,12 +441,13 @@ class Client:
         if token:
             self._headers["Authorization"] = f"Bearer {token}"
         self._patience = 30.0  # seconds to try again for
+        self._said = False  # that it tries again
 
     def ask(self, method: str, path: str, content: object = None, key: str = "") -> dict | list:
         """The service's answer; tries again for a while if it is not there or not ready.
 
-        Bookings must have a key, by which the service knows them if they come again. Raises Failed
-        if there is no answer in the end, or if it is anything but 200.
+        Bookings must have a key, by which the service knows them if they come again. Raises Away
+        if there is no answer in the end, or no space, and Failed if it is anything else but 200.
         """
         headers = self._headers | ({"Idempotency-Key": key} if key else {})
         body = None if content is None else json.dumps(content).encode()
@@ -296,7 +463,7 @@ class Client:
                 reason = f"{status} {answer[:1000].decode(errors='replace')}"
             except ConnectionRefusedError:
                 status = None
-                reason = "connection refused: start it with python bookkeep.py, or give --serve"
+                reason = f"connection refused: start it with {START}, or give --serve"
             except (OSError, HTTPException) as error:
                 status, reason = None, f"no answer: {error!r}"
             except ValueError as error:
@@ -304,9 +471,20 @@ class Client:
             if status is None:
                 self._connection.close()
             if status not in (None, 503) or time.monotonic() + pause > end:
-                raise Failed(f"{self._url}{path}: {reason}")
+                failed = Away if status in (None, 503, 507) else Failed
+                raise failed(f"{self._url}{path}: {reason}")
+            self._say_that_it_waits(reason)
             time.sleep(pause)
             pause = min(2 * pause, 2)
+
+    def _say_that_it_waits(self, reason: str) -> None:
+        if not self._said:
+            self._said = True
+            say = tqdm.write if tqdm else print  # tqdm's keeps the bar whole
+            say(
+                f"replay: waiting {self._patience:.0f} s for the service at {self._url} ({reason})",
+                file=sys.stderr,
+            )
 
     def health(self) -> dict:
         """The service's health. Raises Failed if it is no bookkeep."""
@@ -375,8 +553,8 @@ def _progress(total: int | None) -> Iterator[Callable[[int, dict], None]]:
     if tqdm and sys.stderr.isatty():
         with tqdm(total=total, unit=" samples", dynamic_ncols=True) as bar:
 
-            def show(sent: int, metrics: dict) -> None:
-                bar.set_postfix({name: f"{value:.3f}" for name, value in metrics.items()})
+            def show(sent: int, report: dict) -> None:
+                bar.set_postfix_str(_in_short(report))
                 bar.update(sent - bar.n)
 
             yield show
@@ -384,82 +562,29 @@ def _progress(total: int | None) -> Iterator[Callable[[int, dict], None]]:
 
     started = shown = time.monotonic()
 
-    def show(sent: int, metrics: dict) -> None:
+    def show(sent: int, report: dict) -> None:
         nonlocal shown
         if time.monotonic() - shown > 2:
             shown = time.monotonic()
-            figures = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
             of_all = f" of {total:,}" if total else ""
             rate = sent / (shown - started)
-            print(f"{sent:,}{of_all} samples, {rate:,.0f}/s, {figures}", file=sys.stderr)
+            print(f"{sent:,}{of_all} samples, {rate:,.0f}/s, {_in_short(report)}", file=sys.stderr)
 
     yield show
+
+
+def _in_short(report: dict) -> str:
+    return ", ".join(f"{name} {report[name]:.3f}" for name in ("accuracy", "precision", "recall"))
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="replay",
         description="Streams a CSV file of bookings to bookkeep and shows how well it predicts.",
-        epilog="The demo, all in one: python replay.py --serve",
+        epilog="The demo, all in one: replay.py --serve",
     )
-    parser.add_argument(
-        "file",
-        nargs="?",
-        type=Path,
-        help="a CSV file or a zip with one; without it, bank_expenses_obfuscated.csv.zip or .csv "
-        "in data/, or else the synthetic set there",
-    )
-    parser.add_argument(
-        "--samples",
-        type=_count_or_all,
-        default=15_000,
-        help="how many of its first rows to send, or all (default: 15000)",
-    )
-    parser.add_argument(
-        "--order",
-        choices=["file", "date"],
-        default="file",
-        help="send rows as they stand, or by date and company (default: file)",
-    )
-    parser.add_argument(
-        "--batch",
-        type=_count,
-        default=1000,
-        help="the largest batch; sizes are random, from 1 to this (default: 1000)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of those sizes (default: 0)")
-    service = parser.add_mutually_exclusive_group()
-    service.add_argument(
-        "--url", default="http://127.0.0.1:8080", help="where the service is (default: %(default)s)"
-    )
-    service.add_argument(
-        "--serve", action="store_true", help="start the service, and stop it at the end"
-    )
-    parser.add_argument(
-        "--stay",
-        action="store_true",
-        help="with --serve: keep it running at the end, to look at its page, until Ctrl-C",
-    )
-    parser.add_argument(
-        "--log",
-        type=Path,
-        help="with --serve: the service's log (default: a new one in data/ for each run)",
-    )
-    parser.add_argument(
-        "--resume",
-        type=int,
-        nargs="?",
-        const=0,
-        metavar="FROM",
-        help="go on with an interrupted run that began when the log held FROM bookings (0, unless "
-        "given): what is stored is not stored again",
-    )
-    parser.add_argument(
-        "--token-file",
-        type=Path,
-        metavar="FILE",
-        help="file with the service's token; or set BOOKKEEP_TOKEN",
-    )
+    _add_rows(parser)
+    _add_service(parser)
     parser.add_argument("--json", action="store_true", help="print the report as a JSON object")
     options = parser.parse_args(arguments)
     if options.log and not options.serve:
@@ -468,19 +593,89 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--stay goes with --serve")
     if options.resume is not None and options.serve and not options.log:
         parser.error("--resume goes with --url, or with --serve and the --log of the first run")
-    if options.log is None:
-        options.log = DATA / time.strftime("replay-%Y%m%d-%H%M%S.jsonl")
     return options
 
 
-def _count(text: str) -> int:
+def _add_rows(parser: argparse.ArgumentParser) -> None:
+    option = parser.add_argument_group(
+        "the bookings",
+        "The file's first line names its columns. It must have CompanyId, BankEntryText, "
+        "BankEntryAmount and AccountNumber; to sort by date BankEntryDate, as 2016-02-29, too. "
+        "AccountName is shown, others are sent along. Commas, semicolons or tabs separate values; "
+        "it is in UTF-8, UTF-16 or Windows-1252.",
+    ).add_argument
+    option(
+        "file",
+        nargs="?",
+        type=Path,
+        help="a CSV file or a zip with one; without it, bank_expenses_obfuscated.csv.zip or .csv "
+        "in data/, or else the synthetic set there",
+    )
+    option(
+        "--samples",
+        type=_count_or_all,
+        default=15_000,
+        help="how many of its first rows to send, or all (default: 15000)",
+    )
+    option(
+        "--order",
+        choices=["date", "file"],
+        default="date",
+        help="send rows by date and company, as they arose, or as they stand (default: date)",
+    )
+    option(
+        "--batch",
+        type=count,
+        default=1000,
+        help="the largest batch; sizes are random, from 1 to this (default: 1000)",
+    )
+    option("--seed", type=int, default=0, help="of those sizes (default: 0)")
+
+
+def _add_service(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the service")
+    option = group.add_argument
+    url_or_serve = group.add_mutually_exclusive_group().add_argument
+    url_or_serve(
+        "--url", default="http://127.0.0.1:8080", help="where it is (default: %(default)s)"
+    )
+    url_or_serve("--serve", action="store_true", help="start it, and stop it at the end")
+    option(
+        "--stay",
+        action="store_true",
+        help="with --serve: keep it running at the end, to look at its page, until Ctrl-C",
+    )
+    option(
+        "--log",
+        type=Path,
+        help="with --serve: the service's log (default: a new one in a temporary folder)",
+    )
+    option(
+        "--resume",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="FROM",
+        help="go on with an interrupted run that began when the log held FROM bookings (0, unless "
+        "given): what is stored is not stored again",
+    )
+    option(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="file with the service's token; or set BOOKKEEP_TOKEN",
+    )
+
+
+def count(text: str) -> int:
+    """The whole number, of at least 1, that the text says, for argparse."""
     if not (text.isdecimal() and len(text) < 19 and int(text)):
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(text)
 
 
 def _count_or_all(text: str) -> int | None:
-    return None if text == "all" else _count(text)
+    return None if text == "all" else count(text)
 
 
 if __name__ == "__main__":

@@ -3707,12 +3707,12 @@ def test_all_of_a_small_file_is_sent(serve, tmp_path):
 
 def test_batches_are_of_random_size_and_the_same_for_the_same_seed():
     rows = [booking()] * 5000
-    sizes = [len(batch) for batch in replay._batches(rows, 100, seed=1)]
+    sizes = [len(batch) for batch in replay.batches(rows, 100, seed=1)]
     assert sum(sizes) == 5000
     assert max(sizes) <= 100
     assert len(set(sizes)) > 20
-    assert sizes == [len(batch) for batch in replay._batches(rows, 100, seed=1)]
-    assert sizes != [len(batch) for batch in replay._batches(rows, 100, seed=2)]
+    assert sizes == [len(batch) for batch in replay.batches(rows, 100, seed=1)]
+    assert sizes != [len(batch) for batch in replay.batches(rows, 100, seed=2)]
 
 
 def test_it_waits_for_a_service_that_starts_late(serve):
@@ -3931,7 +3931,7 @@ def prequential(path):
     rows = replay.by_date(replay.read_rows(path))
     model, calibration = NaiveBayes(), Calibration()
     booked, predicted, confidence = [], [], []
-    for batch in replay._batches(rows, 1000, seed=0):
+    for batch in replay.batches(rows, 1000, seed=0):
         documents = [tokens(row) for row in batch]
         labels = [row["AccountNumber"] for row in batch]
         assessments = model.assess(documents, labels)
