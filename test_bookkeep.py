@@ -20,12 +20,15 @@ import sys
 import termios
 import threading
 import time
+import tracemalloc
 import wsgiref.validate
+import zipfile
 import zlib
 from collections import Counter
 from contextlib import contextmanager, suppress
 from functools import partial
 from http.client import HTTPConnection, HTTPException
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from io import BytesIO
 from pathlib import Path
 from urllib.parse import quote
@@ -3633,28 +3636,54 @@ def test_a_page_whose_service_has_gone_says_so_and_recovers(serve, visit):
 # --------------------------------------------------------------------------------------- replay.py
 
 
-def test_the_demo_in_one_command(tmp_path):
-    log = tmp_path / "log.jsonl"
-    status, out, said = run(
-        *(HERE / "replay.py", SYNTHETIC, "--serve", "--json", "--log", log),
-        *("--samples", "1500", "--batch", "100", "--order", "date"),
-    )
-    assert status == 0, said
+def rows_by_date(n):
+    """So many rows of the synthetic set, as a replay sends them."""
+    return replay.by_date(replay.read_rows(SYNTHETIC))[:n]
+
+
+def write_csv(path, rows, encoding="utf-8", **how):
+    with open(path, "w", newline="", encoding=encoding) as file:
+        writer = csv.DictWriter(file, rows[0], **how)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_the_demo_in_one_command(serve, tmp_path):
+    command = (HERE / "replay.py", SYNTHETIC, "--serve", "--json", "--batch=100")
+    temporary = os.environ | {"TMPDIR": str(tmp_path)}
+    status, out, said = run(*command, "--samples=1500", env=temporary)
+    assert (status, said) == (0, "")
     report = json.loads(out)
     assert report["samples"] == 1500
     assert report["samples_per_second"] == pytest.approx(1500 / report["seconds"], rel=0.02)
     assert list(report["metrics"]) == ["100", "1000"]
+    assert "page" not in report
     rows = sorted(
         replay.read_rows(SYNTHETIC), key=lambda row: (row["BankEntryDate"], row["CompanyId"])
     )
+    log = Path(report["log"])
+    assert log.is_relative_to(tmp_path)
     assert [record["sample"] for record in read(log)] == rows[:1500]
-    assert report["prediction"]["booked"] == rows[1500]["AccountNumber"]
     asked = {key: value for key, value in rows[1500].items() if not key.startswith("Account")}
-    assert report["prediction"]["sample"] == asked
-    assert report["log"] == str(log)
-    with bookkeeping(log) as bookkeeper:
-        assert report["metrics"]["1000"] == bookkeeper.metrics(1000)
-        assert report["prediction"]["predicted"] == bookkeeper.predict([asked])[0]
+    prediction = report["prediction"]
+    assert (prediction["sample"], prediction["booked"], prediction["booked_name"]) == (
+        *(asked, rows[1500]["AccountNumber"], rows[1500]["AccountName"]),
+    )
+    service = serve(log=log)
+    assert (200, report["metrics"]["1000"]) == service.get("/metrics/1000")
+    assert (200, report["report"]) == service.get("/report/1000")
+    assert report["accounts"] == service.get("/health")[1]["accounts"]
+    assert report["unseen"] in report["report"]["confidence"]
+    assert (200, [prediction["predicted"]]) == service.post("/predict", asked)
+    [suggested] = service.post("/suggest?top=1", asked)[1]["suggestions"]
+    assert prediction["confidence"] == suggested["confidence"]
+    assert prediction["reason"]["weight"] == max(why["weight"] for why in suggested["reasons"])
+    service.stop()
+    status, out, said = run(*command, "--samples=1500", f"--log={log}", "--resume")
+    assert status == 0, said
+    assert json.loads(out)["stored_before"] == 1500
+    assert len(read(log)) == 1500
 
 
 def test_a_replay_that_stays_serves_its_page_until_it_is_stopped(tmp_path):
@@ -3682,27 +3711,156 @@ def test_a_replay_that_stays_serves_its_page_until_it_is_stopped(tmp_path):
 
 
 def test_a_report_in_words_and_file_order_and_a_running_service(serve, tmp_path):
+    rents = [("6300", "Office rent"), ("7140", "Travel")]
+    rows = [
+        booking("Larch & Finch", f"{name} {i}", "> -1000", account, AccountName=name)
+        for i in range(60)
+        for account, name in rents
+    ]
+    rows += [
+        booking("Larch & Finch", "Office rent June", "> -10000", "6300", AccountName="Office rent")
+    ]
+    path = write_csv(tmp_path / "rents.csv", rows)
     service = serve()
     url = f"http://127.0.0.1:{service.port}"
-    status, out, said = run(HERE / "replay.py", SYNTHETIC, "--url", url, "--samples", "300")
+    command = (HERE / "replay.py", path, "--url", url, "--order=file", "--batch=9")
+    status, out, said = run(*command, "--samples=120")
     assert (status, said) == (0, "")
-    assert out.startswith("300 samples in ")
-    assert "Not sent: company " in out
+    *lines, metrics, _, page = out.splitlines()
+    assert re.fullmatch(r"120 bookings in [\d.]+ s, [\d,]+ a second", lines[0])
+    report = service.get("/report/1000")[1]
+    n = report["support"]
+    assert f"The last {n} predictions, each of one among 2 accounts" in lines[2]
+    figures = r"(\d+) were right: accuracy ([\d.]+) %, precision ([\d.]+) %, recall ([\d.]+) %"
+    right, *shares = map(float, re.search(figures, lines[3]).groups())
+    assert right / n == report["accuracy"]
+    names = ("accuracy", "precision", "recall")
+    assert shares == pytest.approx([100 * report[name] for name in names], abs=0.051)
+    figures = r"(\d+) could have .* at least (\d+) % sure: (\d+) of these were right, ([\d.]+) %"
+    sure, at_least, right, share = map(float, re.search(figures, lines[4]).groups())
+    level = replay.best_level(report["confidence"])
+    assert [at_least / 100, sure / n, right / sure] == [*level.values()]
+    assert share == pytest.approx(100 * level["accuracy"], abs=0.051)
+    assert lines[6] == 'The next one, not sent: "Office rent June" of Larch & Finch, > -10000'
+    why = r' % sure, because of "(Office|rent)" \((first )?word( in this company)?\)'
+    assert re.fullmatch(rf"  predicted 6300 \(Office rent\), \d+{why}", lines[7])
+    assert lines[8] == "  the accountant booked 6300 (Office rent)"
+    told = "/metrics/1000   precision {precision:.3f}   recall {recall:.3f}"
+    assert metrics == told.format(**service.get("/metrics/1000")[1])
+    assert page == f"Its page is at {url}/"
     service.stop()
-    rows = list(replay.read_rows(SYNTHETIC))
-    assert [record["sample"] for record in read(tmp_path / "log.jsonl")] == rows[:300]
+    assert [record["sample"] for record in read(tmp_path / "log.jsonl")] == rows[:120]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "best"),
+    [
+        ((0.8, 0.91, 0.93, 1.0), 0.8),
+        ((0.9, 0.91, 0.93, 1.0), 0.5),
+        ((0.8, 0.85, 0.89, 0.92), 0.95),
+        ((0.8, 0.85, 0.89, 0.89), 0.9),
+        ((0.8, 0.85, None, None), 0.9),
+    ],
+    ids=str,
+)
+def test_most_is_booked_unseen_where_nine_of_ten_are_right(accuracies, best):
+    levels = [
+        {"at_least": at_least, "share": share, "accuracy": accuracy}
+        for at_least, share, accuracy in zip(
+            (0.5, 0.8, 0.9, 0.95), (0.8, 0.6, 0.4, 0.2), accuracies, strict=True
+        )
+    ]
+    assert replay.best_level(levels)["at_least"] == best
+
+
+def test_a_report_says_what_is_not_there_yet_and_what_to_try_next():
+    level = {"at_least": 0.9, "share": 0.0, "accuracy": None}
+    last = {"support": 5, "accuracy": 0.2, "precision": 0.1, "recall": 0.1}
+    report = {
+        **{"samples": 6, "stored_before": 2, "seconds": 1.0, "samples_per_second": 6},
+        **{"accounts": 3, "metrics": {"1000": {"precision": 0.1, "recall": 0.1}}, "report": last},
+        **{"unseen": level, "prediction": None, "interrupted": False, "resume": 4, "log": "x/log"},
+    }
+    words = replay.in_words(report)
+    assert "none was at least 90 % sure" in words
+    assert "\n2 of them had been stored before\n" in words
+    assert "the same command with --stay" in words
+    assert "python bookkeep.py --log x/log" in words
+    assert "--resume" not in words
+    interrupted = replay.in_words(report | {"interrupted": True})
+    assert interrupted.endswith("Interrupted; the same command goes on with --resume 4 --log x/log")
+    stays = replay.in_words(report | {"page": "http://127.0.0.1:1/"})  # which _stay says then
+    assert "--stay" not in stays
+    assert stays.endswith("All of it is in x/log")
 
 
 def test_all_of_a_small_file_is_sent(serve, tmp_path):
-    small = tmp_path / "small.csv"
-    with open(small, "w", newline="") as file:
-        writer = csv.DictWriter(file, [*booking(), "BankEntryDate"])
-        writer.writeheader()
-        writer.writerows(sample | {"BankEntryDate": "2016-01-01"} for sample in bookings(40))
+    small = write_csv(tmp_path / "small.csv", bookings(40))
     url = f"http://127.0.0.1:{serve().port}"
-    status, out, _ = run(HERE / "replay.py", small, "--url", url, "--samples=all", "--json")
+    command = (HERE / "replay.py", small, "--url", url, "--samples=all", "--json")
+    status, out, said = run(*command)
+    assert (status, out) == (1, "")
+    assert re.fullmatch("replay: .* no column BankEntryDate .* --order file .*\n", said)
+    status, out, _ = run(*command, "--order=file")
     report = json.loads(out)
     assert (status, report["samples"], report["prediction"]) == (0, 40, None)
+
+
+BANK_ROWS = [
+    booking("Larch & Finch", "Büro; Miete", "> -1000", "6300"),
+    booking("Smørrebrød", 'the "best", 5\t€', "< 10", "7140"),
+]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252", "utf-16"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+def test_files_as_banks_write_them_are_read(tmp_path, encoding, separator, quoting):
+    rows = [{"a,b,c,d,e,f;g;h;i;j;k\tl\tm\tn\to\tp": "x", **row} for row in BANK_ROWS]
+    path = write_csv(tmp_path / "bank.csv", rows, encoding, delimiter=separator, quoting=quoting)
+    assert list(replay.read_rows(path)) == rows
+    with zipfile.ZipFile(tmp_path / "bank.zip", "w") as archive:
+        archive.write(path, "bank.csv")
+    assert list(replay.read_rows(tmp_path / "bank.zip")) == rows
+
+
+@pytest.mark.parametrize(("encoding", "last"), [("utf-8", "€"), ("cp1252", "€"), ("cp1252", "Ã")])
+def test_the_encoding_is_that_of_the_whole_file_which_is_read_in_parts(tmp_path, encoding, last):
+    plain = [booking(text="x" * 1000)] * 8000
+    rows = [*plain, booking(text=last * 2)]
+    if encoding == "utf-8":  # characters on the borders of all parts that one may read
+        rows[1:1] = [booking(text="€" * 10_000)] * 300
+    path = write_csv(tmp_path / "bank.csv", rows, encoding)
+    tracemalloc.start()
+    for row, read_row in zip(rows, replay.read_rows(path), strict=True):
+        assert row == read_row
+    assert tracemalloc.get_traced_memory()[1] < 6_000_000 < path.stat().st_size
+    tracemalloc.stop()
+
+
+def test_a_pipe_is_read(tmp_path):
+    reading, writing = os.pipe()
+    with open(reading), open(writing, "w") as file:
+        file.write("CompanyId;BankEntryText;BankEntryAmount;AccountNumber\nA;Büro;< 10;6300\n")
+        file.close()
+        assert list(replay.read_rows(Path(f"/dev/fd/{reading}"))) == [
+            booking(text="Büro", amount="< 10", account="6300")
+        ]
+
+
+def test_help_says_which_columns_a_file_needs():
+    status, text, _ = run(HERE / "replay.py", "--help")
+    assert status == 0
+    for column in (*replay.COLUMNS, "BankEntryDate"):
+        assert column in text
+
+
+def test_an_installed_client_without_data_says_what_to_do(tmp_path):
+    for name in ("replay.py", "bookkeep.py"):
+        shutil.copy(HERE / name, tmp_path)
+    status, out, said = run(tmp_path / "replay.py", "--serve", cwd=tmp_path)
+    assert (status, out) == (1, "")
+    assert re.fullmatch("replay: .* name a CSV file .*bank_expenses_synthetic.csv.zip.*\n", said)
 
 
 def test_batches_are_of_random_size_and_the_same_for_the_same_seed():
@@ -3724,11 +3882,69 @@ def test_it_waits_for_a_service_that_starts_late(serve):
     assert answer["received"] == 1
 
 
-def test_a_service_that_does_not_come_is_given_up(monkeypatch):
+def test_it_says_once_and_at_once_that_it_waits(serve):
+    port = free_port()
+    command = [sys.executable, HERE / "replay.py", SYNTHETIC, f"--url=http://127.0.0.1:{port}"]
+    process = subprocess.Popen(
+        [*command, "--samples=200", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    started = time.monotonic()
+    said = process.stderr.readline()
+    assert time.monotonic() - started < 10
+    assert f"waiting 30 s for the service at http://127.0.0.1:{port} " in said
+    assert "start it with python bookkeep.py" in said
+    time.sleep(0.5)
+    serve(port=port)
+    out, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (0, "")
+    assert json.loads(out)["samples"] == 200
+
+
+def test_a_service_that_does_not_come_is_given_up():
     client = replay.Client("http://127.0.0.1:9")
     client._patience = 0.3
     with pytest.raises(replay.Failed, match="start it with python bookkeep"):
         client.ask("GET", "/health")
+
+
+class Stub(BaseHTTPRequestHandler):
+    """Answers its server's `status` to bookings, or nothing if that is None."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self.answer(200, b'{"lines": 3, "samples": 3, "accounts": 1}')
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        if self.server.status:
+            self.answer(self.server.status, b"nonsense")
+
+    def answer(self, status, body):
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.mark.parametrize("status", [None, 503, 507, 200, 400, 401, 413, 415, 422])
+def test_it_says_how_to_resume_only_where_that_can_help(status):
+    options = replay._options([str(SYNTHETIC), "--samples=9"])
+    with HTTPServer(("127.0.0.1", 0), Stub) as server:
+        server.status = status
+        answering = threading.Thread(target=server.serve_forever)
+        answering.start()
+        client = replay.Client(f"http://127.0.0.1:{server.server_port}")
+        client._patience = 0.3
+        with pytest.raises(replay.Failed) as failed:
+            replay.replay(client, options)
+        server.shutdown()
+        answering.join()
+    helps = status in (None, 503, 507)
+    assert str(failed.value).endswith("; the same command goes on with --resume 3") == helps
 
 
 @pytest.mark.parametrize(
@@ -3747,6 +3963,11 @@ def test_a_service_that_does_not_come_is_given_up(monkeypatch):
             b"CompanyId,BankEntryText,BankEntryAmount,BankEntryDate,AccountNumber\nA,b\n",
             "line 2: there must be 5 values",
         ),
+        (
+            "half.csv",
+            b"CompanyId;BankEntryText;BankEntryDate\nA;b;2016-01-01\n",
+            "no CSV file with the column BankEntryAmount, AccountNumber in its first line",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_replayed_is_one_sentence(tmp_path, name, content, message):
@@ -3764,6 +3985,7 @@ def test_a_file_that_cannot_be_replayed_is_one_sentence(tmp_path, name, content,
     assert said.startswith("replay: ")
     assert said.count("\n") == 1
     assert message in said
+    assert "--resume" not in said
 
 
 def test_other_mistakes_are_one_sentence_too(serve, tmp_path):
@@ -3837,7 +4059,7 @@ def test_a_resumed_replay_stores_each_booking_once(serve, tmp_path):
     assert status == 0, said
     second = json.loads(out)
     assert (second["samples"], second["stored_before"]) == (900, whole)
-    rows = list(itertools.islice(replay.read_rows(SYNTHETIC), 900))
+    rows = rows_by_date(900)
     assert [record["sample"] for record in scanned(log)[7:]] == rows
     third = json.loads(run(*command, "--batch=50", "--samples=900")[1])
     assert (third["resume"], third["stored_before"]) == (907, 0)
@@ -3856,7 +4078,7 @@ def test_a_resumed_replay_sends_all_though_others_have_booked(serve, tmp_path, o
     service.post("/sample", [booking()] * others)
     assert run(*command, "--batch=50", "--samples=400", "--resume=0")[0] == 0
     stored = [record["sample"] for record in scanned(log)]
-    rows = list(itertools.islice(replay.read_rows(SYNTHETIC), 400))
+    rows = rows_by_date(400)
     assert stored.count(booking()) == others
     assert [sample for sample in stored if sample != booking()] == rows
 
@@ -3882,7 +4104,7 @@ def test_a_replay_outlives_a_restart_of_the_service(serve, tmp_path):
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert json.loads(out)["samples"] == 2000
-    rows = list(itertools.islice(replay.read_rows(SYNTHETIC), 2000))
+    rows = rows_by_date(2000)
     assert [record["sample"] for record in scanned(log)] == rows
 
 
