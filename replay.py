@@ -145,7 +145,7 @@ class Run:
         source = (options.file.name, options.order, options.batch, options.seed, self.start)
         self.name = hashlib.sha256(repr(source).encode()).hexdigest()[:16]
         self.sent = self.resent = self.predicted = self.unpredicted = 0
-        self.account_names: dict[tuple[str, str], str] = {}  # of a company's account, the latest
+        self.account_names: dict[tuple[str, str], str | None] = {}  # by company and account
 
     def send(self, rows: Iterable[Sample], show: Callable[[int, dict], None], skip: bool) -> bool:
         """Sends the rows, without the batches that the log holds already but for the last of these.
@@ -243,8 +243,9 @@ def in_words(report: dict) -> str:
     if report["prediction"]:
         lines += _suggestion(**report["prediction"])
     if str(LAST) in report["metrics"]:
-        precision, recall = report["metrics"][str(LAST)].values()
-        lines += ["", f"/metrics/{LAST}   precision {precision:.3f}   recall {recall:.3f}"]
+        last = report["metrics"][str(LAST)]
+        shown = f"precision {last['precision']:.3f}   recall {last['recall']:.3f}"
+        lines += ["", f"/metrics/{LAST}   {shown}"]
     lines += ["", *_next(report)]
     return "\n".join(lines)
 
@@ -261,13 +262,13 @@ def _quality(report: dict) -> Iterator[str]:
         "before the booking was known:"
     )
     yield (
-        f"  {round(last['accuracy'] * n):,} were right: accuracy {_percent(last['accuracy'], 1)}, "
-        f"precision {_percent(last['precision'], 1)}, recall {_percent(last['recall'], 1)} "
-        "(rare accounts count in full)"
+        f"  {round(last['accuracy'] * n):,} were right: accuracy {_percent(last['accuracy'], 1)}; "
+        f"as averages over accounts, precision {_percent(last['precision'], 1)}, "
+        f"recall {_percent(last['recall'], 1)}"
     )
     sure, at_least = round(level["share"] * n), _percent(level["at_least"])
     if not sure:
-        yield f"  none was at least {at_least} sure, to be booked unseen"
+        yield f"  none was at least {at_least} sure, so none could have been booked unseen yet"
         return
     yield (
         f"  {sure:,} could have been booked unseen, being at least {at_least} sure: "
