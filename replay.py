@@ -13,7 +13,6 @@ import io
 import itertools
 import json
 import random
-import re
 import signal
 import socket
 import subprocess
@@ -380,8 +379,13 @@ def _encoding(file: BinaryIO) -> str:
 
 
 def _separator(header: str) -> str:
-    """Comma, semicolon or tab: the one that the header has most of, outside of quotes."""
-    return max(",;\t", key=re.sub('"[^"]*"', "", header).count)
+    """Comma, semicolon or tab: the one between most of the columns that a file needs."""
+
+    def found(separator: str) -> int:
+        [names] = csv.reader([header], delimiter=separator)
+        return sum(column in names for column in COLUMNS)
+
+    return max(",;\t", key=found)
 
 
 def _rows(options: argparse.Namespace) -> Iterator[Sample]:
