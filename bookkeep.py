@@ -669,7 +669,8 @@ def _ranges(starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarr
 ALPHA = 0.1  # smooths what speaks for an account
 BETA = 6  # smooths what speaks against it
 SOFTENING = 3  # divides scores for the weights: Naive Bayes is too sure of itself
-FLOOR = 1 / 32  # what a booking that surprises nobody counts at the least
+SHARE = 0.75  # of its surprise that a booking counts
+FLOOR = 1 / 32  # what it counts at the least, even if it surprises nobody
 SECOND = 0.1  # the probability from which on a booking counts against a second rival, too
 RARE = 96  # entries that a token has at most whose accounts are among the rivals
 ROUND = 64  # documents of a batch that are weighed, and learned, at once
@@ -879,7 +880,7 @@ class NaiveBayes:
     ) -> list[Lesson]:
         """What documents are to count, as multiples of 1 / GRAIN.
 
-        For the label b, max(FLOOR, 1 - P(b)): the discriminative frequency estimate (Su, Zhang,
+        For the label b, max(FLOOR, SHARE (1 - P(b))): the discriminative frequency estimate (Su, Zhang,
         Ling, Matwin, ICML 2008). Against the most probable other account r, P(r), and likewise
         against the second, if its P is at least SECOND. P is the posterior, softened, over the
         label, what was predicted, and the accounts that the document's rare tokens have met. An
@@ -921,7 +922,7 @@ class NaiveBayes:
         softened = (scores - scores.max(axis=1, keepdims=True)) / SOFTENING
         posterior = np.exp(softened.astype(np.float32))
         posterior /= posterior.sum(axis=1, keepdims=True)
-        weights = np.maximum(FLOOR, _in_grains(1 - posterior[each, own]))
+        weights = np.maximum(FLOOR, _in_grains(SHARE * (1 - posterior[each, own])))
         weights[booked < 0] = 1
         posterior[each, own] = posterior[booked < 0] = 0
         against: list[dict[str, float]] = [{} for _ in labels]
@@ -946,29 +947,30 @@ class NaiveBayes:
         self._learn(self._look_up(documents, insert=True), lessons, times)
 
     def _learn(self, found: Found, lessons: Sequence[Lesson], times: int = 1) -> None:
-        column = [2 * self.accounts[lesson.account] for lesson in lessons]
-        weight = [times * lesson.weight for lesson in lessons]
-        document = [*range(len(lessons))]
-        for i, lesson in enumerate(lessons):
-            for rival, m in lesson.against.items():
-                document.append(i)
-                column.append(2 * self.accounts[rival] + 1)
-                weight.append(times * m)
+        booked = [self.accounts[lesson.account] for lesson in lessons]
+        rivals = [
+            (i, 2 * self.accounts[rival] + 1, m)
+            for i, lesson in enumerate(lessons)
+            for rival, m in lesson.against.items()
+        ]
         if len(self.accounts) > len(self.names):
             self.names += islice(self.accounts, len(self.names), None)
             self.class_counts = _grown(self.class_counts, len(self.names))
             self.feature_counts = _grown(self.feature_counts, len(KINDS), len(self.names))
             self.token_counts.grow(len(self.names))
-        own, weight = np.array(column[: len(lessons)]) >> 1, np.array(weight)
-        np.add.at(self.class_counts, own, weight[: len(own)])
-        own = own.repeat(found.lengths)
-        np.add.at(
-            self.feature_counts, (found.kind, own), weight[: len(lessons)].repeat(found.lengths)
-        )
+        account = np.array(booked, dtype=np.int64)
+        weight = times * np.array([lesson.weight for lesson in lessons])
+        np.add.at(self.class_counts, account, weight)
+        cell = found.kind, account.repeat(found.lengths)
+        np.add.at(self.feature_counts, cell, weight.repeat(found.lengths))
+
+        document, column, against = np.array(rivals).reshape(-1, 3).T
+        document = np.concatenate([np.arange(len(lessons)), document.astype(np.int64)])
+        column = np.concatenate([2 * account, column.astype(np.int64)])
+        units = np.rint(GRAIN * np.concatenate([weight, times * against])).astype(np.int64)
         first = found.lengths.cumsum() - found.lengths
         of, token = _ranges(first[document], found.lengths[document])
-        units = np.rint(GRAIN * weight).astype(np.int64)
-        self.token_counts.add(found.row[token], np.array(column)[of], units[of])
+        self.token_counts.add(found.row[token], column[of], units[of])
         self._logs = None
 
     def book(
@@ -3033,7 +3035,7 @@ def serve(options: argparse.Namespace) -> None:
         )
     log = Log(options.log)
     started = time.monotonic()
-    bookkeeper = Bookkeeper(log)
+    bookkeeper = Bookkeeper(log, int(os.environ.get("BOOKKEEP_UNSAVED", UNSAVED)))
     seconds = time.monotonic() - started
     names = {"localhost", "127.0.0.1", "[::1]", options.host.lower()}
     hosts = None if token or options.open else sorted(names)

@@ -8,6 +8,7 @@ import csv
 import fcntl
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -57,7 +58,9 @@ from bookkeep import (
     Busy,
     Calibration,
     Conflict,
+    Counts,
     History,
+    Lesson,
     Log,
     LogError,
     NaiveBayes,
@@ -75,6 +78,7 @@ settings.register_profile("untimed", deadline=None)  # speed is the benchmark's 
 settings.load_profile("untimed")
 
 HERE = Path(__file__).parent
+SERVICE = HERE / "bookkeep.py"
 SYNTHETIC = HERE / "data" / "bank_expenses_synthetic.csv.zip"
 REAL = HERE / "data" / "bank_expenses_obfuscated.csv.zip"
 
@@ -122,21 +126,28 @@ def batches_of(samples, size):
 
 def test_tokens_are_the_features_and_crosses_of_them():
     both = tokens(booking(company="A", text=" rent\tMay ", amount="< 10"))
-    assert len({*both}) == len(both) == 9
+    assert len({*both}) == len(both) == 10
+    assert [token >> bookkeep.KIND_SHIFT for token in both] == [0, 1, 2, 2, 3, 3, 4, 5, 6, 7]
+    assert all(0 < token < 1 << 63 for token in both)
 
     def kept(**changes):
         """Which of the tokens stay when something else is said."""
         other = tokens(booking(**{"company": "A", "text": "rent May", "amount": "< 10"} | changes))
-        assert len(other) == 9
-        return [number for number in range(9) if both[number] == other[number]]
+        return [number for number, token in enumerate(both) if token in other]
 
-    assert kept() == [*range(9)]
-    assert kept(company="B") == [1, 2, 3]  # the amount, the words
-    assert kept(amount="> 10") == [0, 2, 3, 4, 5, 6, 8]  # but the first word's with the amount
+    assert kept() == [*range(10)]
+    assert kept(company="B") == [1, 2, 3, 9]  # the amount, the words, the whole text
+    assert kept(amount="> 10") == [0, 2, 3, 4, 5, 6, 8, 9]  # but the first word's with the amount
     assert kept(text="rent June") == [0, 1, 2, 4, 6, 7]  # the first word's, but the two words'
     assert kept(text="food May") == [0, 1, 3, 5]
-    assert len(tokens(booking(text="rent"))) == 7
+    assert kept(text="rent May 7") == [*range(9)]  # but the whole text
+    assert len(tokens(booking(text="rent"))) == 8
     assert len(tokens(booking(text=" "))) == 2
+
+
+@pytest.mark.parametrize("text", [" ", "rent", "rent May", "x " * 500])
+def test_tokens_can_be_counted_without_making_them(text):
+    assert bookkeep.count_tokens(booking(text=text)) == len(tokens(booking(text=text)))
 
 
 def test_tokens_are_the_same_in_every_process():
@@ -173,7 +184,7 @@ def test_a_value_in_one_place_is_never_the_token_of_another():
 def test_each_token_can_be_said_in_the_samples_own_words():
     sample = booking(company="A b", text="rent May rent", amount="< 10")
     words = [(kind, word) for kind in bookkeep.KINDS[2:4] for word in ("rent", "May", "rent")]
-    first = [*zip(bookkeep.KINDS[4:], ["rent", "rent", "rent May"], strict=True)]
+    first = [*zip(bookkeep.KINDS[4:], ["rent", "rent", "rent May", "rent May rent"], strict=True)]
     said = [("company", "A b"), ("amount", "< 10"), *words, *first]
     assert bookkeep.wordings(sample) == said
     by_token = dict(zip(tokens(sample), said, strict=True))
@@ -304,50 +315,180 @@ def test_whatever_the_body_it_gives_valid_samples_or_a_bad_request(body):
         assert tokens(sample)
 
 
+# ----------------------------------------------------------------------------------------- Counts
+
+KIND = 1 << bookkeep.KIND_SHIFT
+SUMS = st.lists(
+    st.tuples(
+        st.tuples(st.integers(0, 7), st.integers(1, 6)).map(lambda t: t[0] * KIND + t[1]),
+        st.integers(0, 9),  # account
+        st.integers(0, 1),  # for or against
+        st.integers(1, 3000),  # units
+    ),
+    max_size=60,
+)
+
+
+def counted(counts, sums, times=1):
+    """Adds (token, account, side, units) to the counts."""
+    if sums:
+        token, account, side, units = (
+            np.array(part, dtype=np.int64) for part in zip(*sums, strict=True)
+        )
+        counts.grow(int(account.max()) + 1)
+        counts.add(counts.insert(token), 2 * account + side, times * units)
+
+
+def added_up(sums):
+    """What Counts.items() should give."""
+    expected = Counter()
+    for token, account, side, units in sums:
+        expected[token, account, side] += units / GRAIN
+    return {
+        (token, account): (expected[token, account, 0], expected[token, account, 1])
+        for token, account, _ in expected
+    }
+
+
+def items(counts):
+    """All sums, by token and account; none stands there twice."""
+    found = list(counts.items())
+    sums = {(token, account): (n, m) for token, account, n, m in found}
+    assert len(sums) == len(found)
+    return sums
+
+
+def known_by_kind(sums):
+    return np.bincount([token // KIND for token in {sum[0] for sum in sums}], minlength=8).tolist()
+
+
+@given(st.lists(SUMS, max_size=5), SUMS, st.sampled_from([(2, 2), (2, 100), (100, 256)]))
+def test_counts_are_sums_however_rows_are_kept(kept, passing, sizes):
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in zip(("NARROW", "LINES"), sizes, strict=True):
+            patch.setattr(Counts, name, size)
+        counts = Counts(0.1, 6)
+        for sums in (*kept, passing):
+            counted(counts, sums)
+        everything = [*itertools.chain(*kept), *passing]
+        assert items(counts) == added_up(everything)
+        assert counts.occupied.tolist() == known_by_kind(everything)
+        counted(counts, passing, -1)
+        rest = [*itertools.chain(*kept)]
+        assert items(counts) == added_up(rest)
+        assert counts.occupied.tolist() == known_by_kind(rest)
+
+        restored = Counts(0.1, 6)
+        restored.restore({name: array.copy() for name, array in counts.state().items()})
+        counted(restored, passing)
+        assert items(restored) == added_up(everything)
+
+
+@given(SUMS, st.lists(st.integers(1, 8), min_size=1), st.sampled_from([2, 100]))
+def test_evidence_is_what_speaks_for_less_what_speaks_against(sums, asked, narrow):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Counts, "NARROW", narrow)
+        counts = Counts(0.1, 6)
+        counted(counts, sums)
+    counts.grow(10)
+    asked = [kind * KIND + token for kind, token in enumerate(asked[:8])]
+    total = added_up(sums)
+    expected = np.zeros((len(asked), 10))
+    for i, account in np.ndindex(expected.shape):
+        n, m = total.get((asked[i], account), (0, 0))
+        expected[i, account] = math.log(1 + n / 0.1) - math.log(1 + m / 6)
+    rows = counts.find(np.array(asked, dtype=np.int64))
+    some = np.array([1, 4, 5, 9])
+    np.testing.assert_allclose(counts.evidence(rows, np.arange(10)), expected, atol=1e-9)
+    np.testing.assert_allclose(counts.evidence(rows, some), expected[:, some], atol=1e-9)
+    kinds, evidence = counts.of_document(asked, 10)
+    assert kinds == [1 + token // KIND for token in asked if token in {sum[0] for sum in sums}]
+    np.testing.assert_allclose(evidence, expected.sum(axis=0), atol=1e-9)
+
+
+def some_sums(rng, n=9000):
+    """Sums of tokens that met one account, and of some that met nearly all."""
+    return [
+        (rng.choice([1, 2 + rng.randrange(20), 1000 + i]), rng.randrange(i // 12 + 1), i % 2, 640)
+        for i in range(n)
+    ]
+
+
+def test_rows_of_many_accounts_are_dense_and_there_are_not_too_many(monkeypatch):
+    monkeypatch.setattr(Counts, "LINES", 8)
+    rng = random.Random(0)
+    sums = some_sums(rng)
+    counts = Counts(0.1, 6)
+    for part in batches_of(sums, 300):
+        counted(counts, part)
+    assert 0 < np.count_nonzero(counts.sizes == bookkeep.DENSE) <= 8
+    assert counts.limit > Counts.NARROW
+    assert items(counts) == added_up(sums)
+
+
+def test_what_is_added_and_taken_away_again_and_again_takes_no_more_room():
+    rng = random.Random(3)
+    counts = Counts(0.1, 6)
+    counted(counts, some_sums(rng))
+    before, passing = items(counts), some_sums(rng)
+    for _ in range(20):
+        for times in (1, -1):
+            for part in batches_of(passing, 300):
+                counted(counts, part, times)
+        assert items(counts) == before
+    assert len(counts.entries) < 8 * len(before)
+    assert len(counts.sizes) < 8 * (len(before) + len(passing))
+    assert len(counts.dense_units) <= Counts.LINES
+
+
+def test_tokens_whose_hashes_meet_are_told_apart():
+    tokens = [1 + (i << 40) for i in range(200)]
+    model = taught([([token], Lesson(str(i), 1.0)) for i, token in enumerate(tokens)], [3, 1, 50])
+    assert model.predict([[token] for token in tokens]) == [str(i) for i in range(200)]
+    assert model.known_tokens == 200
+
+
 # ------------------------------------------------------------------------------------------ Model
 
 WEIGHTS = st.integers(1, GRAIN).map(lambda n: n / GRAIN)
-DOCUMENTS = st.lists(st.integers(1, 8), min_size=1, max_size=6)
-UNKNOWN = -1  # a token that no document has
+TOKENS = st.integers(0, 23).map(lambda n: n % 8 * KIND + 1 + n // 8)  # three of each kind
+DOCUMENTS = st.lists(TOKENS, min_size=1, max_size=6)
+UNKNOWN = 9  # a token that no document has
 LABELS = st.sampled_from(["1", "2", "3", "4"])
-LEARNED = st.lists(st.tuples(DOCUMENTS, LABELS, WEIGHTS), min_size=1, max_size=30)
+LESSONS = st.builds(Lesson, LABELS, WEIGHTS, st.dictionaries(LABELS, WEIGHTS, max_size=2))
+LEARNED = st.lists(st.tuples(DOCUMENTS, LESSONS), min_size=1, max_size=30)
+FOR_ONLY = st.lists(
+    st.tuples(DOCUMENTS, st.builds(Lesson, LABELS, WEIGHTS, st.just({}))), min_size=1, max_size=30
+)
 
 
-def taught(bookings, chunks=()):
-    """A model that has learned these (document, label, weight), in chunks of these sizes."""
-    model = NaiveBayes()
+def taught(bookings, chunks=(), **constants):
+    """A model that has learned these (document, lesson), in chunks of these sizes."""
+    model = NaiveBayes(**constants)
     rest = list(bookings)
     for size in (*chunks, len(rest)):
         chunk, rest = rest[:size], rest[size:]
-        model.learn(*([part[i] for part in chunk] for i in range(3)))
+        model.learn([document for document, _ in chunk], [lesson for _, lesson in chunk])
     return model
 
 
 def counts(model):
     """All that a model has counted, whatever the order in which it did."""
-    table = model.token_counts
-    rows = np.flatnonzero(table.sizes)
-    sums = table.of(rows, np.arange(len(model.names)))
+    classes = zip(model.names, model.class_counts, model.feature_counts.T.tolist(), strict=True)
     return {
-        "accounts": {
-            name: (account_count, token_count)
-            for name, account_count, token_count in zip(
-                model.names, model.account_counts, model.account_tokens, strict=True
-            )
-            if account_count or token_count
-        },
+        "classes": {name: (n, features) for name, n, features in classes if n or any(features)},
         "tokens": {
-            (int(table.tokens[rows[row]]), model.names[account]): float(sums[account, row])
-            for account, row in np.argwhere(sums).tolist()
+            (token, model.names[account]): (n, m)
+            for token, account, n, m in model.token_counts.items()
         },
-        "known": table.occupied,
+        "known": model.token_counts.occupied.tolist(),
     }
 
 
 def posterior(scores, softening=1):
     """P(account | tokens), from scores."""
-    probability = np.exp((scores - scores.max(axis=1, keepdims=True)) / softening)
-    return probability / probability.sum(axis=1, keepdims=True)
+    probability = np.exp((scores - scores.max(axis=-1, keepdims=True)) / softening)
+    return probability / probability.sum(axis=-1, keepdims=True)
 
 
 def weighed(model, documents, labels):
@@ -355,99 +496,188 @@ def weighed(model, documents, labels):
     return model.weigh(documents, labels, predicted)
 
 
-def oracle(bookings, documents, alpha):
-    """scikit-learn's log P(account | tokens), and its accounts."""
-    vocabulary = sorted({token for document, _, _ in bookings for token in document})
+def formula(bookings, document, label, alpha=0.1, beta=6):
+    """The score of an account as the docstring of NaiveBayes has it, from what was learned."""
+    n, m, totals = Counter(), Counter(), Counter()
+    for learned, lesson in bookings:
+        for token in learned:
+            n[token] += lesson.weight * (lesson.account == label)
+            m[token] += lesson.against.get(label, 0)
+            totals[token // KIND] += lesson.weight * (lesson.account == label)
+    known = Counter(token // KIND for token in n)
+    score = math.log(sum(lesson.weight for _, lesson in bookings if lesson.account == label))
+    for token in document:
+        if token in n:
+            kind = token // KIND
+            score -= math.log(totals[kind] + alpha * known[kind]) / 2
+            score += math.log(1 + n[token] / alpha) - math.log(1 + m[token] / beta)
+    return score
 
-    def matrix(documents):
-        return np.array([[document.count(token) for token in vocabulary] for document in documents])
 
-    reference = MultinomialNB(alpha=alpha, force_alpha=True)
-    _, labels, weights = zip(*bookings, strict=True)
-    reference.fit(matrix([b[0] for b in bookings]), labels, sample_weight=weights)
-    return reference.predict_log_proba(matrix(documents)), list(reference.classes_)
+def booked(bookings):
+    """The accounts that something was booked to."""
+    return sorted({lesson.account for _, lesson in bookings})
 
 
-@given(LEARNED, st.lists(DOCUMENTS, min_size=1, max_size=5), st.sampled_from([0.02, 0.5, 1.0]))
-def test_equals_scikit_learn(bookings, documents, alpha):
-    model = NaiveBayes(alpha)
-    model.learn(*zip(*bookings, strict=True))
-    documents = [[*document, UNKNOWN] for document in documents]
-    expected, accounts = oracle(bookings, documents, alpha)
+@given(LEARNED, DOCUMENTS)
+def test_the_score_is_the_formula(bookings, document):
+    model = taught(bookings)
+    document = [*document, UNKNOWN, document[0]]
+    [scores] = model.joint_log_likelihood([document])
+    for label in booked(bookings):
+        expected = formula(bookings, document, label)
+        assert scores[model.accounts[label]] == pytest.approx(expected, abs=1e-8)
+    assert np.count_nonzero(scores > -np.inf) == len(booked(bookings)) == model.known
+
+
+@given(FOR_ONLY, DOCUMENTS, st.sampled_from([0.02, 0.5, 1.0]))
+def test_without_rivals_each_kind_is_scikit_learns(bookings, document, alpha):
+    """Which takes all of a kind's length off the score, where bookkeep takes half of it."""
+    model = taught(bookings, alpha=alpha)
+    labels = [lesson.account for _, lesson in bookings]
+    weights = [lesson.weight for _, lesson in bookings]
+    [scores] = model.joint_log_likelihood([document])
+    accounts = booked(bookings)
     columns = [model.accounts[account] for account in accounts]
-    scores = model.scores(documents)
-    np.testing.assert_allclose(
-        posterior(scores)[:, columns], np.exp(expected), rtol=1e-9, atol=1e-12
-    )
-    for predicted, row in zip(model.predict(documents), expected, strict=True):
-        assert row[accounts.index(predicted)] >= row.max() - 1e-9
+    log_counts = np.log(model.class_counts[columns])
+    expected = np.zeros(len(accounts))
+    for kind in range(8):
+        vocabulary = sorted({t for learned, _ in bookings for t in learned if t // KIND == kind})
+        asked = [token for token in document if token in vocabulary]
+        if not asked:
+            continue
+        matrix = np.array(
+            [[learned.count(token) for token in vocabulary] for learned, _ in bookings]
+        )
+        reference = MultinomialNB(alpha=alpha, force_alpha=True, fit_prior=False)
+        reference.fit(matrix, labels, sample_weight=weights)
+        assert list(reference.classes_) == accounts
+        likelihood = reference.feature_log_prob_[:, [vocabulary.index(token) for token in asked]]
+        # Half of what a kind's length costs is given back, so that scikit-learn's is left.
+        totals = np.log(model.feature_counts[kind, columns] + alpha * len(vocabulary))
+        expected += likelihood.sum(axis=1) + len(asked) / 2 * totals
+    got = scores[columns] - log_counts
+    np.testing.assert_allclose(got - got[0], expected - expected[0], atol=1e-8)
 
 
 @given(LEARNED, st.lists(st.tuples(DOCUMENTS, LABELS), min_size=1, max_size=5))
 def test_an_assessment_is_the_prediction_its_margin_and_the_rank(bookings, asked):
     model = taught(bookings)
     documents, labels = zip(*asked, strict=True)
-    expected, accounts = oracle(bookings, documents, model.alpha)
     assessments = model.assess(documents, labels)
     assert [a.predicted for a in assessments] == model.predict(documents)
     alone = [model.assess([document], [label])[0] for document, label in asked]
     assert alone == assessments
-    for (predicted, margin, rank), label, row in zip(assessments, labels, expected, strict=True):
-        if label not in accounts:
+    for (predicted, margin, rank), (document, label) in zip(assessments, asked, strict=True):
+        scores = {name: formula(bookings, document, name) for name in booked(bookings)}
+        assert scores[predicted] >= max(scores.values()) - 1e-8
+        if label not in scores:
             assert rank is None
         else:
-            own = row[accounts.index(label)]
-            assert np.count_nonzero(row > own + 1e-9) < rank <= np.count_nonzero(row >= own - 1e-9)
+            above = sum(score > scores[label] + 1e-8 for score in scores.values())
+            level = sum(score >= scores[label] - 1e-8 for score in scores.values())
+            assert above < rank <= level
             assert (rank == 1) == (predicted == label)
-        if len(accounts) == 1:
+        if len(scores) == 1:
             assert margin is None
         else:
-            second, best = sorted(row)[-2:]
+            second, best = sorted(scores.values())[-2:]
             assert margin == pytest.approx(best - second, abs=1e-4)
 
 
 @given(LEARNED, st.lists(st.tuples(DOCUMENTS, LABELS), min_size=1, max_size=5))
-def test_a_weight_is_the_surprise_among_accounts_that_the_document_points_to(bookings, asked):
+def test_a_lesson_is_the_surprise_and_the_strongest_rivals(bookings, asked):
     model = taught(bookings)
     documents, labels = zip(*asked, strict=True)
-    expected, accounts = oracle(bookings, documents, model.alpha)
     predicted = model.predict(documents)
-    found = model.weigh(documents, labels, predicted)
-    assert not (found * GRAIN % 1).any()
-    for document, label, prediction, row, weight in zip(
-        documents, labels, predicted, expected, found, strict=True
-    ):
-        if label not in accounts:
-            assert weight == 1
+    lessons = model.weigh(documents, labels, predicted)
+    assert [lesson.account for lesson in lessons] == list(labels)
+    for (document, label), guessed, lesson in zip(asked, predicted, lessons, strict=True):
+        if label not in booked(bookings):
+            assert lesson == Lesson(label, 1.0)
             continue
-        met = {account for learned, account, _ in bookings if {*learned} & {*document}}
-        among = [accounts.index(account) for account in {*met, label, prediction}]
-        softened = np.exp((row - row.max()) / SOFTENING)
-        surprise = max(FLOOR, 1 - softened[accounts.index(label)] / softened[among].sum())
-        assert weight == pytest.approx(surprise, abs=0.51 / GRAIN)
+        met = {
+            account
+            for learned, other in bookings
+            if {*learned} & {*document}
+            for account in (other.account, *other.against)
+        }
+        among = sorted({*met, label, guessed} & {*booked(bookings)})
+        scores = np.array([formula(bookings, document, account) for account in among])
+        share = dict(zip(among, posterior(scores, SOFTENING), strict=True))
+        surprise = 1 - share.pop(label)
+        assert lesson.weight == pytest.approx(max(FLOOR, 0.75 * surprise), abs=0.51 / GRAIN)
+        assert len(lesson.against) <= 2
+        for rival, m in lesson.against.items():
+            assert m == pytest.approx(share[rival], abs=0.51 / GRAIN)
+        strongest = sorted(share.values(), reverse=True)[:2]
+        expected = [
+            p for p, least in zip(strongest, (0.5 / GRAIN, 0.1), strict=False) if p >= least
+        ]
+        if all(abs(p - 0.1) > 1e-6 and p > 0.6 / GRAIN for p in strongest):
+            counted = sorted(lesson.against.values(), reverse=True)
+            assert counted == pytest.approx(expected, abs=0.51 / GRAIN)
+        assert all(m * GRAIN % 1 == 0 for m in (lesson.weight, *lesson.against.values()))
 
 
-@given(LEARNED, st.lists(DOCUMENTS, min_size=1, max_size=9), st.integers(1, 60))
-def test_all_is_the_same_a_few_cells_at_a_time(bookings, documents, cells):
+@given(LEARNED, st.lists(st.tuples(DOCUMENTS, LABELS), min_size=1, max_size=9), st.integers(1, 9))
+def test_all_is_the_same_a_few_scores_at_a_time(bookings, asked, cells):
+    documents, labels = zip(*asked, strict=True)
     model = taught(bookings)
-    labels = ["1"] * len(documents)
-    expected = model.predict(documents), model.assess(documents, labels)
-    whole = model.weigh(documents, labels, expected[0])
+    predicted, assessed = model.predict(documents), model.assess(documents, labels)
+    learned = list(model.book(documents, labels))
     with pytest.MonkeyPatch.context() as patch:
-        for limit in ("MAX_CELLS", "MAX_ENTRIES"):
-            patch.setattr(bookkeep, limit, cells)
-            assert (model.predict(documents), model.assess(documents, labels)) == expected
-            weights = model.weigh(documents, labels, expected[0])
-            assert weights.tolist() == pytest.approx(whole.tolist(), abs=1 / GRAIN)
+        patch.setattr(bookkeep, "CELLS", cells)
+        other = taught(bookings)
+        assert other.predict(documents) == predicted
+        assert other.assess(documents, labels) == assessed
+        assert list(other.book(documents, labels)) == learned
+    assert counts(other) == counts(model)
+
+
+@given(LEARNED, st.lists(st.tuples(DOCUMENTS, LABELS), min_size=1, max_size=9), st.integers(1, 4))
+def test_a_batch_is_predicted_whole_and_learned_round_by_round(bookings, asked, most):
+    documents, labels = zip(*asked, strict=True)
+    model, expected = taught(bookings), taught(bookings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bookkeep, "ROUND", most)
+        booked_in_rounds = list(model.book(documents, labels))
+        parts = bookkeep.rounds(len(documents))
+    assessments = expected.assess(documents, labels)
+    predicted = [assessment.predicted for assessment in assessments]
+    for part, (same, made, lessons) in zip(parts, booked_in_rounds, strict=True):
+        assert part == same
+        assert made == assessments[part]
+        assert lessons == expected.weigh(documents[part], labels[part], predicted[part])
+        expected.learn(documents[part], lessons)
+    assert counts(model) == counts(expected)
+
+
+def test_the_model_is_entered_for_changes_only():
+    model, inside = NaiveBayes(), []
+
+    @contextmanager
+    def changing():
+        inside.append(counts(model))
+        yield
+        inside.append(counts(model))
+
+    before = counts(model)
+    for _ in model.book([[1], [2]], ["1", "2"], changing):
+        assert counts(model) == inside[-1] != before
 
 
 @given(LEARNED, st.lists(st.integers(0, 10)), st.randoms(use_true_random=False))
 def test_any_batching_and_any_order_give_identical_counts(bookings, sizes, rng):
     at_once = taught(bookings)
-    documents = [document for document, _, _ in bookings]
+    documents = [document for document, _ in bookings]
     in_batches = taught(bookings, sizes)
     assert counts(in_batches) == counts(at_once)
-    assert np.array_equal(in_batches.scores(documents), at_once.scores(documents))
+    scores = at_once.joint_log_likelihood(documents)
+    columns = [in_batches.accounts[name] for name in at_once.names]
+    assert np.array_equal(in_batches.joint_log_likelihood(documents)[:, columns], scores)
+    alone = [at_once.joint_log_likelihood([document])[0] for document in documents]
+    assert np.array_equal(alone, scores)
     shuffled = rng.sample(bookings, len(bookings))
     assert counts(taught(shuffled, sizes)) == counts(at_once)
 
@@ -455,154 +685,101 @@ def test_any_batching_and_any_order_give_identical_counts(bookings, sizes, rng):
 @given(LEARNED, LEARNED)
 def test_unlearning_what_was_learned_gives_identical_counts(kept, passing):
     model = taught(kept + passing)
-    documents, labels, weights = zip(*passing, strict=True)
-    model.learn(documents, labels, [-weight for weight in weights])
-    assert counts(model) == counts(taught(kept))
+    documents, lessons = zip(*passing, strict=True)
+    model.learn(documents, lessons, times=-1)
     expected = taught(kept)
-    documents += tuple(document for document, _, _ in kept)
+    assert counts(model) == counts(expected)
+    documents += tuple(document for document, _ in kept)
+    scores, others = model.joint_log_likelihood(documents), expected.joint_log_likelihood(documents)
     columns = [model.accounts[account] for account in expected.names]
-    probability = posterior(model.scores(documents))
-    np.testing.assert_allclose(
-        probability[:, columns], posterior(expected.scores(documents)), rtol=1e-9
-    )
-    assert probability.sum() == pytest.approx(probability[:, columns].sum())
+    assert np.array_equal(scores[:, columns], others)
+    assert (np.delete(scores, columns, axis=1) == -np.inf).all()
+    assert model.predict(documents) == expected.predict(documents)
 
 
 @given(LEARNED, LEARNED, DOCUMENTS)
 def test_terms_are_log_odds_that_add_up_to_the_difference_of_scores(kept, passing, document):
     model = taught(kept)
-    documents, labels, weights = zip(*passing, strict=True)
-    for sign in (1, -1):
-        model.learn(documents, labels, [sign * weight for weight in weights])
+    documents, lessons = zip(*passing, strict=True)
+    for times in (1, -1):
+        model.learn(documents, lessons, times)
     document = [*document, UNKNOWN, document[0]]
-    accounts = np.flatnonzero(model.account_counts)[::-1]
+    accounts = np.flatnonzero(model.class_counts)[::-1]
     terms = model.terms(document, accounts)
     assert terms.shape == (len(accounts), 1 + len(document))
     assert not terms[:, -2].any()
-    [scores] = model.scores([document])
-    sums = terms.sum(axis=1)
-    np.testing.assert_allclose(sums - sums[0], scores[accounts] - scores[accounts[0]], atol=1e-9)
-    np.testing.assert_array_equal(terms[:, 0], np.log(model.account_counts[accounts]))
+    [scores] = model.joint_log_likelihood([document])
+    np.testing.assert_allclose(terms.sum(axis=1), scores[accounts], atol=1e-9)
+    np.testing.assert_allclose(terms[:, 0], np.log(model.class_counts[accounts]), atol=1e-9)
     np.testing.assert_array_equal(model.terms(document, accounts[:1]), terms[:1])
 
 
 def test_what_was_wholly_unlearned_is_unknown_and_can_be_learned_again():
-    model = taught([([1, 2], "1", 0.5), ([2, 3], "2", 0.5)])
-    model.learn([[1, 2]], ["1"], [-0.5])
+    model = taught([([1, 2], Lesson("1", 0.5)), ([2, 3], Lesson("2", 0.5, {"1": 0.25}))])
+    model.learn([[1, 2]], [Lesson("1", 0.5)], times=-1)
     assert model.known == 1
-    model.learn([[4, 1]], ["3"], [1.0])
-    expected = taught([([2, 3], "2", 0.5), ([4, 1], "3", 1.0)])
+    assert model.predict([[1, 2], [2]]) == ["2", "2"]
+    assert model.weigh([[2]], ["1"], ["2"]) == [Lesson("1", 1.0)]
+    assert model.weigh([[2]], ["2"], ["2"]) == [Lesson("2", FLOOR)]  # no rival is left
+    model.learn([[4, 1]], [Lesson("3", 1.0)])
+    expected = taught([([2, 3], Lesson("2", 0.5, {"1": 0.25})), ([4, 1], Lesson("3", 1.0))])
     assert counts(model) == counts(expected)
     documents = [[1], [2, 4]]
     assert model.predict(documents) == expected.predict(documents)
 
 
 def test_a_model_that_has_unlearned_all_is_none():
-    model = taught([([1], "1", 0.5)])
-    model.learn([[1]], ["1"], [-0.5])
+    model = taught([([1], Lesson("1", 0.5))])
+    model.learn([[1]], [Lesson("1", 0.5)], times=-1)
     assert model.known == 0
     assert model.assess([[1]], ["1"]) == [(None, None, None)]
-    assert model.weigh([[1]], ["1"], [None]) == [1]
-    model.learn([[1]], ["2"], [1.0])
+    assert model.weigh([[1]], ["1"], [None]) == [Lesson("1", 1.0)]
+    model.learn([[1]], [Lesson("2", 1.0)])
     assert model.assess([[1]], ["1"]) == [("2", None, None)]
-    assert model.weigh([[1]], ["1"], ["2"]) == [1]
+    assert model.weigh([[1]], ["1"], ["2"]) == [Lesson("1", 1.0)]
 
 
 def many(rng, n=3000):
-    """Bookings with tokens of one account and of nearly all, which are wide ones."""
+    """Bookings with tokens of one account and of nearly all."""
     return [
         (
-            [1, 2 + rng.randrange(50), 2 + rng.randrange(50), 1000 + i],
-            str(rng.randrange(i // 4 + 1)),
-            rng.randrange(64, 1025) / GRAIN,
+            [1, 2 + rng.randrange(50), KIND + rng.randrange(1, 51), 5 * KIND + 1000 + i],
+            Lesson(
+                str(rng.randrange(i // 4 + 1)),
+                rng.randrange(64, 1025) / GRAIN,
+                {str(rng.randrange(i // 4 + 1)): rng.randrange(1, 1025) / GRAIN},
+            ),
         )
         for i in range(n)
     ]
 
 
-def test_counts_of_tokens_with_one_account_and_with_nearly_all():
-    rng = random.Random(0)
-    learned = many(rng)
-    expected = Counter()
-    for document, account, weight in learned:
-        for token in document:
-            expected[token, account] += weight
-    model = taught(learned, [rng.randrange(1, 200) for _ in range(20)])
-    assert counts(model)["tokens"] == expected
-    assert model.token_counts.occupied == 3051
-    assert 1 < np.count_nonzero(model.token_counts.sizes == bookkeep.WIDE) < 60
-
-
 @pytest.mark.parametrize("lines", [256, 8])
-def test_wide_tokens_change_no_figure(lines):
+def test_how_rows_are_kept_changes_no_figure(lines):
     rng = random.Random(1)
     learned, asked = many(rng), many(rng, 200)
-    documents, labels, _ = zip(*asked, strict=True)
+    documents = [document for document, _ in asked]
+    labels = [lesson.account for _, lesson in asked]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bookkeep.Counts, "LINES", lines)
+        patch.setattr(Counts, "LINES", lines)
         model = taught(learned, [rng.randrange(1, 200) for _ in range(20)])
-        assert 0 < np.count_nonzero(model.token_counts.sizes == bookkeep.WIDE) <= lines
-        patch.setattr(bookkeep.Counts, "NARROW", 1 << 20)
+        assert 0 < np.count_nonzero(model.token_counts.sizes == bookkeep.DENSE) <= lines
+        patch.setattr(Counts, "NARROW", 1 << 20)
         plain = taught(learned)
-        assert not (plain.token_counts.sizes == bookkeep.WIDE).any()
-        expected, assessed = plain.scores(documents), plain.assess(documents, labels)
-    assert np.array_equal(model.scores(documents), expected)
-    assert model.assess(documents, labels) == assessed
-    accounts = np.arange(40)
-    assert np.array_equal(model.terms(documents[0], accounts), plain.terms(documents[0], accounts))
-
-
-def test_weights_do_not_depend_on_how_counts_are_kept():
-    rng = random.Random(4)
-    learned, asked = many(rng), many(rng, 200)
-    documents, labels, _ = zip(*asked, strict=True)
-    found = []
-    for lines in (256, 8):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(bookkeep.Counts, "LINES", lines)
-            model = taught(learned)
-            found.append(weighed(model, documents, labels))
-    assert model.token_counts.narrow > bookkeep.Counts.NARROW
-    assert np.array_equal(*found)
-    assert len({*found[0].tolist()}) > 50
-
-
-def test_which_tokens_are_wide_depends_on_nothing_but_what_is_counted():
-    rng = random.Random(2)
-    kept, passing = many(rng), many(rng)
-    labels = [*dict.fromkeys(label for _, label, _ in kept + passing)]
-    documents = [document for document, _, _ in passing]
-
-    def wide(model):
-        return {*model.token_counts.tokens[model.token_counts.sizes == bookkeep.WIDE].tolist()}
-
-    model, expected = taught(kept), taught(kept)
-    model.learn(documents, [label for _, label, _ in passing], [w for _, _, w in passing])
-    model.learn(documents, [label for _, label, _ in passing], [-w for _, _, w in passing])
-    assert wide(model) == wide(expected) != set()
-    assert counts(model) == counts(expected)
-    weights = weighed(model, documents, labels[:1] * len(documents))
-    assert np.array_equal(weights, weighed(expected, documents, labels[:1] * len(documents)))
-
-
-def test_what_is_learned_and_unlearned_again_and_again_takes_no_more_room():
-    rng = random.Random(3)
-    model = taught(many(rng))
-    documents, labels, weights = map(np.array, zip(*many(rng), strict=True))
-    rooms = []
-    for _ in range(12):
-        for sign in (1, -1):
-            model.learn(documents.tolist(), labels.tolist(), sign * weights)
-        table = model.token_counts
-        rooms.append([len(table.entries), len(table.tokens), len(table.wide_counts)])
-    assert rooms[-1] == rooms[3]
-
-
-def test_tokens_whose_hashes_meet_are_told_apart():
-    tokens = [1 + (i << 40) for i in range(200)]
-    model = taught([([token], str(i), 1.0) for i, token in enumerate(tokens)], [3, 1, 50, 7])
-    assert model.predict([[token] for token in tokens]) == [str(i) for i in range(200)]
-    assert model.token_counts.occupied == 200
+        assert not (plain.token_counts.sizes == bookkeep.DENSE).any()
+    columns = [[each.accounts[name] for name in plain.names] for each in (model, plain)]
+    scores, expected = (each.joint_log_likelihood(documents) for each in (model, plain))
+    assert np.array_equal(scores[:, columns[0]], expected[:, columns[1]])
+    assert model.assess(documents, labels) == plain.assess(documents, labels)
+    lessons = weighed(plain, documents, labels)
+    assert weighed(model, documents, labels) == lessons
+    assert len({lesson.weight for lesson in lessons}) > 50
+    assert sum(len(lesson.against) for lesson in lessons) > 50
+    terms = [
+        each.terms(documents[0], np.array(numbers[:40]))
+        for each, numbers in zip((model, plain), columns, strict=True)
+    ]
+    assert np.array_equal(*terms)
 
 
 def test_a_round_has_at_most_so_many_and_spans_the_whole_batch():
@@ -619,8 +796,9 @@ def test_predictions_are_the_same_in_whatever_order_was_learned(bookings, docume
     model, other = taught(bookings), taught(rng.sample(bookings, len(bookings)))
     assert model.predict(documents) == other.predict(documents)
     for document in documents:
-        [scores], [others] = model.scores([document]), other.scores([document])
-        ordered = sorted(model.accounts, key=lambda name: (-scores[model.accounts[name]], name))
+        [scores], [others] = (m.joint_log_likelihood([document]) for m in (model, other))
+        known = booked(bookings)
+        ordered = sorted(known, key=lambda name: (-scores[model.accounts[name]], name))
         for most in (1, 2, 9):
             top = [model.names[account] for account in model.top(scores, most)]
             assert top == [other.names[account] for account in other.top(others, most)]
@@ -630,7 +808,7 @@ def test_predictions_are_the_same_in_whatever_order_was_learned(bookings, docume
 
 def test_without_a_model_there_is_no_prediction_and_full_weight():
     assert NaiveBayes().assess([[1]], ["1"]) == [(None, None, None)]
-    assert NaiveBayes().weigh([[1]], ["1"], [None]) == [1]
+    assert NaiveBayes().weigh([[1]], ["1"], [None]) == [Lesson("1", 1.0)]
 
 
 # ---------------------------------------------------------------------------------------- Metrics
@@ -876,8 +1054,8 @@ def test_any_byte_flipped_before_the_last_batch_is_found(path):
             read(path)
 
 
-def test_the_last_named_batches_can_be_found_again(path, monkeypatch):
-    monkeypatch.setattr(bookkeep, "MAX_NAMES", 3)
+def test_the_last_batches_with_keys_can_be_found_again(path, monkeypatch):
+    monkeypatch.setattr(bookkeep, "MAX_KEYS", 3)
     log = Log(path)
     assert list(log.read()) == []
     for name in ("a", None, "b", "c", "d"):
@@ -1124,9 +1302,9 @@ def test_lines_are_read_from_the_file_as_they_were_when_it_was_opened(path):
 
 
 @contextmanager
-def bookkeeping(path):
+def bookkeeping(path, **options):
     """A bookkeeper on the log, closed at the end."""
-    bookkeeper = Bookkeeper(Log(path))
+    bookkeeper = Bookkeeper(Log(path), **options)
     try:
         yield bookkeeper
     finally:
@@ -1178,16 +1356,25 @@ def test_a_sample_that_others_of_its_batch_have_taught_surprises_less(path):
     assert all(max(weights[part]) < 1 for part in later)
 
 
-def test_a_log_says_the_same_however_batches_met(path, tmp_path):
+def test_bookings_that_wait_together_are_predicted_and_learned_as_one_batch(path, tmp_path):
     batches = batches_of(bookings(400), 30)
+    together = list(itertools.chain(*batches[1:]))
     with bookkeeping(path) as bookkeeper:
-        for batch in batches:
-            bookkeeper.book(batch)
-    other = Bookkeeper(Log(tmp_path / "other"))
-    with held_at_the_disk(other, [partial(other.book, batch) for batch in batches]):
-        pass
-    other.close()
-    assert (tmp_path / "other").read_bytes() == path.read_bytes()
+        bookkeeper.book(batches[0])
+        bookkeeper.book(together)
+    with bookkeeping(tmp_path / "other") as other:
+        calls = [partial(other.book, batch, f"key{i}") for i, batch in enumerate(batches)]
+        with held_at_the_disk(other, calls):
+            pass
+        assert counts(other._model) == counts(bookkeeper._model)
+        assert other.metrics(500) == bookkeeper.metrics(500)
+    records = [
+        [bookkeep._content(record) for record in read(log)] for log in (path, other.log.path)
+    ]
+    assert records[0] == records[1]
+    assert [record["batch"] for record in read(other.log.path)[28:32]] == ["key0"] * 2 + [
+        "key1"
+    ] * 2
 
 
 def test_metrics_are_those_of_the_last_n_predictions(path):
@@ -1213,13 +1400,13 @@ def test_metrics_are_those_of_the_last_n_predictions(path):
 def state(bookkeeper, asked):
     """All that a bookkeeper knows and says."""
     model = bookkeeper._model
-    scores = model.scores([tokens(sample) for sample in asked])
+    scores = model.joint_log_likelihood([tokens(sample) for sample in asked])
     return (
         counts(model),
         {
             name: scores[:, number].tolist()
             for number, name in enumerate(model.names)
-            if model.account_counts[number]
+            if model.class_counts[number]
         },
         bookkeeper.predict(asked),
         [bookkeeper.metrics(n) for n in (1, 10, 100, 10_000)],
@@ -1237,230 +1424,6 @@ def test_a_restart_changes_nothing(path):
         assert state(bookkeeper, asked) == before
         assert bookkeeper.book([booking()]) == range(3000, 3001)
     assert [record["sample"] for record in read(path)] == [*samples, booking()]
-
-
-def snapshot_of(path):
-    return path.with_name(f"{path.name}.snapshot.npz")
-
-
-@pytest.fixture
-def unsaved(monkeypatch):
-    """After how many lines a snapshot is due, here."""
-    monkeypatch.setattr(bookkeep, "UNSAVED", 100)
-    return 100
-
-
-@contextmanager
-def learned_again(monkeypatch):
-    """How many bookings were read back and learned inside."""
-    sizes, learn = [], Bookkeeper._learn
-    with monkeypatch.context() as patch:
-
-        def counted(self, records, *others, **more):
-            sizes.append(len(records))
-            learn(self, records, *others, **more)
-
-        patch.setattr(Bookkeeper, "_learn", counted)
-        yield sizes
-
-
-def settled(bookkeeper):
-    """Returns once the writer has nothing to do and no snapshot is on its way."""
-    bookkeeper.book([])
-    bookkeeper.book([])  # the writer has looked whether a snapshot is due after the first
-    bookkeeper._end_saving()
-
-
-def grown(path):
-    """A log of 700 bookings, some corrected and some forgotten, and what its bookkeeper knew."""
-    samples, asked = bookings(700), bookings(50, seed=1)
-    with bookkeeping(path) as bookkeeper:
-        for number, batch in enumerate(batches_of(samples[:600], 70)):
-            bookkeeper.book(batch, f"key{number}")
-        bookkeeper.forget(samples[0]["CompanyId"])
-    with bookkeeping(path) as bookkeeper:
-        for batch in batches_of(samples[600:], 7):
-            bookkeeper.book(batch)
-        for seq in (690, 691, 690):
-            bookkeeper.correct(seq, f"account{seq}")
-        settled(bookkeeper)
-        bookkeeper._snapshot.lines = 0  # so that there will be a new one
-        known = state(bookkeeper, asked)
-    return asked, known
-
-
-def test_a_snapshot_spares_reading_the_log_and_changes_nothing(path, unsaved, monkeypatch, caplog):
-    asked, known = grown(path)
-    assert snapshot_of(path).exists()
-    with learned_again(monkeypatch) as sizes, bookkeeping(path) as bookkeeper:
-        assert sum(sizes) == 0
-        assert state(bookkeeper, asked) == known
-        # It goes on as one that has read the log does.
-        more = bookings(60, seed=2)
-        assert bookkeeper.book(bookings(700)[:70], "key0") == range(70)
-        assert bookkeeper.correct(690, "other") == "account690"
-        assert bookkeeper.forget(more[0]["CompanyId"]) > 0
-        bookkeeper.book(more)
-        known = state(bookkeeper, asked)
-    snapshot_of(path).unlink(missing_ok=True)
-    with learned_again(monkeypatch) as sizes, bookkeeping(path) as bookkeeper:
-        assert sum(sizes) > 100
-        assert state(bookkeeper, asked) == known
-    assert not caplog.records
-
-
-def test_what_came_after_a_snapshot_is_read_from_the_log(path, unsaved, monkeypatch):
-    asked, _ = grown(path)
-    with bookkeeping(path) as bookkeeper:
-        bookkeeper.book(bookings(unsaved - 1, seed=3), "late")
-        known = state(bookkeeper, asked)
-    lines = len(path.read_bytes().splitlines())
-    with open(path, "ab") as log:
-        log.write(b'{"seq": 5')  # cut off by a crash
-    with learned_again(monkeypatch) as sizes, bookkeeping(path) as bookkeeper:
-        assert sum(sizes) == unsaved - 1
-        assert state(bookkeeper, asked) == known
-        assert bookkeeper.book(bookings(unsaved - 1, seed=3), "late").stop == lines
-    spoilt = path.read_bytes().splitlines(keepends=True)
-    spoilt[-1] = spoilt[-1].replace(b"ref", b"Ref")
-    path.write_bytes(b"".join(spoilt))
-    with pytest.raises(LogError, match=f"line {lines}: the checksum"):
-        Bookkeeper(Log(path))
-
-
-@pytest.mark.parametrize(
-    ("harm", "reason"),
-    [
-        (lambda snapshot, path: snapshot.write_bytes(b""), "damaged"),
-        (lambda snapshot, path: snapshot.write_bytes(snapshot.read_bytes()[:-100]), "damaged"),
-        (lambda snapshot, path: snapshot.write_bytes(b"\x80\x04K\x01."), "damaged"),  # a pickle
-        (lambda snapshot, path: np.savez(snapshot, origin=np.zeros(3)), "another version"),
-        (lambda snapshot, path: snapshot.write_bytes(other_snapshot(path)), "not of this log"),
-    ],
-    ids=["empty", "cut", "pickle", "version", "foreign"],
-)
-def test_a_snapshot_that_is_of_no_use_is_said_so_and_the_log_read(
-    path, unsaved, monkeypatch, caplog, harm, reason
-):
-    asked, known = grown(path)
-    harm(snapshot_of(path), path)
-    with learned_again(monkeypatch) as sizes, bookkeeping(path) as bookkeeper:
-        assert state(bookkeeper, asked) == known
-        assert sum(sizes) > 500
-    assert [reason in record.message for record in caplog.records] == [True]
-    with learned_again(monkeypatch) as sizes, bookkeeping(path) as bookkeeper:  # it was made anew
-        assert state(bookkeeper, asked) == known
-        assert sum(sizes) == 0
-
-
-def other_snapshot(path):
-    other = path.with_name("other")
-    with bookkeeping(other) as bookkeeper:
-        bookkeeper.book(bookings(150, seed=9))
-    return snapshot_of(other).read_bytes()
-
-
-def test_a_snapshot_of_other_tokens_is_not_used(path, unsaved, monkeypatch, caplog):
-    grown(path)
-    monkeypatch.setattr(bookkeep, "tokens", lambda sample: [hash((9, sample["CompanyId"]))])
-    with bookkeeping(path) as bookkeeper:
-        assert bookkeeper._model.token_counts.occupied == 5  # companies
-    assert "another version" in caplog.text
-
-
-def test_a_flipped_byte_in_a_snapshot_does_no_harm(path, unsaved):
-    asked, known = grown(path)
-    whole = snapshot_of(path).read_bytes()
-    rng = random.Random(0)
-    for _ in range(60):
-        flipped = bytearray(whole)
-        flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
-        snapshot_of(path).write_bytes(flipped)
-        with bookkeeping(path) as bookkeeper:
-            assert state(bookkeeper, asked) == known
-
-
-def test_a_damaged_log_is_refused_whatever_the_snapshot_says(path, unsaved):
-    grown(path)
-    path.write_bytes(path.read_bytes().replace(b"ref", b"Ref", 1))
-    with pytest.raises(LogError, match="the checksum does not fit"):
-        Bookkeeper(Log(path))
-
-
-def test_a_snapshot_is_made_while_the_log_grows(path, unsaved, monkeypatch):
-    with bookkeeping(path) as bookkeeper:
-        for batch in batches_of(bookings(1030), 10):
-            bookkeeper.book(batch)
-        settled(bookkeeper)
-        saved = snapshot_of(path).read_bytes()
-    snapshot_of(path).write_bytes(saved)  # as if it had been killed
-    with learned_again(monkeypatch) as sizes, bookkeeping(path):
-        assert 0 < sum(sizes) <= unsaved + 10
-
-
-def test_a_snapshot_that_cannot_be_written_keeps_nothing_from_working(
-    path, unsaved, monkeypatch, caplog
-):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    with bookkeeping(path) as bookkeeper:
-        with monkeypatch.context() as patch:
-            patch.setattr(np, "savez", full)
-            bookkeeper.book(bookings(150))
-            settled(bookkeeper)
-        assert "No space left" in caplog.text
-        assert [file.name for file in path.parent.iterdir()] == [path.name]
-        bookkeeper.book(bookings(150))
-    assert snapshot_of(path).exists()
-    assert snapshot_of(path).stat().st_mode & 0o777 == 0o600
-
-
-def test_without_a_thread_for_snapshots_all_else_works(path, unsaved, monkeypatch, caplog):
-    def none_left(self):
-        raise RuntimeError("can't start new thread")
-
-    with bookkeeping(path) as bookkeeper:
-        with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", none_left)
-            bookkeeper.book(bookings(150))
-            settled(bookkeeper)
-        assert "can't start new thread" in caplog.text
-        bookkeeper.book([booking(company="mine")])
-        assert bookkeeper.forget("mine") == 1
-
-
-def test_forgetting_removes_a_snapshot_that_a_crash_left_unfinished(path, unsaved):
-    samples = bookings(150)
-    with bookkeeping(path) as bookkeeper:
-        bookkeeper.book(samples)
-        settled(bookkeeper)
-        unfinished = path.with_name(f".{path.name}.snapshot.npz")
-        unfinished.write_bytes(snapshot_of(path).read_bytes()[:-100])
-        bookkeeper.forget(samples[0]["CompanyId"])
-        assert [file.name for file in path.parent.iterdir()] == [path.name]
-
-
-def test_what_was_forgotten_is_in_no_snapshot(path, unsaved):
-    samples = [booking(company="mine", text=f"shop{i}", account="its own") for i in range(50)]
-
-    def said():
-        return b"".join(file.read_bytes() for file in path.parent.iterdir())
-
-    with bookkeeping(path) as bookkeeper:
-        bookkeeper.book(samples + bookings(300))
-        settled(bookkeeper)
-        assert b"mine" in snapshot_of(path).read_bytes()
-        bookkeeper.forget("mine")
-        bookkeeper.book(bookings(300, seed=1))
-        settled(bookkeeper)
-        assert b"mine" not in said()
-        assert b"its own" not in said()
-    assert b"its own" not in said()
-    with bookkeeping(path) as bookkeeper:
-        bookkeeper.book(bookings(300, seed=2))
-    assert snapshot_of(path).exists()
-    assert b"its own" not in said()
 
 
 @pytest.mark.parametrize(
@@ -1495,14 +1458,17 @@ def assert_refused(path, line, damage):
 
 
 def standing(path):
-    """What counts by the log: (tokens, account, weight) of each booking, as last corrected."""
+    """What counts by the log: (tokens, lesson) of each booking, as last corrected."""
     records = {record["seq"]: record for record in scanned(path)}
     last = {record["corrects"]: record for record in records.values() if "corrects" in record}
     return [
         (
             tokens(record["sample"]),
-            last.get(seq, record["sample"])["AccountNumber"],
-            last.get(seq, record)["weight"],
+            Lesson(
+                last.get(seq, record["sample"])["AccountNumber"],
+                last.get(seq, record)["weight"],
+                last.get(seq, record)["against"],
+            ),
         )
         for seq, record in records.items()
         if "sample" in record
@@ -1521,7 +1487,7 @@ def test_suggestions_agree_with_predictions_and_their_reasons_add_up(path):
             assert accounts[0] == bookkeeper.predict([sample])[0]
             assert len({*accounts}) == len(accounts) == 8
             assert bookkeeper.suggest(sample, 1) == suggestions[:1]
-            [scores] = bookkeeper._model.scores([tokens(sample)])
+            [scores] = bookkeeper._model.joint_log_likelihood([tokens(sample)])
             score = {name: scores[number] for name, number in bookkeeper._model.accounts.items()}
             assert accounts == sorted(score, key=score.get, reverse=True)
             assert [suggestion["over"] for suggestion in suggestions] == [
@@ -1628,17 +1594,17 @@ def test_a_correction_unlearns_the_old_and_learns_the_new(path):
         corrected = [*samples[:7], samples[7] | {"AccountNumber": "3003"}, *samples[8:]]
         corrected[123] = samples[123] | {"AccountNumber": "3001"}
         assert [(tokens(c), c["AccountNumber"]) for c in corrected] == [
-            learned[:2] for learned in standing(path)
+            (document, lesson.account) for document, lesson in standing(path)
         ]
         calibration = Calibration()
-        for record, (document, account, _) in zip(read_lines(path), standing(path), strict=False):
+        for record, (document, lesson) in zip(read_lines(path), standing(path), strict=False):
             if record["predicted"]:
                 ranks = {record["sample"]["AccountNumber"]: record["rank"], record["predicted"]: 1}
-                evidence = record["margin"] / len(document)
-                calibration.add([evidence], [ranks.get(account) or 0])
-        evidence = np.linspace(0, 9)
-        expected = calibration.confidence(evidence)
-        assert np.array_equal(bookkeeper._calibration.confidence(evidence), expected)
+                margin = record["margin"] / len(document)
+                calibration.add([margin], [ranks.get(lesson.account) or 0])
+        margins = np.linspace(0, 9)
+        expected = calibration.confidence(margins)
+        assert np.array_equal(bookkeeper._calibration.confidence(margins), expected)
         known = state(bookkeeper, samples[:50])
         suggested = [bookkeeper.suggest(sample, 5) for sample in samples[:50]]
         reported = bookkeeper.report(1000)
@@ -1767,7 +1733,7 @@ def test_any_mix_of_bookings_corrections_and_forgetting_is_exact(tmp_path_factor
         assert counts(bookkeeper._model) == counts(taught(learned))
         assert bookkeeper.health()["samples"] == len(learned)
         asked = bookings(5, seed=10)
-        names = [label for _, label, _ in learned]
+        names = [lesson.account for _, lesson in learned]
 
         def known():
             with suppress(NotReady):
@@ -2047,7 +2013,7 @@ def held_at_the_disk(bookkeeper, calls):
         assert called.wait(30)
         for waiting, thread in enumerate(threads[1:], start=1):
             thread.start()
-            wait_until(lambda waiting=waiting: len(bookkeeper._waiting) == waiting)
+            wait_until(lambda waiting=waiting: len(bookkeeper._writer._queue) == waiting)
         try:
             yield fsyncs
         finally:
@@ -2079,21 +2045,21 @@ def test_it_answers_while_a_batch_is_on_its_way_to_the_disk(path):
 
 def test_it_learns_a_large_batch_in_chunks_between_which_it_answers(path, monkeypatch):
     sizes, answers = [], []
-    learn = NaiveBayes.learn
+    learn = NaiveBayes._learn
 
     with bookkeeping(path) as bookkeeper:
         bookkeeper.book([booking()])
 
-        def watched(self, documents, labels, weights):
+        def watched(self, found, lessons):
             assert bookkeeper._changing.locked()
-            sizes.append(len(documents))
-            learn(self, documents, labels, weights)
+            sizes.append(len(lessons))
+            learn(self, found, lessons)
 
         def ask():
             while not sizes or sum(sizes) < 1000:
                 answers.append(bookkeeper.predict([booking()]))
 
-        monkeypatch.setattr(NaiveBayes, "learn", watched)
+        monkeypatch.setattr(NaiveBayes, "_learn", watched)
         asking = threading.Thread(target=ask)
         asking.start()
         bookkeeper.book(bookings(1000))
@@ -2129,7 +2095,7 @@ def test_a_batch_that_fails_half_way_is_not_learned(path, monkeypatch):
         bookkeeper.book(samples[100:150])
         before = state(bookkeeper, samples)
         calibration = [*map(list, bookkeeper._calibration.state().values())]
-        weigh, calls = NaiveBayes.weigh, []
+        weigh, calls = NaiveBayes._weigh, []
 
         def broken(self, *arguments):
             calls.append(arguments)
@@ -2138,7 +2104,7 @@ def test_a_batch_that_fails_half_way_is_not_learned(path, monkeypatch):
             return weigh(self, *arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(NaiveBayes, "weigh", broken)
+            patch.setattr(NaiveBayes, "_weigh", broken)
             with pytest.raises(MemoryError):
                 bookkeeper.book(samples[150:])
         assert len(calls) == 2
@@ -2228,14 +2194,14 @@ def test_if_learning_fails_nothing_more_is_booked_until_a_restart(path, monkeypa
         answers.append(answer_of(bookkeeper, [booking(account=account)] * GROUP, account))
 
     def broken(*_):
-        wait_until(lambda: len(bookkeeper._waiting) == 2)
+        wait_until(lambda: len(bookkeeper._writer._queue) == 2)
         raise MemoryError
 
     with bookkeeping(path) as bookkeeper:
         bookkeeper.book([booking(account="1")])
         sending = [threading.Thread(target=send, args=account) for account in "234"]
         with monkeypatch.context() as patch:
-            patch.setattr(NaiveBayes, "learn", broken)
+            patch.setattr(NaiveBayes, "_learn", broken)
             for thread in sending:
                 thread.start()
             for thread in sending:
@@ -2277,6 +2243,230 @@ def test_a_closed_bookkeeper_books_what_waits_and_no_more(path):
     assert len(read(path)) == 5
 
 
+# --------------------------------------------------------------------------------------- Snapshot
+
+
+def snapshot_of(path):
+    return path.with_name(f"{path.name}.snapshot.npz")
+
+
+UNSAVED = 100  # lines after which a snapshot is due, here
+saving = partial(bookkeeping, unsaved=UNSAVED)
+
+
+@contextmanager
+def learned_again(monkeypatch):
+    """How many bookings were read back and learned inside."""
+    sizes, learn = [], Bookkeeper._learn
+    with monkeypatch.context() as patch:
+
+        def counted(self, records, *others, **more):
+            sizes.append(len(records))
+            learn(self, records, *others, **more)
+
+        patch.setattr(Bookkeeper, "_learn", counted)
+        yield sizes
+
+
+def settled(bookkeeper):
+    """Returns once the writer has nothing to do and no snapshot is on its way."""
+    bookkeeper.book([])
+    bookkeeper.book([])  # the writer has looked whether a snapshot is due after the first
+    bookkeeper._end_saving()
+
+
+def grown(path):
+    """A log of 700 bookings, some corrected and some forgotten, and what its bookkeeper knew."""
+    samples, asked = bookings(700), bookings(50, seed=1)
+    with saving(path) as bookkeeper:
+        for number, batch in enumerate(batches_of(samples[:600], 70)):
+            bookkeeper.book(batch, f"key{number}")
+        bookkeeper.forget(samples[0]["CompanyId"])
+    with saving(path) as bookkeeper:
+        for batch in batches_of(samples[600:], 7):
+            bookkeeper.book(batch)
+        for seq in (690, 691, 690):
+            bookkeeper.correct(seq, f"account{seq}")
+        settled(bookkeeper)
+        bookkeeper._snapshot.lines = 0  # so that there will be a new one
+        known = state(bookkeeper, asked)
+    return asked, known
+
+
+def test_a_snapshot_spares_reading_the_log_and_changes_nothing(path, monkeypatch, caplog):
+    asked, known = grown(path)
+    assert snapshot_of(path).exists()
+    with learned_again(monkeypatch) as sizes, saving(path) as bookkeeper:
+        assert sum(sizes) == 0
+        assert state(bookkeeper, asked) == known
+        # It goes on as one that has read the log does.
+        more = bookings(60, seed=2)
+        assert bookkeeper.book(bookings(700)[:70], "key0") == range(70)
+        assert bookkeeper.correct(690, "other") == "account690"
+        assert bookkeeper.forget(more[0]["CompanyId"]) > 0
+        bookkeeper.book(more)
+        known = state(bookkeeper, asked)
+    snapshot_of(path).unlink(missing_ok=True)
+    with learned_again(monkeypatch) as sizes, saving(path) as bookkeeper:
+        assert sum(sizes) > 100
+        assert state(bookkeeper, asked) == known
+    assert not caplog.records
+
+
+def test_what_came_after_a_snapshot_is_read_from_the_log(path, monkeypatch):
+    asked, _ = grown(path)
+    with saving(path) as bookkeeper:
+        bookkeeper.book(bookings(UNSAVED - 1, seed=3), "late")
+        known = state(bookkeeper, asked)
+    lines = len(path.read_bytes().splitlines())
+    with open(path, "ab") as log:
+        log.write(b'{"seq": 5')  # cut off by a crash
+    with learned_again(monkeypatch) as sizes, saving(path) as bookkeeper:
+        assert sum(sizes) == UNSAVED - 1
+        assert state(bookkeeper, asked) == known
+        assert bookkeeper.book(bookings(UNSAVED - 1, seed=3), "late").stop == lines
+    spoilt = path.read_bytes().splitlines(keepends=True)
+    spoilt[-1] = spoilt[-1].replace(b"ref", b"Ref")
+    path.write_bytes(b"".join(spoilt))
+    with pytest.raises(LogError, match=f"line {lines}: the checksum"):
+        Bookkeeper(Log(path))
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (lambda snapshot, path: snapshot.write_bytes(b""), "damaged"),
+        (lambda snapshot, path: snapshot.write_bytes(snapshot.read_bytes()[:-100]), "damaged"),
+        (lambda snapshot, path: snapshot.write_bytes(b"\x80\x04K\x01."), "damaged"),  # a pickle
+        (lambda snapshot, path: np.savez(snapshot, origin=np.zeros(3)), "another version"),
+        (lambda snapshot, path: snapshot.write_bytes(other_snapshot(path)), "not of this log"),
+    ],
+    ids=["empty", "cut", "pickle", "version", "foreign"],
+)
+def test_a_snapshot_that_is_of_no_use_is_said_so_and_the_log_read(
+    path, monkeypatch, caplog, harm, reason
+):
+    asked, known = grown(path)
+    harm(snapshot_of(path), path)
+    with learned_again(monkeypatch) as sizes, saving(path) as bookkeeper:
+        assert state(bookkeeper, asked) == known
+        assert sum(sizes) > 500
+    assert [reason in record.message for record in caplog.records] == [True]
+    with learned_again(monkeypatch) as sizes, saving(path) as bookkeeper:  # it was made anew
+        assert state(bookkeeper, asked) == known
+        assert sum(sizes) == 0
+
+
+def other_snapshot(path):
+    other = path.with_name("other")
+    with saving(other) as bookkeeper:
+        bookkeeper.book(bookings(150, seed=9))
+    return snapshot_of(other).read_bytes()
+
+
+def test_a_snapshot_of_other_tokens_is_not_used(path, monkeypatch, caplog):
+    grown(path)
+    monkeypatch.setattr(
+        bookkeep, "tokens", lambda sample: [1 + zlib.crc32(sample["CompanyId"].encode())]
+    )
+    with saving(path) as bookkeeper:
+        assert bookkeeper._model.token_counts.occupied.sum() == 5  # companies
+    assert "another version" in caplog.text
+
+
+def test_a_flipped_byte_in_a_snapshot_does_no_harm(path):
+    asked, known = grown(path)
+    whole = snapshot_of(path).read_bytes()
+    rng = random.Random(0)
+    for _ in range(60):
+        flipped = bytearray(whole)
+        flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        snapshot_of(path).write_bytes(flipped)
+        with saving(path) as bookkeeper:
+            assert state(bookkeeper, asked) == known
+
+
+def test_a_damaged_log_is_refused_whatever_the_snapshot_says(path):
+    grown(path)
+    path.write_bytes(path.read_bytes().replace(b"ref", b"Ref", 1))
+    with pytest.raises(LogError, match="the checksum does not fit"):
+        Bookkeeper(Log(path))
+
+
+def test_a_snapshot_is_made_while_the_log_grows(path, monkeypatch):
+    with saving(path) as bookkeeper:
+        for batch in batches_of(bookings(1030), 10):
+            bookkeeper.book(batch)
+        settled(bookkeeper)
+        saved = snapshot_of(path).read_bytes()
+    snapshot_of(path).write_bytes(saved)  # as if it had been killed
+    with learned_again(monkeypatch) as sizes, saving(path):
+        assert 0 < sum(sizes) <= UNSAVED + 10
+
+
+def test_a_snapshot_that_cannot_be_written_keeps_nothing_from_working(path, monkeypatch, caplog):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with saving(path) as bookkeeper:
+        with monkeypatch.context() as patch:
+            patch.setattr(np, "savez", full)
+            bookkeeper.book(bookings(150))
+            settled(bookkeeper)
+        assert "No space left" in caplog.text
+        assert [file.name for file in path.parent.iterdir()] == [path.name]
+        bookkeeper.book(bookings(150))
+    assert snapshot_of(path).exists()
+    assert snapshot_of(path).stat().st_mode & 0o777 == 0o600
+
+
+def test_without_a_thread_for_snapshots_all_else_works(path, monkeypatch, caplog):
+    def none_left(self):
+        raise RuntimeError("can't start new thread")
+
+    with saving(path) as bookkeeper:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", none_left)
+            bookkeeper.book(bookings(150))
+            settled(bookkeeper)
+        assert "can't start new thread" in caplog.text
+        bookkeeper.book([booking(company="mine")])
+        assert bookkeeper.forget("mine") == 1
+
+
+def test_forgetting_removes_a_snapshot_that_a_crash_left_unfinished(path):
+    samples = bookings(150)
+    with saving(path) as bookkeeper:
+        bookkeeper.book(samples)
+        settled(bookkeeper)
+        unfinished = path.with_name(f".{path.name}.snapshot.npz")
+        unfinished.write_bytes(snapshot_of(path).read_bytes()[:-100])
+        bookkeeper.forget(samples[0]["CompanyId"])
+        assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_what_was_forgotten_is_in_no_snapshot(path):
+    samples = [booking(company="mine", text=f"shop{i}", account="its own") for i in range(50)]
+
+    def said():
+        return b"".join(file.read_bytes() for file in path.parent.iterdir())
+
+    with saving(path) as bookkeeper:
+        bookkeeper.book(samples + bookings(300))
+        settled(bookkeeper)
+        assert b"mine" in snapshot_of(path).read_bytes()
+        bookkeeper.forget("mine")
+        bookkeeper.book(bookings(300, seed=1))
+        settled(bookkeeper)
+        assert b"mine" not in said()
+        assert b"its own" not in said()
+    assert b"its own" not in said()
+    with saving(path) as bookkeeper:
+        bookkeeper.book(bookings(300, seed=2))
+    assert snapshot_of(path).exists()
+    assert b"its own" not in said()
+
+
 # ------------------------------------------------------------------------------------------- HTTP
 
 
@@ -2293,14 +2483,8 @@ class Service:
         self.messages = log.with_suffix(".stderr")
         with open(self.messages, "wb") as stderr:
             self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    f"import bookkeep; bookkeep.UNSAVED = {unsaved}; exit(bookkeep.main())",
-                    f"--log={log}",
-                    f"--port={self.port}",
-                    *options,
-                ],
+                [sys.executable, SERVICE, f"--log={log}", f"--port={self.port}", *options],
+                env=os.environ | {"BOOKKEEP_UNSAVED": str(unsaved)},
                 cwd=HERE,
                 stderr=stderr,
                 preexec_fn=limit,
