@@ -880,11 +880,11 @@ class NaiveBayes:
     ) -> list[Lesson]:
         """What documents are to count, as multiples of 1 / GRAIN.
 
-        For the label b, max(FLOOR, SHARE (1 - P(b))): the discriminative frequency estimate (Su, Zhang,
-        Ling, Matwin, ICML 2008). Against the most probable other account r, P(r), and likewise
-        against the second, if its P is at least SECOND. P is the posterior, softened, over the
-        label, what was predicted, and the accounts that the document's rare tokens have met. An
-        account not seen before counts 1 and has no rivals.
+        For the label b, max(FLOOR, SHARE (1 - P(b))), much as in the discriminative frequency
+        estimate (Su, Zhang, Ling, Matwin, ICML 2008). Against the most probable other account r,
+        P(r), and likewise against the second, if its P is at least SECOND. P is the posterior,
+        softened, over the label, what was predicted, and the accounts that the document's rare
+        tokens have met. An account not seen before counts 1 and has no rivals.
         """
         return self._weigh(self._look_up(documents), labels, predicted)
 

@@ -220,8 +220,8 @@ def best_level(levels: Sequence[dict]) -> dict:
 
 def _stay(url: str) -> None:
     """Waits for Ctrl-C. Raises Failed if the service ends before."""
-    print(f"The page is at {url}/ until Ctrl-C", file=sys.stderr)
     with suppress(KeyboardInterrupt):
+        print(f"The page is at {url}/ until Ctrl-C", file=sys.stderr)
         while _listens(urlsplit(url).port):
             time.sleep(1)
         raise Failed("the service has ended")

@@ -1432,6 +1432,12 @@ def test_a_restart_changes_nothing(path):
         {"weight": 0.83},
         {"weight": 2},
         {"weight": "1"},
+        {"against": None},
+        {"against": ["1"]},
+        {"against": {"1": 0}},
+        {"against": {"1": 0.83}},
+        {"against": {"1": 2}},
+        {"against": {"": 0.5}},
         {"predicted": ["1"]},
         {"sample": booking(account="")},
         {"sample": None},
@@ -1467,7 +1473,7 @@ def standing(path):
             Lesson(
                 last.get(seq, record["sample"])["AccountNumber"],
                 last.get(seq, record)["weight"],
-                last.get(seq, record)["against"],
+                last.get(seq, record).get("against", {}),
             ),
         )
         for seq, record in records.items()
@@ -2236,7 +2242,7 @@ def test_a_closed_bookkeeper_books_what_waits_and_no_more(path):
     closing = threading.Thread(target=bookkeeper.close)
     with held_at_the_disk(bookkeeper, [partial(bookkeeper.book, [booking()])] * 5):
         closing.start()
-        wait_until(lambda: bookkeeper._closed)
+        wait_until(lambda: bookkeeper._writer._closed)
         with pytest.raises(NotReady, match="started again"):
             bookkeeper.book([booking()])
     closing.join()
@@ -2386,6 +2392,29 @@ def test_a_flipped_byte_in_a_snapshot_does_no_harm(path):
             assert state(bookkeeper, asked) == known
 
 
+def test_a_log_of_version_0_1_is_read_as_it_was_learned(path):
+    samples, asked = bookings(300), bookings(50, seed=1)
+    with bookkeeping(path) as bookkeeper:
+        for batch in batches_of(samples, 30):
+            bookkeeper.book(batch)
+        bookkeeper.correct(7, "3003")
+    old = []  # it counted nothing against anybody, and said so nowhere
+    for record in scanned(path):
+        del record["against"]
+        old.append(bookkeep._line(record))
+    path.write_bytes(b"".join(old))
+    with bookkeeping(path) as bookkeeper:
+        learned = [(document, lesson._replace(against={})) for document, lesson in standing(path)]
+        assert counts(bookkeeper._model) == counts(taught(learned))
+        bookkeeper.correct(8, "3004")
+        assert bookkeeper.forget(samples[0]["CompanyId"]) > 0
+        bookkeeper.book(bookings(30, seed=2))
+        assert counts(bookkeeper._model) == counts(taught(standing(path)))
+        known = state(bookkeeper, asked)
+    with bookkeeping(path) as bookkeeper:
+        assert state(bookkeeper, asked) == known
+
+
 def test_a_damaged_log_is_refused_whatever_the_snapshot_says(path):
     grown(path)
     path.write_bytes(path.read_bytes().replace(b"ref", b"Ref", 1))
@@ -2446,13 +2475,14 @@ def test_forgetting_removes_a_snapshot_that_a_crash_left_unfinished(path):
 
 
 def test_what_was_forgotten_is_in_no_snapshot(path):
-    samples = [booking(company="mine", text=f"shop{i}", account="its own") for i in range(50)]
+    samples = [booking(company="mine", text=f"shop{i}", account="its own") for i in range(150)]
 
     def said():
         return b"".join(file.read_bytes() for file in path.parent.iterdir())
 
     with saving(path) as bookkeeper:
-        bookkeeper.book(samples + bookings(300))
+        bookkeeper.book(bookings(300))
+        bookkeeper.book(samples)
         settled(bookkeeper)
         assert b"mine" in snapshot_of(path).read_bytes()
         bookkeeper.forget("mine")
@@ -3325,12 +3355,7 @@ def test_kills_at_any_moment_lose_nothing_and_double_nothing(serve, tmp_path):
         service.stop(signal.SIGKILL)
 
     with bookkeeping(log) as bookkeeper:
-        assert counts(bookkeeper._model) == counts(
-            taught(
-                (tokens(record["sample"]), record["sample"]["AccountNumber"], record["weight"])
-                for record in scanned(log)
-            )
-        )
+        assert counts(bookkeeper._model) == counts(taught(standing(log)))
 
 
 def stream(service, batches, answered):
@@ -3926,7 +3951,7 @@ def test_a_report_in_words_and_file_order_and_a_running_service(serve, tmp_path)
     assert [at_least / 100, sure / n, right / sure] == [*level.values()]
     assert share == pytest.approx(100 * level["accuracy"], abs=0.051)
     assert lines[6] == 'The next one, not sent: "Office rent June" of Larch & Finch, > -10000'
-    why = r' % sure, because of "(Office|rent)" \((first )?word( in this company)?\)'
+    why = r' % sure, because of "(Office|rent|Office rent)" \([a-z ]+\)'
     assert re.fullmatch(rf"  predicted 6300 \(Office rent\), \d+{why}", lines[7])
     assert lines[8] == "  the accountant booked 6300 (Office rent)"
     told = "/metrics/1000   precision {precision:.3f}   recall {recall:.3f}"
@@ -4385,9 +4410,10 @@ def test_what_a_synthetic_text_says_fits_its_account():
     assert len(fits) > 200
     assert sum(fits) > 0.8 * len(fits)
 
-    model = NaiveBayes()
     labels = [row["AccountNumber"] for row in rows]
-    model.learn([tokens(row) for row in rows], labels, [1] * len(rows))
+    model = NaiveBayes()
+    for batch in batches_of(replay.by_date(rows), 500):
+        list(model.book([tokens(row) for row in batch], [row["AccountNumber"] for row in batch]))
     names = dict(zip(labels, (row["AccountName"] for row in rows), strict=True))
     for text, account in (("Office rent June", "Office rent"), ("Fuel Larkby 03/14", "Fuel")):
         asked = booking(company="new", text=text)
@@ -4413,17 +4439,15 @@ def prequential(path):
     for batch in replay.batches(rows, 1000, seed=0):
         documents = [tokens(row) for row in batch]
         labels = [row["AccountNumber"] for row in batch]
-        assessments = model.assess(documents, labels)
-        suggested = [assessment.predicted for assessment in assessments]
-        for part in bookkeep.rounds(len(batch)):
-            weights = model.weigh(documents[part], labels[part], suggested[part])
-            model.learn(documents[part], labels[part], weights)
+        assessments = [None] * len(batch)
+        for part, made, _ in model.book(documents, labels):
+            assessments[part] = made
         booked += labels
-        predicted += [account or "" for account in suggested]
-        evidence = [(a.margin or 0) / len(d) for a, d in zip(assessments, documents, strict=True)]
-        confidence += calibration.confidence(evidence)[:, 0].tolist()
+        predicted += [assessment.predicted or "" for assessment in assessments]
+        margins = [(a.margin or 0) / len(d) for a, d in zip(assessments, documents, strict=True)]
+        confidence += calibration.confidence(margins)[:, 0].tolist()
         if assessments[0].predicted:
-            calibration.add(evidence, [assessment.rank or 0 for assessment in assessments])
+            calibration.add(margins, [assessment.rank or 0 for assessment in assessments])
     booked, predicted = np.array(booked), np.array(predicted)
     windows = [
         precision_recall(booked[end - 1000 : end], predicted[end - 1000 : end])
