@@ -38,7 +38,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache, lru_cache, partial
 from hashlib import blake2b, sha256
-from itertools import accumulate, chain, count, groupby, islice, pairwise
+from itertools import accumulate, chain, count, groupby, islice, pairwise, repeat
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
@@ -269,15 +269,17 @@ class Vocabulary:
             far = far[(there != tokens[far]) & (there != 0)]
         return rows
 
-    def find_each(self, tokens: Iterable[int]) -> Iterator[int]:
+    def find_each(self, tokens: Iterable[int]) -> list[int]:
         """As find, one token after the other, which for a single document is faster."""
         last, token_at = len(self.tokens) - 1, self.tokens.item
+        rows = []
         for token in tokens:
             row, step = token & last, 0
             while token_at(row) not in (token, 0):
                 step += 1
                 row = row + step & last
-            yield row
+            rows.append(row)
+        return rows
 
     def add(self, tokens: np.ndarray) -> np.ndarray | None:
         """(m,) the row of each token, its own from now on; None if there may be no room."""
@@ -366,14 +368,14 @@ class Counts:
         for i, j in zip(documents[dense].tolist(), line.tolist(), strict=True):
             scores[i] += evidence[j]
 
-    def of_document(self, document: Iterable[int], accounts: int) -> tuple[list[int], np.ndarray]:
-        """Of one document: 1 + the kind of each known token, and (A,) their evidence."""
+    def of_document(self, document: Sequence[int], accounts: int) -> tuple[list[int], np.ndarray]:
+        """Of one document: how many known tokens of each kind it has, and (A,) their evidence."""
         size_of, start_of = self.sizes.item, self.starts.item
-        kinds, spans = [], [self.entries[:0]]
+        lengths, spans = [0] * len(KINDS), [self.entries[:0]]
         evidence = np.zeros(accounts)
         for token, row in zip(document, self.vocabulary.find_each(document), strict=True):
             if size := size_of(row):
-                kinds.append(1 + (token >> KIND_SHIFT))
+                lengths[token >> KIND_SHIFT] += 1
                 start = start_of(row)
                 if size == DENSE:
                     evidence += self.dense_evidence[start, :accounts]
@@ -381,7 +383,7 @@ class Counts:
                     spans.append(self.entries[start : start + size])
         column, units = _parted(np.concatenate(spans))
         np.add.at(evidence, column >> 1, self._evidence(column, units))
-        return kinds, evidence
+        return lengths, evidence
 
     def evidence(self, rows: np.ndarray, accounts: np.ndarray) -> np.ndarray:
         """(m, k) the evidence of m rows for each of k accounts, in ascending order."""
@@ -452,40 +454,34 @@ class Counts:
         self.entries[at[there]] += units[there]
 
         # Rows that get new entries, or lose some, are filled anew.
-        gone = self.entries[at] & UNITS == 0
-        anew = rows[~there | gone]
-        if not len(anew):
+        changed = ~there
+        changed[there] = self.entries[at[there]] & UNITS == 0
+        if not changed.any():
             return
+        anew = rows[changed]
         anew = anew[_run_starts(anew)]
         owner, old_columns, old_units = self.take(anew)
         new = (~there).nonzero()[0]
-        cells = np.concatenate(
-            [owner << 24 | old_columns, anew.searchsorted(rows[new]) << 24 | columns[new]]
-        )
+        new_owner = anew.searchsorted(rows[new])
+        cells = np.concatenate([owner << 24 | old_columns, new_owner << 24 | columns[new]])
         units = np.concatenate([old_units, units[new]])
         order = cells.argsort()
         order = order[units[order] != 0]
-        cells = cells[order]
-        self._fill(anew, cells >> 24, cells & 0xFFFFFF, units[order])
+        self._fill(anew, cells[order] >> 24, cells[order] & 0xFFFFFF, units[order])
 
     def _search(self, rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where in narrow rows the entry of each column is, or would be, and whether it is there.
+        """Where in narrow rows these columns' entries are, or would be, and whether they are there.
 
         A binary search in all rows at once.
         """
         key = columns << 40
-        low, high = self.starts[rows], self.starts[rows] + self.sizes[rows]
-        end = high.copy()
-        far = (low < high).nonzero()[0]
-        while len(far):
-            middle = low[far] + high[far] >> 1
-            less = self.entries[middle] < key[far]
-            low[far[less]] = middle[less] + 1
-            high[far[~less]] = middle[~less]
-            far = far[low[far] < high[far]]
-        inside = low < end
-        low[~inside] = 0
-        return low, inside & (self.entries[low] >> 40 == columns)
+        low = self.starts[rows]
+        high = end = low + self.sizes[rows]
+        for _ in range(int(self.sizes[rows].max()).bit_length()):
+            middle = low + high >> 1
+            less = (low < high) & (self.entries.take(middle, mode="clip") < key)
+            low, high = np.where(less, middle + 1, low), np.where(less, high, middle)
+        return low, (low < end) & (self.entries.take(low, mode="clip") >> 40 == columns)
 
     def _fill(
         self, rows: np.ndarray, owner: np.ndarray, columns: np.ndarray, units: np.ndarray
@@ -754,9 +750,8 @@ class NaiveBayes:
         if len(documents) > 1:
             return self._scores(self._look_up(documents))
         # One token after the other, which for a single document is faster than all at once.
-        kinds, evidence = self.token_counts.of_document(documents[0], len(self.names))
-        lengths = np.bincount([0, *kinds], minlength=1 + len(KINDS))
-        return (lengths @ self._log_counts() + evidence)[np.newaxis]
+        lengths, evidence = self.token_counts.of_document(documents[0], len(self.names))
+        return (np.array([1.0, *lengths]) @ self._log_counts() + evidence)[np.newaxis]
 
     def _scores(self, found: Found, accounts: np.ndarray | None = None) -> np.ndarray:
         """(n, A) scores, or (n, k) those of chosen accounts, in ascending order."""
@@ -815,7 +810,7 @@ class NaiveBayes:
 
     def _blocks(self, n: int) -> Iterator[slice]:
         """Parts of n documents to score at once: few enough to stay in a processor's cache."""
-        step = max(1, min(128, CELLS // len(self.names)))
+        step = max(1, min(128, CELLS // max(1, len(self.names))))
         return (slice(start, start + step) for start in range(0, n, step))
 
     def _best(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -845,8 +840,6 @@ class NaiveBayes:
 
     def assess(self, documents: Sequence[Sequence[int]], labels: Sequence[str]) -> list[Assessment]:
         """Predictions for documents whose accounts, the labels, are known."""
-        if not self.known:
-            return [Assessment(None, None, None)] * len(documents)
         return [
             made
             for part in self._blocks(len(documents))
@@ -854,6 +847,8 @@ class NaiveBayes:
         ]
 
     def _assess(self, scores: np.ndarray, labels: Sequence[str]) -> Iterator[Assessment]:
+        if not self.known:
+            return repeat(Assessment(None, None, None), len(labels))
         best, lead = self._best(scores)
         booked = self._numbered(labels)
         ranks = (best == booked).astype(np.int64)
@@ -866,48 +861,36 @@ class NaiveBayes:
             [rank or None for rank in ranks.tolist()],
         )
 
-    def _numbered(self, accounts: Sequence[str | None]) -> np.ndarray:
+    def _numbered(self, accounts: Sequence[str]) -> np.ndarray:
         """(n,) their numbers, -1 for those that are not known."""
         numbers = np.array([self.accounts.get(account, -1) for account in accounts], dtype=np.int64)
         numbers[self.class_counts[numbers] == 0] = -1
         return numbers
 
-    def weigh(
-        self,
-        documents: Sequence[Sequence[int]],
-        labels: Sequence[str],
-        predicted: Sequence[str | None],
-    ) -> list[Lesson]:
+    def weigh(self, documents: Sequence[Sequence[int]], labels: Sequence[str]) -> list[Lesson]:
         """What documents are to count, as multiples of 1 / GRAIN.
 
         For the label b, max(FLOOR, SHARE (1 - P(b))), much as in the discriminative frequency
         estimate (Su, Zhang, Ling, Matwin, ICML 2008). Against the most probable other account r,
         P(r), and likewise against the second, if its P is at least SECOND. P is the posterior,
-        softened, over the label, what was predicted, and the accounts that the document's rare
-        tokens have met. An account not seen before counts 1 and has no rivals.
+        softened, over the label and the accounts that the document's rare tokens have met. An
+        account not seen before counts 1 and has no rivals.
         """
-        return self._weigh(self._look_up(documents), labels, predicted)
+        return self._weigh(self._look_up(documents), labels)
 
     def _weigh(
-        self,
-        found: Found,
-        labels: Sequence[str],
-        predicted: Sequence[str | None],
-        scores: np.ndarray | None = None,
+        self, found: Found, labels: Sequence[str], scores: np.ndarray | None = None
     ) -> list[Lesson]:
         """As weigh; with (n, A) scores, if they are there already."""
         if not self.known:
             return [Lesson(label, 1.0) for label in labels]
-        booked, guessed = self._numbered(labels), self._numbered(predicted)
-        any_known = self.class_counts.argmax()
-        own = np.where(booked < 0, any_known, booked)
-        guessed = np.where(guessed < 0, any_known, guessed)
         each = np.arange(len(labels))
-
+        booked = self._numbered(labels)
+        own = np.where(booked < 0, self.class_counts.argmax(), booked)
         rare = (self.token_counts.sizes[found.row] <= RARE).nonzero()[0]
         token, column, _ = self.token_counts.take(found.row[rare])
-        document = np.concatenate([found.document[rare[token]], each, each])
-        account = np.concatenate([column >> 1, own, guessed])
+        document = np.concatenate([found.document[rare[token]], each])
+        account = np.concatenate([column >> 1, own])
         accounts = np.arange(len(self.names))
         if scores is None:  # those of the few accounts that any of the documents has met will do
             few = np.zeros(len(self.names), dtype=bool)
@@ -917,15 +900,19 @@ class NaiveBayes:
             scores = self._scores(found, accounts)
         met = np.zeros(scores.shape, dtype=bool)
         met[document, account] = True
-        scores = np.where(met, scores, -np.inf)
-
-        softened = (scores - scores.max(axis=1, keepdims=True)) / SOFTENING
-        posterior = np.exp(softened.astype(np.float32))
+        softened = np.where(met, scores, -np.inf) / SOFTENING
+        posterior = np.exp((softened - softened.max(axis=1, keepdims=True)).astype(np.float32))
         posterior /= posterior.sum(axis=1, keepdims=True)
+
         weights = np.maximum(FLOOR, _in_grains(SHARE * (1 - posterior[each, own])))
         weights[booked < 0] = 1
         posterior[each, own] = posterior[booked < 0] = 0
-        against: list[dict[str, float]] = [{} for _ in labels]
+        return list(map(Lesson, labels, weights.tolist(), self._rivals(posterior, accounts)))
+
+    def _rivals(self, posterior: np.ndarray, accounts: np.ndarray) -> list[dict[str, float]]:
+        """What n documents count against the two most probable of (n, k) accounts."""
+        each = np.arange(len(posterior))
+        against: list[dict[str, float]] = [{} for _ in each]
         for least in (0.5 / GRAIN, SECOND):
             rival = posterior.argmax(axis=1)
             probability = posterior[each, rival]
@@ -934,7 +921,7 @@ class NaiveBayes:
             counted = _in_grains(probability[chosen]).tolist()
             for i, r, m in zip(chosen, accounts[rival[chosen]], counted, strict=True):
                 against[i][self.names[r]] = m
-        return list(map(Lesson, labels, weights.tolist(), against))
+        return against
 
     def learn(
         self, documents: Sequence[Sequence[int]], lessons: Sequence[Lesson], times: int = 1
@@ -983,24 +970,18 @@ class NaiveBayes:
 
         What `changing` gives is entered for as long as the model changes.
         """
-        n = len(documents)
         with changing():
             found = self._look_up(documents, insert=True)
-        assessments, scores = [Assessment(None, None, None)] * n, None
-        if self.known:
-            for part in self._blocks(n):
-                scores = (
-                    self.joint_log_likelihood(documents)
-                    if n == 1
-                    else self._scores(found.part(part))
-                )
-                assessments[part] = self._assess(scores, labels[part])
-        if n > ROUND or (scores is not None and len(scores) < n):
-            scores = None
-        for part in rounds(n):
-            predicted = [made.predicted for made in assessments[part]]
+        assessments, scores = [], None
+        for part in self._blocks(len(documents)):
+            scores = self._scores(found.part(part))
+            assessments += self._assess(scores, labels[part])
+        parts = rounds(len(documents))
+        if len(parts) > 1 or (parts and len(scores) < len(documents)):
+            scores = None  # they are of another model by then, or of some documents only
+        for part in parts:
             taken = found.part(part)
-            lessons = self._weigh(taken, labels[part], predicted, scores)
+            lessons = self._weigh(taken, labels[part], scores)
             with changing():
                 self._learn(taken, lessons)
             yield part, assessments[part], lessons
@@ -2260,8 +2241,7 @@ class Bookkeeper:
         before = self._standing(booking)
         if account != before.account:
             documents = [tokens(booking["sample"])]
-            [made] = self._model.assess(documents, [account])
-            [lesson] = self._model.weigh(documents, [account], [made.predicted])
+            [lesson] = self._model.weigh(documents, [account])
             correction = {"corrects": seq, TARGET: account}
             correction |= {"weight": lesson.weight, "against": lesson.against}
             [correction] = self.log.append([(None, [correction])])

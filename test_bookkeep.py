@@ -401,8 +401,9 @@ def test_evidence_is_what_speaks_for_less_what_speaks_against(sums, asked, narro
     some = np.array([1, 4, 5, 9])
     np.testing.assert_allclose(counts.evidence(rows, np.arange(10)), expected, atol=1e-9)
     np.testing.assert_allclose(counts.evidence(rows, some), expected[:, some], atol=1e-9)
-    kinds, evidence = counts.of_document(asked, 10)
-    assert kinds == [1 + token // KIND for token in asked if token in {sum[0] for sum in sums}]
+    lengths, evidence = counts.of_document(asked, 10)
+    known = {token for token, *_ in sums}
+    assert lengths == known_by_kind([(token,) for token in asked if token in known])
     np.testing.assert_allclose(evidence, expected.sum(axis=0), atol=1e-9)
 
 
@@ -489,11 +490,6 @@ def posterior(scores, softening=1):
     """P(account | tokens), from scores."""
     probability = np.exp((scores - scores.max(axis=-1, keepdims=True)) / softening)
     return probability / probability.sum(axis=-1, keepdims=True)
-
-
-def weighed(model, documents, labels):
-    predicted = [assessment.predicted for assessment in model.assess(documents, labels)]
-    return model.weigh(documents, labels, predicted)
 
 
 def formula(bookings, document, label, alpha=0.1, beta=6):
@@ -589,10 +585,9 @@ def test_an_assessment_is_the_prediction_its_margin_and_the_rank(bookings, asked
 def test_a_lesson_is_the_surprise_and_the_strongest_rivals(bookings, asked):
     model = taught(bookings)
     documents, labels = zip(*asked, strict=True)
-    predicted = model.predict(documents)
-    lessons = model.weigh(documents, labels, predicted)
+    lessons = model.weigh(documents, labels)
     assert [lesson.account for lesson in lessons] == list(labels)
-    for (document, label), guessed, lesson in zip(asked, predicted, lessons, strict=True):
+    for (document, label), lesson in zip(asked, lessons, strict=True):
         if label not in booked(bookings):
             assert lesson == Lesson(label, 1.0)
             continue
@@ -602,7 +597,7 @@ def test_a_lesson_is_the_surprise_and_the_strongest_rivals(bookings, asked):
             if {*learned} & {*document}
             for account in (other.account, *other.against)
         }
-        among = sorted({*met, label, guessed} & {*booked(bookings)})
+        among = sorted({*met, label} & {*booked(bookings)})
         scores = np.array([formula(bookings, document, account) for account in among])
         share = dict(zip(among, posterior(scores, SOFTENING), strict=True))
         surprise = 1 - share.pop(label)
@@ -644,11 +639,10 @@ def test_a_batch_is_predicted_whole_and_learned_round_by_round(bookings, asked, 
         booked_in_rounds = list(model.book(documents, labels))
         parts = bookkeep.rounds(len(documents))
     assessments = expected.assess(documents, labels)
-    predicted = [assessment.predicted for assessment in assessments]
     for part, (same, made, lessons) in zip(parts, booked_in_rounds, strict=True):
         assert part == same
         assert made == assessments[part]
-        assert lessons == expected.weigh(documents[part], labels[part], predicted[part])
+        assert lessons == expected.weigh(documents[part], labels[part])
         expected.learn(documents[part], lessons)
     assert counts(model) == counts(expected)
 
@@ -719,8 +713,8 @@ def test_what_was_wholly_unlearned_is_unknown_and_can_be_learned_again():
     model.learn([[1, 2]], [Lesson("1", 0.5)], times=-1)
     assert model.known == 1
     assert model.predict([[1, 2], [2]]) == ["2", "2"]
-    assert model.weigh([[2]], ["1"], ["2"]) == [Lesson("1", 1.0)]
-    assert model.weigh([[2]], ["2"], ["2"]) == [Lesson("2", FLOOR)]  # no rival is left
+    assert model.weigh([[2]], ["1"]) == [Lesson("1", 1.0)]
+    assert model.weigh([[2]], ["2"]) == [Lesson("2", FLOOR)]  # no rival is left
     model.learn([[4, 1]], [Lesson("3", 1.0)])
     expected = taught([([2, 3], Lesson("2", 0.5, {"1": 0.25})), ([4, 1], Lesson("3", 1.0))])
     assert counts(model) == counts(expected)
@@ -733,10 +727,10 @@ def test_a_model_that_has_unlearned_all_is_none():
     model.learn([[1]], [Lesson("1", 0.5)], times=-1)
     assert model.known == 0
     assert model.assess([[1]], ["1"]) == [(None, None, None)]
-    assert model.weigh([[1]], ["1"], [None]) == [Lesson("1", 1.0)]
+    assert model.weigh([[1]], ["1"]) == [Lesson("1", 1.0)]
     model.learn([[1]], [Lesson("2", 1.0)])
     assert model.assess([[1]], ["1"]) == [("2", None, None)]
-    assert model.weigh([[1]], ["1"], ["2"]) == [Lesson("1", 1.0)]
+    assert model.weigh([[1]], ["1"]) == [Lesson("1", 1.0)]
 
 
 def many(rng, n=3000):
@@ -771,8 +765,8 @@ def test_how_rows_are_kept_changes_no_figure(lines):
     scores, expected = (each.joint_log_likelihood(documents) for each in (model, plain))
     assert np.array_equal(scores[:, columns[0]], expected[:, columns[1]])
     assert model.assess(documents, labels) == plain.assess(documents, labels)
-    lessons = weighed(plain, documents, labels)
-    assert weighed(model, documents, labels) == lessons
+    lessons = plain.weigh(documents, labels)
+    assert model.weigh(documents, labels) == lessons
     assert len({lesson.weight for lesson in lessons}) > 50
     assert sum(len(lesson.against) for lesson in lessons) > 50
     terms = [
@@ -808,7 +802,7 @@ def test_predictions_are_the_same_in_whatever_order_was_learned(bookings, docume
 
 def test_without_a_model_there_is_no_prediction_and_full_weight():
     assert NaiveBayes().assess([[1]], ["1"]) == [(None, None, None)]
-    assert NaiveBayes().weigh([[1]], ["1"], [None]) == [Lesson("1", 1.0)]
+    assert NaiveBayes().weigh([[1]], ["1"]) == [Lesson("1", 1.0)]
 
 
 # ---------------------------------------------------------------------------------------- Metrics
