@@ -51,7 +51,7 @@ from bottle import Bottle, HTTPError, request, response
 from waitress.channel import HTTPChannel
 from waitress.task import ErrorTask, ThreadedTaskDispatcher
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 logger = logging.getLogger("bookkeep")
 
@@ -243,7 +243,7 @@ class Entries(NamedTuple):
 
 
 class Vocabulary:
-    """Gives each token a row: an open hash table with triangular probing, at most half full.
+    """Gives each token a row: an open hash table with triangular probing, at most 5/8 full.
 
     A token is an integer above 0 whose lower bits are as good as random. Its row is its slot in the
     table. A table does not grow: who needs more room makes a larger one.
@@ -251,8 +251,9 @@ class Vocabulary:
 
     def __init__(self, most: int) -> None:
         """A table for at least so many tokens."""
-        self.most = 1 << most.bit_length()
-        self.tokens = np.zeros(2 * self.most, dtype=np.int64)  # in each slot, 0 if it is free
+        slots = 1 << (most * 8 // 5 + 1).bit_length()
+        self.most = slots * 5 // 8
+        self.tokens = np.zeros(slots, dtype=np.int64)  # in each slot, 0 if it is free
         self.taken = 0  # slots
 
     def find(self, tokens: np.ndarray) -> np.ndarray:
@@ -552,6 +553,8 @@ class Counts:
         """Makes those of the dense rows narrow that have few enough entries."""
         units = self.dense_units[self.starts[rows]]
         few = np.count_nonzero(units, axis=1) <= self.limit
+        if not few.any():
+            return
         rows, units = rows[few], units[few]
         owner, column = units.nonzero()
         self._count(rows, np.full(len(rows), -1))
@@ -597,7 +600,7 @@ class Counts:
         taken, self.limit, self.live = state["table"].tolist()
         self.vocabulary = Vocabulary(0)
         self.vocabulary.tokens = state["tokens"]
-        self.vocabulary.taken, self.vocabulary.most = taken, len(state["tokens"]) // 2
+        self.vocabulary.taken, self.vocabulary.most = taken, len(state["tokens"]) * 5 // 8
         self.starts, self.sizes, self.occupied = (state[k] for k in ("starts", "sizes", "occupied"))
         self.entries, self.dense_units = state["entries"], state["dense_units"]
         self.end, self.lines = len(self.entries), len(self.dense_units)
@@ -3013,9 +3016,12 @@ def serve(options: argparse.Namespace) -> None:
             f"{host} can be reached from other machines: set a token in BOOKKEEP_TOKEN or with "
             "--token-file, or give --open to let anybody read and teach"
         )
+    unsaved = os.environ.get("BOOKKEEP_UNSAVED", str(UNSAVED))
+    if not re.fullmatch("[0-9]{1,18}", unsaved):
+        raise OSError(f"BOOKKEEP_UNSAVED must be a whole number of lines, not {unsaved}")
     log = Log(options.log)
     started = time.monotonic()
-    bookkeeper = Bookkeeper(log, int(os.environ.get("BOOKKEEP_UNSAVED", UNSAVED)))
+    bookkeeper = Bookkeeper(log, int(unsaved))
     seconds = time.monotonic() - started
     names = {"localhost", "127.0.0.1", "[::1]", options.host.lower()}
     hosts = None if token or options.open else sorted(names)
@@ -3069,7 +3075,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     option("port", "0 for any free one", type=_whole(0, 65535), default=8080)
     kept = "file that keeps every booking; it is made, and read back at the next start"
     option("log", kept, type=Path, default=Path("data/bookkeep.jsonl"))
-    token = "file with a token that all requests but /health must send; or set BOOKKEEP_TOKEN"
+    token = "file with a token that all but /health and the page need; or set BOOKKEEP_TOKEN"
     option("token-file", token, type=Path, metavar="FILE")
     reach = "listen without a token where other machines can reach it"
     option("open", reach, action="store_true")

@@ -67,6 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.file = options.file or _default_file()
         token = read_token(options.token_file)
+        row = list(itertools.islice(read_rows(options.file), 1))  # else a service starts in vain
+        if options.order == "date":
+            by_date(row)
         if options.serve and not options.log:
             options.log = Path(tempfile.mkdtemp(prefix="bookkeep-")) / "replay.jsonl"
         with _service(options) as url:
@@ -211,8 +214,15 @@ class Run:
 
 
 def best_level(levels: Sequence[dict]) -> dict:
-    """The confidence from which on most can be booked well enough, or else 0.9 as an example."""
-    good = [level for level in levels if (level["accuracy"] or 0) >= WELL_BOOKED]
+    """The confidence from which on most can be booked well enough, or else 0.9 as an example.
+
+    None below 0.8 is worth a thought, however well it does.
+    """
+    good = [
+        level
+        for level in levels
+        if level["at_least"] >= 0.8 and (level["accuracy"] or 0) >= WELL_BOOKED
+    ]
     if good:
         return max(good, key=lambda level: level["share"])
     return next(level for level in levels if level["at_least"] == 0.9)
