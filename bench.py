@@ -217,8 +217,8 @@ class VowpalWabbitOnTokens(VowpalWabbit):
     options = "--power_t .3"
 
     def example(self, sample: Sample) -> str:
-        """The sample's tokens."""
-        return "|t " + " ".join(map(str, tokens(sample)))
+        """The sample's tokens: as words, for it takes a number for a place in its table."""
+        return "|t " + " ".join(f"t{token}" for token in tokens(sample))
 
 
 ESCAPES = str.maketrans(" :|", "___")

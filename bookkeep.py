@@ -692,8 +692,8 @@ class Lesson(NamedTuple):
     against: Mapping[str, float] = {}
 
 
-class Found(NamedTuple):
-    """The m tokens of n documents, looked up."""
+class LookedUp(NamedTuple):
+    """n documents whose m tokens have been looked up, for as long as no row moves."""
 
     lengths: np.ndarray  # (n,) tokens of each document
     kind: np.ndarray  # (m,) of each token
@@ -704,11 +704,14 @@ class Found(NamedTuple):
         """(m,) in which document each token is."""
         return np.arange(len(self.lengths)).repeat(self.lengths)
 
-    def part(self, documents: slice) -> "Found":
+    def part(self, documents: slice) -> "LookedUp":
         """Some of the documents."""
         starts = self.lengths.cumsum() - self.lengths
         _, at = _ranges(starts[documents], self.lengths[documents])
-        return Found(self.lengths[documents], self.kind[at], self.row[at])
+        return LookedUp(self.lengths[documents], self.kind[at], self.row[at])
+
+
+Documents = Sequence[Sequence[int]] | LookedUp
 
 
 class NaiveBayes:
@@ -748,18 +751,16 @@ class NaiveBayes:
         """How many tokens it knows."""
         return int(self.token_counts.occupied.sum())
 
-    def joint_log_likelihood(self, documents: Sequence[Sequence[int]]) -> np.ndarray:
-        """(n, A) scores."""
-        if len(documents) > 1:
-            return self._scores(self._look_up(documents))
-        # One token after the other, which for a single document is faster than all at once.
-        lengths, evidence = self.token_counts.of_document(documents[0], len(self.names))
-        return (np.array([1.0, *lengths]) @ self._log_counts() + evidence)[np.newaxis]
-
-    def _scores(self, found: Found, accounts: np.ndarray | None = None) -> np.ndarray:
+    def joint_log_likelihood(
+        self, documents: Documents, accounts: np.ndarray | None = None
+    ) -> np.ndarray:
         """(n, A) scores, or (n, k) those of chosen accounts, in ascending order."""
-        n, columns = len(found.lengths), 1 + len(KINDS)
-        document = found.document
+        if isinstance(documents, list) and len(documents) == 1:
+            # One token after the other, which for a single document is faster than all at once.
+            lengths, evidence = self.token_counts.of_document(documents[0], len(self.names))
+            return (np.array([1.0, *lengths]) @ self._log_counts() + evidence)[np.newaxis]
+        found = self._look_up(documents)
+        document, n, columns = found.document, len(found.lengths), 1 + len(KINDS)
         known = self.token_counts.sizes[found.row].nonzero()[0]
         cell = document[known] * columns + found.kind[known] + 1
         lengths = np.bincount(cell, minlength=n * columns).reshape(n, columns).astype(np.float64)
@@ -783,11 +784,13 @@ class NaiveBayes:
             self._logs = logs
         return logs
 
-    def _look_up(self, documents: Sequence[Sequence[int]], insert: bool = False) -> Found:
+    def _look_up(self, documents: Documents, insert: bool = False) -> LookedUp:
+        if isinstance(documents, LookedUp):
+            return documents
         tokens = np.fromiter(chain.from_iterable(documents), dtype=np.int64)
         lengths = np.array([len(document) for document in documents], dtype=np.int64)
         row = self.token_counts.insert(tokens) if insert else self.token_counts.find(tokens)
-        return Found(lengths, tokens >> KIND_SHIFT, row)
+        return LookedUp(lengths, tokens >> KIND_SHIFT, row)
 
     def terms(self, document: Sequence[int], accounts: np.ndarray) -> np.ndarray:
         """(k, 1 + T) what makes up the scores of k accounts: the prior, then each of T tokens.
@@ -870,23 +873,20 @@ class NaiveBayes:
         numbers[self.class_counts[numbers] == 0] = -1
         return numbers
 
-    def weigh(self, documents: Sequence[Sequence[int]], labels: Sequence[str]) -> list[Lesson]:
-        """What documents are to count, as multiples of 1 / GRAIN.
+    def weigh(
+        self, documents: Documents, labels: Sequence[str], scores: np.ndarray | None = None
+    ) -> list[Lesson]:
+        """What documents, whose (n, A) scores may be there already, are to count.
 
         For the label b, max(FLOOR, SHARE (1 - P(b))), much as in the discriminative frequency
         estimate (Su, Zhang, Ling, Matwin, ICML 2008). Against the most probable other account r,
         P(r), and likewise against the second, if its P is at least SECOND. P is the posterior,
         softened, over the label and the accounts that the document's rare tokens have met. An
-        account not seen before counts 1 and has no rivals.
+        account not seen before counts 1 and has no rivals. All are multiples of 1 / GRAIN.
         """
-        return self._weigh(self._look_up(documents), labels)
-
-    def _weigh(
-        self, found: Found, labels: Sequence[str], scores: np.ndarray | None = None
-    ) -> list[Lesson]:
-        """As weigh; with (n, A) scores, if they are there already."""
         if not self.known:
             return [Lesson(label, 1.0) for label in labels]
+        found = self._look_up(documents)
         each = np.arange(len(labels))
         booked = self._numbered(labels)
         own = np.where(booked < 0, self.class_counts.argmax(), booked)
@@ -900,7 +900,7 @@ class NaiveBayes:
             few[account] = True
             place, accounts = few.cumsum() - 1, few.nonzero()[0]
             account, own = place[account], place[own]
-            scores = self._scores(found, accounts)
+            scores = self.joint_log_likelihood(found, accounts)
         met = np.zeros(scores.shape, dtype=bool)
         met[document, account] = True
         softened = np.where(met, scores, -np.inf) / SOFTENING
@@ -926,17 +926,13 @@ class NaiveBayes:
                 against[i][self.names[r]] = m
         return against
 
-    def learn(
-        self, documents: Sequence[Sequence[int]], lessons: Sequence[Lesson], times: int = 1
-    ) -> None:
+    def learn(self, documents: Documents, lessons: Sequence[Lesson], times: int = 1) -> None:
         """Adds what documents count to the sums; with times = -1 takes it away again.
 
         Weights are multiples of 1 / GRAIN, so the sums are exact: the same in any order and any
         batching, and as if it had never been after learning and unlearning.
         """
-        self._learn(self._look_up(documents, insert=True), lessons, times)
-
-    def _learn(self, found: Found, lessons: Sequence[Lesson], times: int = 1) -> None:
+        found = self._look_up(documents, insert=True)
         booked = [self.accounts[lesson.account] for lesson in lessons]
         rivals = [
             (i, 2 * self.accounts[rival] + 1, m)
@@ -977,16 +973,16 @@ class NaiveBayes:
             found = self._look_up(documents, insert=True)
         assessments, scores = [], None
         for part in self._blocks(len(documents)):
-            scores = self._scores(found.part(part))
+            scores = self.joint_log_likelihood(found.part(part))
             assessments += self._assess(scores, labels[part])
         parts = rounds(len(documents))
         if len(parts) > 1 or (parts and len(scores) < len(documents)):
             scores = None  # they are of another model by then, or of some documents only
         for part in parts:
             taken = found.part(part)
-            lessons = self._weigh(taken, labels[part], scores)
+            lessons = self.weigh(taken, labels[part], scores)
             with changing():
-                self._learn(taken, lessons)
+                self.learn(taken, lessons)
             yield part, assessments[part], lessons
 
     def state(self) -> Arrays:
