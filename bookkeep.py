@@ -311,7 +311,7 @@ class Counts:
     """
 
     NARROW = 96  # the limit, as long as there are no more than
-    LINES = 256  # dense rows
+    LINES = 128  # dense rows
 
     def __init__(self, alpha: float, beta: float) -> None:
         self._per_unit = 1 / (GRAIN * np.array([alpha, beta]))
