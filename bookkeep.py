@@ -2146,8 +2146,9 @@ class Bookkeeper:
         except BaseException:
             self._learn(learned, times=-1)
             raise
+        outcomes = _outcomes((record, record["sample"][TARGET]) for record in records)
         with self._change():
-            self._count([(record, record["sample"][TARGET]) for record in records])
+            self._calibration.add(*outcomes)
             self._remember(records)
         end = len(self.log) - len(records)
         for booking in group:
@@ -2216,15 +2217,6 @@ class Bookkeeper:
             with self._change():
                 self._model.learn(documents, lessons, times)
 
-    def _count(self, booked: Iterable[tuple[dict, str]], times: int = 1) -> None:
-        """Takes into account how good the predictions of these (record, account) were."""
-        margins, ranks = [], []
-        for record, account in booked:
-            if record["predicted"] is not None:
-                margins.append(_per_token(record["margin"], record["sample"]))
-                ranks.append(_rank(record, account))
-        self._calibration.add(margins, ranks, times)
-
     def _remember(self, records: list[dict]) -> None:
         self._history.append(
             (
@@ -2274,8 +2266,8 @@ class Bookkeeper:
         with self._change():
             self._model.learn(documents, [before], times=-1)
             self._model.learn(documents, [now])
-            self._count([(booking, before.account)], times=-1)
-            self._count([(booking, now.account)])
+            self._calibration.add(*_outcomes([(booking, before.account)]), times=-1)
+            self._calibration.add(*_outcomes([(booking, now.account)]))
             self._history.correct(seq, now.account)
             self._corrections.setdefault(seq, []).append(correction["seq"])
             self._curve = {}
@@ -2293,9 +2285,10 @@ class Bookkeeper:
         self._saved = math.inf  # accounts that only it used keep their names until the next start
         for chunk in _chunks(zip(bookings, standing, strict=True), CHUNK):
             documents = [tokens(booking["sample"]) for booking, _ in chunk]
+            outcomes = _outcomes((booking, lesson.account) for booking, lesson in chunk)
             with self._change():
                 self._model.learn(documents, [lesson for _, lesson in chunk], times=-1)
-                self._count([(booking, lesson.account) for booking, lesson in chunk], times=-1)
+                self._calibration.add(*outcomes, times=-1)
         with self._change():
             self._history.forget(company)
             self._curve = {}
@@ -2311,7 +2304,8 @@ class Bookkeeper:
                 if "sample" in keys:
                     bookings = list(alike)
                     self._learn(bookings)
-                    self._count([(record, record["sample"][TARGET]) for record in bookings])
+                    outcomes = _outcomes((record, record["sample"][TARGET]) for record in bookings)
+                    self._calibration.add(*outcomes)
                     self._remember(bookings)
                 elif "corrects" in keys:
                     self._apply_all(alike)
@@ -2373,6 +2367,15 @@ def _lesson(record: dict, account: str) -> Lesson:
 
 def _per_token(margin: float | None, sample: Sample) -> float:
     return (margin or 0) / count_tokens(sample)
+
+
+def _outcomes(booked: Iterable[tuple[dict, str]]) -> tuple[list[float], list[int]]:
+    """How sure and how good the predictions of these (record, account) were: margins and ranks."""
+    predicted = [(record, account) for record, account in booked if record["predicted"] is not None]
+    return (
+        [_per_token(record["margin"], record["sample"]) for record, _ in predicted],
+        [_rank(record, account) for record, account in predicted],
+    )
 
 
 def _rank(record: dict, account: str) -> int:
