@@ -1856,7 +1856,7 @@ class Writer:
         self._thread.join()
 
     @contextmanager
-    def in_step(self) -> Iterator[None]:
+    def must_succeed(self) -> Iterator[None]:
         """For what must follow from what the log says: if it fails, only a restart will help."""
         try:
             yield
@@ -2133,7 +2133,7 @@ class Bookkeeper:
 
     def _book(self, group: list[Booking]) -> None:
         """Answers bookings of different keys, as one batch."""
-        group = [booking for booking in group if not self._repeats(booking)]
+        group = [booking for booking in group if not self._is_repeated(booking)]
         if not group:
             return
         samples = list(chain.from_iterable(booking.samples for booking in group))
@@ -2149,7 +2149,7 @@ class Bookkeeper:
         outcomes = _outcomes((record, record["sample"][TARGET]) for record in records)
         with self._change():
             self._calibration.add(*outcomes)
-            self._remember(records)
+            self._add_to_history(records)
         end = len(self.log) - len(records)
         for booking in group:
             first, end = end, end + len(booking.samples)
@@ -2157,7 +2157,7 @@ class Bookkeeper:
                 self._last_batch = first
             booking.done.set_result(range(first, end))
 
-    def _repeats(self, booking: Booking) -> bool:
+    def _is_repeated(self, booking: Booking) -> bool:
         """Whether its key is known; then it is answered."""
         try:
             records = None if booking.key is None else self.log.find(booking.key)
@@ -2206,7 +2206,7 @@ class Bookkeeper:
     @contextmanager
     def _change(self) -> Iterator[None]:
         """For changes of what follows from the log."""
-        with self._writer.in_step(), self._changing:
+        with self._writer.must_succeed(), self._changing:
             yield
 
     def _learn(self, records: list[dict], times: int = 1) -> None:
@@ -2217,7 +2217,7 @@ class Bookkeeper:
             with self._change():
                 self._model.learn(documents, lessons, times)
 
-    def _remember(self, records: list[dict]) -> None:
+    def _add_to_history(self, records: list[dict]) -> None:
         self._history.append(
             (
                 record["seq"],
@@ -2229,7 +2229,7 @@ class Bookkeeper:
 
     def _correct(self, seq: int, account: str) -> str:
         booking = self._booking(seq)
-        before = self._standing(booking)
+        before = self._current_lesson(booking)
         if account != before.account:
             documents = [tokens(booking["sample"])]
             [lesson] = self._model.weigh(documents, [account])
@@ -2252,7 +2252,7 @@ class Bookkeeper:
         except ValueError as error:
             raise NotStored(f"line {seq + 1} of the log could not be read ({error})") from None
 
-    def _standing(self, booking: dict) -> Lesson:
+    def _current_lesson(self, booking: dict) -> Lesson:
         """To which account the booking is booked by now, and what it counts."""
         corrections = self._corrections.get(booking["seq"])
         last = self._record(corrections[-1]) if corrections else booking
@@ -2262,7 +2262,7 @@ class Bookkeeper:
         """Unlearns a booking and learns it as corrected. Raises NotFound."""
         booking = self._booking(correction["corrects"])
         seq, documents = booking["seq"], [tokens(booking["sample"])]
-        before, now = self._standing(booking), _lesson(correction, correction[TARGET])
+        before, now = self._current_lesson(booking), _lesson(correction, correction[TARGET])
         with self._change():
             self._model.learn(documents, [before], times=-1)
             self._model.learn(documents, [now])
@@ -2277,7 +2277,7 @@ class Bookkeeper:
         if not seqs:
             raise NotFound("there is no booking of this company")
         bookings = [self._booking(seq) for seq in seqs]
-        standing = [self._standing(booking) for booking in bookings]
+        standing = [self._current_lesson(booking) for booking in bookings]
         corrections = chain.from_iterable(self._corrections.get(seq, []) for seq in seqs)
         self._end_saving()
         self._snapshot.discard()
@@ -2306,7 +2306,7 @@ class Bookkeeper:
                     self._learn(bookings)
                     outcomes = _outcomes((record, record["sample"][TARGET]) for record in bookings)
                     self._calibration.add(*outcomes)
-                    self._remember(bookings)
+                    self._add_to_history(bookings)
                 elif "corrects" in keys:
                     self._apply_all(alike)
             if time.monotonic() - reported > 3:

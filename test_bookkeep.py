@@ -1,4 +1,6 @@
-"""The tests, in the order of bookkeep.py's sections, then replay.py and the synthetic data.
+"""The tests, in the order of bookkeep.py's sections, then replay.py, the synthetic data, bench.py.
+
+What several sections use stands first.
 
 What is said of processes, signals and disks is tried on real ones. Oracles: scikit-learn for the
 model and the metrics.
@@ -119,6 +121,298 @@ def wait_until(condition):
 
 def batches_of(samples, size):
     return [samples[i : i + size] for i in range(0, len(samples), size)]
+
+
+KIND = 1 << bookkeep.KIND_SHIFT
+
+
+def taught(bookings, chunks=(), **constants):
+    """A model that has learned these (document, lesson), in chunks of these sizes."""
+    model = NaiveBayes(**constants)
+    rest = list(bookings)
+    for size in (*chunks, len(rest)):
+        chunk, rest = rest[:size], rest[size:]
+        model.learn([document for document, _ in chunk], [lesson for _, lesson in chunk])
+    return model
+
+
+def counts(model):
+    """All that a model has counted, whatever the order in which it did."""
+    classes = zip(model.names, model.class_counts, model.feature_counts.T.tolist(), strict=True)
+    return {
+        "classes": {name: (n, features) for name, n, features in classes if n or any(features)},
+        "tokens": {
+            (token, model.names[account]): (n, m)
+            for token, account, n, m in model.token_counts.items()
+        },
+        "known": model.token_counts.occupied.tolist(),
+    }
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "folder" / "log.jsonl"
+
+
+def read(path):
+    log = Log(path)
+    try:
+        return list(log.read())
+    finally:
+        log.close()
+
+
+def written(path, batches, name=None):
+    """Makes a log with these batches, so named; its lines, each with its newline."""
+    log = Log(path)
+    assert list(log.read()) == []
+    for batch in batches:
+        log.append([(name and f"{name}{len(log)}", batch)])
+    log.close()
+    return path.read_bytes().splitlines(keepends=True)
+
+
+def changed(line, **values):
+    """The line with other values, and a checksum that fits them."""
+    return bookkeep._line(bookkeep._parse(line) | values)
+
+
+def scanned(log):
+    """The records of all whole batches in a log, whoever owns it."""
+    return [record for found in scan(log) for record in getattr(found, "records", [])]
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+@contextmanager
+def bookkeeping(path, **options):
+    """A bookkeeper on the log, closed at the end."""
+    bookkeeper = Bookkeeper(Log(path), **options)
+    try:
+        yield bookkeeper
+    finally:
+        bookkeeper.close()
+
+
+def state(bookkeeper, asked):
+    """All that a bookkeeper knows and says."""
+    model = bookkeeper._model
+    scores = model.joint_log_likelihood([tokens(sample) for sample in asked])
+    return (
+        counts(model),
+        {
+            name: scores[:, number].tolist()
+            for number, name in enumerate(model.names)
+            if model.class_counts[number]
+        },
+        bookkeeper.predict(asked),
+        [bookkeeper.metrics(n) for n in (1, 10, 100, 10_000)],
+        {key: value for key, value in bookkeeper.health().items() if key != "uptime"},
+    )
+
+
+def standing(path):
+    """What counts by the log: (tokens, lesson) of each booking, as last corrected."""
+    records = {record["seq"]: record for record in scanned(path)}
+    last = {record["corrects"]: record for record in records.values() if "corrects" in record}
+    return [
+        (
+            tokens(record["sample"]),
+            Lesson(
+                last.get(seq, record["sample"])["AccountNumber"],
+                last.get(seq, record)["weight"],
+                last.get(seq, record).get("against", {}),
+            ),
+        )
+        for seq, record in records.items()
+        if "sample" in record
+    ]
+
+
+@contextmanager
+def held_at_the_disk(bookkeeper, calls):
+    """Inside, the first of these calls waits for the disk and the others behind it, in order.
+
+    Gives the fsyncs that it sees; afterwards, all calls have come back.
+    """
+    called, let_go, fsyncs = threading.Event(), threading.Event(), []
+    fsync = os.fsync
+
+    def wait(file):
+        fsyncs.append(file)
+        called.set()
+        assert let_go.wait(30)
+        fsync(file)
+
+    threads = [threading.Thread(target=call) for call in calls]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", wait)
+        threads[0].start()
+        assert called.wait(30)
+        for waiting, thread in enumerate(threads[1:], start=1):
+            thread.start()
+            wait_until(lambda waiting=waiting: len(bookkeeper._writer._queue) == waiting)
+        try:
+            yield fsyncs
+        finally:
+            let_go.set()
+            for thread in threads:
+                thread.join()
+
+
+def answer_of(bookkeeper, samples, name):
+    """The numbers that the samples got, or what was raised."""
+    try:
+        return bookkeeper.book(samples, name)
+    except Exception as error:
+        return type(error)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+class Service:
+    """A real bookkeep.py in a process of its own."""
+
+    def __init__(self, log, *options, port=None, limit=None, unsaved=bookkeep.UNSAVED):
+        self.port = port or free_port()
+        self.messages = log.with_suffix(".stderr")
+        with open(self.messages, "wb") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, SERVICE, f"--log={log}", f"--port={self.port}", *options],
+                env=os.environ | {"BOOKKEEP_UNSAVED": str(unsaved)},
+                cwd=HERE,
+                stderr=stderr,
+                preexec_fn=limit,
+            )
+        wait_until(lambda: self.process.poll() is not None or self.listens())
+
+    def listens(self):
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def ask(self, method, path, content=None, *, body=None, headers=None, kind="application/json"):
+        """The status, the headers and the answer, read as JSON if it must be that."""
+        if content is not None:
+            body = json.dumps(content).encode()
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request(
+                method, path, body, {"Content-Type": "application/json"} | (headers or {})
+            )
+            response = connection.getresponse()
+            assert response.headers["Content-Type"] == kind
+            answer = response.read()
+            return (
+                response.status,
+                response.headers,
+                json.loads(answer) if kind == "application/json" else answer,
+            )
+        finally:
+            connection.close()
+
+    def get(self, path):
+        status, _, answer = self.ask("GET", path)
+        return status, answer
+
+    def delete(self, path):
+        status, _, answer = self.ask("DELETE", path)
+        return status, answer
+
+    def post(self, path, content):
+        status, _, answer = self.ask("POST", path, content)
+        return status, answer
+
+    def samples(self):
+        return self.get("/health")[1]["samples"]
+
+    def stop(self, number=signal.SIGTERM):
+        """The exit status after this signal."""
+        self.process.send_signal(number)
+        return self.process.wait(30)
+
+    def said(self):
+        return self.messages.read_text()
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """Starts services, and kills them at the end."""
+    services = []
+
+    def start(*options, log=tmp_path / "log.jsonl", **more):
+        services.append(Service(log, *options, **more))
+        return services[-1]
+
+    yield start
+    for service in services:
+        service.process.kill()
+        service.process.wait()
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory):
+    """One that all tests share which store nothing in it."""
+    service = Service(tmp_path_factory.mktemp("shared") / "log.jsonl", "--max-body=300000")
+    assert service.post("/sample", [booking(account="1")])[0] == 200
+    assert service.post("/sample", [booking(account="1")])[0] == 200
+    yield service
+    service.process.kill()
+    service.process.wait()
+
+
+def run(*command, **options):
+    """Runs a command to its end: (exit status, standard output, standard error)."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=60, **options
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def refused(log, *options):
+    status, out, said = run(HERE / "bookkeep.py", f"--log={log}", "--port=0", *options)
+    assert (status, out) == (1, "")
+    assert said.startswith("bookkeep: ")
+    assert said.count("\n") == 1
+    return said
+
+
+def prequential(path):
+    """Each batch of the rows by date predicted whole: accuracy, the mean macro precision and recall
+    of windows of 1,000, and the expected calibration error (ten equal bins) of the second half.
+    """
+    rows = replay.by_date(replay.read_rows(path))
+    model, calibration = NaiveBayes(), Calibration()
+    booked, predicted, confidence = [], [], []
+    for batch in replay.batches(rows, 1000, seed=0):
+        documents = [tokens(row) for row in batch]
+        labels = [row["AccountNumber"] for row in batch]
+        assessments = [None] * len(batch)
+        for part, made, _ in model.book(documents, labels):
+            assessments[part] = made
+        booked += labels
+        predicted += [assessment.predicted or "" for assessment in assessments]
+        margins = [(a.margin or 0) / len(d) for a, d in zip(assessments, documents, strict=True)]
+        confidence += calibration.confidence(margins)[:, 0].tolist()
+        if assessments[0].predicted:
+            calibration.add(margins, [assessment.rank or 0 for assessment in assessments])
+    booked, predicted = np.array(booked), np.array(predicted)
+    windows = [
+        precision_recall(booked[end - 1000 : end], predicted[end - 1000 : end])
+        for end in range(2000, len(rows) + 1, 1000)
+    ]
+    right, confidence = booked == predicted, np.array(confidence)
+    late = np.arange(len(rows)) >= len(rows) // 2
+    bins = np.minimum(confidence * 10, 9).astype(int)
+    error = sum(
+        abs(right[late & (bins == bin)].sum() - confidence[late & (bins == bin)].sum())
+        for bin in range(10)
+    )
+    return right.mean(), *np.mean(windows, axis=0), error / late.sum()
 
 
 # ---------------------------------------------------------------------------------------- Samples
@@ -317,7 +611,6 @@ def test_whatever_the_body_it_gives_valid_samples_or_a_bad_request(body):
 
 # ----------------------------------------------------------------------------------------- Counts
 
-KIND = 1 << bookkeep.KIND_SHIFT
 SUMS = st.lists(
     st.tuples(
         st.tuples(st.integers(0, 7), st.integers(1, 6)).map(lambda t: t[0] * KIND + t[1]),
@@ -461,29 +754,6 @@ LEARNED = st.lists(st.tuples(DOCUMENTS, LESSONS), min_size=1, max_size=30)
 FOR_ONLY = st.lists(
     st.tuples(DOCUMENTS, st.builds(Lesson, LABELS, WEIGHTS, st.just({}))), min_size=1, max_size=30
 )
-
-
-def taught(bookings, chunks=(), **constants):
-    """A model that has learned these (document, lesson), in chunks of these sizes."""
-    model = NaiveBayes(**constants)
-    rest = list(bookings)
-    for size in (*chunks, len(rest)):
-        chunk, rest = rest[:size], rest[size:]
-        model.learn([document for document, _ in chunk], [lesson for _, lesson in chunk])
-    return model
-
-
-def counts(model):
-    """All that a model has counted, whatever the order in which it did."""
-    classes = zip(model.names, model.class_counts, model.feature_counts.T.tolist(), strict=True)
-    return {
-        "classes": {name: (n, features) for name, n, features in classes if n or any(features)},
-        "tokens": {
-            (token, model.names[account]): (n, m)
-            for token, account, n, m in model.token_counts.items()
-        },
-        "known": model.token_counts.occupied.tolist(),
-    }
 
 
 def posterior(scores, softening=1):
@@ -940,29 +1210,6 @@ def test_a_history_gives_the_last_that_were_predicted(bookings, n, sizes):
 # -------------------------------------------------------------------------------------------- Log
 
 
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "folder" / "log.jsonl"
-
-
-def written(path, batches, name=None):
-    """Makes a log with these batches, so named; its lines, each with its newline."""
-    log = Log(path)
-    assert list(log.read()) == []
-    for batch in batches:
-        log.append([(name and f"{name}{len(log)}", batch)])
-    log.close()
-    return path.read_bytes().splitlines(keepends=True)
-
-
-def read(path):
-    log = Log(path)
-    try:
-        return list(log.read())
-    finally:
-        log.close()
-
-
 def test_a_line_says_its_place_and_then_what_was_recorded(path):
     written(path, [[{"a": "ü"}, {"a": "\n"}], [{"a": 1}]])
     lines = [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
@@ -1000,11 +1247,6 @@ def test_after_a_cut_the_log_goes_on(path):
     log.append([(None, [{"x": 4}])])
     log.close()
     assert [(record["seq"], record["x"]) for record in read(path)] == [(0, 1), (1, 4)]
-
-
-def changed(line, **values):
-    """The line with other values, and a checksum that fits them."""
-    return bookkeep._line(bookkeep._parse(line) | values)
 
 
 DAMAGE = {  # of line 3, the first of a batch of three
@@ -1292,957 +1534,6 @@ def test_lines_are_read_from_the_file_as_they_were_when_it_was_opened(path):
     log.close()
 
 
-# ------------------------------------------------------------------------------------- Bookkeeper
-
-
-@contextmanager
-def bookkeeping(path, **options):
-    """A bookkeeper on the log, closed at the end."""
-    bookkeeper = Bookkeeper(Log(path), **options)
-    try:
-        yield bookkeeper
-    finally:
-        bookkeeper.close()
-
-
-def test_learns_what_it_books(path):
-    with bookkeeping(path) as bookkeeper:
-        with pytest.raises(NotReady, match="no model"):
-            bookkeeper.predict([booking()])
-        with pytest.raises(NotReady, match="nothing has been predicted"):
-            bookkeeper.metrics(10)
-        assert bookkeeper.book([booking(), booking(text="food", account="7000")]) == range(0, 2)
-        assert bookkeeper.predict([booking(text="food"), booking()]) == ["7000", "3115"]
-        with pytest.raises(NotReady, match="nothing has been predicted"):
-            bookkeeper.metrics(10)
-        assert bookkeeper.book([]) == range(2, 2)
-        assert bookkeeper.book([booking(text="food", account="7000")]) == range(2, 3)
-        assert bookkeeper.metrics(10) == {"precision": 1, "recall": 1}
-        health = bookkeeper.health()
-        assert health.pop("uptime") >= 0
-        assert health == {
-            "status": "ok",
-            "samples": 3,
-            "lines": 3,
-            "accounts": 2,
-            "companies": 1,
-            "tokens": len({*tokens(booking()), *tokens(booking(text="food"))}),
-        }
-
-
-def test_a_batch_is_predicted_whole_before_any_of_it_is_learned(path):
-    with bookkeeping(path) as bookkeeper:
-        bookkeeper.book([booking(account="1")])
-        bookkeeper.book([booking(text="new", account="2")] * 200)
-        bookkeeper.book([booking(text="new", account="2")])
-    records = read(path)
-    assert [record["predicted"] for record in records] == [None, *["1"] * 200, "2"]
-    assert [record["sample"]["AccountNumber"] for record in records[:2]] == ["1", "2"]
-
-
-def test_a_sample_that_others_of_its_batch_have_taught_surprises_less(path):
-    with bookkeeping(path) as bookkeeper:
-        bookkeeper.book([booking(account="1")])
-        bookkeeper.book([booking(text="new", account="2")] * 200)
-    weights = [record["weight"] for record in read(path)[1:]]
-    first, *later = bookkeep.rounds(200)
-    assert {*weights[first]} == {1}
-    assert all(max(weights[part]) < 1 for part in later)
-
-
-def test_bookings_that_wait_together_are_predicted_and_learned_as_one_batch(path, tmp_path):
-    batches = batches_of(bookings(400), 30)
-    together = list(itertools.chain(*batches[1:]))
-    with bookkeeping(path) as bookkeeper:
-        bookkeeper.book(batches[0])
-        bookkeeper.book(together)
-    with bookkeeping(tmp_path / "other") as other:
-        calls = [partial(other.book, batch, f"key{i}") for i, batch in enumerate(batches)]
-        with held_at_the_disk(other, calls):
-            pass
-        assert counts(other._model) == counts(bookkeeper._model)
-        assert other.metrics(500) == bookkeeper.metrics(500)
-    records = [
-        [bookkeep._content(record) for record in read(log)] for log in (path, other.log.path)
-    ]
-    assert records[0] == records[1]
-    assert [record["batch"] for record in read(other.log.path)[28:32]] == ["key0"] * 2 + [
-        "key1"
-    ] * 2
-
-
-def test_metrics_are_those_of_the_last_n_predictions(path):
-    with bookkeeping(path) as bookkeeper:
-        for batch in batches_of(bookings(500), 60):
-            bookkeeper.book(batch)
-        pairs = [
-            (record["sample"]["AccountNumber"], record["predicted"])
-            for record in map(json.loads, path.read_text().splitlines())
-            if record["predicted"]
-        ]
-        assert len(pairs) == 440
-        for n in (1, 7, 100, 440, 10_000):
-            booked, predicted = zip(*pairs[-n:], strict=True)
-            assert bookkeeper.metrics(n) == pytest.approx(
-                {
-                    name: score(booked, predicted, average="macro", zero_division=0)
-                    for name, score in (("precision", precision_score), ("recall", recall_score))
-                }
-            )
-
-
-def state(bookkeeper, asked):
-    """All that a bookkeeper knows and says."""
-    model = bookkeeper._model
-    scores = model.joint_log_likelihood([tokens(sample) for sample in asked])
-    return (
-        counts(model),
-        {
-            name: scores[:, number].tolist()
-            for number, name in enumerate(model.names)
-            if model.class_counts[number]
-        },
-        bookkeeper.predict(asked),
-        [bookkeeper.metrics(n) for n in (1, 10, 100, 10_000)],
-        {key: value for key, value in bookkeeper.health().items() if key != "uptime"},
-    )
-
-
-def test_a_restart_changes_nothing(path):
-    samples, asked = bookings(3000), bookings(50, seed=1)
-    with bookkeeping(path) as bookkeeper:
-        for batch in batches_of(samples, 170):
-            bookkeeper.book(batch)
-        before = state(bookkeeper, asked)
-    with bookkeeping(path) as bookkeeper:
-        assert state(bookkeeper, asked) == before
-        assert bookkeeper.book([booking()]) == range(3000, 3001)
-    assert [record["sample"] for record in read(path)] == [*samples, booking()]
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        {"weight": 0.83},
-        {"weight": 2},
-        {"weight": "1"},
-        {"against": None},
-        {"against": ["1"]},
-        {"against": {"1": 0}},
-        {"against": {"1": 0.83}},
-        {"against": {"1": 2}},
-        {"against": {"": 0.5}},
-        {"predicted": ["1"]},
-        {"sample": booking(account="")},
-        {"sample": None},
-        {"sample": {"CompanyId": "A"}},
-    ],
-    ids=str,
-)
-def test_a_record_that_makes_no_sense_is_refused_with_its_line(path, damage):
-    with bookkeeping(path) as bookkeeper:
-        bookkeeper.book([booking(account="1")])
-        bookkeeper.book([booking(account="1"), booking(account="9")])
-    assert_refused(path, 2, damage)
-
-
-def assert_refused(path, line, damage):
-    """Changes that line, from 1, and sees that no bookkeeper takes the log."""
-    lines = path.read_bytes().splitlines(keepends=True)
-    lines[line - 1] = changed(lines[line - 1], **damage)
-    path.write_bytes(b"".join(lines))
-    log = Log(path)
-    with pytest.raises(LogError, match=f"is damaged, line {line}: "):
-        Bookkeeper(log)
-    log.close()
-
-
-def standing(path):
-    """What counts by the log: (tokens, lesson) of each booking, as last corrected."""
-    records = {record["seq"]: record for record in scanned(path)}
-    last = {record["corrects"]: record for record in records.values() if "corrects" in record}
-    return [
-        (
-            tokens(record["sample"]),
-            Lesson(
-                last.get(seq, record["sample"])["AccountNumber"],
-                last.get(seq, record)["weight"],
-                last.get(seq, record).get("against", {}),
-            ),
-        )
-        for seq, record in records.items()
-        if "sample" in record
-    ]
-
-
-def test_suggestions_agree_with_predictions_and_their_reasons_add_up(path):
-    with bookkeeping(path) as bookkeeper:
-        with pytest.raises(NotReady, match="no model"):
-            bookkeeper.suggest(booking(), 3)
-        for batch in batches_of(bookings(800), 50):
-            bookkeeper.book(batch)
-        for sample in [*bookings(40, seed=1), booking(text="rent rent nobody knows")]:
-            suggestions = bookkeeper.suggest(sample, 20)
-            accounts = [suggestion["account"] for suggestion in suggestions]
-            assert accounts[0] == bookkeeper.predict([sample])[0]
-            assert len({*accounts}) == len(accounts) == 8
-            assert bookkeeper.suggest(sample, 1) == suggestions[:1]
-            [scores] = bookkeeper._model.joint_log_likelihood([tokens(sample)])
-            score = {name: scores[number] for name, number in bookkeeper._model.accounts.items()}
-            assert accounts == sorted(score, key=score.get, reverse=True)
-            assert [suggestion["over"] for suggestion in suggestions] == [
-                accounts[1],
-                *[accounts[0]] * 7,
-            ]
-            confidences = [suggestion["confidence"] for suggestion in suggestions]
-            assert confidences == sorted(confidences, reverse=True)
-            for suggestion in suggestions:
-                reasons = suggestion["reasons"]
-                weights = [reason["weight"] for reason in reasons]
-                assert weights == sorted(weights, reverse=True)
-                assert sum(weights) + suggestion["prior"] == pytest.approx(
-                    suggestion["margin"], abs=1e-3
-                )
-                difference = score[suggestion["account"]] - score[suggestion["over"]]
-                assert suggestion["margin"] == pytest.approx(difference, abs=1e-4)
-                said = [(reason["kind"], reason["token"]) for reason in reasons]
-                assert len({*said}) == len(said)
-                assert {*said} <= {*bookkeep.wordings(sample)}
-                assert "knows" not in {token for _, token in said}
-
-
-def test_a_reason_is_what_the_word_says_for_one_account_over_the_other(path):
-    with bookkeeping(path) as bookkeeper:
-        bookkeeper.book([booking(text="rent", account="1"), booking(text="food", account="2")])
-        [first, second] = bookkeeper.suggest(booking(text="rent food rent"), 3)
-        assert (first["account"], first["over"], second["account"]) == ("1", "2", "2")
-        assert first["prior"] == 0
-        weights = {(r["kind"], r["token"]): r["weight"] for r in first["reasons"]}
-        odds = np.log((1 + bookkeep.ALPHA) / bookkeep.ALPHA)
-        for kind in bookkeep.KINDS[2:4]:
-            assert weights[kind, "rent"] == pytest.approx(2 * odds, abs=1e-4)
-            assert weights[kind, "food"] == pytest.approx(-odds, abs=1e-4)
-        for kind in bookkeep.KINDS[4:6]:
-            assert weights[kind, "rent"] == pytest.approx(odds, abs=1e-4)
-        assert (bookkeep.KINDS[6], "rent food") not in weights
-        assert second["margin"] == -first["margin"]
-
-
-def test_one_account_alone_is_suggested_without_reasons(path):
-    with bookkeeping(path) as bookkeeper:
-        bookkeeper.book([booking()])
-        assert bookkeeper.suggest(booking(), 3) == [
-            {
-                "account": "3115",
-                "confidence": 0,
-                "over": None,
-                "margin": None,
-                "prior": None,
-                "reasons": [],
-            }
-        ]
-
-
-def test_confidence_is_the_record_of_earlier_predictions_only(path):
-    calibration = Calibration()
-    batches = batches_of(bookings(900), 60)
-    with bookkeeping(path) as bookkeeper:
-        for batch in batches:
-            bookkeeper.book(batch)
-            records = read_lines(path)[-len(batch) :]
-            if records[0]["predicted"] is None:
-                continue
-            evidence = [r["margin"] / len(tokens(r["sample"])) for r in records]
-            expected = calibration.confidence(evidence)[:, 0]
-            assert [r["confidence"] for r in records] == expected.round(4).tolist()
-            right = [r["predicted"] == r["sample"]["AccountNumber"] for r in records]
-            assert [r["rank"] == 1 for r in records] == right
-            calibration.add(evidence, [r["rank"] or 0 for r in records])
-        sample = bookings(1, seed=1)[0]
-        suggestions = bookkeeper.suggest(sample, 8)
-        confidences = [suggestion["confidence"] for suggestion in suggestions]
-        expected = calibration.confidence([suggestions[0]["margin"] / len(tokens(sample))])[0]
-        assert confidences == expected[:8].round(4).tolist()
-        assert len({*confidences}) > 2
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_bytes().splitlines()]
-
-
-def test_a_correction_unlearns_the_old_and_learns_the_new(path):
-    samples = bookings(400)
-    with bookkeeping(path) as bookkeeper:
-        for batch in batches_of(samples, 40):
-            bookkeeper.book(batch)
-        before = path.read_bytes()
-        assert bookkeeper.correct(123, "new") == samples[123]["AccountNumber"]
-        assert bookkeeper.correct(7, "3003") == samples[7]["AccountNumber"]
-        assert bookkeeper.correct(123, "3001") == "new"
-        assert path.read_bytes().startswith(before)
-        lines = read_lines(path)[400:]
-        assert [(line["corrects"], line["AccountNumber"]) for line in lines] == [
-            (123, "new"),
-            (7, "3003"),
-            (123, "3001"),
-        ]
-        assert lines[0]["weight"] == 1  # nobody had booked to it
-        assert bookkeeper.correct(123, "3001") == "3001"
-        assert len(path.read_bytes().splitlines()) == 403  # it was so already
-        assert bookkeeper.health()["samples"] == 400
-        assert counts(bookkeeper._model) == counts(taught(standing(path)))
-        corrected = [*samples[:7], samples[7] | {"AccountNumber": "3003"}, *samples[8:]]
-        corrected[123] = samples[123] | {"AccountNumber": "3001"}
-        assert [(tokens(c), c["AccountNumber"]) for c in corrected] == [
-            (document, lesson.account) for document, lesson in standing(path)
-        ]
-        calibration = Calibration()
-        for record, (document, lesson) in zip(read_lines(path), standing(path), strict=False):
-            if record["predicted"]:
-                ranks = {record["sample"]["AccountNumber"]: record["rank"], record["predicted"]: 1}
-                margin = record["margin"] / len(document)
-                calibration.add([margin], [ranks.get(lesson.account) or 0])
-        margins = np.linspace(0, 9)
-        expected = calibration.confidence(margins)
-        assert np.array_equal(bookkeeper._calibration.confidence(margins), expected)
-        known = state(bookkeeper, samples[:50])
-        suggested = [bookkeeper.suggest(sample, 5) for sample in samples[:50]]
-        reported = bookkeeper.report(1000)
-    with bookkeeping(path) as bookkeeper:
-        assert state(bookkeeper, samples[:50]) == known
-        assert [bookkeeper.suggest(sample, 5) for sample in samples[:50]] == suggested
-        assert bookkeeper.report(1000) == reported
-        assert bookkeeper.correct(123, "x") == "3001"
-        assert counts(bookkeeper._model) == counts(taught(standing(path)))
-
-
-def test_metrics_score_the_old_prediction_against_the_corrected_account(path):
-    with bookkeeping(path) as bookkeeper:
-        bookkeeper.book([booking(account="1")])
-        bookkeeper.book([booking(account="2")])
-        assert bookkeeper.metrics(10) == {"precision": 0, "recall": 0}
-        assert bookkeeper.suggest(booking(), 1)[0]["confidence"] == 0
-        bookkeeper.correct(1, "1")
-        assert bookkeeper.metrics(10) == {"precision": 1, "recall": 1}
-        assert bookkeeper.predict([booking()]) == ["1"]
-        assert bookkeeper.suggest(booking(), 1)[0]["confidence"] == pytest.approx(1 / 3, abs=1e-4)
-        bookkeeper.correct(0, "3")  # which was never predicted
-        assert bookkeeper.metrics(10) == {"precision": 1, "recall": 1}
-
-
-def test_a_mistake_that_was_corrected_is_not_repeated(path):
-    with bookkeeping(path) as bookkeeper:
-        for batch in batches_of(bookings(300), 30):
-            bookkeeper.book(batch)
-        wrong = booking(text="new supplier", account="3001")
-        [seq] = bookkeeper.book([wrong])
-        assert bookkeeper.predict([wrong]) == ["3001"]
-        bookkeeper.correct(seq, "6700")
-        assert bookkeeper.predict([wrong]) == ["6700"]
-
-
-def test_a_company_that_is_forgotten_was_never_there(path):
-    samples = bookings(600)
-    company = samples[0]["CompanyId"]
-    others = [sample for sample in samples if sample["CompanyId"] != company]
-    mine = [seq for seq, sample in enumerate(samples) if sample["CompanyId"] == company]
-    with bookkeeping(path) as bookkeeper:
-        for number, batch in enumerate(batches_of(samples, 50)):
-            bookkeeper.book(batch, f"key{number}")
-        other = next(seq for seq in range(600) if seq not in mine)
-        for number, seq in enumerate((mine[0], other, mine[5], mine[0])):
-            bookkeeper.correct(seq, f"account{number}")
-        kept = {
-            record["seq"]: record
-            for record in read_lines(path)
-            if record.get("corrects", record["seq"]) not in mine
-        }
-        assert bookkeeper.forget(company) == len(mine) > 50
-        assert bookkeep._digest.cache_info().currsize == 0
-        left = read_lines(path)
-        assert [record["seq"] for record in left] == list(range(604))
-        for record in left:
-            assert kept.get(record["seq"], record) == record
-            assert (record.keys() == {*bookkeep.PLACE, "crc"}) == (record["seq"] not in kept)
-        assert company not in path.read_text()
-        assert re.findall("account[0-9]", path.read_text()) == ["account1"]
-        assert counts(bookkeeper._model) == counts(taught(standing(path)))
-        assert bookkeeper.health()["samples"] == len(others)
-        assert bookkeeper.health()["companies"] == 4
-        with pytest.raises(NotFound):
-            bookkeeper.forget(company)
-        with pytest.raises(NotFound):
-            bookkeeper.report(10, company)
-        with pytest.raises(NotFound, match=f"there is no booking {mine[1]}"):
-            bookkeeper.correct(mine[1], "1")
-        known = state(bookkeeper, samples[:50])
-        suggested = [bookkeeper.suggest(sample, 5) for sample in samples[:50]]
-    with bookkeeping(path) as bookkeeper:
-        assert state(bookkeeper, samples[:50]) == known
-        assert [bookkeeper.suggest(sample, 5) for sample in samples[:50]] == suggested
-        # A batch that comes again brings nothing back.
-        assert bookkeeper.book(samples[:50], "key0") == range(0, 50)
-        with pytest.raises(Conflict):
-            bookkeeper.book([booking()] * 50, "key0")
-        with pytest.raises(Conflict):
-            bookkeeper.book(samples[:49], "key0")
-        assert bookkeeper.book([booking(company=company)]) == range(604, 605)
-        assert bookkeeper.forget(company) == 1
-
-
-def test_when_all_is_forgotten_there_is_no_model(path):
-    with bookkeeping(path) as bookkeeper:
-        bookkeeper.book([booking()])
-        bookkeeper.book([booking()])
-        assert bookkeeper.forget("A") == 2
-        for ask in (bookkeeper.predict, lambda samples: bookkeeper.suggest(samples[0], 1)):
-            with pytest.raises(NotReady, match="no model"):
-                ask([booking()])
-        with pytest.raises(NotReady):
-            bookkeeper.metrics(1)
-        health = bookkeeper.health()
-        assert [health[key] for key in ("samples", "accounts", "companies", "tokens")] == [0] * 4
-        assert bookkeeper.book([booking(account="2")]) == range(2, 3)
-        assert read_lines(path)[2]["predicted"] is None
-        assert bookkeeper.predict([booking()]) == ["2"]
-        assert [suggestion["account"] for suggestion in bookkeeper.suggest(booking(), 3)] == ["2"]
-
-
-@given(st.data())
-@settings(max_examples=15)
-def test_any_mix_of_bookings_corrections_and_forgetting_is_exact(tmp_path_factory, data):
-    path = tmp_path_factory.mktemp("mix") / "log.jsonl"
-    bookkeeper = Bookkeeper(Log(path))
-    try:
-        for _ in range(data.draw(st.integers(1, 20))):
-            match data.draw(st.sampled_from(["book", "book", "correct", "forget", "restart"])):
-                case "book":
-                    seed = data.draw(st.integers(0, 9))
-                    bookkeeper.book(bookings(data.draw(st.integers(0, 30)), seed))
-                case "correct":
-                    seq = data.draw(st.integers(0, 60))
-                    with suppress(NotFound):
-                        bookkeeper.correct(seq, data.draw(st.sampled_from(["3001", "3005", "new"])))
-                case "forget":
-                    with suppress(NotFound):
-                        bookkeeper.forget(f"company{data.draw(st.integers(0, 4))}")
-                case "restart":
-                    bookkeeper.close()
-                    bookkeeper = Bookkeeper(Log(path))
-        learned = standing(path)
-        assert counts(bookkeeper._model) == counts(taught(learned))
-        assert bookkeeper.health()["samples"] == len(learned)
-        asked = bookings(5, seed=10)
-        names = [lesson.account for _, lesson in learned]
-
-        def known():
-            with suppress(NotReady):
-                return bookkeeper.metrics(50), bookkeeper.suggest(asked[0], 1)[0]["confidence"]
-
-        before = known()
-        bookkeeper.close()
-        bookkeeper = Bookkeeper(Log(path))
-        assert known() == before
-        assert bookkeeper.health()["accounts"] == len({*names})
-    finally:
-        bookkeeper.close()
-
-
-@pytest.mark.parametrize("change", ["correct", "forget"])
-def test_a_change_that_cannot_be_written_is_not_made(path, monkeypatch, change):
-    samples = bookings(100)
-    with bookkeeping(path) as bookkeeper:
-        bookkeeper.book(samples[:50])
-        bookkeeper.book(samples[50:])
-        before, log = state(bookkeeper, samples), path.read_bytes()
-        with monkeypatch.context() as patch:
-
-            def broken(file):
-                raise OSError(28, "No space left on device")
-
-            patch.setattr(os, "fsync", broken)
-            with pytest.raises(NotStored, match="No space"):
-                bookkeeper.correct(3, "1") if change == "correct" else bookkeeper.forget("company1")
-        assert state(bookkeeper, samples) == before
-        assert path.read_bytes() == log
-        assert bookkeeper.correct(3, "1") == samples[3]["AccountNumber"]
-        assert bookkeeper.forget("company1") > 0
-
-
-def test_after_a_removal_that_may_not_be_on_disk_nothing_is_booked(path, monkeypatch):
-    with bookkeeping(path) as bookkeeper:
-        bookkeeper.book([booking()])
-        with monkeypatch.context() as patch:
-
-            def broken(folder):
-                raise OSError(5, "Input/output error")
-
-            patch.setattr(bookkeep, "_fsync_folder", broken)
-            with pytest.raises(NotReady, match="started again"):
-                bookkeeper.forget("A")
-        with pytest.raises(NotReady, match="started again"):
-            bookkeeper.book([booking()])
-    with bookkeeping(path) as bookkeeper:
-        assert bookkeeper.health()["samples"] == 0
-
-
-def test_changes_are_made_in_their_turn(path):
-    answers = {}
-
-    def call(turn, method, *arguments):
-        answers[turn] = method(*arguments)
-
-    with bookkeeping(path) as bookkeeper:
-        changes = [
-            (bookkeeper.book, [booking(account="1")]),
-            (bookkeeper.book, [booking(account="1")]),
-            (bookkeeper.correct, 1, "2"),
-            (bookkeeper.book, [booking(account="3")]),
-            (bookkeeper.forget, "A"),
-            (bookkeeper.book, [booking(account="4")]),
-        ]
-        calls = [partial(call, turn, *change) for turn, change in enumerate(changes)]
-        with held_at_the_disk(bookkeeper, calls):
-            pass
-        expected = [range(0, 1), range(1, 2), "1", range(3, 4), 3, range(4, 5)]
-        assert [answers[turn] for turn in range(6)] == expected
-        assert bookkeeper.predict([booking()]) == ["4"]
-
-
-def test_a_booking_that_cannot_be_read_is_neither_corrected_nor_forgotten(path):
-    with bookkeeping(path) as bookkeeper:
-        bookkeeper.book([booking()])
-        path.write_bytes(path.read_bytes().replace(b"rent", b"Rent"))
-        with pytest.raises(NotStored, match="line 1 of the log could not be read"):
-            bookkeeper.correct(0, "1")
-        with pytest.raises(NotStored):
-            bookkeeper.forget("A")
-        assert bookkeeper.book([booking()]) == range(1, 2)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [{"corrects": 2}, {"corrects": 9}, {"corrects": "0"}, {"AccountNumber": ""}, {"weight": 2}],
-    ids=str,
-)
-def test_a_correction_that_makes_no_sense_is_refused_with_its_line(path, damage):
-    with bookkeeping(path) as bookkeeper:
-        bookkeeper.book([booking(), booking()])
-        bookkeeper.correct(1, "1")
-        bookkeeper.correct(0, "1")
-    assert_refused(path, 4, damage)
-    status, out, _ = run(HERE / "bookkeep.py", "check", path)
-    assert status == 1
-    assert f"{path}, line 4: " in out
-
-
-def test_a_report_is_of_the_last_n_predictions_as_they_stand(path):
-    with bookkeeping(path) as bookkeeper:
-        with pytest.raises(NotReady):
-            bookkeeper.report(10)
-        for batch in batches_of(bookings(500), 60):
-            bookkeeper.book(batch)
-        bookkeeper.correct(450, "corrected")
-        rows = [
-            (line["sample"]["CompanyId"], line["sample"]["AccountNumber"], *map(line.get, KEYS))
-            if line["seq"] != 450
-            else (line["sample"]["CompanyId"], "corrected", *map(line.get, KEYS))
-            for line in read_lines(path)
-            if line.get("predicted")
-        ]
-        for n, company in ((1, None), (100, None), (10**6, None), (30, "company1")):
-            expected = [row for row in rows if company in (None, row[0])][-n:]
-            _, booked, predicted, confidence = zip(*expected, strict=True)
-            right = np.array(booked) == np.array(predicted)
-            report = bookkeeper.report(n, company)
-            assert report["support"] == len(expected)
-            assert report["accuracy"] == right.mean()
-            for name, score in (("precision", precision_score), ("recall", recall_score)):
-                expected = score(booked, predicted, average="macro", zero_division=0)
-                assert report[name] == pytest.approx(expected)
-            confused = Counter((b, p) for b, p in zip(booked, predicted, strict=True) if b != p)
-            assert [row["count"] for row in report["confused"]] == [
-                count for _, count in confused.most_common(10)
-            ]
-            for row in report["confused"]:
-                assert confused[row["booked"], row["predicted"]] == row["count"]
-            assert [row["at_least"] for row in report["confidence"]] == [0.5, 0.8, 0.9, 0.95, 0.99]
-            for row in report["confidence"]:
-                sure = right[np.array(confidence) >= row["at_least"]]
-                assert row["share"] == len(sure) / len(right)
-                assert row["accuracy"] == (sure.mean() if len(sure) else None)
-        with pytest.raises(NotFound):
-            bookkeeper.report(10, "company9")
-
-
-KEYS = ("predicted", "confidence")
-
-
-def test_the_overview_is_what_metrics_and_the_log_say(path):
-    with bookkeeping(path) as bookkeeper:
-        empty = bookkeeper.overview()
-        assert empty["health"]["samples"] == 0
-        assert [empty[key] for key in ("metrics", "curve", "confidence", "wrong", "unsure")] == [
-            None, [], [], [], []
-        ]  # fmt: skip
-        for batch in batches_of(bookings(3000), 200):
-            bookkeeper.book(batch)
-        for _ in range(2):
-            overview = bookkeeper.overview()
-            records = [record for record in read_lines(path) if "sample" in record]
-            last = {r["corrects"]: r["AccountNumber"] for r in read_lines(path) if "corrects" in r}
-            booked = [last.get(r["seq"], r["sample"]["AccountNumber"]) for r in records]
-            assert overview["metrics"] == bookkeeper.metrics(1000)
-            ends = [point["bookings"] for point in overview["curve"]]
-            assert ends == list(range(250, 3001, 250))
-            for point in overview["curve"]:
-                end = point["bookings"]
-                window = range(max(200, end - 1000), end)
-                pairs = [[records[i]["predicted"] for i in window], [booked[i] for i in window]]
-                assert point["accuracy"] == np.mean([p == b for p, b in zip(*pairs, strict=True)])
-                for name, score in (("precision", precision_score), ("recall", recall_score)):
-                    expected = score(*pairs[::-1], average="macro", zero_division=0)
-                    assert point[name] == pytest.approx(expected)
-            wrong = [
-                (r["seq"], b, r["predicted"], r["confidence"], r["sample"]["BankEntryText"])
-                for r, b in zip(records, booked, strict=True)
-                if r["predicted"] not in (None, b)
-            ]
-            assert wrong[:-11:-1] == [
-                (*map(row.get, ("seq", "booked", "predicted", "confidence", "text")),)
-                for row in overview["wrong"]
-            ]
-            unsure = sorted(records[-1000:], key=lambda r: (np.float32(r["confidence"]), -r["seq"]))
-            assert [row["seq"] for row in overview["unsure"]] == [r["seq"] for r in unsure[:10]]
-            levels = [row["at_least"] for row in overview["confidence"]]
-            assert levels == [*np.arange(20) / 20, 0.99]
-            assert overview["confidence"][0] == {
-                "at_least": 0,
-                "share": 1,
-                "accuracy": bookkeeper.report(10_000)["accuracy"],
-            }
-            for seq in (1100, 2999):
-                bookkeeper.correct(seq, "corrected")
-
-
-def test_the_last_batch_is_watched_without_what_was_forgotten(path):
-    with bookkeeping(path) as bookkeeper:
-        bookkeeper.book([booking(account="1")])
-        assert "last_batch_accuracy" not in bookkeeper.gauges()
-        bookkeeper.book([booking(account="2")] * 3)
-        bookkeeper.book([booking("B", account="2"), booking(account="1")])
-        assert bookkeeper.gauges()["last_batch_accuracy"][1] == 0.5
-        bookkeeper.book([])
-        bookkeeper.correct(0, "3")
-        bookkeeper.forget("A")
-        assert bookkeeper.gauges()["last_batch_accuracy"][1] == 1
-    with bookkeeping(path) as bookkeeper:
-        assert "last_batch_accuracy" not in bookkeeper.gauges()
-
-
-def test_the_overview_leaves_out_what_is_forgotten_meanwhile(path, monkeypatch):
-    with bookkeeping(path) as bookkeeper:
-        for batch in batches_of(bookings(100), 50):
-            bookkeeper.book(batch)
-        record = Log.record
-
-        def forgotten_first(log, seq):
-            monkeypatch.setattr(Log, "record", record)
-            bookkeeper.forget("company1")
-            return record(log, seq)
-
-        monkeypatch.setattr(Log, "record", forgotten_first)
-        overview = bookkeeper.overview()
-        assert overview["health"]["companies"] == 5
-        left = {row["company"] for row in overview["wrong"] + overview["unsure"]}
-        assert left == {"company0", "company2", "company3", "company4"}
-
-
-def test_the_learning_curve_has_at_most_129_points(path, monkeypatch):
-    monkeypatch.setattr(bookkeep, "WINDOW", 8)
-    with bookkeeping(path) as bookkeeper:
-        for batch in batches_of(bookings(1000), 100):
-            bookkeeper.book(batch)
-        ends = [point["bookings"] for point in bookkeeper.overview()["curve"]]
-        assert ends == [*range(104, 1000, 8), 1000]
-
-
-def test_batches_from_many_threads_are_each_booked_once_and_whole(path):
-    batches = batches_of(bookings(900), 3)
-    ranges = []
-    with bookkeeping(path) as bookkeeper:
-
-        def send(mine):
-            for batch in mine:
-                ranges.append((bookkeeper.book(batch), batch))
-
-        threads = [threading.Thread(target=send, args=(batches[i::8],)) for i in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        before = counts(bookkeeper._model)
-    records = read(path)
-    assert len(records) == 900
-    for numbers, batch in ranges:
-        assert [records[number]["sample"] for number in numbers] == batch
-        assert [records[number]["left"] for number in numbers] == [2, 1, 0]
-    with bookkeeping(path) as bookkeeper:
-        assert counts(bookkeeper._model) == before
-
-
-@contextmanager
-def held_at_the_disk(bookkeeper, calls):
-    """Inside, the first of these calls waits for the disk and the others behind it, in order.
-
-    Gives the fsyncs that it sees; afterwards, all calls have come back.
-    """
-    called, let_go, fsyncs = threading.Event(), threading.Event(), []
-    fsync = os.fsync
-
-    def wait(file):
-        fsyncs.append(file)
-        called.set()
-        assert let_go.wait(30)
-        fsync(file)
-
-    threads = [threading.Thread(target=call) for call in calls]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", wait)
-        threads[0].start()
-        assert called.wait(30)
-        for waiting, thread in enumerate(threads[1:], start=1):
-            thread.start()
-            wait_until(lambda waiting=waiting: len(bookkeeper._writer._queue) == waiting)
-        try:
-            yield fsyncs
-        finally:
-            let_go.set()
-            for thread in threads:
-                thread.join()
-
-
-def test_batches_that_wait_share_an_fsync(path):
-    with bookkeeping(path) as bookkeeper:
-        small, large = [booking()], [booking()] * GROUP
-        calls = [partial(bookkeeper.book, samples) for samples in [small] * 20 + [large]]
-        with held_at_the_disk(bookkeeper, calls) as fsyncs:
-            assert len(fsyncs) == 1
-        assert len(fsyncs) == 3  # the first alone, the small ones together, the large one alone
-        assert bookkeeper.health()["samples"] == 20 + GROUP
-
-
-def test_it_answers_while_a_batch_is_on_its_way_to_the_disk(path):
-    with bookkeeping(path) as bookkeeper:
-        bookkeeper.book([booking(account="1")])
-        bookkeeper.book([booking(account="1")])
-        with held_at_the_disk(bookkeeper, [partial(bookkeeper.book, [booking(account="2")] * 500)]):
-            assert bookkeeper.predict([booking()]) == ["2"]  # learned, not counted
-            assert bookkeeper.metrics(10) == {"precision": 1, "recall": 1}
-            assert bookkeeper.health()["samples"] == 2
-        assert bookkeeper.predict([booking()]) == ["2"]
-
-
-def test_it_learns_a_large_batch_in_chunks_between_which_it_answers(path, monkeypatch):
-    sizes, answers = [], []
-    learn = NaiveBayes.learn
-
-    with bookkeeping(path) as bookkeeper:
-        bookkeeper.book([booking()])
-
-        def watched(self, found, lessons):
-            assert bookkeeper._changing.locked()
-            sizes.append(len(lessons))
-            learn(self, found, lessons)
-
-        def ask():
-            while not sizes or sum(sizes) < 1000:
-                answers.append(bookkeeper.predict([booking()]))
-
-        monkeypatch.setattr(NaiveBayes, "learn", watched)
-        asking = threading.Thread(target=ask)
-        asking.start()
-        bookkeeper.book(bookings(1000))
-        asking.join()
-    assert max(sizes) <= bookkeep.ROUND
-    assert sum(sizes) == 1000
-    assert answers
-
-
-def test_what_cannot_be_written_is_not_learned_and_can_be_sent_again(path, monkeypatch):
-    samples = bookings(300)
-    with bookkeeping(path) as bookkeeper:
-        bookkeeper.book(samples[:100])
-        bookkeeper.book(samples[100:200])
-        before = state(bookkeeper, samples)
-        with monkeypatch.context() as patch:
-
-            def broken(file):
-                raise OSError(28, "No space left on device")
-
-            patch.setattr(os, "fsync", broken)
-            with pytest.raises(NotStored, match="No space"):
-                bookkeeper.book(samples[200:])
-        assert state(bookkeeper, samples) == before
-        assert bookkeeper.book(samples[200:]) == range(200, 300)
-    assert [record["sample"] for record in read(path)] == samples
-
-
-def test_a_batch_that_fails_half_way_is_not_learned(path, monkeypatch):
-    samples = bookings(300)
-    with bookkeeping(path) as bookkeeper:
-        bookkeeper.book(samples[:100])
-        bookkeeper.book(samples[100:150])
-        before = state(bookkeeper, samples)
-        calibration = [*map(list, bookkeeper._calibration.state().values())]
-        weigh, calls = NaiveBayes.weigh, []
-
-        def broken(self, *arguments):
-            calls.append(arguments)
-            if len(calls) == 2:
-                raise MemoryError
-            return weigh(self, *arguments)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(NaiveBayes, "weigh", broken)
-            with pytest.raises(MemoryError):
-                bookkeeper.book(samples[150:])
-        assert len(calls) == 2
-        assert state(bookkeeper, samples) == before
-        assert [*map(list, bookkeeper._calibration.state().values())] == calibration
-        assert bookkeeper.book(samples[150:]) == range(150, 300)
-    assert counts(bookkeeper._model) == counts(taught(standing(path)))
-
-
-def test_a_named_batch_is_booked_once(path):
-    samples = bookings(50)
-    with bookkeeping(path) as bookkeeper:
-        bookkeeper.book([booking()])
-        first = bookkeeper.book(samples, "mine")
-        assert first == range(1, 51)
-        bookkeeper.book([booking()], "yours")
-        before = counts(bookkeeper._model)
-        assert bookkeeper.book(samples, "mine") == first
-        with pytest.raises(Conflict, match="take a new one"):
-            bookkeeper.book(samples[:-1], "mine")
-        with pytest.raises(Conflict):
-            bookkeeper.book([*samples[:-1], booking(account="0")], "mine")
-        assert counts(bookkeeper._model) == before
-        assert bookkeeper.book(samples) == range(52, 102)
-    with bookkeeping(path) as bookkeeper:
-        assert bookkeeper.book([dict(reversed(sample.items())) for sample in samples], "mine") == (
-            first
-        )
-        with pytest.raises(Conflict):
-            bookkeeper.book([booking(account="0")], "yours")
-        assert bookkeeper.health()["samples"] == 102
-    assert {record["batch"] for record in read(path)} == {0, "mine", "yours", 52}
-
-
-def answer_of(bookkeeper, samples, name):
-    """The numbers that the samples got, or what was raised."""
-    try:
-        return bookkeeper.book(samples, name)
-    except Exception as error:
-        return type(error)
-
-
-def test_a_named_batch_is_booked_once_by_many_threads_at_once(path):
-    answers = []
-
-    def send(account):
-        answers.append(answer_of(bookkeeper, [booking(account=account)], "mine"))
-
-    with bookkeeping(path) as bookkeeper:
-        calls = [partial(send, account) for account in "111111191911"]
-        with held_at_the_disk(bookkeeper, calls):
-            pass
-    assert Counter(answers) == {range(0, 1): 10, Conflict: 2}
-    assert len(read(path)) == 1
-
-
-def test_a_named_batch_that_was_not_written_is_booked_when_it_comes_again(path, monkeypatch):
-    with bookkeeping(path) as bookkeeper:
-        with monkeypatch.context() as patch:
-
-            def broken(file, data):
-                raise OSError(5, "Input/output error")
-
-            patch.setattr(os, "write", broken)
-            with pytest.raises(NotStored, match="Input/output"):
-                bookkeeper.book([booking()], "mine")
-        assert bookkeeper.book([booking(account="2")], "mine") == range(0, 1)
-
-
-def test_when_too_many_wait_no_more_are_taken(path, monkeypatch):
-    monkeypatch.setattr(bookkeep, "BACKLOG", 10)
-    with bookkeeping(path) as bookkeeper:
-        # The second has more than may wait, but it is the only one.
-        calls = [partial(bookkeeper.book, [booking()] * n) for n in (1, 20)]
-        with (
-            held_at_the_disk(bookkeeper, calls),
-            pytest.raises(Busy, match="in a second"),
-        ):
-            bookkeeper.book([booking()])
-        assert bookkeeper.book([booking()]) == range(21, 22)
-
-
-def test_if_learning_fails_nothing_more_is_booked_until_a_restart(path, monkeypatch):
-    answers = []
-
-    def send(account):
-        answers.append(answer_of(bookkeeper, [booking(account=account)] * GROUP, account))
-
-    def broken(*_):
-        wait_until(lambda: len(bookkeeper._writer._queue) == 2)
-        raise MemoryError
-
-    with bookkeeping(path) as bookkeeper:
-        bookkeeper.book([booking(account="1")])
-        sending = [threading.Thread(target=send, args=account) for account in "234"]
-        with monkeypatch.context() as patch:
-            patch.setattr(NaiveBayes, "learn", broken)
-            for thread in sending:
-                thread.start()
-            for thread in sending:
-                thread.join()
-        send("2")
-        assert Counter(answers) == {MemoryError: 1, NotReady: 3}
-        with pytest.raises(NotReady, match="started again"):
-            bookkeeper.health()
-        assert bookkeeper.predict([booking()]) == ["1"]
-    with bookkeeping(path) as bookkeeper:
-        assert bookkeeper.book([booking(account="2")] * GROUP, "2") == range(1, GROUP + 1)
-        assert bookkeeper.predict([booking()]) == ["2"]
-
-
-def test_a_named_batch_that_cannot_be_read_back_fails_alone(path):
-    answers = {}
-
-    def send(name):
-        answers[name] = answer_of(bookkeeper, [booking()], name)
-
-    with bookkeeping(path) as bookkeeper:
-        bookkeeper.book([booking()], "damaged")
-        path.write_bytes(path.read_bytes().replace(b"rent", b"Rent"))
-        calls = [partial(send, name) for name in ("a", "damaged", "b")]
-        with held_at_the_disk(bookkeeper, calls):
-            pass
-    assert answers == {"a": range(1, 2), "damaged": NotStored, "b": range(2, 3)}
-
-
-def test_a_closed_bookkeeper_books_what_waits_and_no_more(path):
-    bookkeeper = Bookkeeper(Log(path))
-    closing = threading.Thread(target=bookkeeper.close)
-    with held_at_the_disk(bookkeeper, [partial(bookkeeper.book, [booking()])] * 5):
-        closing.start()
-        wait_until(lambda: bookkeeper._writer._closed)
-        with pytest.raises(NotReady, match="started again"):
-            bookkeeper.book([booking()])
-    closing.join()
-    assert len(read(path)) == 5
-
-
 # --------------------------------------------------------------------------------------- Snapshot
 
 
@@ -2491,102 +1782,873 @@ def test_what_was_forgotten_is_in_no_snapshot(path):
     assert b"its own" not in said()
 
 
+# ----------------------------------------------------------------------------------------- Writer
+
+
+def test_batches_from_many_threads_are_each_booked_once_and_whole(path):
+    batches = batches_of(bookings(900), 3)
+    ranges = []
+    with bookkeeping(path) as bookkeeper:
+
+        def send(mine):
+            for batch in mine:
+                ranges.append((bookkeeper.book(batch), batch))
+
+        threads = [threading.Thread(target=send, args=(batches[i::8],)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        before = counts(bookkeeper._model)
+    records = read(path)
+    assert len(records) == 900
+    for numbers, batch in ranges:
+        assert [records[number]["sample"] for number in numbers] == batch
+        assert [records[number]["left"] for number in numbers] == [2, 1, 0]
+    with bookkeeping(path) as bookkeeper:
+        assert counts(bookkeeper._model) == before
+
+
+def test_batches_that_wait_share_an_fsync(path):
+    with bookkeeping(path) as bookkeeper:
+        small, large = [booking()], [booking()] * GROUP
+        calls = [partial(bookkeeper.book, samples) for samples in [small] * 20 + [large]]
+        with held_at_the_disk(bookkeeper, calls) as fsyncs:
+            assert len(fsyncs) == 1
+        assert len(fsyncs) == 3  # the first alone, the small ones together, the large one alone
+        assert bookkeeper.health()["samples"] == 20 + GROUP
+
+
+def test_bookings_that_wait_together_are_predicted_and_learned_as_one_batch(path, tmp_path):
+    batches = batches_of(bookings(400), 30)
+    together = list(itertools.chain(*batches[1:]))
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book(batches[0])
+        bookkeeper.book(together)
+    with bookkeeping(tmp_path / "other") as other:
+        calls = [partial(other.book, batch, f"key{i}") for i, batch in enumerate(batches)]
+        with held_at_the_disk(other, calls):
+            pass
+        assert counts(other._model) == counts(bookkeeper._model)
+        assert other.metrics(500) == bookkeeper.metrics(500)
+    records = [
+        [bookkeep._content(record) for record in read(log)] for log in (path, other.log.path)
+    ]
+    assert records[0] == records[1]
+    assert [record["batch"] for record in read(other.log.path)[28:32]] == ["key0"] * 2 + [
+        "key1"
+    ] * 2
+
+
+def test_it_answers_while_a_batch_is_on_its_way_to_the_disk(path):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking(account="1")])
+        bookkeeper.book([booking(account="1")])
+        with held_at_the_disk(bookkeeper, [partial(bookkeeper.book, [booking(account="2")] * 500)]):
+            assert bookkeeper.predict([booking()]) == ["2"]  # learned, not counted
+            assert bookkeeper.metrics(10) == {"precision": 1, "recall": 1}
+            assert bookkeeper.health()["samples"] == 2
+        assert bookkeeper.predict([booking()]) == ["2"]
+
+
+def test_it_learns_a_large_batch_in_chunks_between_which_it_answers(path, monkeypatch):
+    sizes, answers = [], []
+    learn = NaiveBayes.learn
+
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking()])
+
+        def watched(self, found, lessons):
+            assert bookkeeper._changing.locked()
+            sizes.append(len(lessons))
+            learn(self, found, lessons)
+
+        def ask():
+            while not sizes or sum(sizes) < 1000:
+                answers.append(bookkeeper.predict([booking()]))
+
+        monkeypatch.setattr(NaiveBayes, "learn", watched)
+        asking = threading.Thread(target=ask)
+        asking.start()
+        bookkeeper.book(bookings(1000))
+        asking.join()
+    assert max(sizes) <= bookkeep.ROUND
+    assert sum(sizes) == 1000
+    assert answers
+
+
+def test_changes_are_made_in_their_turn(path):
+    answers = {}
+
+    def call(turn, method, *arguments):
+        answers[turn] = method(*arguments)
+
+    with bookkeeping(path) as bookkeeper:
+        changes = [
+            (bookkeeper.book, [booking(account="1")]),
+            (bookkeeper.book, [booking(account="1")]),
+            (bookkeeper.correct, 1, "2"),
+            (bookkeeper.book, [booking(account="3")]),
+            (bookkeeper.forget, "A"),
+            (bookkeeper.book, [booking(account="4")]),
+        ]
+        calls = [partial(call, turn, *change) for turn, change in enumerate(changes)]
+        with held_at_the_disk(bookkeeper, calls):
+            pass
+        expected = [range(0, 1), range(1, 2), "1", range(3, 4), 3, range(4, 5)]
+        assert [answers[turn] for turn in range(6)] == expected
+        assert bookkeeper.predict([booking()]) == ["4"]
+
+
+def test_what_cannot_be_written_is_not_learned_and_can_be_sent_again(path, monkeypatch):
+    samples = bookings(300)
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book(samples[:100])
+        bookkeeper.book(samples[100:200])
+        before = state(bookkeeper, samples)
+        with monkeypatch.context() as patch:
+
+            def broken(file):
+                raise OSError(28, "No space left on device")
+
+            patch.setattr(os, "fsync", broken)
+            with pytest.raises(NotStored, match="No space"):
+                bookkeeper.book(samples[200:])
+        assert state(bookkeeper, samples) == before
+        assert bookkeeper.book(samples[200:]) == range(200, 300)
+    assert [record["sample"] for record in read(path)] == samples
+
+
+def test_a_batch_that_fails_half_way_is_not_learned(path, monkeypatch):
+    samples = bookings(300)
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book(samples[:100])
+        bookkeeper.book(samples[100:150])
+        before = state(bookkeeper, samples)
+        calibration = [*map(list, bookkeeper._calibration.state().values())]
+        weigh, calls = NaiveBayes.weigh, []
+
+        def broken(self, *arguments):
+            calls.append(arguments)
+            if len(calls) == 2:
+                raise MemoryError
+            return weigh(self, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(NaiveBayes, "weigh", broken)
+            with pytest.raises(MemoryError):
+                bookkeeper.book(samples[150:])
+        assert len(calls) == 2
+        assert state(bookkeeper, samples) == before
+        assert [*map(list, bookkeeper._calibration.state().values())] == calibration
+        assert bookkeeper.book(samples[150:]) == range(150, 300)
+    assert counts(bookkeeper._model) == counts(taught(standing(path)))
+
+
+def test_a_named_batch_is_booked_once_by_many_threads_at_once(path):
+    answers = []
+
+    def send(account):
+        answers.append(answer_of(bookkeeper, [booking(account=account)], "mine"))
+
+    with bookkeeping(path) as bookkeeper:
+        calls = [partial(send, account) for account in "111111191911"]
+        with held_at_the_disk(bookkeeper, calls):
+            pass
+    assert Counter(answers) == {range(0, 1): 10, Conflict: 2}
+    assert len(read(path)) == 1
+
+
+def test_when_too_many_wait_no_more_are_taken(path, monkeypatch):
+    monkeypatch.setattr(bookkeep, "BACKLOG", 10)
+    with bookkeeping(path) as bookkeeper:
+        # The second has more than may wait, but it is the only one.
+        calls = [partial(bookkeeper.book, [booking()] * n) for n in (1, 20)]
+        with (
+            held_at_the_disk(bookkeeper, calls),
+            pytest.raises(Busy, match="in a second"),
+        ):
+            bookkeeper.book([booking()])
+        assert bookkeeper.book([booking()]) == range(21, 22)
+
+
+def test_if_learning_fails_nothing_more_is_booked_until_a_restart(path, monkeypatch):
+    answers = []
+
+    def send(account):
+        answers.append(answer_of(bookkeeper, [booking(account=account)] * GROUP, account))
+
+    def broken(*_):
+        wait_until(lambda: len(bookkeeper._writer._queue) == 2)
+        raise MemoryError
+
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking(account="1")])
+        sending = [threading.Thread(target=send, args=account) for account in "234"]
+        with monkeypatch.context() as patch:
+            patch.setattr(NaiveBayes, "learn", broken)
+            for thread in sending:
+                thread.start()
+            for thread in sending:
+                thread.join()
+        send("2")
+        assert Counter(answers) == {MemoryError: 1, NotReady: 3}
+        with pytest.raises(NotReady, match="started again"):
+            bookkeeper.health()
+        assert bookkeeper.predict([booking()]) == ["1"]
+    with bookkeeping(path) as bookkeeper:
+        assert bookkeeper.book([booking(account="2")] * GROUP, "2") == range(1, GROUP + 1)
+        assert bookkeeper.predict([booking()]) == ["2"]
+
+
+def test_a_named_batch_that_cannot_be_read_back_fails_alone(path):
+    answers = {}
+
+    def send(name):
+        answers[name] = answer_of(bookkeeper, [booking()], name)
+
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking()], "damaged")
+        path.write_bytes(path.read_bytes().replace(b"rent", b"Rent"))
+        calls = [partial(send, name) for name in ("a", "damaged", "b")]
+        with held_at_the_disk(bookkeeper, calls):
+            pass
+    assert answers == {"a": range(1, 2), "damaged": NotStored, "b": range(2, 3)}
+
+
+def test_a_closed_bookkeeper_books_what_waits_and_no_more(path):
+    bookkeeper = Bookkeeper(Log(path))
+    closing = threading.Thread(target=bookkeeper.close)
+    with held_at_the_disk(bookkeeper, [partial(bookkeeper.book, [booking()])] * 5):
+        closing.start()
+        wait_until(lambda: bookkeeper._writer._closed)
+        with pytest.raises(NotReady, match="started again"):
+            bookkeeper.book([booking()])
+    closing.join()
+    assert len(read(path)) == 5
+
+
+# ------------------------------------------------------------------------------------- Bookkeeper
+
+
+def test_learns_what_it_books(path):
+    with bookkeeping(path) as bookkeeper:
+        with pytest.raises(NotReady, match="no model"):
+            bookkeeper.predict([booking()])
+        with pytest.raises(NotReady, match="nothing has been predicted"):
+            bookkeeper.metrics(10)
+        assert bookkeeper.book([booking(), booking(text="food", account="7000")]) == range(0, 2)
+        assert bookkeeper.predict([booking(text="food"), booking()]) == ["7000", "3115"]
+        with pytest.raises(NotReady, match="nothing has been predicted"):
+            bookkeeper.metrics(10)
+        assert bookkeeper.book([]) == range(2, 2)
+        assert bookkeeper.book([booking(text="food", account="7000")]) == range(2, 3)
+        assert bookkeeper.metrics(10) == {"precision": 1, "recall": 1}
+        health = bookkeeper.health()
+        assert health.pop("uptime") >= 0
+        assert health == {
+            "status": "ok",
+            "samples": 3,
+            "lines": 3,
+            "accounts": 2,
+            "companies": 1,
+            "tokens": len({*tokens(booking()), *tokens(booking(text="food"))}),
+        }
+
+
+def test_a_batch_is_predicted_whole_before_any_of_it_is_learned(path):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking(account="1")])
+        bookkeeper.book([booking(text="new", account="2")] * 200)
+        bookkeeper.book([booking(text="new", account="2")])
+    records = read(path)
+    assert [record["predicted"] for record in records] == [None, *["1"] * 200, "2"]
+    assert [record["sample"]["AccountNumber"] for record in records[:2]] == ["1", "2"]
+
+
+def test_a_sample_that_others_of_its_batch_have_taught_surprises_less(path):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking(account="1")])
+        bookkeeper.book([booking(text="new", account="2")] * 200)
+    weights = [record["weight"] for record in read(path)[1:]]
+    first, *later = bookkeep.rounds(200)
+    assert {*weights[first]} == {1}
+    assert all(max(weights[part]) < 1 for part in later)
+
+
+def test_metrics_are_those_of_the_last_n_predictions(path):
+    with bookkeeping(path) as bookkeeper:
+        for batch in batches_of(bookings(500), 60):
+            bookkeeper.book(batch)
+        pairs = [
+            (record["sample"]["AccountNumber"], record["predicted"])
+            for record in map(json.loads, path.read_text().splitlines())
+            if record["predicted"]
+        ]
+        assert len(pairs) == 440
+        for n in (1, 7, 100, 440, 10_000):
+            booked, predicted = zip(*pairs[-n:], strict=True)
+            assert bookkeeper.metrics(n) == pytest.approx(
+                {
+                    name: score(booked, predicted, average="macro", zero_division=0)
+                    for name, score in (("precision", precision_score), ("recall", recall_score))
+                }
+            )
+
+
+def test_a_restart_changes_nothing(path):
+    samples, asked = bookings(3000), bookings(50, seed=1)
+    with bookkeeping(path) as bookkeeper:
+        for batch in batches_of(samples, 170):
+            bookkeeper.book(batch)
+        before = state(bookkeeper, asked)
+    with bookkeeping(path) as bookkeeper:
+        assert state(bookkeeper, asked) == before
+        assert bookkeeper.book([booking()]) == range(3000, 3001)
+    assert [record["sample"] for record in read(path)] == [*samples, booking()]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"weight": 0.83},
+        {"weight": 2},
+        {"weight": "1"},
+        {"against": None},
+        {"against": ["1"]},
+        {"against": {"1": 0}},
+        {"against": {"1": 0.83}},
+        {"against": {"1": 2}},
+        {"against": {"": 0.5}},
+        {"predicted": ["1"]},
+        {"sample": booking(account="")},
+        {"sample": None},
+        {"sample": {"CompanyId": "A"}},
+    ],
+    ids=str,
+)
+def test_a_record_that_makes_no_sense_is_refused_with_its_line(path, damage):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking(account="1")])
+        bookkeeper.book([booking(account="1"), booking(account="9")])
+    assert_refused(path, 2, damage)
+
+
+def assert_refused(path, line, damage):
+    """Changes that line, from 1, and sees that no bookkeeper takes the log."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[line - 1] = changed(lines[line - 1], **damage)
+    path.write_bytes(b"".join(lines))
+    log = Log(path)
+    with pytest.raises(LogError, match=f"is damaged, line {line}: "):
+        Bookkeeper(log)
+    log.close()
+
+
+def test_suggestions_agree_with_predictions_and_their_reasons_add_up(path):
+    with bookkeeping(path) as bookkeeper:
+        with pytest.raises(NotReady, match="no model"):
+            bookkeeper.suggest(booking(), 3)
+        for batch in batches_of(bookings(800), 50):
+            bookkeeper.book(batch)
+        for sample in [*bookings(40, seed=1), booking(text="rent rent nobody knows")]:
+            suggestions = bookkeeper.suggest(sample, 20)
+            accounts = [suggestion["account"] for suggestion in suggestions]
+            assert accounts[0] == bookkeeper.predict([sample])[0]
+            assert len({*accounts}) == len(accounts) == 8
+            assert bookkeeper.suggest(sample, 1) == suggestions[:1]
+            [scores] = bookkeeper._model.joint_log_likelihood([tokens(sample)])
+            score = {name: scores[number] for name, number in bookkeeper._model.accounts.items()}
+            assert accounts == sorted(score, key=score.get, reverse=True)
+            assert [suggestion["over"] for suggestion in suggestions] == [
+                accounts[1],
+                *[accounts[0]] * 7,
+            ]
+            confidences = [suggestion["confidence"] for suggestion in suggestions]
+            assert confidences == sorted(confidences, reverse=True)
+            for suggestion in suggestions:
+                reasons = suggestion["reasons"]
+                weights = [reason["weight"] for reason in reasons]
+                assert weights == sorted(weights, reverse=True)
+                assert sum(weights) + suggestion["prior"] == pytest.approx(
+                    suggestion["margin"], abs=1e-3
+                )
+                difference = score[suggestion["account"]] - score[suggestion["over"]]
+                assert suggestion["margin"] == pytest.approx(difference, abs=1e-4)
+                said = [(reason["kind"], reason["token"]) for reason in reasons]
+                assert len({*said}) == len(said)
+                assert {*said} <= {*bookkeep.wordings(sample)}
+                assert "knows" not in {token for _, token in said}
+
+
+def test_a_reason_is_what_the_word_says_for_one_account_over_the_other(path):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking(text="rent", account="1"), booking(text="food", account="2")])
+        [first, second] = bookkeeper.suggest(booking(text="rent food rent"), 3)
+        assert (first["account"], first["over"], second["account"]) == ("1", "2", "2")
+        assert first["prior"] == 0
+        weights = {(r["kind"], r["token"]): r["weight"] for r in first["reasons"]}
+        odds = np.log((1 + bookkeep.ALPHA) / bookkeep.ALPHA)
+        for kind in bookkeep.KINDS[2:4]:
+            assert weights[kind, "rent"] == pytest.approx(2 * odds, abs=1e-4)
+            assert weights[kind, "food"] == pytest.approx(-odds, abs=1e-4)
+        for kind in bookkeep.KINDS[4:6]:
+            assert weights[kind, "rent"] == pytest.approx(odds, abs=1e-4)
+        assert (bookkeep.KINDS[6], "rent food") not in weights
+        assert second["margin"] == -first["margin"]
+
+
+def test_one_account_alone_is_suggested_without_reasons(path):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking()])
+        assert bookkeeper.suggest(booking(), 3) == [
+            {
+                "account": "3115",
+                "confidence": 0,
+                "over": None,
+                "margin": None,
+                "prior": None,
+                "reasons": [],
+            }
+        ]
+
+
+def test_confidence_is_the_record_of_earlier_predictions_only(path):
+    calibration = Calibration()
+    batches = batches_of(bookings(900), 60)
+    with bookkeeping(path) as bookkeeper:
+        for batch in batches:
+            bookkeeper.book(batch)
+            records = read_lines(path)[-len(batch) :]
+            if records[0]["predicted"] is None:
+                continue
+            evidence = [r["margin"] / len(tokens(r["sample"])) for r in records]
+            expected = calibration.confidence(evidence)[:, 0]
+            assert [r["confidence"] for r in records] == expected.round(4).tolist()
+            right = [r["predicted"] == r["sample"]["AccountNumber"] for r in records]
+            assert [r["rank"] == 1 for r in records] == right
+            calibration.add(evidence, [r["rank"] or 0 for r in records])
+        sample = bookings(1, seed=1)[0]
+        suggestions = bookkeeper.suggest(sample, 8)
+        confidences = [suggestion["confidence"] for suggestion in suggestions]
+        expected = calibration.confidence([suggestions[0]["margin"] / len(tokens(sample))])[0]
+        assert confidences == expected[:8].round(4).tolist()
+        assert len({*confidences}) > 2
+
+
+def test_a_correction_unlearns_the_old_and_learns_the_new(path):
+    samples = bookings(400)
+    with bookkeeping(path) as bookkeeper:
+        for batch in batches_of(samples, 40):
+            bookkeeper.book(batch)
+        before = path.read_bytes()
+        assert bookkeeper.correct(123, "new") == samples[123]["AccountNumber"]
+        assert bookkeeper.correct(7, "3003") == samples[7]["AccountNumber"]
+        assert bookkeeper.correct(123, "3001") == "new"
+        assert path.read_bytes().startswith(before)
+        lines = read_lines(path)[400:]
+        assert [(line["corrects"], line["AccountNumber"]) for line in lines] == [
+            (123, "new"),
+            (7, "3003"),
+            (123, "3001"),
+        ]
+        assert lines[0]["weight"] == 1  # nobody had booked to it
+        assert bookkeeper.correct(123, "3001") == "3001"
+        assert len(path.read_bytes().splitlines()) == 403  # it was so already
+        assert bookkeeper.health()["samples"] == 400
+        assert counts(bookkeeper._model) == counts(taught(standing(path)))
+        corrected = [*samples[:7], samples[7] | {"AccountNumber": "3003"}, *samples[8:]]
+        corrected[123] = samples[123] | {"AccountNumber": "3001"}
+        assert [(tokens(c), c["AccountNumber"]) for c in corrected] == [
+            (document, lesson.account) for document, lesson in standing(path)
+        ]
+        calibration = Calibration()
+        for record, (document, lesson) in zip(read_lines(path), standing(path), strict=False):
+            if record["predicted"]:
+                ranks = {record["sample"]["AccountNumber"]: record["rank"], record["predicted"]: 1}
+                margin = record["margin"] / len(document)
+                calibration.add([margin], [ranks.get(lesson.account) or 0])
+        margins = np.linspace(0, 9)
+        expected = calibration.confidence(margins)
+        assert np.array_equal(bookkeeper._calibration.confidence(margins), expected)
+        known = state(bookkeeper, samples[:50])
+        suggested = [bookkeeper.suggest(sample, 5) for sample in samples[:50]]
+        reported = bookkeeper.report(1000)
+    with bookkeeping(path) as bookkeeper:
+        assert state(bookkeeper, samples[:50]) == known
+        assert [bookkeeper.suggest(sample, 5) for sample in samples[:50]] == suggested
+        assert bookkeeper.report(1000) == reported
+        assert bookkeeper.correct(123, "x") == "3001"
+        assert counts(bookkeeper._model) == counts(taught(standing(path)))
+
+
+def test_metrics_score_the_old_prediction_against_the_corrected_account(path):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking(account="1")])
+        bookkeeper.book([booking(account="2")])
+        assert bookkeeper.metrics(10) == {"precision": 0, "recall": 0}
+        assert bookkeeper.suggest(booking(), 1)[0]["confidence"] == 0
+        bookkeeper.correct(1, "1")
+        assert bookkeeper.metrics(10) == {"precision": 1, "recall": 1}
+        assert bookkeeper.predict([booking()]) == ["1"]
+        assert bookkeeper.suggest(booking(), 1)[0]["confidence"] == pytest.approx(1 / 3, abs=1e-4)
+        bookkeeper.correct(0, "3")  # which was never predicted
+        assert bookkeeper.metrics(10) == {"precision": 1, "recall": 1}
+
+
+def test_a_mistake_that_was_corrected_is_not_repeated(path):
+    with bookkeeping(path) as bookkeeper:
+        for batch in batches_of(bookings(300), 30):
+            bookkeeper.book(batch)
+        wrong = booking(text="new supplier", account="3001")
+        [seq] = bookkeeper.book([wrong])
+        assert bookkeeper.predict([wrong]) == ["3001"]
+        bookkeeper.correct(seq, "6700")
+        assert bookkeeper.predict([wrong]) == ["6700"]
+
+
+def test_a_company_that_is_forgotten_was_never_there(path):
+    samples = bookings(600)
+    company = samples[0]["CompanyId"]
+    others = [sample for sample in samples if sample["CompanyId"] != company]
+    mine = [seq for seq, sample in enumerate(samples) if sample["CompanyId"] == company]
+    with bookkeeping(path) as bookkeeper:
+        for number, batch in enumerate(batches_of(samples, 50)):
+            bookkeeper.book(batch, f"key{number}")
+        other = next(seq for seq in range(600) if seq not in mine)
+        for number, seq in enumerate((mine[0], other, mine[5], mine[0])):
+            bookkeeper.correct(seq, f"account{number}")
+        kept = {
+            record["seq"]: record
+            for record in read_lines(path)
+            if record.get("corrects", record["seq"]) not in mine
+        }
+        assert bookkeeper.forget(company) == len(mine) > 50
+        assert bookkeep._digest.cache_info().currsize == 0
+        left = read_lines(path)
+        assert [record["seq"] for record in left] == list(range(604))
+        for record in left:
+            assert kept.get(record["seq"], record) == record
+            assert (record.keys() == {*bookkeep.PLACE, "crc"}) == (record["seq"] not in kept)
+        assert company not in path.read_text()
+        assert re.findall("account[0-9]", path.read_text()) == ["account1"]
+        assert counts(bookkeeper._model) == counts(taught(standing(path)))
+        assert bookkeeper.health()["samples"] == len(others)
+        assert bookkeeper.health()["companies"] == 4
+        with pytest.raises(NotFound):
+            bookkeeper.forget(company)
+        with pytest.raises(NotFound):
+            bookkeeper.report(10, company)
+        with pytest.raises(NotFound, match=f"there is no booking {mine[1]}"):
+            bookkeeper.correct(mine[1], "1")
+        known = state(bookkeeper, samples[:50])
+        suggested = [bookkeeper.suggest(sample, 5) for sample in samples[:50]]
+    with bookkeeping(path) as bookkeeper:
+        assert state(bookkeeper, samples[:50]) == known
+        assert [bookkeeper.suggest(sample, 5) for sample in samples[:50]] == suggested
+        # A batch that comes again brings nothing back.
+        assert bookkeeper.book(samples[:50], "key0") == range(0, 50)
+        with pytest.raises(Conflict):
+            bookkeeper.book([booking()] * 50, "key0")
+        with pytest.raises(Conflict):
+            bookkeeper.book(samples[:49], "key0")
+        assert bookkeeper.book([booking(company=company)]) == range(604, 605)
+        assert bookkeeper.forget(company) == 1
+
+
+def test_when_all_is_forgotten_there_is_no_model(path):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking()])
+        bookkeeper.book([booking()])
+        assert bookkeeper.forget("A") == 2
+        for ask in (bookkeeper.predict, lambda samples: bookkeeper.suggest(samples[0], 1)):
+            with pytest.raises(NotReady, match="no model"):
+                ask([booking()])
+        with pytest.raises(NotReady):
+            bookkeeper.metrics(1)
+        health = bookkeeper.health()
+        assert [health[key] for key in ("samples", "accounts", "companies", "tokens")] == [0] * 4
+        assert bookkeeper.book([booking(account="2")]) == range(2, 3)
+        assert read_lines(path)[2]["predicted"] is None
+        assert bookkeeper.predict([booking()]) == ["2"]
+        assert [suggestion["account"] for suggestion in bookkeeper.suggest(booking(), 3)] == ["2"]
+
+
+@given(st.data())
+@settings(max_examples=15)
+def test_any_mix_of_bookings_corrections_and_forgetting_is_exact(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("mix") / "log.jsonl"
+    bookkeeper = Bookkeeper(Log(path))
+    try:
+        for _ in range(data.draw(st.integers(1, 20))):
+            match data.draw(st.sampled_from(["book", "book", "correct", "forget", "restart"])):
+                case "book":
+                    seed = data.draw(st.integers(0, 9))
+                    bookkeeper.book(bookings(data.draw(st.integers(0, 30)), seed))
+                case "correct":
+                    seq = data.draw(st.integers(0, 60))
+                    with suppress(NotFound):
+                        bookkeeper.correct(seq, data.draw(st.sampled_from(["3001", "3005", "new"])))
+                case "forget":
+                    with suppress(NotFound):
+                        bookkeeper.forget(f"company{data.draw(st.integers(0, 4))}")
+                case "restart":
+                    bookkeeper.close()
+                    bookkeeper = Bookkeeper(Log(path))
+        learned = standing(path)
+        assert counts(bookkeeper._model) == counts(taught(learned))
+        assert bookkeeper.health()["samples"] == len(learned)
+        asked = bookings(5, seed=10)
+        names = [lesson.account for _, lesson in learned]
+
+        def known():
+            with suppress(NotReady):
+                return bookkeeper.metrics(50), bookkeeper.suggest(asked[0], 1)[0]["confidence"]
+
+        before = known()
+        bookkeeper.close()
+        bookkeeper = Bookkeeper(Log(path))
+        assert known() == before
+        assert bookkeeper.health()["accounts"] == len({*names})
+    finally:
+        bookkeeper.close()
+
+
+@pytest.mark.parametrize("change", ["correct", "forget"])
+def test_a_change_that_cannot_be_written_is_not_made(path, monkeypatch, change):
+    samples = bookings(100)
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book(samples[:50])
+        bookkeeper.book(samples[50:])
+        before, log = state(bookkeeper, samples), path.read_bytes()
+        with monkeypatch.context() as patch:
+
+            def broken(file):
+                raise OSError(28, "No space left on device")
+
+            patch.setattr(os, "fsync", broken)
+            with pytest.raises(NotStored, match="No space"):
+                bookkeeper.correct(3, "1") if change == "correct" else bookkeeper.forget("company1")
+        assert state(bookkeeper, samples) == before
+        assert path.read_bytes() == log
+        assert bookkeeper.correct(3, "1") == samples[3]["AccountNumber"]
+        assert bookkeeper.forget("company1") > 0
+
+
+def test_after_a_removal_that_may_not_be_on_disk_nothing_is_booked(path, monkeypatch):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking()])
+        with monkeypatch.context() as patch:
+
+            def broken(folder):
+                raise OSError(5, "Input/output error")
+
+            patch.setattr(bookkeep, "_fsync_folder", broken)
+            with pytest.raises(NotReady, match="started again"):
+                bookkeeper.forget("A")
+        with pytest.raises(NotReady, match="started again"):
+            bookkeeper.book([booking()])
+    with bookkeeping(path) as bookkeeper:
+        assert bookkeeper.health()["samples"] == 0
+
+
+def test_a_booking_that_cannot_be_read_is_neither_corrected_nor_forgotten(path):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking()])
+        path.write_bytes(path.read_bytes().replace(b"rent", b"Rent"))
+        with pytest.raises(NotStored, match="line 1 of the log could not be read"):
+            bookkeeper.correct(0, "1")
+        with pytest.raises(NotStored):
+            bookkeeper.forget("A")
+        assert bookkeeper.book([booking()]) == range(1, 2)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"corrects": 2}, {"corrects": 9}, {"corrects": "0"}, {"AccountNumber": ""}, {"weight": 2}],
+    ids=str,
+)
+def test_a_correction_that_makes_no_sense_is_refused_with_its_line(path, damage):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking(), booking()])
+        bookkeeper.correct(1, "1")
+        bookkeeper.correct(0, "1")
+    assert_refused(path, 4, damage)
+    status, out, _ = run(HERE / "bookkeep.py", "check", path)
+    assert status == 1
+    assert f"{path}, line 4: " in out
+
+
+def test_a_report_is_of_the_last_n_predictions_as_they_stand(path):
+    with bookkeeping(path) as bookkeeper:
+        with pytest.raises(NotReady):
+            bookkeeper.report(10)
+        for batch in batches_of(bookings(500), 60):
+            bookkeeper.book(batch)
+        bookkeeper.correct(450, "corrected")
+        rows = [
+            (line["sample"]["CompanyId"], line["sample"]["AccountNumber"], *map(line.get, KEYS))
+            if line["seq"] != 450
+            else (line["sample"]["CompanyId"], "corrected", *map(line.get, KEYS))
+            for line in read_lines(path)
+            if line.get("predicted")
+        ]
+        for n, company in ((1, None), (100, None), (10**6, None), (30, "company1")):
+            expected = [row for row in rows if company in (None, row[0])][-n:]
+            _, booked, predicted, confidence = zip(*expected, strict=True)
+            right = np.array(booked) == np.array(predicted)
+            report = bookkeeper.report(n, company)
+            assert report["support"] == len(expected)
+            assert report["accuracy"] == right.mean()
+            for name, score in (("precision", precision_score), ("recall", recall_score)):
+                expected = score(booked, predicted, average="macro", zero_division=0)
+                assert report[name] == pytest.approx(expected)
+            confused = Counter((b, p) for b, p in zip(booked, predicted, strict=True) if b != p)
+            assert [row["count"] for row in report["confused"]] == [
+                count for _, count in confused.most_common(10)
+            ]
+            for row in report["confused"]:
+                assert confused[row["booked"], row["predicted"]] == row["count"]
+            assert [row["at_least"] for row in report["confidence"]] == [0.5, 0.8, 0.9, 0.95, 0.99]
+            for row in report["confidence"]:
+                sure = right[np.array(confidence) >= row["at_least"]]
+                assert row["share"] == len(sure) / len(right)
+                assert row["accuracy"] == (sure.mean() if len(sure) else None)
+        with pytest.raises(NotFound):
+            bookkeeper.report(10, "company9")
+
+
+KEYS = ("predicted", "confidence")
+
+
+def test_the_overview_is_what_metrics_and_the_log_say(path):
+    with bookkeeping(path) as bookkeeper:
+        empty = bookkeeper.overview()
+        assert empty["health"]["samples"] == 0
+        assert [empty[key] for key in ("metrics", "curve", "confidence", "wrong", "unsure")] == [
+            None, [], [], [], []
+        ]  # fmt: skip
+        for batch in batches_of(bookings(3000), 200):
+            bookkeeper.book(batch)
+        for _ in range(2):
+            overview = bookkeeper.overview()
+            records = [record for record in read_lines(path) if "sample" in record]
+            last = {r["corrects"]: r["AccountNumber"] for r in read_lines(path) if "corrects" in r}
+            booked = [last.get(r["seq"], r["sample"]["AccountNumber"]) for r in records]
+            assert overview["metrics"] == bookkeeper.metrics(1000)
+            ends = [point["bookings"] for point in overview["curve"]]
+            assert ends == list(range(250, 3001, 250))
+            for point in overview["curve"]:
+                end = point["bookings"]
+                window = range(max(200, end - 1000), end)
+                pairs = [[records[i]["predicted"] for i in window], [booked[i] for i in window]]
+                assert point["accuracy"] == np.mean([p == b for p, b in zip(*pairs, strict=True)])
+                for name, score in (("precision", precision_score), ("recall", recall_score)):
+                    expected = score(*pairs[::-1], average="macro", zero_division=0)
+                    assert point[name] == pytest.approx(expected)
+            wrong = [
+                (r["seq"], b, r["predicted"], r["confidence"], r["sample"]["BankEntryText"])
+                for r, b in zip(records, booked, strict=True)
+                if r["predicted"] not in (None, b)
+            ]
+            assert wrong[:-11:-1] == [
+                (*map(row.get, ("seq", "booked", "predicted", "confidence", "text")),)
+                for row in overview["wrong"]
+            ]
+            unsure = sorted(records[-1000:], key=lambda r: (np.float32(r["confidence"]), -r["seq"]))
+            assert [row["seq"] for row in overview["unsure"]] == [r["seq"] for r in unsure[:10]]
+            levels = [row["at_least"] for row in overview["confidence"]]
+            assert levels == [*np.arange(20) / 20, 0.99]
+            assert overview["confidence"][0] == {
+                "at_least": 0,
+                "share": 1,
+                "accuracy": bookkeeper.report(10_000)["accuracy"],
+            }
+            for seq in (1100, 2999):
+                bookkeeper.correct(seq, "corrected")
+
+
+def test_the_last_batch_is_watched_without_what_was_forgotten(path):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking(account="1")])
+        assert "last_batch_accuracy" not in bookkeeper.gauges()
+        bookkeeper.book([booking(account="2")] * 3)
+        bookkeeper.book([booking("B", account="2"), booking(account="1")])
+        assert bookkeeper.gauges()["last_batch_accuracy"][1] == 0.5
+        bookkeeper.book([])
+        bookkeeper.correct(0, "3")
+        bookkeeper.forget("A")
+        assert bookkeeper.gauges()["last_batch_accuracy"][1] == 1
+    with bookkeeping(path) as bookkeeper:
+        assert "last_batch_accuracy" not in bookkeeper.gauges()
+
+
+def test_the_overview_leaves_out_what_is_forgotten_meanwhile(path, monkeypatch):
+    with bookkeeping(path) as bookkeeper:
+        for batch in batches_of(bookings(100), 50):
+            bookkeeper.book(batch)
+        record = Log.record
+
+        def forgotten_first(log, seq):
+            monkeypatch.setattr(Log, "record", record)
+            bookkeeper.forget("company1")
+            return record(log, seq)
+
+        monkeypatch.setattr(Log, "record", forgotten_first)
+        overview = bookkeeper.overview()
+        assert overview["health"]["companies"] == 5
+        left = {row["company"] for row in overview["wrong"] + overview["unsure"]}
+        assert left == {"company0", "company2", "company3", "company4"}
+
+
+def test_the_learning_curve_has_at_most_129_points(path, monkeypatch):
+    monkeypatch.setattr(bookkeep, "WINDOW", 8)
+    with bookkeeping(path) as bookkeeper:
+        for batch in batches_of(bookings(1000), 100):
+            bookkeeper.book(batch)
+        ends = [point["bookings"] for point in bookkeeper.overview()["curve"]]
+        assert ends == [*range(104, 1000, 8), 1000]
+
+
+def test_a_named_batch_is_booked_once(path):
+    samples = bookings(50)
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking()])
+        first = bookkeeper.book(samples, "mine")
+        assert first == range(1, 51)
+        bookkeeper.book([booking()], "yours")
+        before = counts(bookkeeper._model)
+        assert bookkeeper.book(samples, "mine") == first
+        with pytest.raises(Conflict, match="take a new one"):
+            bookkeeper.book(samples[:-1], "mine")
+        with pytest.raises(Conflict):
+            bookkeeper.book([*samples[:-1], booking(account="0")], "mine")
+        assert counts(bookkeeper._model) == before
+        assert bookkeeper.book(samples) == range(52, 102)
+    with bookkeeping(path) as bookkeeper:
+        assert bookkeeper.book([dict(reversed(sample.items())) for sample in samples], "mine") == (
+            first
+        )
+        with pytest.raises(Conflict):
+            bookkeeper.book([booking(account="0")], "yours")
+        assert bookkeeper.health()["samples"] == 102
+    assert {record["batch"] for record in read(path)} == {0, "mine", "yours", 52}
+
+
+def test_a_named_batch_that_was_not_written_is_booked_when_it_comes_again(path, monkeypatch):
+    with bookkeeping(path) as bookkeeper:
+        with monkeypatch.context() as patch:
+
+            def broken(file, data):
+                raise OSError(5, "Input/output error")
+
+            patch.setattr(os, "write", broken)
+            with pytest.raises(NotStored, match="Input/output"):
+                bookkeeper.book([booking()], "mine")
+        assert bookkeeper.book([booking(account="2")], "mine") == range(0, 1)
+
+
 # ------------------------------------------------------------------------------------------- HTTP
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
-
-
-class Service:
-    """A real bookkeep.py in a process of its own."""
-
-    def __init__(self, log, *options, port=None, limit=None, unsaved=bookkeep.UNSAVED):
-        self.port = port or free_port()
-        self.messages = log.with_suffix(".stderr")
-        with open(self.messages, "wb") as stderr:
-            self.process = subprocess.Popen(
-                [sys.executable, SERVICE, f"--log={log}", f"--port={self.port}", *options],
-                env=os.environ | {"BOOKKEEP_UNSAVED": str(unsaved)},
-                cwd=HERE,
-                stderr=stderr,
-                preexec_fn=limit,
-            )
-        wait_until(lambda: self.process.poll() is not None or self.listens())
-
-    def listens(self):
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
-
-    def ask(self, method, path, content=None, *, body=None, headers=None, kind="application/json"):
-        """The status, the headers and the answer, read as JSON if it must be that."""
-        if content is not None:
-            body = json.dumps(content).encode()
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
-        try:
-            connection.request(
-                method, path, body, {"Content-Type": "application/json"} | (headers or {})
-            )
-            response = connection.getresponse()
-            assert response.headers["Content-Type"] == kind
-            answer = response.read()
-            return (
-                response.status,
-                response.headers,
-                json.loads(answer) if kind == "application/json" else answer,
-            )
-        finally:
-            connection.close()
-
-    def get(self, path):
-        status, _, answer = self.ask("GET", path)
-        return status, answer
-
-    def delete(self, path):
-        status, _, answer = self.ask("DELETE", path)
-        return status, answer
-
-    def post(self, path, content):
-        status, _, answer = self.ask("POST", path, content)
-        return status, answer
-
-    def samples(self):
-        return self.get("/health")[1]["samples"]
-
-    def stop(self, number=signal.SIGTERM):
-        """The exit status after this signal."""
-        self.process.send_signal(number)
-        return self.process.wait(30)
-
-    def said(self):
-        return self.messages.read_text()
-
-
-@pytest.fixture
-def serve(tmp_path):
-    """Starts services, and kills them at the end."""
-    services = []
-
-    def start(*options, log=tmp_path / "log.jsonl", **more):
-        services.append(Service(log, *options, **more))
-        return services[-1]
-
-    yield start
-    for service in services:
-        service.process.kill()
-        service.process.wait()
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory):
-    """One that all tests share which store nothing in it."""
-    service = Service(tmp_path_factory.mktemp("shared") / "log.jsonl", "--max-body=300000")
-    assert service.post("/sample", [booking(account="1")])[0] == 200
-    assert service.post("/sample", [booking(account="1")])[0] == 200
-    yield service
-    service.process.kill()
-    service.process.wait()
 
 
 def test_the_contract(serve):
@@ -3235,14 +3297,6 @@ def test_who_finds_too_many_waiting_is_told_when_to_come_again(path, monkeypatch
 # ----------------------------------------------------------------------------------- Command line
 
 
-def run(*command, **options):
-    """Runs a command to its end: (exit status, standard output, standard error)."""
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=60, **options
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
 def test_help_explains_each_option():
     status, text, _ = run(HERE / "bookkeep.py", "--help")
     assert status == 0
@@ -3361,11 +3415,6 @@ def stream(service, batches, answered):
             assert status == 200
 
 
-def scanned(log):
-    """The records of all whole batches in a log, whoever owns it."""
-    return [record for found in scan(log) for record in getattr(found, "records", [])]
-
-
 def test_a_kill_while_a_company_is_forgotten_leaves_all_of_it_or_nothing(serve, tmp_path):
     rounds = int(os.environ.get("BOOKKEEP_ROUNDS", 20)) // 3
     log = tmp_path / "log.jsonl"
@@ -3422,14 +3471,6 @@ def test_a_cut_off_batch_is_repaired_at_the_start(serve, tmp_path):
     assert service.samples() == 20
     assert "WARNING" in service.said()
     assert "the batch is unfinished" in service.said()
-
-
-def refused(log, *options):
-    status, out, said = run(HERE / "bookkeep.py", f"--log={log}", "--port=0", *options)
-    assert (status, out) == (1, "")
-    assert said.startswith("bookkeep: ")
-    assert said.count("\n") == 1
-    return said
 
 
 def test_what_keeps_it_from_starting_is_said_in_one_line(serve, tmp_path):
@@ -4421,40 +4462,6 @@ def test_ids_of_synthetic_companies_are_unique(tmp_path):
     ids = [id for id, _ in itertools.groupby(row["CompanyId"] for row in rows)]
     assert len(ids) == len({*ids}) > 6000
     assert max(map(len, ids)) <= 40
-
-
-def prequential(path):
-    """Each batch of the rows by date predicted whole: accuracy, the mean macro precision and recall
-    of windows of 1,000, and the expected calibration error (ten equal bins) of the second half.
-    """
-    rows = replay.by_date(replay.read_rows(path))
-    model, calibration = NaiveBayes(), Calibration()
-    booked, predicted, confidence = [], [], []
-    for batch in replay.batches(rows, 1000, seed=0):
-        documents = [tokens(row) for row in batch]
-        labels = [row["AccountNumber"] for row in batch]
-        assessments = [None] * len(batch)
-        for part, made, _ in model.book(documents, labels):
-            assessments[part] = made
-        booked += labels
-        predicted += [assessment.predicted or "" for assessment in assessments]
-        margins = [(a.margin or 0) / len(d) for a, d in zip(assessments, documents, strict=True)]
-        confidence += calibration.confidence(margins)[:, 0].tolist()
-        if assessments[0].predicted:
-            calibration.add(margins, [assessment.rank or 0 for assessment in assessments])
-    booked, predicted = np.array(booked), np.array(predicted)
-    windows = [
-        precision_recall(booked[end - 1000 : end], predicted[end - 1000 : end])
-        for end in range(2000, len(rows) + 1, 1000)
-    ]
-    right, confidence = booked == predicted, np.array(confidence)
-    late = np.arange(len(rows)) >= len(rows) // 2
-    bins = np.minimum(confidence * 10, 9).astype(int)
-    error = sum(
-        abs(right[late & (bins == bin)].sum() - confidence[late & (bins == bin)].sum())
-        for bin in range(10)
-    )
-    return right.mean(), *np.mean(windows, axis=0), error / late.sum()
 
 
 def test_the_synthetic_set_is_as_hard_as_it_should_be():
