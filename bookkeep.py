@@ -414,17 +414,25 @@ class Counts:
         if accounts > room:
             self._resize(lines, accounts + accounts // 2)
 
-    def insert(self, tokens: np.ndarray) -> np.ndarray:
-        """(m,) the row of each token, which has one from now on."""
+    def insert(
+        self,
+        tokens: np.ndarray,
+        changing: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> np.ndarray:
+        """(m,) the row of each token, which has one from now on.
+
+        What `changing` gives is entered to move the rows of others, if there is no more room.
+        """
         rows = self.vocabulary.add(tokens)
         if rows is None:
             live = self.sizes.nonzero()[0]  # the others are dropped
-            old, self.vocabulary = self.vocabulary, Vocabulary(len(live) + len(tokens))
-            starts, sizes = self.starts[live], self.sizes[live]
-            moved = self.vocabulary.add(old.tokens[live])
-            self.starts = np.zeros(len(self.vocabulary.tokens), dtype=np.int64)
-            self.sizes = np.zeros(len(self.vocabulary.tokens), dtype=np.int32)
-            self.starts[moved], self.sizes[moved] = starts, sizes
+            vocabulary = Vocabulary(len(live) + len(tokens))
+            moved = vocabulary.add(self.vocabulary.tokens[live])
+            starts = np.zeros(len(vocabulary.tokens), dtype=np.int64)
+            sizes = np.zeros(len(vocabulary.tokens), dtype=np.int32)
+            starts[moved], sizes[moved] = self.starts[live], self.sizes[live]
+            with changing():
+                self.vocabulary, self.starts, self.sizes = vocabulary, starts, sizes
             rows = self.vocabulary.add(tokens)
         return rows
 
@@ -784,12 +792,14 @@ class NaiveBayes:
             self._logs = logs
         return logs
 
-    def _look_up(self, documents: Documents, insert: bool = False) -> LookedUp:
+    def _look_up(
+        self, documents: Documents, rows_of: Callable[[np.ndarray], np.ndarray] | None = None
+    ) -> LookedUp:
         if isinstance(documents, LookedUp):
             return documents
         tokens = np.fromiter(chain.from_iterable(documents), dtype=np.int64)
         lengths = np.array([len(document) for document in documents], dtype=np.int64)
-        row = self.token_counts.insert(tokens) if insert else self.token_counts.find(tokens)
+        row = (rows_of or self.token_counts.find)(tokens)
         return LookedUp(lengths, tokens >> KIND_SHIFT, row)
 
     def terms(self, document: Sequence[int], accounts: np.ndarray) -> np.ndarray:
@@ -932,7 +942,7 @@ class NaiveBayes:
         Weights are multiples of 1 / GRAIN, so the sums are exact: the same in any order and any
         batching, and as if it had never been after learning and unlearning.
         """
-        found = self._look_up(documents, insert=True)
+        found = self._look_up(documents, self.token_counts.insert)
         booked = [self.accounts[lesson.account] for lesson in lessons]
         rivals = [
             (i, 2 * self.accounts[rival] + 1, m)
@@ -969,8 +979,8 @@ class NaiveBayes:
 
         What `changing` gives is entered for as long as the model changes.
         """
-        with changing():
-            found = self._look_up(documents, insert=True)
+        insert = partial(self.token_counts.insert, changing=changing)
+        found = self._look_up(documents, insert)
         assessments, scores = [], None
         for part in self._blocks(len(documents)):
             scores = self.joint_log_likelihood(found.part(part))

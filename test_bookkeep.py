@@ -1877,6 +1877,27 @@ def test_it_learns_a_large_batch_in_chunks_between_which_it_answers(path, monkey
     assert answers
 
 
+def test_answers_stay_right_while_tables_grow(path):
+    answers, done = [], threading.Event()
+    asked = [booking(text=f"shop{i}") for i in range(7)]
+    known = [booking(text=f"shop{i}", account=str(i)) for i in range(7)]
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book(known)
+        bookkeeper.book(known)
+
+        def ask():
+            while not done.is_set():
+                answers.append(bookkeeper.predict(asked) + bookkeeper.predict(asked[:1]))
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        for seed in range(4):
+            bookkeeper.book(bookings(3000, seed))
+        done.set()
+        asking.join()
+    assert {*map(tuple, answers)} == {(*"0123456", "0")}
+
+
 def test_changes_are_made_in_their_turn(path):
     answers = {}
 
