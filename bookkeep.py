@@ -234,14 +234,6 @@ UNITS = (1 << 40) - 1  # of an entry
 Arrays = dict[str, np.ndarray]
 
 
-class Entries(NamedTuple):
-    """Sums in some rows."""
-
-    owner: np.ndarray  # (e,) index of the row
-    column: np.ndarray  # (e,) 2 * account, or 1 + 2 * account for a sum against it
-    units: np.ndarray  # (e,) the sum, in units of 1 / GRAIN
-
-
 class Vocabulary:
     """Gives each token a row: an open hash table with triangular probing, at most 5/8 full.
 
@@ -285,17 +277,18 @@ class Vocabulary:
     def add(self, tokens: np.ndarray) -> np.ndarray | None:
         """(m,) the row of each token, its own from now on; None if there may be no room."""
         rows = self.find(tokens)
-        new = (self.tokens[rows] != tokens).nonzero()[0]
+        new = np.sort(tokens[self.tokens[rows] != tokens])
+        if not len(new):
+            return rows
+        new = new[_run_starts(new)]
         if self.taken + len(new) > self.most:
             return None
-        homeless = new
-        while len(homeless):
-            self.tokens[rows[homeless]] = tokens[homeless]  # of those that want a slot, one gets it
-            homeless = homeless[self.tokens[rows[homeless]] != tokens[homeless]]
-            if len(homeless):
-                rows[homeless] = self.find(tokens[homeless])
-        self.taken += len({*rows[new].tolist()})
-        return rows
+        self.taken += len(new)
+        while len(new):
+            rows = self.find(new)
+            self.tokens[rows] = new  # of those that want a slot, one gets it
+            new = new[self.tokens[rows] != new]
+        return self.find(tokens)
 
 
 class Counts:
@@ -322,20 +315,19 @@ class Counts:
         self.occupied = np.zeros(len(KINDS), dtype=np.int64)  # known tokens of each kind
         self.entries = np.zeros(1, dtype=np.int64)  # the first is in no span
         self.end = 1  # of the last span
-        self.live = 0  # room of all spans
         self.limit = self.NARROW
         self.lines = 0  # in use
-        self.dense_units = np.zeros((0, 0), dtype=np.int64)  # (lines and room, 2 A and room)
+        self.dense_units = np.zeros((0, 0, 2), dtype=np.int64)  # (lines and room, A and room, 2)
         self.dense_evidence = np.zeros((0, 0))  # (lines and room, A and room)
 
     def find(self, tokens: np.ndarray) -> np.ndarray:
         """(m,) the row of each token, of size 0 if it is not known."""
         return self.vocabulary.find(tokens)
 
-    def take(self, rows: np.ndarray) -> Entries:
-        """All entries of the narrow ones of these rows."""
+    def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All e entries of the narrow ones of these rows: (e,) index of the row, column, units."""
         owner, at = self._spans(rows)
-        return Entries(owner, *_parted(self.entries[at]))
+        return owner, *_parted(self.entries[at])
 
     def add_evidence(
         self,
@@ -397,10 +389,16 @@ class Counts:
         rows = self.sizes.nonzero()[0]
         dense = rows[self.sizes[rows] == DENSE]
         owner, column, units = self.take(rows)
-        line, dense_column = self.dense_units[self.starts[dense]].nonzero()
+        line, dense_column = (
+            self.dense_units[self.starts[dense]]
+            .reshape(len(dense), 2 * self.dense_evidence.shape[1])
+            .nonzero()
+        )
+        strip = self.starts[dense[line]]
+        dense_units = self.dense_units[strip, dense_column >> 1, dense_column & 1]
         row = np.concatenate([rows[owner], dense[line]])
         column = np.concatenate([column, dense_column])
-        units = np.concatenate([units, self.dense_units[self.starts[dense[line]], dense_column]])
+        units = np.concatenate([units, dense_units])
         tokens = self.vocabulary.tokens[row]
         sums: defaultdict[tuple[int, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
         for token, c, u in zip(tokens.tolist(), column.tolist(), units.tolist(), strict=True):
@@ -426,14 +424,16 @@ class Counts:
         rows = self.vocabulary.add(tokens)
         if rows is None:
             live = self.sizes.nonzero()[0]  # the others are dropped
-            vocabulary = Vocabulary(len(live) + len(tokens))
+            more = len(live) // 8 + len(_run_starts(np.sort(tokens)))
+            vocabulary = Vocabulary(len(live) + more)
             moved = vocabulary.add(self.vocabulary.tokens[live])
-            starts = np.zeros(len(vocabulary.tokens), dtype=np.int64)
-            sizes = np.zeros(len(vocabulary.tokens), dtype=np.int32)
+            rows = vocabulary.add(tokens)
+            starts, sizes = (
+                np.zeros(len(vocabulary.tokens), old.dtype) for old in (self.starts, self.sizes)
+            )
             starts[moved], sizes[moved] = self.starts[live], self.sizes[live]
             with changing():
                 self.vocabulary, self.starts, self.sizes = vocabulary, starts, sizes
-            rows = self.vocabulary.add(tokens)
         return rows
 
     def add(self, rows: np.ndarray, columns: np.ndarray, units: np.ndarray) -> None:
@@ -446,10 +446,10 @@ class Counts:
 
     def _add_dense(self, rows: np.ndarray, columns: np.ndarray, units: np.ndarray) -> None:
         lines, accounts = self.starts[rows], columns >> 1
-        np.add.at(self.dense_units, (lines, columns), units)
-        n, m = (self.dense_units[lines, 2 * accounts + side] for side in (0, 1))
-        self.dense_evidence[lines, accounts] = self._evidence_of_both(n, m)
-        if not self.dense_units[lines, columns].all():
+        cells = lines, accounts, columns & 1
+        np.add.at(self.dense_units, cells, units)
+        self.dense_evidence[lines, accounts] = self._of_both(self.dense_units[lines, accounts])
+        if not self.dense_units[cells].all():
             self._make_narrow(np.unique(rows))
 
     def _add_narrow(self, rows: np.ndarray, columns: np.ndarray, units: np.ndarray) -> None:
@@ -499,13 +499,13 @@ class Counts:
         sizes = np.bincount(owner, minlength=len(rows))
         had = self.sizes[rows]
         room, had_room = _room(sizes), _room(had)
-        self.live += int(room.sum() - had_room.sum())
         moved = (room > had_room).nonzero()[0]
         room = room[moved]
         self._make_room(int(room.sum()))
         self.starts[rows[moved]] = self.end + room.cumsum() - room
         self.end += int(room.sum())
-        self._count(rows, (sizes > 0).astype(np.int64) - (had > 0))
+        kinds = self.vocabulary.tokens[rows] >> KIND_SHIFT
+        np.add.at(self.occupied, kinds, (sizes > 0).astype(np.int64) - (had != 0))
         self.sizes[rows] = sizes
         _, at = self._spans(rows)
         self.entries[at] = columns << 40 | units
@@ -513,22 +513,16 @@ class Counts:
         if many.any():
             self._make_dense(rows[many])
 
-    def _count(self, rows: np.ndarray, change: np.ndarray) -> None:
-        """Counts rows that are occupied now (1) or no longer (-1)."""
-        changed = change.nonzero()[0]
-        kinds = self.vocabulary.tokens[rows[changed]] >> KIND_SHIFT
-        np.add.at(self.occupied, kinds, change[changed])
-
     def _make_room(self, more: int) -> None:
         """If so many more entries don't fit, makes more room, or moves all spans together."""
         if self.end + more <= len(self.entries):
             return
-        if self.live + more > self.end / 2:
-            self.entries = _grown(self.entries, self.end + max(more, self.end // 2))
-            return
         rows = np.flatnonzero(self.sizes > 0)
         sizes = self.sizes[rows]
         room = _room(sizes)
+        if int(room.sum()) + more > self.end / 2:
+            self.entries = _grown(self.entries, self.end + max(more, self.end // 2))
+            return
         starts = 1 + room.cumsum() - room
         entries = np.zeros(len(self.entries) + more, dtype=np.int64)
         entries[_ranges(starts, sizes)[1]] = self.entries[self._spans(rows)[1]]
@@ -544,11 +538,9 @@ class Counts:
         if self.lines > len(self.dense_units):
             self._resize(2 * self.lines, self.dense_evidence.shape[1])
         owner, column, units = self.take(rows)
-        self.live -= int(_room(self.sizes[rows]).sum())
         self.dense_units[lines] = 0
-        self.dense_units[lines[owner], column] = units
-        n, m = (self.dense_units[lines, side::2] for side in (0, 1))
-        self.dense_evidence[lines] = self._evidence_of_both(n, m)
+        self.dense_units[lines[owner], column >> 1, column & 1] = units
+        self.dense_evidence[lines] = self._of_both(self.dense_units[lines])
         self.starts[rows] = lines
         self.sizes[rows] = DENSE
         if self.lines > self.LINES:
@@ -559,14 +551,12 @@ class Counts:
 
     def _make_narrow(self, rows: np.ndarray) -> None:
         """Makes those of the dense rows narrow that have few enough entries."""
-        units = self.dense_units[self.starts[rows]]
+        units = self.dense_units[self.starts[rows]].reshape(len(rows), -1)
         few = np.count_nonzero(units, axis=1) <= self.limit
         if not few.any():
             return
         rows, units = rows[few], units[few]
         owner, column = units.nonzero()
-        self._count(rows, np.full(len(rows), -1))
-        self.sizes[rows] = 0
         self._fill(rows, owner, column, units[owner, column])
         self._drop_lines()
 
@@ -579,7 +569,7 @@ class Counts:
         self.starts[rows] = np.arange(self.lines)
 
     def _resize(self, lines: int, accounts: int) -> None:
-        self.dense_units = _grown(self.dense_units, lines, 2 * accounts)
+        self.dense_units = _grown(self.dense_units, lines, accounts, 2)
         self.dense_evidence = _grown(self.dense_evidence, lines, accounts)
 
     def _evidence(self, column: np.ndarray, units: np.ndarray) -> np.ndarray:
@@ -587,9 +577,9 @@ class Counts:
         logs = np.log(1 + units * self._per_unit[against])
         return _rounded(logs * self._sign[against])
 
-    def _evidence_of_both(self, n: np.ndarray, m: np.ndarray) -> np.ndarray:
-        zero = np.zeros_like(n)
-        return self._evidence(zero, n) + self._evidence(zero + 1, m)
+    def _of_both(self, units: np.ndarray) -> np.ndarray:
+        """(...) the evidence of (..., 2) sums, for and against."""
+        return self._evidence(np.arange(2), units).sum(axis=-1)
 
     def state(self) -> Arrays:
         """All sums; arrays that are its own."""
@@ -600,20 +590,19 @@ class Counts:
             "entries": self.entries[: self.end],
             "dense_units": self.dense_units[: self.lines],
             "occupied": self.occupied,
-            "table": np.array([self.vocabulary.taken, self.limit, self.live]),
+            "table": np.array([self.vocabulary.taken, self.limit]),
         }
 
     def restore(self, state: Arrays) -> None:
         """Takes over all sums of another."""
-        taken, self.limit, self.live = state["table"].tolist()
+        taken, self.limit = state["table"].tolist()
         self.vocabulary = Vocabulary(0)
         self.vocabulary.tokens = state["tokens"]
         self.vocabulary.taken, self.vocabulary.most = taken, len(state["tokens"]) * 5 // 8
         self.starts, self.sizes, self.occupied = (state[k] for k in ("starts", "sizes", "occupied"))
         self.entries, self.dense_units = state["entries"], state["dense_units"]
         self.end, self.lines = len(self.entries), len(self.dense_units)
-        n, m = (self.dense_units[:, side::2] for side in (0, 1))
-        self.dense_evidence = self._evidence_of_both(n, m)
+        self.dense_evidence = self._of_both(self.dense_units)
 
 
 def _packed(content: object) -> np.ndarray:
@@ -651,12 +640,11 @@ def _grown(values: np.ndarray, *shape: int) -> np.ndarray:
 
 
 def _run_starts(values: np.ndarray) -> np.ndarray:
-    """Where in sorted values, of which there must be one, another value starts.
+    """Where in sorted values another one starts.
 
     [3, 3, 5, 7, 7] -> [0, 2, 3]
     """
-    starts = np.empty(len(values), dtype=bool)
-    starts[0] = True
+    starts = np.ones(len(values), dtype=bool)
     np.not_equal(values[1:], values[:-1], out=starts[1:])
     return starts.nonzero()[0]
 
@@ -809,12 +797,11 @@ class NaiveBayes:
         difference of their scores. The terms of an unknown token are 0.
         """
         found = self._look_up([document])
-        order = accounts.argsort()
-        logs = self._log_counts(accounts[order])
-        terms = self.token_counts.evidence(found.row, accounts[order])
+        logs = self._log_counts(accounts)
+        terms = self.token_counts.evidence(found.row, accounts)
         known = self.token_counts.sizes[found.row].nonzero()[0]
         terms[known] += logs[1 + found.kind[known]]
-        return np.vstack([logs[0], terms]).T[order.argsort()]
+        return np.vstack([logs[0], terms]).T
 
     def predict(self, documents: Sequence[Sequence[int]]) -> list[str]:
         """The most probable account of each document. There must be a model, that is an account."""
@@ -943,27 +930,26 @@ class NaiveBayes:
         batching, and as if it had never been after learning and unlearning.
         """
         found = self._look_up(documents, self.token_counts.insert)
-        booked = [self.accounts[lesson.account] for lesson in lessons]
-        rivals = [
-            (i, 2 * self.accounts[rival] + 1, m)
+        weights = [
+            (i, 2 * self.accounts[account] + side, weight)
             for i, lesson in enumerate(lessons)
-            for rival, m in lesson.against.items()
+            for side, counted in enumerate(({lesson.account: lesson.weight}, lesson.against))
+            for account, weight in counted.items()
         ]
         if len(self.accounts) > len(self.names):
             self.names += islice(self.accounts, len(self.names), None)
             self.class_counts = _grown(self.class_counts, len(self.names))
             self.feature_counts = _grown(self.feature_counts, len(KINDS), len(self.names))
             self.token_counts.grow(len(self.names))
-        account = np.array(booked, dtype=np.int64)
-        weight = times * np.array([lesson.weight for lesson in lessons])
-        np.add.at(self.class_counts, account, weight)
+        document, column, weight = np.array(weights).reshape(-1, 3).T
+        document, column = document.astype(np.int64), column.astype(np.int64)
+        own = column % 2 == 0  # one for each document, in order
+        account = column[own] // 2
+        np.add.at(self.class_counts, account, times * weight[own])
         cell = found.kind, account.repeat(found.lengths)
-        np.add.at(self.feature_counts, cell, weight.repeat(found.lengths))
+        np.add.at(self.feature_counts, cell, (times * weight[own]).repeat(found.lengths))
 
-        document, column, against = np.array(rivals).reshape(-1, 3).T
-        document = np.concatenate([np.arange(len(lessons)), document.astype(np.int64)])
-        column = np.concatenate([2 * account, column.astype(np.int64)])
-        units = np.rint(GRAIN * np.concatenate([weight, times * against])).astype(np.int64)
+        units = np.rint(times * GRAIN * weight).astype(np.int64)
         first = found.lengths.cumsum() - found.lengths
         of, token = _ranges(first[document], found.lengths[document])
         self.token_counts.add(found.row[token], column[of], units[of])
