@@ -230,6 +230,7 @@ def _shown(key: str) -> str:
 GRAIN = 1024  # weights are multiples of 1 / GRAIN, so sums of them are exact in any order
 DENSE = -1  # the size of a dense row
 UNITS = (1 << 40) - 1  # of an entry
+MOST_ENTRIES = 1 << 19  # that are at work at once, unless one row has more
 
 Arrays = dict[str, np.ndarray]
 
@@ -297,28 +298,28 @@ class Counts:
     Evidence is log (1 + N / alpha) - log (1 + M / beta). Most tokens meet few accounts, an amount
     meets nearly all. So a row is either narrow: a span of entries in one long array, in ascending
     order, with room for the next power of two, that moves to the end when it outgrows that; or
-    dense: a line of a matrix over all accounts, beside which their evidence is kept. An entry is
-    one number: the column (2 * account for N, the next one for M) in the upper 24 bits, the sum in
+    dense: a strip of a matrix over all accounts, beside which their evidence is kept. An entry is
+    one number: the column (2 * account for N, the next one for M) in the upper 23 bits, the sum in
     the lower 40, in units of 1 / GRAIN. Entries that become zero are dropped. A row is dense if it
     has more than `limit` entries, which doubles when too many rows are.
     """
 
     NARROW = 96  # the limit, as long as there are no more than
-    LINES = 128  # dense rows
+    STRIPS = 128  # dense rows
 
     def __init__(self, alpha: float, beta: float) -> None:
         self._per_unit = 1 / (GRAIN * np.array([alpha, beta]))
         self._sign = np.array([1.0, -1.0])
         self.vocabulary = Vocabulary(0)
-        self.starts = np.zeros(2, dtype=np.int64)  # of each row's span, or which line it is
+        self.starts = np.zeros(2, dtype=np.int64)  # of each row's span, or which strip it is
         self.sizes = np.zeros(2, dtype=np.int32)  # how many entries each row has, or DENSE
         self.occupied = np.zeros(len(KINDS), dtype=np.int64)  # known tokens of each kind
         self.entries = np.zeros(1, dtype=np.int64)  # the first is in no span
         self.end = 1  # of the last span
         self.limit = self.NARROW
-        self.lines = 0  # in use
-        self.dense_units = np.zeros((0, 0, 2), dtype=np.int64)  # (lines and room, A and room, 2)
-        self.dense_evidence = np.zeros((0, 0))  # (lines and room, A and room)
+        self.strips = 0  # in use
+        self.dense_units = np.zeros((0, 0, 2), dtype=np.int64)  # (strips and room, A and room, 2)
+        self.dense_evidence = np.zeros((0, 0))  # (strips and room, A and room)
 
     def find(self, tokens: np.ndarray) -> np.ndarray:
         """(m,) the row of each token, of size 0 if it is not known."""
@@ -338,17 +339,22 @@ class Counts:
     ) -> None:
         """Adds the evidence of m rows to the scores of the document that each is in.
 
-        Scores are (n, A), or (n, k) of the chosen accounts, in ascending order.
+        Scores are (n, A), or (n, k) of the chosen accounts.
         """
+        if len(rows) > 1 and np.maximum(self.sizes[rows], 0).sum() > MOST_ENTRIES:
+            half = len(rows) // 2
+            for part in (slice(half), slice(half, None)):
+                self.add_evidence(scores, documents[part], rows[part], accounts)
+            return
         owner, column, units = self.take(rows)
         account = column >> 1
         dense = (self.sizes[rows] == DENSE).nonzero()[0]
-        line = self.starts[rows[dense]]
+        strip = self.starts[rows[dense]]
         if accounts is None:
             evidence = self.dense_evidence[:, : scores.shape[1]]
         else:
-            lines, line = np.unique(line, return_inverse=True)
-            evidence = self.dense_evidence[lines[:, np.newaxis], accounts]
+            strips, strip = np.unique(strip, return_inverse=True)
+            evidence = self.dense_evidence[strips[:, np.newaxis], accounts]
             place = np.full(self.dense_evidence.shape[1], -1)
             place[accounts] = np.arange(len(accounts))
             account = place[account]
@@ -358,7 +364,7 @@ class Counts:
                 column, units = column[chosen], units[chosen]
         cell = documents[owner] * scores.shape[1] + account
         np.add.at(scores.reshape(-1), cell, self._evidence(column, units))
-        for i, j in zip(documents[dense].tolist(), line.tolist(), strict=True):
+        for i, j in zip(documents[dense].tolist(), strip.tolist(), strict=True):
             scores[i] += evidence[j]
 
     def of_document(self, document: Sequence[int], accounts: int) -> tuple[list[int], np.ndarray]:
@@ -386,31 +392,22 @@ class Counts:
 
     def items(self) -> Iterator[tuple[int, int, float, float]]:
         """All that is not zero: token, account, N, M."""
-        rows = self.sizes.nonzero()[0]
-        dense = rows[self.sizes[rows] == DENSE]
-        owner, column, units = self.take(rows)
-        line, dense_column = (
-            self.dense_units[self.starts[dense]]
-            .reshape(len(dense), 2 * self.dense_evidence.shape[1])
-            .nonzero()
-        )
-        strip = self.starts[dense[line]]
-        dense_units = self.dense_units[strip, dense_column >> 1, dense_column & 1]
-        row = np.concatenate([rows[owner], dense[line]])
-        column = np.concatenate([column, dense_column])
-        units = np.concatenate([units, dense_units])
-        tokens = self.vocabulary.tokens[row]
-        sums: defaultdict[tuple[int, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
-        for token, c, u in zip(tokens.tolist(), column.tolist(), units.tolist(), strict=True):
-            sums[token, c >> 1][c & 1] = u / GRAIN
-        for (token, account), (n, m) in sums.items():
-            yield token, account, n, m
+        for row in self.sizes.nonzero()[0].tolist():
+            if self.sizes[row] == DENSE:
+                units = self.dense_units[self.starts[row]]
+            else:
+                units = np.zeros(self.dense_units.shape[1:], dtype=np.int64)
+                _, column, entered = self.take(np.array([row]))
+                units[column >> 1, column & 1] = entered
+            for account in units.any(axis=1).nonzero()[0].tolist():
+                n, m = (units[account] / GRAIN).tolist()
+                yield int(self.vocabulary.tokens[row]), account, n, m
 
     def grow(self, accounts: int) -> None:
         """Makes room for so many accounts."""
-        lines, room = self.dense_evidence.shape
+        strips, room = self.dense_evidence.shape
         if accounts > room:
-            self._resize(lines, accounts + accounts // 2)
+            self._resize(strips, accounts + accounts // 2)
 
     def insert(
         self,
@@ -445,10 +442,10 @@ class Counts:
                 add(rows[chosen], columns[chosen], units[chosen])
 
     def _add_dense(self, rows: np.ndarray, columns: np.ndarray, units: np.ndarray) -> None:
-        lines, accounts = self.starts[rows], columns >> 1
-        cells = lines, accounts, columns & 1
+        strips, accounts = self.starts[rows], columns >> 1
+        cells = strips, accounts, columns & 1
         np.add.at(self.dense_units, cells, units)
-        self.dense_evidence[lines, accounts] = self._of_both(self.dense_units[lines, accounts])
+        self.dense_evidence[strips, accounts] = self._of_both(self.dense_units[strips, accounts])
         if not self.dense_units[cells].all():
             self._make_narrow(np.unique(rows))
 
@@ -533,19 +530,19 @@ class Counts:
         return _ranges(self.starts[rows], np.maximum(self.sizes[rows], 0))
 
     def _make_dense(self, rows: np.ndarray) -> None:
-        lines = self.lines + np.arange(len(rows))
-        self.lines += len(rows)
-        if self.lines > len(self.dense_units):
-            self._resize(2 * self.lines, self.dense_evidence.shape[1])
+        strips = self.strips + np.arange(len(rows))
+        self.strips += len(rows)
+        if self.strips > len(self.dense_units):
+            self._resize(2 * self.strips, self.dense_evidence.shape[1])
         owner, column, units = self.take(rows)
-        self.dense_units[lines] = 0
-        self.dense_units[lines[owner], column >> 1, column & 1] = units
-        self.dense_evidence[lines] = self._of_both(self.dense_units[lines])
-        self.starts[rows] = lines
+        self.dense_units[strips] = 0
+        self.dense_units[strips[owner], column >> 1, column & 1] = units
+        self.dense_evidence[strips] = self._of_both(self.dense_units[strips])
+        self.starts[rows] = strips
         self.sizes[rows] = DENSE
-        if self.lines > self.LINES:
-            self._drop_lines()
-        while self.lines > self.LINES:
+        if self.strips > self.STRIPS:
+            self._drop_strips()
+        while self.strips > self.STRIPS:
             self.limit *= 2
             self._make_narrow(np.flatnonzero(self.sizes == DENSE))
 
@@ -558,19 +555,22 @@ class Counts:
         rows, units = rows[few], units[few]
         owner, column = units.nonzero()
         self._fill(rows, owner, column, units[owner, column])
-        self._drop_lines()
+        self._drop_strips()
 
-    def _drop_lines(self) -> None:
-        """Drops the lines of rows that are not dense any more."""
+    def _drop_strips(self) -> None:
+        """Drops the strips of rows that are not dense any more."""
         rows = np.flatnonzero(self.sizes == DENSE)
-        lines = self.starts[rows]
-        self.dense_units, self.dense_evidence = self.dense_units[lines], self.dense_evidence[lines]
-        self.lines = len(rows)
-        self.starts[rows] = np.arange(self.lines)
+        strips = self.starts[rows]
+        self.dense_units, self.dense_evidence = (
+            self.dense_units[strips],
+            self.dense_evidence[strips],
+        )
+        self.strips = len(rows)
+        self.starts[rows] = np.arange(self.strips)
 
-    def _resize(self, lines: int, accounts: int) -> None:
-        self.dense_units = _grown(self.dense_units, lines, accounts, 2)
-        self.dense_evidence = _grown(self.dense_evidence, lines, accounts)
+    def _resize(self, strips: int, accounts: int) -> None:
+        self.dense_units = _grown(self.dense_units, strips, accounts, 2)
+        self.dense_evidence = _grown(self.dense_evidence, strips, accounts)
 
     def _evidence(self, column: np.ndarray, units: np.ndarray) -> np.ndarray:
         against = column & 1
@@ -588,7 +588,7 @@ class Counts:
             "starts": self.starts,
             "sizes": self.sizes,
             "entries": self.entries[: self.end],
-            "dense_units": self.dense_units[: self.lines],
+            "dense_units": self.dense_units[: self.strips],
             "occupied": self.occupied,
             "table": np.array([self.vocabulary.taken, self.limit]),
         }
@@ -601,7 +601,7 @@ class Counts:
         self.vocabulary.taken, self.vocabulary.most = taken, len(state["tokens"]) * 5 // 8
         self.starts, self.sizes, self.occupied = (state[k] for k in ("starts", "sizes", "occupied"))
         self.entries, self.dense_units = state["entries"], state["dense_units"]
-        self.end, self.lines = len(self.entries), len(self.dense_units)
+        self.end, self.strips = len(self.entries), len(self.dense_units)
         self.dense_evidence = self._of_both(self.dense_units)
 
 
@@ -666,8 +666,8 @@ BETA = 6  # smooths what speaks against it
 SOFTENING = 3  # divides scores for the weights: Naive Bayes is too sure of itself
 SHARE = 0.75  # of its surprise that a booking counts
 FLOOR = 1 / 32  # what it counts at the least, even if it surprises nobody
-SECOND = 0.1  # the probability from which on a booking counts against a second rival, too
-RARE = 96  # entries that a token has at most whose accounts are among the rivals
+SECOND = 0.1  # the probability above which a booking counts against a second rival, too
+RARE = 96  # entries that a token has at most if the accounts that it has met can be rivals
 ROUND = 64  # documents of a batch that are weighed, and learned, at once
 CELLS = 1 << 19  # scores that are at work at once, unless one document has more
 
@@ -725,7 +725,7 @@ class NaiveBayes:
 
     A document is a list of tokens; n documents with A accounts give (n, A) scores. Accounts count
     from 0 in the order in which they were first seen. Scores are exact sums of rounded logs: the
-    same, bit for bit, in whatever order and company they are computed.
+    same, bit for bit, however many are computed at once.
     """
 
     def __init__(self, alpha: float = ALPHA, beta: float = BETA) -> None:
@@ -877,7 +877,7 @@ class NaiveBayes:
 
         For the label b, max(FLOOR, SHARE (1 - P(b))), much as in the discriminative frequency
         estimate (Su, Zhang, Ling, Matwin, ICML 2008). Against the most probable other account r,
-        P(r), and likewise against the second, if its P is at least SECOND. P is the posterior,
+        P(r), and likewise against the second, if its P is above SECOND. P is the posterior,
         softened, over the label and the accounts that the document's rare tokens have met. An
         account not seen before counts 1 and has no rivals. All are multiples of 1 / GRAIN.
         """
@@ -886,7 +886,7 @@ class NaiveBayes:
         found = self._look_up(documents)
         each = np.arange(len(labels))
         booked = self._numbered(labels)
-        own = np.where(booked < 0, self.class_counts.argmax(), booked)
+        own = np.where(booked < 0, self.class_counts.argmax(), booked)  # any, if it is not known
         rare = (self.token_counts.sizes[found.row] <= RARE).nonzero()[0]
         token, column, _ = self.token_counts.take(found.row[rare])
         document = np.concatenate([found.document[rare[token]], each])
@@ -917,7 +917,7 @@ class NaiveBayes:
             rival = posterior.argmax(axis=1)
             probability = posterior[each, rival]
             posterior[each, rival] = 0
-            chosen = (probability >= least).nonzero()[0]
+            chosen = (probability > least).nonzero()[0]
             counted = _in_grains(probability[chosen]).tolist()
             for i, r, m in zip(chosen, accounts[rival[chosen]], counted, strict=True):
                 against[i][self.names[r]] = m
@@ -1251,16 +1251,16 @@ def curve(rows: np.ndarray, points: dict[int, dict]) -> Iterator[dict]:
 
 # -------------------------------------------------------------------------------------------- Log
 
-# Three lines of a log: a booking, a correction of it, and what is left of a booking that was
-# forgotten. A record stands between its place and the CRC-32 of the line before it.
+# A booking, a correction of it, and what is left once its company is forgotten, as lines of a log
+# (wrapped here). A record stands between its place and the CRC-32 of the line before it.
 #
-#   {"seq": 2, "batch": "may-17", "left": 0, "sample": {"CompanyId": "acme", "BankEntryText":
+#   {"seq": 2, "batch": "june-1", "left": 0, "sample": {"CompanyId": "acme", "BankEntryText":
 #     "Office rent June", "BankEntryAmount": "> -10000", "AccountNumber": "6300"}, "predicted":
-#     "6300", "margin": 29.7, "confidence": 0.94, "rank": 1, "weight": 0.0625, "against":
-#     {"7140": 0.03125}, "crc": 2614598488}                          (one line, in the file)
-#   {"seq": 3, "batch": 3, "left": 0, "corrects": 2, "AccountNumber": "6700", "weight": 1.0,
-#     "against": {"6300": 0.9375}, "crc": 2471609420}
-#   {"seq": 4, "batch": 4, "left": 0, "crc": 1734215091}
+#     "6300", "margin": 19.1832, "confidence": 0.0, "rank": 1, "weight": 0.03125, "against":
+#     {"7140": 0.001953125}, "crc": 2569297458}
+#   {"seq": 3, "batch": 3, "left": 0, "corrects": 2, "AccountNumber": "7140", "weight":
+#     0.7490234375, "against": {"6300": 0.9990234375}, "crc": 2220480574}
+#   {"seq": 3, "batch": 3, "left": 0, "crc": 4241497597}
 
 PLACE = ("seq", "batch", "left")  # what the log puts before a record
 MAX_KEYS = 100_000  # keys of batches that are remembered, the last ones: about 30 MB
@@ -1661,9 +1661,11 @@ def check_records(
     """
     for number, record in enumerate(records, start=line):
         try:
-            if "corrects" in record:
+            if "corrects" in record and "sample" not in record:
                 check_sample({TARGET: record[TARGET]}, (TARGET,))
-                if not 0 <= record["corrects"] < record["seq"] or record["corrects"] in missing:
+                corrected = record["corrects"]
+                before = type(corrected) is int and 0 <= corrected < record["seq"]
+                if not before or corrected in missing:
                     raise ValueError("it corrects no booking before it")
                 _check_weights(record)
             elif record.keys() != {*PLACE}:  # else it was removed
@@ -1672,18 +1674,17 @@ def check_records(
                 _check_weights(record)
         except KeyError as error:
             yield Damage(number, f"{error} is missing")
-        except (AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, OverflowError, TypeError, ValueError) as error:
             yield Damage(number, str(error))
 
 
 def _check_prediction(record: dict) -> None:
     if not isinstance(record["predicted"], str | None):
         raise ValueError("predicted is no account")
-    if not 0 <= (record["confidence"] or 0) <= 1:
-        raise ValueError("no prediction can have that confidence")
-    if not 0 <= (record["margin"] or 0) < math.inf:
-        raise ValueError("no prediction can have that margin")
-    if not (record["rank"] or 1) >= 1:
+    for name, least, most in (("confidence", 0, 1), ("margin", 0, sys.float_info.max)):
+        if record[name] is not None and not least <= float(record[name]) <= most:
+            raise ValueError(f"no prediction can have that {name}")
+    if record["rank"] is not None and (type(record["rank"]) is not int or record["rank"] < 1):
         raise ValueError("no account can have that rank")
 
 
@@ -1905,7 +1906,7 @@ class Writer:
 
 # ------------------------------------------------------------------------------------- Bookkeeper
 
-CHUNK = 128  # samples scored or learned at a time: what a prediction may have to wait for
+CHUNK = 128  # samples that are predicted, or read back and learned, at a time
 LISTED = 10  # bookings in each list of the overview
 UNSAVED = 10_000  # lines of the log that its snapshot may lack; a sixteenth while it grows
 
@@ -1921,8 +1922,8 @@ class Conflict(Exception):
 class Bookkeeper:
     """Books samples into the log and the model, and knows how well it predicted them.
 
-    Its writer is the only one that changes anything. Bookings that wait together are one batch: it
-    is predicted as a whole, then learned, then appended to the log with one fsync. So no sample is
+    Its writer is the only one that changes anything. Bookings that wait together are a group: it is
+    predicted as a whole, then learned, then appended to the log with one fsync. So no sample is
     scored by a model that has seen its answer. What cannot be appended is unlearned, exactly.
     """
 
@@ -2128,7 +2129,7 @@ class Bookkeeper:
             yield self._model
 
     def _book(self, group: list[Booking]) -> None:
-        """Answers bookings of different keys, as one batch."""
+        """Answers a group: bookings of different keys."""
         group = [booking for booking in group if not self._is_repeated(booking)]
         if not group:
             return
@@ -2142,10 +2143,11 @@ class Bookkeeper:
         except BaseException:
             self._learn(learned, times=-1)
             raise
-        outcomes = _outcomes((record, record["sample"][TARGET]) for record in records)
-        with self._change():
-            self._calibration.add(*outcomes)
-            self._add_to_history(records)
+        with self._writer.must_succeed():
+            outcomes = _outcomes((record, record["sample"][TARGET]) for record in records)
+            with self._changing:
+                self._calibration.add(*outcomes)
+                self._add_to_history(records)
         end = len(self.log) - len(records)
         for booking in group:
             first, end = end, end + len(booking.samples)
@@ -2180,23 +2182,24 @@ class Bookkeeper:
         labels = [sample[TARGET] for sample in samples]
         records: list[dict] = [{}] * len(samples)
         for part, assessments, lessons in self._model.book(documents, labels, self._change):
-            margins = map(_per_token, [made.margin for made in assessments], samples[part])
-            confidence = self._calibration.confidence(list(margins))[:, 0].round(4).tolist()
-            records[part] = [
-                {
-                    "sample": sample,
-                    "predicted": made.predicted,
-                    "margin": made.margin,
-                    "confidence": None if made.predicted is None else sure,
-                    "rank": made.rank,
-                    "weight": lesson.weight,
-                    "against": lesson.against,
-                }
-                for sample, made, sure, lesson in zip(
-                    samples[part], assessments, confidence, lessons, strict=True
-                )
-            ]
-            learned += records[part]
+            with self._writer.must_succeed():  # else it would not be known what was learned
+                margins = map(_per_token, [made.margin for made in assessments], samples[part])
+                confidence = self._calibration.confidence(list(margins))[:, 0].round(4).tolist()
+                records[part] = [
+                    {
+                        "sample": sample,
+                        "predicted": made.predicted,
+                        "margin": made.margin,
+                        "confidence": None if made.predicted is None else sure,
+                        "rank": made.rank,
+                        "weight": lesson.weight,
+                        "against": lesson.against,
+                    }
+                    for sample, made, sure, lesson in zip(
+                        samples[part], assessments, confidence, lessons, strict=True
+                    )
+                ]
+                learned += records[part]
         return records
 
     @contextmanager
@@ -2232,7 +2235,7 @@ class Bookkeeper:
             correction = {"corrects": seq, TARGET: account}
             correction |= {"weight": lesson.weight, "against": lesson.against}
             [correction] = self.log.append([(None, [correction])])
-            self._apply(correction)
+            self._apply(booking, before, correction)
         return before.account
 
     def _booking(self, seq: int) -> dict:
@@ -2254,12 +2257,11 @@ class Bookkeeper:
         last = self._record(corrections[-1]) if corrections else booking
         return _lesson(last, last[TARGET] if corrections else booking["sample"][TARGET])
 
-    def _apply(self, correction: dict) -> None:
-        """Unlearns a booking and learns it as corrected. Raises NotFound."""
-        booking = self._booking(correction["corrects"])
-        seq, documents = booking["seq"], [tokens(booking["sample"])]
-        before, now = self._current_lesson(booking), _lesson(correction, correction[TARGET])
+    def _apply(self, booking: dict, before: Lesson, correction: dict) -> None:
+        """Unlearns a booking, which counted so before, and learns it as corrected."""
         with self._change():
+            seq, documents = booking["seq"], [tokens(booking["sample"])]
+            now = _lesson(correction, correction[TARGET])
             self._model.learn(documents, [before], times=-1)
             self._model.learn(documents, [now])
             self._calibration.add(*_outcomes([(booking, before.account)]), times=-1)
@@ -2278,16 +2280,19 @@ class Bookkeeper:
         self._end_saving()
         self._snapshot.discard()
         self.log.remove({*seqs, *corrections})
-        self._saved = math.inf  # accounts that only it used keep their names until the next start
-        for chunk in _chunks(zip(bookings, standing, strict=True), CHUNK):
-            documents = [tokens(booking["sample"]) for booking, _ in chunk]
-            outcomes = _outcomes((booking, lesson.account) for booking, lesson in chunk)
-            with self._change():
-                self._model.learn(documents, [lesson for _, lesson in chunk], times=-1)
-                self._calibration.add(*outcomes, times=-1)
-        with self._change():
-            self._history.forget(company)
-            self._curve = {}
+        self._saved = (
+            math.inf
+        )  # the names of its accounts are not unlearned: only a start drops them
+        with self._writer.must_succeed():
+            for chunk in _chunks(zip(bookings, standing, strict=True), CHUNK):
+                documents = [tokens(booking["sample"]) for booking, _ in chunk]
+                outcomes = _outcomes((booking, lesson.account) for booking, lesson in chunk)
+                with self._changing:
+                    self._model.learn(documents, [lesson for _, lesson in chunk], times=-1)
+                    self._calibration.add(*outcomes, times=-1)
+            with self._changing:
+                self._history.forget(company)
+                self._curve = {}
         _digest.cache_clear()
         return len(seqs)
 
@@ -2312,9 +2317,10 @@ class Bookkeeper:
     def _apply_all(self, corrections: Iterable[dict]) -> None:
         for correction in corrections:
             try:
-                self._apply(correction)
+                booking = self._booking(correction["corrects"])
             except NotFound as error:
                 raise self.log.damaged(Damage(correction["seq"] + 1, str(error))) from None
+            self._apply(booking, self._current_lesson(booking), correction)
 
     def _state(self) -> Arrays:
         """All that was made of the log; arrays that are those at work."""
@@ -2405,11 +2411,11 @@ OPEN = {"/", "/health"}  # to all, as there is nothing to learn from them
 def openapi(max_batch: int) -> dict:
     """The description of this API, in OpenAPI 3.1."""
 
-    def of(kind: str, name: str) -> dict:
-        return {"$ref": f"#/components/{kind}/{name}"}
+    def of(section: str, name: str) -> dict:
+        return {"$ref": f"#/components/{section}/{name}"}
 
-    def answers(schema: dict, *refusals: int, kind: str = "application/json") -> dict:
-        success = {"description": "done", "content": {kind: {"schema": schema}}}
+    def answers(schema: dict, *refusals: int, media: str = "application/json") -> dict:
+        success = {"description": "done", "content": {media: {"schema": schema}}}
         refused = dict.fromkeys(map(str, (*refusals, 401)), of("responses", "Refusal"))
         return {"200": success, **refused, "default": of("responses", "Refusal")}
 
@@ -2573,15 +2579,15 @@ def openapi(max_batch: int) -> dict:
                 parameter("query", "from", seq | {"default": 0}, "the seq of the first"),
                 parameter("query", "limit", seq, "how many, at most; without it, all"),
             ],
-            answers({"type": "string"}, 400, kind=JSON_LINES),
+            answers({"type": "string"}, 400, media=JSON_LINES),
         ),
         "/overview": get("what the page shows", [], answers(of("schemas", "Overview"), 503)),
         "/metrics": get(
-            "figures for Prometheus", [], answers({"type": "string"}, kind="text/plain")
+            "figures for Prometheus", [], answers({"type": "string"}, media="text/plain")
         ),
         "/health": get("how much has been learned", [], answers(of("schemas", "Health"), 503)),
         "/openapi.json": get("this description", [], answers({"type": "object"})),
-        "/": get("the page", [], answers({"type": "string"}, kind="text/html")),
+        "/": get("the page", [], answers({"type": "string"}, media="text/html")),
     }
     for path in OPEN:
         paths[path]["get"]["security"] = []
@@ -2815,8 +2821,8 @@ def _in_json(callback: Callable) -> Callable:
         except HTTPError:
             raise
         except Exception as error:
-            for kind, status in STATUS.items():
-                if isinstance(error, kind):
+            for raised, status in STATUS.items():
+                if isinstance(error, raised):
                     again = {"Retry-After": "1"} if isinstance(error, Busy) else {}
                     raise HTTPError(status, str(error), **again) from None
             logger.exception("%s %s failed", request.method, request.path)
@@ -2841,9 +2847,9 @@ def _exposition(
 ) -> Iterator[str]:
     """What an operator watches, in Prometheus's text format."""
     for name, (text, value) in gauges.items():
-        kind = "counter" if name.endswith("_total") else "gauge"
+        type_ = "counter" if name.endswith("_total") else "gauge"
         yield f"# HELP bookkeep_{name} {text}"
-        yield f"# TYPE bookkeep_{name} {kind}"
+        yield f"# TYPE bookkeep_{name} {type_}"
         yield f"bookkeep_{name} {value}"
     for name, text, histogram in (
         ("request", "How long requests took, by path and status.", durations),

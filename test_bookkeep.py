@@ -658,7 +658,7 @@ def known_by_kind(sums):
 @given(st.lists(SUMS, max_size=5), SUMS, st.sampled_from([(2, 2), (2, 100), (100, 128)]))
 def test_counts_are_sums_however_rows_are_kept(kept, passing, sizes):
     with pytest.MonkeyPatch.context() as patch:
-        for name, size in zip(("NARROW", "LINES"), sizes, strict=True):
+        for name, size in zip(("NARROW", "STRIPS"), sizes, strict=True):
             patch.setattr(Counts, name, size)
         counts = Counts(0.1, 6)
         for sums in (*kept, passing):
@@ -709,7 +709,7 @@ def some_sums(rng, n=9000):
 
 
 def test_rows_of_many_accounts_are_dense_and_there_are_not_too_many(monkeypatch):
-    monkeypatch.setattr(Counts, "LINES", 8)
+    monkeypatch.setattr(Counts, "STRIPS", 8)
     rng = random.Random(0)
     sums = some_sums(rng)
     counts = Counts(0.1, 6)
@@ -732,7 +732,7 @@ def test_what_is_added_and_taken_away_again_and_again_takes_no_more_room():
         assert items(counts) == before
     assert len(counts.entries) < 8 * len(before)
     assert len(counts.sizes) < 8 * (len(before) + len(passing))
-    assert len(counts.dense_units) <= Counts.LINES
+    assert len(counts.dense_units) <= Counts.STRIPS
 
 
 def test_tokens_whose_hashes_meet_are_told_apart():
@@ -1018,16 +1018,16 @@ def many(rng, n=3000):
     ]
 
 
-@pytest.mark.parametrize("lines", [128, 8])
-def test_how_rows_are_kept_changes_no_figure(lines):
+@pytest.mark.parametrize("strips", [128, 8])
+def test_how_rows_are_kept_changes_no_figure(strips):
     rng = random.Random(1)
     learned, asked = many(rng), many(rng, 200)
     documents = [document for document, _ in asked]
     labels = [lesson.account for _, lesson in asked]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Counts, "LINES", lines)
+        patch.setattr(Counts, "STRIPS", strips)
         model = taught(learned, [rng.randrange(1, 200) for _ in range(20)])
-        assert 0 < np.count_nonzero(model.token_counts.sizes == bookkeep.DENSE) <= lines
+        assert 0 < np.count_nonzero(model.token_counts.sizes == bookkeep.DENSE) <= strips
         patch.setattr(Counts, "NARROW", 1 << 20)
         plain = taught(learned)
         assert not (plain.token_counts.sizes == bookkeep.DENSE).any()
