@@ -735,6 +735,24 @@ def test_what_is_added_and_taken_away_again_and_again_takes_no_more_room():
     assert len(counts.dense_units) <= Counts.STRIPS
 
 
+def test_a_token_that_is_inserted_again_and_again_takes_one_slot():
+    counts = Counts(0.1, 6)
+    counts.insert(np.arange(1, 101).repeat(1000))
+    assert len(counts.sizes) <= 512
+
+
+@given(SUMS, st.lists(st.integers(1, 6), min_size=1, max_size=20), st.integers(1, 9))
+def test_evidence_is_the_same_a_few_entries_at_a_time(sums, asked, most):
+    counts = Counts(0.1, 6)
+    counted(counts, sums)
+    counts.grow(10)
+    rows = counts.find(np.array(asked) % 8 * KIND + asked)
+    expected = counts.evidence(rows, np.arange(10))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bookkeep, "MOST_ENTRIES", most)
+        assert np.array_equal(counts.evidence(rows, np.arange(10)), expected)
+
+
 def test_tokens_whose_hashes_meet_are_told_apart():
     tokens = [1 + (i << 40) for i in range(200)]
     model = taught([([token], Lesson(str(i), 1.0)) for i, token in enumerate(tokens)], [3, 1, 50])
@@ -883,6 +901,15 @@ def test_a_lesson_is_the_surprise_and_the_strongest_rivals(bookings, asked):
             counted = sorted(lesson.against.values(), reverse=True)
             assert counted == pytest.approx(expected, abs=0.51 / GRAIN)
         assert all(m * GRAIN % 1 == 0 for m in (lesson.weight, *lesson.against.values()))
+
+
+def test_no_rival_counts_nothing():
+    model = taught([([1], Lesson("1", 1.0)), ([1], Lesson("2", 1.0))])
+    for share in (2**-10, 2**-11, 2**-12):
+        posterior = np.array([[1 - share, share]], dtype=np.float32)
+        posterior[0, 0] = 0  # the account's own
+        [against] = model._rivals(posterior, np.arange(2))
+        assert against == ({"2": share} if share == 2**-10 else {})
 
 
 @given(LEARNED, st.lists(st.tuples(DOCUMENTS, LABELS), min_size=1, max_size=9), st.integers(1, 9))
@@ -2022,6 +2049,46 @@ def test_if_learning_fails_nothing_more_is_booked_until_a_restart(path, monkeypa
         assert bookkeeper.predict([booking()]) == ["2"]
 
 
+@pytest.mark.parametrize("failing", ["_outcomes", "_per_token"])
+def test_if_anything_fails_between_learning_and_answering_only_a_restart_helps(
+    path, monkeypatch, failing
+):
+    def broken(*_):
+        raise MemoryError
+
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking()])
+        with monkeypatch.context() as patch:
+            patch.setattr(bookkeep, failing, broken)
+            with pytest.raises(MemoryError):
+                bookkeeper.book([booking()])
+        with pytest.raises(NotReady, match="started again"):
+            bookkeeper.book([booking()])
+        with pytest.raises(NotReady, match="started again"):
+            bookkeeper.health()
+    with bookkeeping(path) as bookkeeper:
+        assert counts(bookkeeper._model) == counts(taught(standing(path)))
+
+
+def test_a_correction_reads_all_that_it_needs_before_it_is_written(path, monkeypatch):
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking(account="1"), booking(account="2")])
+        append = bookkeeper.log.append
+
+        def append_then_fail(batches):
+            monkeypatch.setattr(Log, "record", fail)
+            return append(batches)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(bookkeeper.log, "append", append_then_fail)
+            assert bookkeeper.correct(0, "2") == "1"
+        monkeypatch.undo()
+        assert counts(bookkeeper._model) == counts(taught(standing(path)))
+
+
 def test_a_named_batch_that_cannot_be_read_back_fails_alone(path):
     answers = {}
 
@@ -2141,6 +2208,13 @@ def test_a_restart_changes_nothing(path):
         {"against": {"1": 0.83}},
         {"against": {"1": 2}},
         {"against": {"": 0.5}},
+        {"margin": 10**400},
+        {"margin": []},
+        {"confidence": ""},
+        {"confidence": 1.5},
+        {"rank": 2.5},
+        {"rank": 0},
+        {"corrects": 0, "sample": 5},
         {"predicted": ["1"]},
         {"sample": booking(account="")},
         {"sample": None},
@@ -2486,7 +2560,14 @@ def test_a_booking_that_cannot_be_read_is_neither_corrected_nor_forgotten(path):
 
 @pytest.mark.parametrize(
     "damage",
-    [{"corrects": 2}, {"corrects": 9}, {"corrects": "0"}, {"AccountNumber": ""}, {"weight": 2}],
+    [
+        {"corrects": 2},
+        {"corrects": 9},
+        {"corrects": "0"},
+        {"corrects": 0.0},
+        {"AccountNumber": ""},
+        {"weight": 2},
+    ],
     ids=str,
 )
 def test_a_correction_that_makes_no_sense_is_refused_with_its_line(path, damage):
