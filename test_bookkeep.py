@@ -208,9 +208,17 @@ def state(bookkeeper, asked):
             if model.class_counts[number]
         },
         bookkeeper.predict(asked),
+        [bookkeeper.suggest(sample, 3) for sample in asked[:5]],
         [bookkeeper.metrics(n) for n in (1, 10, 100, 10_000)],
         {key: value for key, value in bookkeeper.health().items() if key != "uptime"},
     )
+
+
+def settled(bookkeeper):
+    """Returns once the writer has nothing to do and no snapshot is on its way."""
+    bookkeeper.book([])
+    bookkeeper.book([])  # the writer has looked whether a snapshot is due after the first
+    bookkeeper._end_saving()
 
 
 def standing(path):
@@ -434,6 +442,7 @@ def test_tokens_are_the_features_and_crosses_of_them():
     assert kept(amount="> 10") == [0, 2, 3, 4, 5, 6, 8, 9]  # but the first word's with the amount
     assert kept(text="rent June") == [0, 1, 2, 4, 6, 7]  # the first word's, but the two words'
     assert kept(text="food May") == [0, 1, 3, 5]
+    assert kept(text="May rent") == [*range(6)]  # none of the first, nor the whole
     assert kept(text="rent May 7") == [*range(9)]  # but the whole text
     assert len(tokens(booking(text="rent"))) == 8
     assert len(tokens(booking(text=" "))) == 2
@@ -644,7 +653,9 @@ def added_up(sums):
 
 
 def items(counts):
-    """All sums, by token and account; none stands there twice."""
+    """All sums, by token and account; none stands there twice, and what is in use was counted."""
+    assert counts.vocabulary.taken == np.count_nonzero(counts.vocabulary.tokens)
+    assert counts.strips == np.count_nonzero(counts.sizes == bookkeep.DENSE) <= Counts.STRIPS
     found = list(counts.items())
     sums = {(token, account): (n, m) for token, account, n, m in found}
     assert len(sums) == len(found)
@@ -751,6 +762,15 @@ def test_evidence_is_the_same_a_few_entries_at_a_time(sums, asked, most):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bookkeep, "MOST_ENTRIES", most)
         assert np.array_equal(counts.evidence(rows, np.arange(10)), expected)
+
+
+def test_tokens_that_are_known_no_more_leave_their_room_to_others():
+    counts = Counts(0.1, 6)
+    for first in range(1, 20_000, 100):
+        sums = [(token, 0, 0, 640) for token in range(first, first + 100)]
+        counted(counts, sums)
+        counted(counts, sums, -1)
+    assert len(counts.sizes) < 1000
 
 
 def test_tokens_whose_hashes_meet_are_told_apart():
@@ -1011,7 +1031,7 @@ def test_what_was_wholly_unlearned_is_unknown_and_can_be_learned_again():
     assert model.known == 1
     assert model.predict([[1, 2], [2]]) == ["2", "2"]
     assert model.weigh([[2]], ["1"]) == [Lesson("1", 1.0)]
-    assert model.weigh([[2]], ["2"]) == [Lesson("2", FLOOR)]  # no rival is left
+    assert model.weigh([[2]], ["2"]) == [Lesson("2", 1 / 32)]  # no rival is left
     model.learn([[4, 1]], [Lesson("3", 1.0)])
     expected = taught([([2, 3], Lesson("2", 0.5, {"1": 0.25})), ([4, 1], Lesson("3", 1.0))])
     assert counts(model) == counts(expected)
@@ -1095,6 +1115,22 @@ def test_predictions_are_the_same_in_whatever_order_was_learned(bookings, docume
             assert top == [other.names[account] for account in other.top(others, most)]
             assert top == ordered[:most]
         assert model.predict([document]) == ordered[:1]
+
+
+def test_the_example_of_how_it_works():
+    model = taught(
+        [
+            (tokens(booking("acme", "Office rent May", "> -10000")), Lesson("6300", 1.0)),
+            (tokens(booking("acme", "Train to Oslo", "> -100")), Lesson("7140", 1.0)),
+        ]
+    )
+    asked = [tokens(booking("acme", "Office", "> -100"))]
+    assert model.assess(asked, ["7140"]) == [("6300", 4.7958, 2)]
+    [lesson] = lessons = model.weigh(asked, ["7140"])
+    assert lesson.weight == pytest.approx(0.624, abs=1e-3)
+    assert lesson.against == {"6300": pytest.approx(0.832, abs=1e-3)}
+    model.learn(asked, lessons)
+    assert model.assess(asked, ["7140"]) == [("7140", 8.1133, 1)]
 
 
 def test_without_a_model_there_is_no_prediction_and_full_weight():
@@ -1586,13 +1622,6 @@ def learned_again(monkeypatch):
         yield sizes
 
 
-def settled(bookkeeper):
-    """Returns once the writer has nothing to do and no snapshot is on its way."""
-    bookkeeper.book([])
-    bookkeeper.book([])  # the writer has looked whether a snapshot is due after the first
-    bookkeeper._end_saving()
-
-
 def grown(path):
     """A log of 700 bookings, some corrected and some forgotten, and what its bookkeeper knew."""
     samples, asked = bookings(700), bookings(50, seed=1)
@@ -1786,6 +1815,22 @@ def test_forgetting_removes_a_snapshot_that_a_crash_left_unfinished(path):
         assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
+def test_a_snapshot_under_way_is_finished_before_it_is_removed(path, monkeypatch):
+    let_go, checksum = threading.Event(), Log.checksum
+
+    def late(log, size):
+        assert let_go.wait(30)
+        return checksum(log, size)
+
+    monkeypatch.setattr(Log, "checksum", late)
+    with saving(path) as bookkeeper:
+        bookkeeper.book([booking()] * 150)
+        threading.Timer(0.3, let_go.set).start()
+        assert bookkeeper.forget("A") == 150
+        bookkeeper._end_saving()
+        assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
 def test_what_was_forgotten_is_in_no_snapshot(path):
     samples = [booking(company="mine", text=f"shop{i}", account="its own") for i in range(150)]
 
@@ -1923,6 +1968,74 @@ def test_answers_stay_right_while_tables_grow(path):
         done.set()
         asking.join()
     assert {*map(tuple, answers)} == {(*"0123456", "0")}
+
+
+def test_a_named_batch_that_waits_twice_is_booked_once(path):
+    answers = []
+
+    def send(account):
+        answers.append(answer_of(bookkeeper, [booking(account=account)], "mine"))
+
+    with bookkeeping(path) as bookkeeper:
+        calls = [partial(bookkeeper.book, [booking()]), *(partial(send, a) for a in "1191")]
+        with held_at_the_disk(bookkeeper, calls):
+            pass
+    assert Counter(answers) == {range(1, 2): 3, Conflict: 1}
+    assert len(read(path)) == 2
+
+
+def test_nothing_that_is_read_changes_without_the_lock(path, monkeypatch):
+    held = []
+    samples = bookings(200)
+
+    def watched(change):
+        def watching(*arguments, **more):
+            held.append(bookkeeper._changing.locked())
+            return change(*arguments, **more)
+
+        return watching
+
+    with bookkeeping(path) as bookkeeper:
+        for owner, names in (
+            (Counts, ["add", "grow"]),
+            (Calibration, ["add"]),
+            (History, ["append", "correct", "forget"]),
+        ):
+            for name in names:
+                monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
+        bookkeeper.book(samples[:100])
+        bookkeeper.book(samples[100:])
+        bookkeeper.correct(150, "new")
+        bookkeeper.forget(samples[0]["CompanyId"])
+    assert held
+    assert all(held)
+
+
+@pytest.mark.parametrize("change", ["append", "correct", "forget"])
+def test_what_has_lost_step_with_the_log_is_not_used_and_not_saved(path, monkeypatch, change):
+    samples = bookings(100)
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book(samples[:50])
+    calls = {"append": ("book", samples[50:]), "correct": ("correct", 3, "1")}
+    method, *arguments = calls.get(change, ("forget", samples[0]["CompanyId"]))
+
+    def broken(*_):
+        raise MemoryError
+
+    with bookkeeping(path, unsaved=1) as bookkeeper:
+        settled(bookkeeper)
+        with monkeypatch.context() as patch:
+            patch.setattr(History, change, broken)
+            with pytest.raises(MemoryError):
+                getattr(bookkeeper, method)(*arguments)
+        with pytest.raises(NotReady, match="started again"):
+            bookkeeper.book([booking()])
+        with pytest.raises(NotReady, match="started again"):
+            bookkeeper.health()
+    with bookkeeping(path) as bookkeeper:
+        learned = standing(path)
+        assert bookkeeper.health()["samples"] == len(learned)
+        assert counts(bookkeeper._model) == counts(taught(learned))
 
 
 def test_changes_are_made_in_their_turn(path):
@@ -2152,6 +2265,7 @@ def test_a_batch_is_predicted_whole_before_any_of_it_is_learned(path):
     records = read(path)
     assert [record["predicted"] for record in records] == [None, *["1"] * 200, "2"]
     assert [record["sample"]["AccountNumber"] for record in records[:2]] == ["1", "2"]
+    assert [records[0][key] for key in ("margin", "confidence", "rank")] == [None] * 3
 
 
 def test_a_sample_that_others_of_its_batch_have_taught_surprises_less(path):
@@ -2701,6 +2815,17 @@ def test_the_overview_leaves_out_what_is_forgotten_meanwhile(path, monkeypatch):
         assert overview["health"]["companies"] == 5
         left = {row["company"] for row in overview["wrong"] + overview["unsure"]}
         assert left == {"company0", "company2", "company3", "company4"}
+
+
+def test_the_learning_curve_is_of_what_was_not_forgotten(path):
+    with bookkeeping(path) as bookkeeper:
+        for batch in batches_of(bookings(1000), 100):
+            bookkeeper.book(batch)
+        bookkeeper.overview()
+        bookkeeper.forget("company1")
+        curve = bookkeeper.overview()["curve"]
+    with bookkeeping(path) as bookkeeper:
+        assert bookkeeper.overview()["curve"] == curve
 
 
 def test_the_learning_curve_has_at_most_129_points(path, monkeypatch):
@@ -3575,7 +3700,7 @@ def test_a_cut_off_batch_is_repaired_at_the_start(serve, tmp_path):
     assert "the batch is unfinished" in service.said()
 
 
-def test_what_keeps_it_from_starting_is_said_in_one_line(serve, tmp_path):
+def test_what_keeps_it_from_starting_is_said_in_one_line(serve, tmp_path, monkeypatch):
     log = tmp_path / "log.jsonl"
     service = serve()
     service.post("/sample", [booking(), booking()])
@@ -3585,6 +3710,9 @@ def test_what_keeps_it_from_starting_is_said_in_one_line(serve, tmp_path):
     assert "--open" in refused(tmp_path / "other", "--host=0.0.0.0")
     assert "a token must be" in refused(tmp_path / "other", f"--token-file={log}")
     assert "No such file" in refused(tmp_path / "other", "--token-file=/no/token")
+    monkeypatch.setenv("BOOKKEEP_UNSAVED", "1e4")
+    assert "BOOKKEEP_UNSAVED must be a whole number" in refused(tmp_path / "other")
+    monkeypatch.delenv("BOOKKEEP_UNSAVED")
     service.stop()
     assert "cannot open" in refused(Path("/proc/log"))  # where nobody may write
     assert "Is a directory" in refused(tmp_path)
@@ -4332,6 +4460,7 @@ def test_a_file_that_cannot_be_replayed_is_one_sentence(tmp_path, name, content,
     assert said.count("\n") == 1
     assert message in said
     assert "--resume" not in said
+    assert not (tmp_path / "log").exists()  # no service was started for it
 
 
 def test_other_mistakes_are_one_sentence_too(serve, tmp_path):
