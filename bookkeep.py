@@ -278,18 +278,18 @@ class Vocabulary:
     def add(self, tokens: np.ndarray) -> np.ndarray | None:
         """(m,) the row of each token, its own from now on; None if there may be no room."""
         rows = self.find(tokens)
-        new = np.sort(tokens[self.tokens[rows] != tokens])
-        if not len(new):
-            return rows
+        homeless = (self.tokens[rows] != tokens).nonzero()[0]
+        new = np.sort(tokens[homeless])
         new = new[_run_starts(new)]
         if self.taken + len(new) > self.most:
             return None
         self.taken += len(new)
         while len(new):
-            rows = self.find(new)
-            self.tokens[rows] = new  # of those that want a slot, one gets it
-            new = new[self.tokens[rows] != new]
-        return self.find(tokens)
+            wanted = self.find(new)
+            self.tokens[wanted] = new  # of those that want a slot, one gets it
+            new = new[self.tokens[wanted] != new]
+        rows[homeless] = self.find(tokens[homeless])
+        return rows
 
 
 class Counts:
@@ -929,20 +929,23 @@ class NaiveBayes:
         Weights are multiples of 1 / GRAIN, so the sums are exact: the same in any order and any
         batching, and as if it had never been after learning and unlearning.
         """
+        if not lessons:
+            return
         found = self._look_up(documents, self.token_counts.insert)
         weights = [
-            (i, 2 * self.accounts[account] + side, weight)
+            (i, 2 * self.accounts[account] + against, weight)
             for i, lesson in enumerate(lessons)
-            for side, counted in enumerate(({lesson.account: lesson.weight}, lesson.against))
-            for account, weight in counted.items()
+            for against, account, weight in (
+                (0, lesson.account, lesson.weight),
+                *((1, rival, m) for rival, m in lesson.against.items()),
+            )
         ]
         if len(self.accounts) > len(self.names):
             self.names += islice(self.accounts, len(self.names), None)
             self.class_counts = _grown(self.class_counts, len(self.names))
             self.feature_counts = _grown(self.feature_counts, len(KINDS), len(self.names))
             self.token_counts.grow(len(self.names))
-        document, column, weight = np.array(weights).reshape(-1, 3).T
-        document, column = document.astype(np.int64), column.astype(np.int64)
+        document, column, weight = map(np.array, zip(*weights, strict=True))
         own = column % 2 == 0  # one for each document, in order
         account = column[own] // 2
         np.add.at(self.class_counts, account, times * weight[own])
