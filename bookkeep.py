@@ -1779,6 +1779,7 @@ class Snapshot:
 # ----------------------------------------------------------------------------------------- Writer
 
 GROUP = 1000  # samples that a group of bookings may have, unless it is one booking
+PATIENCE = 0.001  # seconds that bookings may wait for as many as were answered together last
 BACKLOG = 50_000  # samples that may wait, unless they are one booking
 RESTART = "nothing can be booked until the service is started again"
 
@@ -1822,6 +1823,7 @@ class Writer:
         self._book, self._rest = book, rest
         self._queue: deque[Booking | Change] = deque()
         self._arrival = threading.Condition()  # of something in the queue, or of the end
+        self._together = 0  # in the last group
         self._closed = False
         self.broken = False  # has what is known lost step with the log?
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
@@ -1884,6 +1886,10 @@ class Writer:
         """A change, or bookings of different keys; nothing if there will be no more."""
         with self._arrival:
             self._arrival.wait_for(lambda: self._queue or self._closed)
+            # Who was answered together soon sends again: a moment's patience makes larger groups.
+            self._arrival.wait_for(
+                lambda: len(self._queue) >= self._together or self._closed, PATIENCE
+            )
             group, keys, size = [], set(), 0
             while self._queue:
                 work = self._queue[0]
@@ -1894,6 +1900,7 @@ class Writer:
                 group.append(self._queue.popleft())
                 if isinstance(work, Booking) and work.key is not None:
                     keys.add(work.key)
+            self._together = len(group)
             return group
 
     def _refusal(self, error: Exception) -> Exception:
