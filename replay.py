@@ -67,15 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.file = options.file or _default_file()
         token = read_token(options.token_file)
-        row = list(itertools.islice(read_rows(options.file), 1))  # else a service starts in vain
-        if options.order == "date":
-            by_date(row)
+        rows = _rows(options)  # before a service is started in vain
         if options.serve and not options.log:
             options.log = Path(tempfile.mkdtemp(prefix="bookkeep-")) / "replay.jsonl"
         with _service(options) as url:
             if options.stay:
                 print(f"Watch it learn: {url}/", file=sys.stderr)
-            report = replay(Client(url, token), options)
+            report = replay(Client(url, token), options, rows)
             if options.serve:
                 report["log"] = str(options.log)
             if options.stay or not options.serve:
@@ -91,17 +89,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 130 if report["interrupted"] else 0
 
 
-def replay(client: "Client", options: argparse.Namespace, skip: bool = True) -> dict:
+def replay(
+    client: "Client", options: argparse.Namespace, rows: Iterator[Sample], skip: bool = True
+) -> dict:
     """Sends the rows in batches and reports; Ctrl-C ends it early. Raises Failed."""
     run = Run(client, options)
     started = time.monotonic()
-    rows = _rows(options)
     interrupted = False
     try:
         with _progress(options.samples) as show:
             found = run.send(itertools.islice(rows, options.samples), show, skip)
         if not found:
-            return replay(client, options, skip=False)
+            return replay(client, options, _rows(options), skip=False)
     except KeyboardInterrupt:
         interrupted = True
         client.interrupted()
@@ -399,9 +398,12 @@ def _separator(header: str) -> str:
 
 
 def _rows(options: argparse.Namespace) -> Iterator[Sample]:
-    """The file's rows in the order that is asked for."""
+    """The file's rows in the order that is asked for. Raises Failed at once if it is no CSV."""
     rows = read_rows(options.file)
-    return iter(by_date(rows)) if options.order == "date" else rows
+    if options.order == "date":
+        return iter(by_date(rows))
+    first = list(itertools.islice(rows, 1))
+    return itertools.chain(first, rows)
 
 
 def by_date(rows: Iterable[Sample]) -> list[Sample]:

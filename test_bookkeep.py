@@ -4414,7 +4414,7 @@ def test_it_says_how_to_resume_only_where_that_can_help(status):
         client = replay.Client(f"http://127.0.0.1:{server.server_port}")
         client._patience = 0.3
         with pytest.raises(replay.Failed) as failed:
-            replay.replay(client, options)
+            replay.replay(client, options, replay._rows(options))
         server.shutdown()
         answering.join()
     helps = status in (None, 503, 507)
@@ -4461,6 +4461,18 @@ def test_a_file_that_cannot_be_replayed_is_one_sentence(tmp_path, name, content,
     assert message in said
     assert "--resume" not in said
     assert not (tmp_path / "log").exists()  # no service was started for it
+
+
+@pytest.mark.parametrize("order", ["date", "file"])
+def test_a_replay_reads_its_file_but_once_so_that_a_pipe_will_do(tmp_path, order):
+    rows = [booking(text=f"rent {i}", BankEntryDate="2016-02-29") for i in range(300)]
+    with open(write_csv(tmp_path / "rents.csv", rows), "rb") as file:
+        piped = subprocess.Popen(["cat"], stdin=file, stdout=subprocess.PIPE)
+        command = (HERE / "replay.py", "/dev/stdin", "--serve", f"--order={order}")
+        done = run(*command, "--log", tmp_path / "log.jsonl", stdin=piped.stdout)
+        assert piped.wait() == 0
+    assert done[0] == 0, done
+    assert [record["sample"] for record in scanned(tmp_path / "log.jsonl")] == rows
 
 
 def test_other_mistakes_are_one_sentence_too(serve, tmp_path):
