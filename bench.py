@@ -32,6 +32,7 @@ from bookkeep import (
     TARGET,
     NaiveBayes,
     Sample,
+    chunks,
     precision_recall,
     tokens,
 )
@@ -315,7 +316,7 @@ def measure_service(rows: list[Sample], repeats: int) -> dict:
             replay.started("-c", BARE) as (bare_port, _),
         ):
             client = replay.Client(f"http://127.0.0.1:{port}")
-            for number, batch in enumerate(_chunks(rows, 500)):
+            for number, batch in enumerate(chunks(rows, 500)):
                 client.ask("POST", "/sample", batch, key=f"{number}")
             for connections in (1, 8):
                 ours = _load(port, itertools.repeat(predict), connections)
@@ -324,7 +325,7 @@ def measure_service(rows: list[Sample], repeats: int) -> dict:
                 name = f"/predict, {connections} at once"
                 found.setdefault(name, []).append(ours | {"share_of_bare": share})
             for size, connections in itertools.product((1, 50, 500), (1, 8)):
-                bodies = [_request("/sample", batch) for batch in _chunks(rows, size)]
+                bodies = [_request("/sample", batch) for batch in chunks(rows, size)]
                 load = _load(port, itertools.cycle(bodies), connections)
                 load["samples_per_second"] = load["requests_per_second"] * size
                 found.setdefault(f"/sample of {size}, {connections} at once", []).append(load)
@@ -336,7 +337,7 @@ def measure_service(rows: list[Sample], repeats: int) -> dict:
 
 def _busy(port: int, rows: list[Sample], predict: bytes) -> dict:
     """How long predictions take while another process sends batches of 1,000."""
-    bodies = [_request("/sample", batch) for batch in _chunks(rows, 1000)]
+    bodies = [_request("/sample", batch) for batch in chunks(rows, 1000)]
     context = multiprocessing.get_context("fork")
     sender = context.Process(target=_load, args=(port, itertools.cycle(bodies), 1, 4.0))
     sender.start()
@@ -344,12 +345,6 @@ def _busy(port: int, rows: list[Sample], predict: bytes) -> dict:
     load = _load(port, itertools.repeat(predict), 1, 3.0)
     sender.join()
     return load
-
-
-def _chunks(items: Iterable, size: int) -> Iterator[list]:
-    items = iter(items)
-    while chunk := list(itertools.islice(items, size)):
-        yield chunk
 
 
 def _request(path: str, content: object) -> bytes:
@@ -436,7 +431,7 @@ def measure_scale(most: int) -> dict[str, dict]:
 
 
 def _send(client: replay.Client, rows: Iterable[Sample], size: int) -> None:
-    for number, batch in enumerate(_chunks(rows, 500)):
+    for number, batch in enumerate(chunks(rows, 500)):
         client.ask("POST", "/sample", batch, key=f"{size} {batch[0]['']} {number}")
         _say(f"growing to {size:,} synthetic bookings")
 

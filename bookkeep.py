@@ -78,7 +78,7 @@ KINDS = (  # of tokens, in a person's words
 )
 KIND_SHIFT = 60  # a token's kind stands in its upper bits
 HASH = (1 << KIND_SHIFT) - 1  # the others
-_KIND = [kind << KIND_SHIFT for kind in range(8)]
+_KIND = [kind << KIND_SHIFT for kind in range(len(KINDS))]
 
 Sample = dict[str, str]
 T = TypeVar("T")
@@ -242,12 +242,15 @@ class Vocabulary:
     table. A table does not grow: who needs more room makes a larger one.
     """
 
-    def __init__(self, most: int) -> None:
-        """A table for at least so many tokens."""
-        slots = 1 << (most * 8 // 5 + 1).bit_length()
-        self.most = slots * 5 // 8
-        self.tokens = np.zeros(slots, dtype=np.int64)  # in each slot, 0 if it is free
-        self.taken = 0  # slots
+    def __init__(self, tokens: np.ndarray) -> None:
+        self.tokens = tokens  # in each slot, 0 if it is free
+        self.most = len(tokens) * 5 // 8
+        self.taken = int(np.count_nonzero(tokens))  # slots
+
+    @classmethod
+    def with_room(cls, most: int) -> "Vocabulary":
+        """An empty table for at least so many tokens."""
+        return cls(np.zeros(1 << (most * 8 // 5 + 1).bit_length(), dtype=np.int64))
 
     def find(self, tokens: np.ndarray) -> np.ndarray:
         """(m,) the row of each token, or the free one that it would get."""
@@ -310,7 +313,7 @@ class Counts:
     def __init__(self, alpha: float, beta: float) -> None:
         self._per_unit = 1 / (GRAIN * np.array([alpha, beta]))
         self._sign = np.array([1.0, -1.0])
-        self.vocabulary = Vocabulary(0)
+        self.vocabulary = Vocabulary.with_room(0)
         self.starts = np.zeros(2, dtype=np.int64)  # of each row's span, or which strip it is
         self.sizes = np.zeros(2, dtype=np.int32)  # how many entries each row has, or DENSE
         self.occupied = np.zeros(len(KINDS), dtype=np.int64)  # known tokens of each kind
@@ -385,7 +388,7 @@ class Counts:
         return lengths, evidence
 
     def evidence(self, rows: np.ndarray, accounts: np.ndarray) -> np.ndarray:
-        """(m, k) the evidence of m rows for each of k accounts, in ascending order."""
+        """(m, k) the evidence of m rows for each of k accounts."""
         evidence = np.zeros((len(rows), len(accounts)))
         self.add_evidence(evidence, np.arange(len(rows)), rows, accounts)
         return evidence
@@ -422,7 +425,7 @@ class Counts:
         if rows is None:
             live = self.sizes.nonzero()[0]  # the others are dropped
             more = len(live) // 8 + len(_run_starts(np.sort(tokens)))
-            vocabulary = Vocabulary(len(live) + more)
+            vocabulary = Vocabulary.with_room(len(live) + more)
             moved = vocabulary.add(self.vocabulary.tokens[live])
             rows = vocabulary.add(tokens)
             starts, sizes = (
@@ -540,8 +543,6 @@ class Counts:
         self.dense_evidence[strips] = self._of_both(self.dense_units[strips])
         self.starts[rows] = strips
         self.sizes[rows] = DENSE
-        if self.strips > self.STRIPS:
-            self._drop_strips()
         while self.strips > self.STRIPS:
             self.limit *= 2
             self._make_narrow(np.flatnonzero(self.sizes == DENSE))
@@ -561,10 +562,8 @@ class Counts:
         """Drops the strips of rows that are not dense any more."""
         rows = np.flatnonzero(self.sizes == DENSE)
         strips = self.starts[rows]
-        self.dense_units, self.dense_evidence = (
-            self.dense_units[strips],
-            self.dense_evidence[strips],
-        )
+        self.dense_units = self.dense_units[strips]
+        self.dense_evidence = self.dense_evidence[strips]
         self.strips = len(rows)
         self.starts[rows] = np.arange(self.strips)
 
@@ -590,15 +589,13 @@ class Counts:
             "entries": self.entries[: self.end],
             "dense_units": self.dense_units[: self.strips],
             "occupied": self.occupied,
-            "table": np.array([self.vocabulary.taken, self.limit]),
+            "limit": np.array(self.limit),
         }
 
     def restore(self, state: Arrays) -> None:
         """Takes over all sums of another."""
-        taken, self.limit = state["table"].tolist()
-        self.vocabulary = Vocabulary(0)
-        self.vocabulary.tokens = state["tokens"]
-        self.vocabulary.taken, self.vocabulary.most = taken, len(state["tokens"]) * 5 // 8
+        self.limit = int(state["limit"])
+        self.vocabulary = Vocabulary(state["tokens"])
         self.starts, self.sizes, self.occupied = (state[k] for k in ("starts", "sizes", "occupied"))
         self.entries, self.dense_units = state["entries"], state["dense_units"]
         self.end, self.strips = len(self.entries), len(self.dense_units)
@@ -700,10 +697,14 @@ class LookedUp(NamedTuple):
         """(m,) in which document each token is."""
         return np.arange(len(self.lengths)).repeat(self.lengths)
 
+    @property
+    def start(self) -> np.ndarray:
+        """(n,) the first token of each document."""
+        return self.lengths.cumsum() - self.lengths
+
     def part(self, documents: slice) -> "LookedUp":
         """Some of the documents."""
-        starts = self.lengths.cumsum() - self.lengths
-        _, at = _ranges(starts[documents], self.lengths[documents])
+        _, at = _ranges(self.start[documents], self.lengths[documents])
         return LookedUp(self.lengths[documents], self.kind[at], self.row[at])
 
 
@@ -750,7 +751,7 @@ class NaiveBayes:
     def joint_log_likelihood(
         self, documents: Documents, accounts: np.ndarray | None = None
     ) -> np.ndarray:
-        """(n, A) scores, or (n, k) those of chosen accounts, in ascending order."""
+        """(n, A) scores, or (n, k) those of chosen accounts."""
         if isinstance(documents, list) and len(documents) == 1:
             # One token after the other, which for a single document is faster than all at once.
             lengths, evidence = self.token_counts.of_document(documents[0], len(self.names))
@@ -891,8 +892,9 @@ class NaiveBayes:
         token, column, _ = self.token_counts.take(found.row[rare])
         document = np.concatenate([found.document[rare[token]], each])
         account = np.concatenate([column >> 1, own])
-        accounts = np.arange(len(self.names))
-        if scores is None:  # those of the few accounts that any of the documents has met will do
+        if scores is not None:
+            accounts = np.arange(len(self.names))
+        else:  # those of the few accounts that any of the documents has met will do
             few = np.zeros(len(self.names), dtype=bool)
             few[account] = True
             place, accounts = few.cumsum() - 1, few.nonzero()[0]
@@ -953,8 +955,7 @@ class NaiveBayes:
         np.add.at(self.feature_counts, cell, (times * weight[own]).repeat(found.lengths))
 
         units = np.rint(times * GRAIN * weight).astype(np.int64)
-        first = found.lengths.cumsum() - found.lengths
-        of, token = _ranges(first[document], found.lengths[document])
+        of, token = _ranges(found.start[document], found.lengths[document])
         self.token_counts.add(found.row[token], column[of], units[of])
         self._logs = None
 
@@ -1615,7 +1616,7 @@ def _repair(path: Path, damages: list[Damage]) -> None:
     copy = Log(target)
     kept = last_line = 0
     try:
-        for batches in _chunks(_sound(path, damages), 16):
+        for batches in chunks(_sound(path, damages), 16):
             whole: list[tuple[str | None, list[dict]]] = []
             due = len(copy)
             for batch in batches:
@@ -1684,8 +1685,8 @@ def check_records(
 def _check_prediction(record: dict) -> None:
     if not isinstance(record["predicted"], str | None):
         raise ValueError("predicted is no account")
-    for name, least, most in (("confidence", 0, 1), ("margin", 0, sys.float_info.max)):
-        if record[name] is not None and not least <= float(record[name]) <= most:
+    for name, most in (("confidence", 1), ("margin", sys.float_info.max)):
+        if record[name] is not None and not 0 <= float(record[name]) <= most:
             raise ValueError(f"no prediction can have that {name}")
     if record["rank"] is not None and (type(record["rank"]) is not int or record["rank"] < 1):
         raise ValueError("no account can have that rank")
@@ -1704,7 +1705,8 @@ def _content(record: dict) -> dict:
     return {key: value for key, value in record.items() if key not in PLACE}
 
 
-def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """The items in lists of that size, of which the last may be shorter."""
     items = iter(items)
     while chunk := list(islice(items, size)):
         yield chunk
@@ -1990,7 +1992,7 @@ class Bookkeeper:
     def predict(self, samples: Iterable[Sample]) -> list[str]:
         """The most probable account of each sample. Raises NotReady while there is no model."""
         accounts: list[str] = []
-        for documents in _chunks(map(tokens, samples), CHUNK):
+        for documents in chunks(map(tokens, samples), CHUNK):
             with self._model_at_rest() as model:
                 accounts += model.predict(documents)
                 self._predictions += len(documents)
@@ -2220,7 +2222,7 @@ class Bookkeeper:
 
     def _learn(self, records: list[dict], times: int = 1) -> None:
         """Learns bookings from what the log says of them; with times = -1 unlearns them."""
-        for chunk in _chunks(records, CHUNK):
+        for chunk in chunks(records, CHUNK):
             documents = [tokens(record["sample"]) for record in chunk]
             lessons = [_lesson(record, record["sample"][TARGET]) for record in chunk]
             with self._change():
@@ -2290,11 +2292,9 @@ class Bookkeeper:
         self._end_saving()
         self._snapshot.discard()
         self.log.remove({*seqs, *corrections})
-        self._saved = (
-            math.inf
-        )  # the names of its accounts are not unlearned: only a start drops them
+        self._saved = math.inf  # only a start drops the names of its accounts
         with self._writer.must_succeed():
-            for chunk in _chunks(zip(bookings, standing, strict=True), CHUNK):
+            for chunk in chunks(zip(bookings, standing, strict=True), CHUNK):
                 documents = [tokens(booking["sample"]) for booking, _ in chunk]
                 outcomes = _outcomes((booking, lesson.account) for booking, lesson in chunk)
                 with self._changing:
@@ -2308,7 +2308,7 @@ class Bookkeeper:
 
     def _read_back(self) -> None:
         reported = time.monotonic()
-        for records in _chunks(self.log.read(), 32 * CHUNK):
+        for records in chunks(self.log.read(), 32 * CHUNK):
             for damage in check_records(records, records[0]["seq"] + 1):
                 raise self.log.damaged(damage)
             for keys, alike in groupby(records, lambda record: {*record} & {"sample", "corrects"}):
