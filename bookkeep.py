@@ -51,7 +51,7 @@ from bottle import Bottle, HTTPError, request, response
 from waitress.channel import HTTPChannel
 from waitress.task import ErrorTask, ThreadedTaskDispatcher
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 logger = logging.getLogger("bookkeep")
 
@@ -60,6 +60,9 @@ logger = logging.getLogger("bookkeep")
 FEATURES = ("CompanyId", "BankEntryText", "BankEntryAmount")
 TARGET = "AccountNumber"
 SHORT = ("CompanyId", "BankEntryAmount")  # of at most MAX_SHORT characters
+BOOKED_BY = "BookedBy"  # optional: who booked it, a person if it is not said
+CHECKS = 16  # of the suggestions that could be booked unseen, one in so many is to be checked
+TIMES = {"person": 1, "check": CHECKS, "suggestion": 0}  # that such a booking is scored
 
 MAX_BATCH = 10_000  # samples in one body
 MAX_VALUE = 10_000  # characters in a key or a value
@@ -76,6 +79,15 @@ KINDS = (  # of tokens, in a person's words
     "first two words in this company",
     "whole text",
 )
+KNOWN = (  # what may have been known of a sample, in a person's words, from least to most
+    "nothing of the company",
+    "nothing of the text",
+    "a word",
+    "the first word",
+    "the first word and the amount",
+    "the first two words",
+)
+KNOWN_BY_KIND = np.array([1, 0, 0, 2, 3, 4, 5, 0])  # if a token of this kind is known
 KIND_SHIFT = 60  # a token's kind stands in its upper bits
 HASH = (1 << KIND_SHIFT) - 1  # the others
 _KIND = [kind << KIND_SHIFT for kind in range(len(KINDS))]
@@ -127,6 +139,8 @@ def check_samples(content: object, booked: bool, most: int) -> list[Sample]:
     for number, sample in enumerate(content):
         try:
             check_sample(sample, required)
+            if booked:
+                times_scored(sample)
         except BadRequest as error:
             raise BadRequest(f"sample {number}: {error}") from None
     return content
@@ -152,6 +166,14 @@ def check_sample(sample: object, required: Sequence[str]) -> None:
         "".join(chain(sample, sample.values())).encode()
     except UnicodeEncodeError:
         raise BadRequest("a lone surrogate (half of a \\u pair) is not text") from None
+
+
+def times_scored(sample: Sample) -> int:
+    """How often a booking is scored, by who booked it. Raises BadRequest if that is nobody."""
+    booked_by = sample.get(BOOKED_BY, "person")
+    if booked_by not in TIMES:
+        raise BadRequest(f"{BOOKED_BY} must be one of {', '.join(TIMES)}")
+    return TIMES[booked_by]
 
 
 def tokens(sample: Sample) -> list[int]:
@@ -251,6 +273,14 @@ class Vocabulary:
     def with_room(cls, most: int) -> "Vocabulary":
         """An empty table for at least so many tokens."""
         return cls(np.zeros(1 << (most * 8 // 5 + 1).bit_length(), dtype=np.int64))
+
+    def renewed(
+        self, live: np.ndarray, tokens: np.ndarray
+    ) -> tuple["Vocabulary", np.ndarray, np.ndarray]:
+        """A table for the tokens in these rows and (m,) others, the rows of these, and of those."""
+        more = len(live) // 8 + len(_run_starts(np.sort(tokens)))
+        vocabulary = Vocabulary.with_room(len(live) + more)
+        return vocabulary, vocabulary.add(self.tokens[live]), vocabulary.add(tokens)
 
     def find(self, tokens: np.ndarray) -> np.ndarray:
         """(m,) the row of each token, or the free one that it would get."""
@@ -424,10 +454,7 @@ class Counts:
         rows = self.vocabulary.add(tokens)
         if rows is None:
             live = self.sizes.nonzero()[0]  # the others are dropped
-            more = len(live) // 8 + len(_run_starts(np.sort(tokens)))
-            vocabulary = Vocabulary.with_room(len(live) + more)
-            moved = vocabulary.add(self.vocabulary.tokens[live])
-            rows = vocabulary.add(tokens)
+            vocabulary, moved, rows = self.vocabulary.renewed(live, tokens)
             starts, sizes = (
                 np.zeros(len(vocabulary.tokens), old.dtype) for old in (self.starts, self.sizes)
             )
@@ -675,6 +702,7 @@ class Assessment(NamedTuple):
     predicted: str | None  # the most probable account; None while there is no model
     margin: float | None  # its log-odds over the second; None while there is no second
     rank: int | None  # of the booked account, 1 for the most probable; None if it was not known
+    known: int  # what was known of it, of KNOWN
 
 
 class Lesson(NamedTuple):
@@ -844,26 +872,38 @@ class NaiveBayes:
 
     def assess(self, documents: Sequence[Sequence[int]], labels: Sequence[str]) -> list[Assessment]:
         """Predictions for documents whose accounts, the labels, are known."""
+        found = self._look_up(documents)
         return [
-            made
+            assessment
             for part in self._blocks(len(documents))
-            for made in self._assess(self.joint_log_likelihood(documents[part]), labels[part])
+            for assessment in self._assess(found.part(part), labels[part])[1]
         ]
 
-    def _assess(self, scores: np.ndarray, labels: Sequence[str]) -> Iterator[Assessment]:
+    def _assess(
+        self, found: LookedUp, labels: Sequence[str]
+    ) -> tuple[np.ndarray, Iterator[Assessment]]:
+        """(n, A) scores, and what is made of them."""
+        scores = self.joint_log_likelihood(found)
         if not self.known:
-            return repeat(Assessment(None, None, None), len(labels))
+            return scores, repeat(Assessment(None, None, None, 0), len(labels))
         best, lead = self._best(scores)
         booked = self._numbered(labels)
         ranks = (best == booked).astype(np.int64)
         for i in ((best != booked) & (booked >= 0)).nonzero()[0]:
             ranks[i] = np.count_nonzero(scores[i] >= scores[i, booked[i]])
-        return map(
+        return scores, map(
             Assessment,
             [self.names[account] for account in best.tolist()],
             [margin if margin < np.inf else None for margin in lead.round(4).tolist()],
             [rank or None for rank in ranks.tolist()],
+            self.specificity(found).tolist(),
         )
+
+    def specificity(self, documents: Documents) -> np.ndarray:
+        """(n,) the most that was known of each document, of KNOWN."""
+        found = self._look_up(documents)
+        known = self.token_counts.sizes[found.row] != 0
+        return np.maximum.reduceat(known * KNOWN_BY_KIND[found.kind], found.start)
 
     def _numbered(self, accounts: Sequence[str]) -> np.ndarray:
         """(n,) their numbers, -1 for those that are not known."""
@@ -973,8 +1013,8 @@ class NaiveBayes:
         found = self._look_up(documents, insert)
         assessments, scores = [], None
         for part in self._blocks(len(documents)):
-            scores = self.joint_log_likelihood(found.part(part))
-            assessments += self._assess(scores, labels[part])
+            scores, made = self._assess(found.part(part), labels[part])
+            assessments += made
         parts = rounds(len(documents))
         if len(parts) > 1 or (parts and len(scores) < len(documents)):
             scores = None  # they are of another model by then, or of some documents only
@@ -1026,20 +1066,28 @@ def _numbers(known: Mapping[Hashable, int] = {}) -> defaultdict:
 
 LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99)  # of confidence, in a report
 CONFUSED = 10  # pairs of accounts, in a report
-WINDOW = 1000  # predictions that a point of the learning curve is over
+WINDOW = 1000  # bookings that a point of the learning curve is over
 
 
-def precision_recall(booked: np.ndarray, predicted: np.ndarray) -> tuple[float, float]:
+def precision_recall(
+    booked: np.ndarray, predicted: np.ndarray, times: np.ndarray | None = None
+) -> tuple[float, float]:
     """Macro-averaged precision and recall, over the labels in either of two (n,) arrays, n > 0.
 
     A label never predicted has precision 0, one never booked recall 0: scikit-learn's
-    precision_score and recall_score with average="macro", zero_division=0.
+    precision_score and recall_score with average="macro", zero_division=0. Each of the n counts
+    `times`, or once: their sample_weight.
     """
     labels, codes = np.unique(np.concatenate([booked, predicted]), return_inverse=True)
     booked, predicted = codes.reshape(2, -1)
+    times = np.ones(len(booked)) if times is None else times
     hits, actual, claimed = (
-        np.bincount(numbers, minlength=len(labels))
-        for numbers in (booked[booked == predicted], booked, predicted)
+        np.bincount(numbers, weights, minlength=len(labels))
+        for numbers, weights in (
+            (booked, times * (booked == predicted)),
+            (booked, times),
+            (predicted, times),
+        )
     )
     # fsum, which rounds once, gives the same whatever the order of the labels.
     precision = math.fsum(hits / np.maximum(claimed, 1)) / len(labels)
@@ -1047,83 +1095,10 @@ def precision_recall(booked: np.ndarray, predicted: np.ndarray) -> tuple[float, 
     return precision, recall
 
 
-class Calibration:
-    """What a margin is worth: how often predictions with about as large a one were right.
-
-    It is the margin (log-odds) for each token that counts, for Naive Bayes takes each token for
-    independent of the others and is the surer the more there are. Predictions are counted in bins
-    of it. The share that was right is made monotone by pooling adjacent violators (Ayer et al.,
-    1955), and each bin's is that of its history and DOUBT wrong predictions more. The counts are
-    sums: any order gives the same.
-    """
-
-    BINS = 48  # six for each doubling of 1 / 8 + margin
-    RANKS = 20  # suggestions that get a confidence
-    DOUBT = 2
-
-    def __init__(self) -> None:
-        self._all = np.zeros(self.BINS, dtype=np.int64)  # predictions
-        self._right = np.zeros(self.BINS, dtype=np.int64)  # those that were right
-        self._ranks = np.zeros(self.RANKS + 1, dtype=np.int64)  # of the others' accounts, 0: beyond
-        self._table: np.ndarray | None = None
-
-    def add(self, margins: Sequence[float], ranks: Sequence[int], times: int = 1) -> None:
-        """Counts predictions and the rank of what was booked, 1 if right, 0 if it was unknown.
-
-        With times = -1 it takes them away again.
-        """
-        bins, ranks = self._bins(margins), np.asarray(ranks, dtype=np.int64)
-        right = ranks == 1
-        np.add.at(self._all, bins, times)
-        np.add.at(self._right, bins[right], times)
-        np.add.at(self._ranks, np.where(ranks <= self.RANKS, ranks, 0)[~right], times)
-        self._table = None
-
-    def state(self) -> Arrays:
-        """All that it has counted; arrays that are its own."""
-        return {"bins": self._all, "bins_right": self._right, "ranks": self._ranks}
-
-    def restore(self, state: Arrays) -> None:
-        """Takes over what another had counted."""
-        self._all, self._right, self._ranks = (state[k] for k in ("bins", "bins_right", "ranks"))
-
-    def confidence(self, margins: Sequence[float]) -> np.ndarray:
-        """(n, RANKS) the probability that each suggestion is right, best first.
-
-        That of the second and so on is what the first leaves, shared out as the ranks of wrongly
-        predicted accounts have been.
-        """
-        if self._table is None:
-            first = self._shares()
-            others = self._ranks[2:] / (self._ranks.sum() + self.DOUBT)
-            table = np.column_stack([first, np.outer(1 - first, others)])
-            self._table = np.minimum.accumulate(table, axis=1)
-        return self._table[self._bins(margins)]
-
-    def _bins(self, margins: Sequence[float]) -> np.ndarray:
-        doublings = np.log2(1 + 8 * np.asarray(margins, dtype=np.float64))
-        return np.minimum(6 * doublings, self.BINS - 1).astype(np.int64)
-
-    def _shares(self) -> np.ndarray:
-        """(BINS,) the share that was right, monotone; an empty bin's is that of the one before."""
-        blocks: list[tuple[int, int, int]] = []  # right, all and doubt, first bin
-        for first in np.flatnonzero(self._all).tolist():
-            right, counted = int(self._right[first]), int(self._all[first]) + self.DOUBT
-            while blocks and right * blocks[-1][1] <= blocks[-1][0] * counted:
-                more_right, more_counted, first = blocks.pop()
-                right, counted = right + more_right, counted + more_counted
-            blocks.append((right, counted, first))
-        shares = np.zeros(self.BINS)
-        for right, counted, first in blocks:
-            shares[first:] = right / counted
-        return shares
-
-
 class History:
     """A table of all bookings: whose they are, what was predicted, what they were booked to.
 
-    A row's `seq` is larger than that of the row before it. Companies and accounts are numbers;
-    `predicted` is -1 where there was no model.
+    A row's `seq` is larger than that of the row before it. Companies and accounts are numbers.
     """
 
     ROW = np.dtype(
@@ -1131,71 +1106,99 @@ class History:
             ("seq", "i8"),
             ("company", "i4"),
             ("booked", "i4"),
-            ("predicted", "i4"),
+            ("predicted", "i4"),  # -1 where there was no model
             ("confidence", "f4"),
+            ("bin", "i1"),  # of the margin for each token
+            ("known", "i1"),  # of KNOWN
+            ("rank", "i1"),  # of what is booked among what was suggested; 0 if it is no such
+            ("times", "i1"),  # that it is scored
+            ("reviewed", "?"),  # has a person looked at it?
         ]
     )
 
     def __init__(self) -> None:
         self.accounts = _numbers()
         self.companies = _numbers()
+        self._sizes: defaultdict[int, int] = defaultdict(int)  # company -> how many bookings
         self._table = np.zeros(1024, dtype=self.ROW)
         self._end = 0
-        self._unpredicted = 0  # rows at most, since some may have been forgotten
 
     def state(self) -> Arrays:
         """The whole table; arrays that are its own."""
-        names = [self.accounts, self.companies, self._unpredicted]
-        return {"history": self.rows, "history_names": _packed(names)}
+        return {"history": self.rows, "history_names": _packed([self.accounts, self.companies])}
 
     def restore(self, state: Arrays) -> None:
         """Takes over the table of another."""
-        accounts, companies, self._unpredicted = _unpacked(state["history_names"])
-        self.accounts, self.companies = _numbers(accounts), _numbers(companies)
+        self.accounts, self.companies = map(_numbers, _unpacked(state["history_names"]))
         self._table = state["history"]
         self._end = len(self._table)
+        companies, sizes = np.unique(self.rows["company"], return_counts=True)
+        self._sizes.update(zip(companies.tolist(), sizes.tolist(), strict=True))
 
     @property
     def rows(self) -> np.ndarray:
         """All rows: an array that stays as it is, but for corrections, whatever comes later."""
         return self._table[: self._end]
 
-    def append(self, bookings: Iterable[tuple[int, str, str, str | None, float | None]]) -> None:
-        """Adds rows: seq, company, account booked, account predicted, confidence."""
-        rows = [
-            (
-                seq,
-                self.companies[company],
-                self.accounts[booked],
-                -1 if predicted is None else self.accounts[predicted],
-                confidence or 0,
+    def append(self, rows: np.ndarray, names: Iterable[tuple[str, str, str | None]]) -> None:
+        """Adds rows, and numbers their companies, accounts booked and accounts predicted."""
+        rows["company"], rows["booked"], rows["predicted"] = (
+            np.array(
+                [
+                    (
+                        self.companies[company],
+                        self.accounts[booked],
+                        -1 if predicted is None else self.accounts[predicted],
+                    )
+                    for company, booked, predicted in names
+                ],
+                dtype=np.int32,
             )
-            for seq, company, booked, predicted, confidence in bookings
-        ]
+            .reshape(-1, 3)
+            .T
+        )
         end = self._end + len(rows)
         if end > len(self._table):
             self._table = _grown(self._table, 2 * end)
         self._table[self._end : end] = rows
-        self._unpredicted += sum(row[3] < 0 for row in rows)
         self._end = end
+        for company in rows["company"].tolist():
+            self._sizes[company] += 1
+
+    def size(self, company: str) -> int:
+        """How many bookings the company has."""
+        return self._sizes.get(self.companies.get(company), 0)
 
     def last(self, n: int, company: str | None = None) -> np.ndarray:
-        """The last n rows that were predicted, or fewer if there are fewer; of one company."""
-        rows = self.rows[-n - self._unpredicted :] if company is None else self.of(company)
-        return rows[rows["predicted"] >= 0][-n:]
+        """The last n rows that are scored, or fewer if there are fewer; of one company."""
+        rows = self.rows if company is None else self.of(company)
+        size = n
+        while True:
+            found = scored(rows[-size:])
+            if len(found) >= n or size >= len(rows):
+                return found[-n:]
+            size *= 2
 
     def of(self, company: str) -> np.ndarray:
         """All rows of a company."""
         return self.rows[self.rows["company"] == self.companies.get(company, -1)]
 
-    def correct(self, seq: int, account: str) -> None:
-        """Books another account in the row of that seq."""
-        self._table["booked"][self.rows["seq"].searchsorted(seq)] = self.accounts[account]
+    def row(self, seq: int) -> np.ndarray:
+        """The row of that seq, (1,), which corrections change."""
+        at = self.rows["seq"].searchsorted(seq)
+        return self.rows[at : at + 1]
+
+    def correct(self, seq: int, account: str, rank: int) -> None:
+        """Has a person book an account, which had that rank, in the row of that seq."""
+        row = self.row(seq)
+        row["booked"], row["rank"], row["reviewed"] = self.accounts[account], rank, True
 
     def forget(self, company: str) -> None:
         """Drops all rows of a company."""
-        self._table = self.rows[self.rows["company"] != self.companies.pop(company)]
+        number = self.companies.pop(company)
+        self._table = self.rows[self.rows["company"] != number]
         self._end = len(self._table)
+        del self._sizes[number]
 
 
 def right(rows: np.ndarray) -> np.ndarray:
@@ -1203,39 +1206,240 @@ def right(rows: np.ndarray) -> np.ndarray:
     return rows["booked"] == rows["predicted"]
 
 
+def scored(rows: np.ndarray) -> np.ndarray:
+    """Those of these rows of a History that were predicted, and booked by who knew better."""
+    return rows[(rows["predicted"] >= 0) & (rows["times"] > 0)]
+
+
+class Calibration:
+    """What a suggestion is worth: the share of earlier ones like it that were right.
+
+    "Like it" gets narrower as there is evidence, and each step starts from the one before:
+    as much evidence (g); of all companies, with as much known, too (p0); this company's own of
+    these (p1); its own for this account, whatever was known (p2).
+
+        g  = right / (all + 2), made monotone
+        p0 = (right + 2 g) / (all + 2), made monotone
+        p1 = (right + 20 p0) / (all + 20 + 1/4)
+        p2 = (right + 20 p1) / (all + 20 + 1/4)
+
+    "As much evidence" is the same bin of the margin (log-odds) for each token, for Naive Bayes
+    takes each token for independent of the others and is the surer the more there are; in the last
+    two, the same wide bin or one beside it. Shares are made monotone over the bins by pooling
+    adjacent violators (Ayer et al., 1955). All that is kept are whole numbers: any order gives the
+    same, and what is taken away leaves no trace.
+    """
+
+    BINS = 48  # six for each doubling of 1 / 8 + margin
+    WIDE = 4  # bins in a wide one
+    RANKS = 20  # suggestions that get a confidence
+    DOUBT = 2  # wrong ones that are added to those of all companies
+    BACK = 2  # suggestions that g counts in p0
+    OWN = 20  # suggestions that p0 counts in p1, and p1 in p2
+    OWN_DOUBT = 1 / 4  # of a wrong one that is added to a company's own: the best are often lucky
+
+    def __init__(self) -> None:
+        self._all = np.zeros((len(KNOWN), self.BINS), dtype=np.int64)  # suggestions of everybody's
+        self._right = np.zeros((len(KNOWN), self.BINS), dtype=np.int64)
+        self._ranks = np.zeros(self.RANKS + 1, dtype=np.int64)  # of the others' accounts, 0: beyond
+        self._cells = Vocabulary.with_room(0)  # of a company, what was known or an account, a bin
+        self._own = np.zeros((len(self._cells.tokens), 2), dtype=np.int32)  # all, right of each
+        self._shares: dict[int, np.ndarray] = {}  # what was known -> (BINS,) p0, until it changes
+
+    def add(self, rows: np.ndarray, times: int = 1) -> None:
+        """Counts those rows of a History that are scored; with times = -1 takes them away again.
+
+        A row that counts 16 times, for others that nobody looked at, is one of the company's own.
+        """
+        rows = scored(rows)
+        hit = right(rows)
+        counted = times * rows["times"].astype(np.int64)
+        np.add.at(self._all, (rows["known"], rows["bin"]), counted)
+        np.add.at(self._right, (rows["known"], rows["bin"]), counted * hit)
+        np.add.at(self._ranks, rows["rank"][~hit], counted[~hit])
+        self._shares = {}
+        own = rows["known"] > 0  # else it says nothing of the company
+        cells = self._cells_of(rows[own], np.array([0])).ravel()
+        sums = np.column_stack([own[own], hit[own]]).repeat(2, axis=0)
+        at = self._inserted(cells)
+        np.add.at(self._own, at, times * sums)
+
+    def _cells_of(self, rows: np.ndarray, near: np.ndarray) -> np.ndarray:
+        """(n, 2, k) cells of n rows, by what was known and by account, in k wide bins near it."""
+        # One more, for a name without a number has -1, and what is nearest to the first bin, too.
+        company = 1 + rows["company"].astype(np.int64)[:, np.newaxis, np.newaxis]
+        level = np.stack([rows["known"], len(KNOWN) + 1 + rows["predicted"]], axis=1)
+        wide = 1 + rows["bin"][:, np.newaxis] // self.WIDE + near
+        cells = company << 36 | level[:, :, np.newaxis] << 4 | wide[:, np.newaxis]
+        cells = cells.astype(np.uint64)
+        cells *= np.uint64(0x9E3779B97F4A7C15)  # spreads them over the table's slots
+        return (cells ^ cells >> 40).astype(np.int64) & (1 << 63) - 1
+
+    def _inserted(self, cells: np.ndarray) -> np.ndarray:
+        """(m,) the rows of cells, which are there from now on."""
+        rows = self._cells.add(cells)
+        if rows is None:
+            live = self._own[:, 0].nonzero()[0]  # the others are dropped
+            self._cells, moved, rows = self._cells.renewed(live, cells)
+            own = np.zeros((len(self._cells.tokens), 2), dtype=np.int32)
+            own[moved] = self._own[live]
+            self._own = own
+        return rows
+
+    def _own_of(self, rows: np.ndarray) -> np.ndarray:
+        """(n, 2, 2) the company's own, by what was known and by account: all, right."""
+        cells = self._cells_of(rows, np.array([-1, 0, 1]))
+        return self._own[self._cells.find(cells.ravel())].reshape(*cells.shape, 2).sum(axis=2)
+
+    def state(self) -> Arrays:
+        """All that it has counted; arrays that are its own."""
+        return {
+            "suggestions": self._all,
+            "suggestions_right": self._right,
+            "ranks": self._ranks,
+            "cells": self._cells.tokens,
+            "own": self._own,
+        }
+
+    def restore(self, state: Arrays) -> None:
+        """Takes over what another had counted."""
+        self._all, self._right = state["suggestions"], state["suggestions_right"]
+        self._ranks, self._own = state["ranks"], state["own"]
+        self._cells, self._shares = Vocabulary(state["cells"]), {}
+
+    def confidence(self, rows: np.ndarray) -> np.ndarray:
+        """(n,) the probability that each suggestion is right, from the rows that it would get.
+
+        What matters is their bin, and what was known, company and account predicted, where -1
+        stands for one that no row has.
+        """
+        families = zip(rows["known"].tolist(), rows["bin"].tolist(), strict=True)
+        share = np.array([self._share(known)[bin] for known, bin in families])
+        for suggestions, hits in self._own_of(rows).transpose(1, 2, 0):
+            share = (hits + self.OWN * share) / (suggestions + self.OWN + self.OWN_DOUBT)
+        return share
+
+    def shared(self, confidence: float) -> np.ndarray:
+        """(RANKS,) the confidence of the first suggestion and of the others, best first.
+
+        These share what it leaves as the ranks of wrongly predicted accounts have been.
+        """
+        others = (1 - confidence) * self._ranks[2:] / (self._ranks.sum() + self.DOUBT)
+        return np.minimum.accumulate([confidence, *others])
+
+    def record(self, row: np.ndarray) -> dict[str, dict[str, int]]:
+        """What the confidence of a suggestion (1,) rests on, with about as much evidence."""
+        _, own = self._own_of(row)[0].tolist()
+        known, wide = int(row["known"][0]), int(row["bin"][0]) // self.WIDE
+        near = slice(max(0, wide - 1) * self.WIDE, (wide + 2) * self.WIDE)
+        everybodys = [int(counts[known, near].sum()) for counts in (self._all, self._right)]
+        return {
+            name: dict(zip(("suggestions", "right"), counts, strict=True))
+            for name, counts in (("own", own), ("all", everybodys))
+        }
+
+    @classmethod
+    def bins(cls, margins: Sequence[float]) -> np.ndarray:
+        """(n,) the bins of margins for each token."""
+        doublings = np.log2(1 + 8 * np.asarray(margins, dtype=np.float64))
+        return np.minimum(6 * doublings, cls.BINS - 1).astype(np.int64)
+
+    def _share(self, known: int) -> np.ndarray:
+        """(BINS,) p0 of what was known."""
+        if known not in self._shares:
+            everybodys = self._all.sum(axis=0)
+            doubted = np.where(everybodys > 0, everybodys + self.DOUBT, 0)
+            g = _monotone(self._right.sum(axis=0), doubted)
+            right = self._right[known] + self.BACK * g
+            self._shares[known] = _monotone(right, self._all[known] + self.BACK)
+        return self._shares[known]
+
+
+def _monotone(right: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    """(BINS,) the share that was right, monotone; an empty bin's is that of the one before."""
+    blocks: list[tuple[float, float, int]] = []  # right, all, first bin
+    for first in counted.nonzero()[0].tolist():
+        block_right, block = float(right[first]), float(counted[first])
+        while blocks and block_right * blocks[-1][1] <= blocks[-1][0] * block:
+            more_right, more, first = blocks.pop()
+            block_right, block = block_right + more_right, block + more
+        blocks.append((block_right, block, first))
+    shares = np.zeros(len(counted))
+    for block_right, block, first in blocks:
+        shares[first:] = block_right / block
+    return shares
+
+
 def figures(rows: np.ndarray) -> dict[str, float]:
-    """Accuracy and macro-averaged precision and recall of n > 0 rows of a History."""
-    precision, recall = precision_recall(rows["booked"], rows["predicted"])
-    return {"accuracy": float(right(rows).mean()), "precision": precision, "recall": recall}
+    """Accuracy and macro-averaged precision and recall of n > 0 scored rows of a History."""
+    precision, recall = precision_recall(rows["booked"], rows["predicted"], rows["times"])
+    return {"accuracy": _accuracy(rows)[0], "precision": precision, "recall": recall}
 
 
-def by_confidence(rows: np.ndarray, levels: Sequence[float]) -> list[dict[str, float | None]]:
-    """For each level, the share of n > 0 rows that were at least so sure, and their accuracy."""
+def _accuracy(rows: np.ndarray) -> tuple[float, float]:
+    """The share of n > 0 scored rows that were right, and its standard error.
+
+    That is as if one more row, of those that count most, had been wrong: a few right ones are not
+    a certainty.
+    """
+    times, hit = rows["times"].astype(np.float64), right(rows)
+    accuracy = float(times @ hit / times.sum())
+    error = math.sqrt((times * (hit - accuracy)) @ (times * (hit - accuracy)) + times.max() ** 2)
+    return accuracy, error / float(times.sum())
+
+
+def by_confidence(rows: np.ndarray, levels: Iterable[float]) -> list[dict[str, float | None]]:
+    """For each level, what share of n > 0 scored rows was at least so sure, and its accuracy.
+
+    Also the accuracy's standard error, and how many of them are checks, which stand for many.
+    """
     found = []
     for level in levels:
-        sure = right(rows[rows["confidence"] >= level])
-        accuracy = float(sure.mean()) if len(sure) else None
-        found.append({"at_least": level, "share": len(sure) / len(rows), "accuracy": accuracy})
+        sure = rows[rows["confidence"] >= level]
+        accuracy, error = _accuracy(sure) if len(sure) else (None, None)
+        found.append(
+            {
+                "at_least": level,
+                "share": int(sure["times"].sum()) / int(rows["times"].sum()),
+                "accuracy": accuracy,
+                "error": error,
+                "checks": checks(sure),
+            }
+        )
     return found
 
 
-def report(rows: np.ndarray, accounts: Sequence[str]) -> dict:
-    """How good n > 0 predictions were, which accounts they confused, and how good when how sure."""
+def checks(rows: np.ndarray) -> int:
+    """How many of these rows of a History are checks of what could have been booked unseen."""
+    return int(np.count_nonzero(rows["times"] > 1))
+
+
+def unseen(rows: np.ndarray) -> int:
+    """How many of these rows of a History nobody has looked at."""
+    return len(rows) - int(np.count_nonzero(rows["reviewed"]))
+
+
+def report(rows: np.ndarray, accounts: Sequence[str], levels: Iterable[float]) -> dict:
+    """How good n > 0 predictions were, which accounts they confused, and how good when how sure.
+
+    The rows are scored ones of a History.
+    """
     wrong = rows[~right(rows)]
     pairs = wrong["booked"].astype(np.int64) << 32 | wrong["predicted"]
-    pairs, counts = np.unique(pairs, return_counts=True)
+    pairs, codes = np.unique(pairs, return_inverse=True)
+    counts = np.bincount(codes, wrong["times"]).astype(np.int64)
     confused = [
         (-count, accounts[pair >> 32], accounts[pair & 0xFFFFFFFF])
         for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True)
     ]
     return {
-        "support": len(rows),
+        "checks": checks(rows),
         **figures(rows),
         "confused": [
             {"booked": booked, "predicted": predicted, "count": -count}
             for count, booked, predicted in sorted(confused)[:CONFUSED]
         ],
-        "confidence": by_confidence(rows, LEVELS),
+        "confidence": by_confidence(rows, levels),
     }
 
 
@@ -1246,8 +1450,7 @@ def curve(rows: np.ndarray, points: dict[int, dict]) -> Iterator[dict]:
         step *= 2
     for end in range(step, len(rows), step):
         if end not in points:
-            window = rows[max(0, end - WINDOW) : end]
-            window = window[window["predicted"] >= 0]
+            window = scored(rows[max(0, end - WINDOW) : end])
             points[end] = {"bookings": end, **figures(window)} if len(window) else {}
         if points[end]:
             yield points[end]
@@ -1675,11 +1878,22 @@ def check_records(
             elif record.keys() != {*PLACE}:  # else it was removed
                 check_sample(record["sample"], (*FEATURES, TARGET))
                 _check_prediction(record)
-                _check_weights(record)
+                if times_recorded(record):
+                    _check_weights(record)
+                elif "weight" in record or record["reviewed"] is not False:
+                    raise ValueError("what was booked unseen counts nothing")
         except KeyError as error:
             yield Damage(number, f"{error} is missing")
         except (AttributeError, OverflowError, TypeError, ValueError) as error:
             yield Damage(number, str(error))
+
+
+def times_recorded(record: dict) -> int:
+    """How often a booking is scored, by what the log says. Raises BadRequest if it can't be so.
+
+    Before version 0.3, which says what was known, a sample's keys did not say who booked it.
+    """
+    return times_scored(record["sample"]) if "known" in record else 1
 
 
 def _check_prediction(record: dict) -> None:
@@ -1690,6 +1904,8 @@ def _check_prediction(record: dict) -> None:
             raise ValueError(f"no prediction can have that {name}")
     if record["rank"] is not None and (type(record["rank"]) is not int or record["rank"] < 1):
         raise ValueError("no account can have that rank")
+    if record.get("known", 0) not in range(len(KNOWN)):
+        raise ValueError("nothing like that can be known")
 
 
 def _check_weights(record: dict) -> None:
@@ -1714,7 +1930,7 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 # --------------------------------------------------------------------------------------- Snapshot
 
-FORMAT = 2  # of snapshots
+FORMAT = 3  # of snapshots
 
 
 class Snapshot:
@@ -1920,6 +2136,7 @@ class Writer:
 
 CHUNK = 128  # samples that are predicted, or read back and learned, at a time
 LISTED = 10  # bookings in each list of the overview
+RECENT = 10_000  # bookings that it looks at
 UNSAVED = 10_000  # lines of the log that its snapshot may lack; a sixteenth while it grows
 
 
@@ -1931,12 +2148,19 @@ class Conflict(Exception):
     """Other bookings were sent under the key of a batch."""
 
 
+A_WORD = KNOWN.index("a word")  # what is taken for known where a log of before 0.3 says nothing
+
+
 class Bookkeeper:
     """Books samples into the log and the model, and knows how well it predicted them.
 
     Its writer is the only one that changes anything. Bookings that wait together are a group: it is
     predicted as a whole, then learned, then appended to the log with one fsync. So no sample is
     scored by a model that has seen its answer. What cannot be appended is unlearned, exactly.
+
+    What was booked unseen, as it was suggested, is stored and predicted, but neither learned nor
+    scored: it would prove itself right. It is learned once a person confirms or corrects it. What
+    could have been, but was checked, counts for all the others that nobody looked at.
     """
 
     def __init__(self, log: Log, unsaved: int = UNSAVED) -> None:
@@ -1978,7 +2202,8 @@ class Bookkeeper:
         """Books a booking to another account, and says to which it was booked before.
 
         The old one is unlearned, the new one learned with the weight of its surprise. Metrics keep
-        the prediction. Raises NotFound, NotStored, NotReady.
+        the prediction. The same account confirms what was booked unseen. Raises NotFound,
+        NotStored, NotReady.
         """
         return self._writer.submit(Change(Future(), partial(self._correct, seq, account)))
 
@@ -1998,11 +2223,16 @@ class Bookkeeper:
                 self._predictions += len(documents)
         return accounts
 
-    def suggest(self, sample: Sample, top: int) -> list[dict]:
+    def suggest(
+        self, sample: Sample, top: int, place: int = 0, book_from: float | None = None
+    ) -> dict[str, object]:
         """The most probable accounts, best first, each with its confidence and its reasons.
 
         The first is compared with the second, the others are with the first. The log-odds of what
-        the sample says, its `reasons`, and the `prior` add up to the `margin`. Raises NotReady.
+        the sample says, its `reasons`, and the `prior` add up to the `margin`. The `record` says
+        what the first one's confidence rests on, and `check` whether a person should look at it
+        even if it is sure enough, which depends on its place in the request, too. Whether it is,
+        from a confidence on, is the `decision`. Raises NotReady.
         """
         document = tokens(sample)
         with self._model_at_rest() as model:
@@ -2011,22 +2241,28 @@ class Bookkeeper:
             accounts = [model.names[account] for account in best.tolist()]
             terms = model.terms(document, best)
             margin = round(scores[best[0]] - scores[best[1]], 4) if len(best) > 1 else None
-            [confidence] = self._calibration.confidence([_per_token(margin, sample)])
+            [known] = model.specificity([document]).tolist()
+            made = {"sample": sample, "predicted": accounts[0], "margin": margin, "known": known}
+            row = self._rows([made])
+            [sure] = self._calibration.confidence(row).tolist()
+            confidence = self._calibration.shared(sure).round(4).tolist()
+            record = self._calibration.record(row)
+            check = is_check(sample, self._history.size(sample["CompanyId"]), place)
             self._predictions += 1
 
         suggestions = []
-        for place, account in enumerate(accounts[:top]):
+        for rank, account in enumerate(accounts[:top]):
             suggestion = {
                 "account": account,
-                "confidence": round(confidence[place], 4),
+                "confidence": confidence[rank],
                 "over": None,
                 "margin": None,
                 "prior": None,
                 "reasons": [],
             }
             if len(accounts) > 1:
-                other = int(place == 0)
-                prior, *weights = (terms[place] - terms[other]).tolist()
+                other = int(rank == 0)
+                prior, *weights = (terms[rank] - terms[other]).tolist()
                 suggestion |= {
                     "over": accounts[other],
                     "margin": round(math.fsum([prior, *weights]), 4),
@@ -2034,43 +2270,66 @@ class Bookkeeper:
                     "reasons": _reasons(sample, weights),
                 }
             suggestions.append(suggestion)
-        return suggestions
+        answer = {
+            "suggestions": suggestions,
+            "record": {"known": KNOWN[known], **record},
+            "check": check,
+        }
+        if book_from is not None:
+            sure_enough = "check" if check else "book"
+            answer["decision"] = sure_enough if confidence[0] >= book_from else "review"
+        return answer
 
     def metrics(self, n: int) -> dict[str, float]:
         """Macro precision and recall of the last n (or fewer) predictions. Raises NotReady."""
-        rows = self._last(n)
-        precision, recall = precision_recall(rows["booked"], rows["predicted"])
-        return {"precision": precision, "recall": recall}
+        now = figures(self._last(n))
+        return {name: now[name] for name in ("precision", "recall")}
 
-    def report(self, n: int, company: str | None = None) -> dict:
+    def report(
+        self, n: int, company: str | None = None, book_from: float | None = None
+    ) -> dict[str, object]:
         """How good the last n (or fewer) predictions were, and how good when how sure.
 
         Raises NotFound if there is no such company, NotReady if nothing was predicted.
         """
-        return report(self._last(n, company), list(self._history.accounts))
+        levels = sorted({*LEVELS, *([] if book_from is None else [book_from])})
+        rows = self._last(n, company)
+        since = self._history.rows if company is None else self._history.of(company)
+        since = since[since["seq"].searchsorted(rows[0]["seq"]) :]
+        made = report(rows, list(self._history.accounts), levels)
+        return {"support": len(rows), "unseen": unseen(since), **made}
 
-    def overview(self) -> dict:
-        """What the page shows: health, the learning curve, confidence, bookings to look at."""
+    def overview(self, company: str | None = None) -> dict:
+        """What the page shows: health, the learning curve, confidence, bookings to look at.
+
+        The confidence may be of one company. Raises NotFound if there is no such.
+        """
         health = self.health()
         with self._changing:
-            rows, recent, points = self._history.rows, self._history.last(10_000), self._curve
-        last = recent[-WINDOW:]
+            rows, points = self._history.rows, self._curve
+        last = self._scored(WINDOW)
+        recent = self._scored(RECENT, company)
         overview = {"health": health, "metrics": None, "curve": [], "confidence": []}
         if len(last):
             now = figures(last)
             overview |= {
                 "metrics": {name: now[name] for name in ("precision", "recall")},
                 "curve": [*curve(rows, points), {"bookings": len(rows), **now}],
-                "confidence": by_confidence(recent, [*(step / 20 for step in range(20)), 0.99]),
             }
-        overview["wrong"] = self._listed(recent[~right(recent)][: -LISTED - 1 : -1])
-        unsure = last[::-1]["confidence"].argsort(kind="stable")[:LISTED]
-        overview["unsure"] = self._listed(last[::-1][unsure])
+        if len(recent):
+            steps = [*(step / 20 for step in range(20)), 0.99]
+            overview["confidence"] = by_confidence(recent, steps)
+        newest = rows[: -RECENT - 1 : -1]
+        newest = newest[newest["predicted"] >= 0]
+        overview["wrong"] = self._listed(newest[~right(newest)][:LISTED])
+        unsure = newest[:WINDOW]["confidence"].argsort(kind="stable")[:LISTED]
+        overview["unsure"] = self._listed(newest[unsure])
         return overview
 
     def _listed(self, rows: np.ndarray) -> list[dict]:
         """What the page says of rows of the history."""
         names = list(self._history.accounts)
+        rows = rows[["seq", "booked", "predicted", "reviewed"]]
         return [
             {
                 "seq": seq,
@@ -2080,8 +2339,9 @@ class Bookkeeper:
                 "booked": names[booked],
                 "predicted": names[predicted],
                 "confidence": record["confidence"],
+                "reviewed": reviewed,
             }
-            for seq, _, booked, predicted, _ in rows.tolist()
+            for seq, booked, predicted, reviewed in rows.tolist()
             if "sample" in (record := self._record(seq))  # not forgotten since
         ]
 
@@ -2093,9 +2353,12 @@ class Bookkeeper:
         if self._writer.broken:
             raise NotReady(RESTART)
         with self._changing:
+            rows = self._history.rows
             return {
                 "status": "ok",
-                "samples": len(self._history.rows),
+                "samples": len(rows),
+                "unseen": unseen(rows),
+                "checks": checks(rows),
                 "lines": len(self.log),
                 "accounts": self._model.known,
                 "companies": len(self._history.companies),
@@ -2107,10 +2370,11 @@ class Bookkeeper:
         """What an operator watches: what each figure is, and the figure."""
         with self._changing:
             rows = self._history.rows
-            last = rows[rows["seq"].searchsorted(self._last_batch) :]
-            last = last[last["predicted"] >= 0]
+            last = scored(rows[rows["seq"].searchsorted(self._last_batch) :])
             gauges = {
                 "bookings": ("Bookings in the log.", len(rows)),
+                "unseen": ("Bookings that nobody has looked at.", unseen(rows)),
+                "checks": ("Bookings that could have been booked unseen.", checks(rows)),
                 "predictions_total": ("Predictions that were asked for.", self._predictions),
                 "accounts": ("Accounts in the model.", self._model.known),
                 "companies": ("Companies in the model.", len(self._history.companies)),
@@ -2124,11 +2388,14 @@ class Bookkeeper:
                 gauges[f"last_batch_{name}"] = (f"The last batch's {name}.", now[name])
         return gauges
 
-    def _last(self, n: int, company: str | None = None) -> np.ndarray:
+    def _scored(self, n: int, company: str | None = None) -> np.ndarray:
         with self._changing:
             if company is not None and company not in self._history.companies:
                 raise NotFound("there is no booking of this company")
-            rows = self._history.last(n, company)
+            return self._history.last(n, company)
+
+    def _last(self, n: int, company: str | None = None) -> np.ndarray:
+        rows = self._scored(n, company)
         if not len(rows):
             raise NotReady("nothing has been predicted yet; send bookings to /sample first")
         return rows
@@ -2148,18 +2415,16 @@ class Bookkeeper:
         samples = list(chain.from_iterable(booking.samples for booking in group))
         learned: list[dict] = []
         try:
-            records = iter(self._predict_and_learn(samples, learned))
+            records, rows = self._predict_and_learn(samples, learned)
+            rest = iter(records)
             records = self.log.append(
-                [(booking.key, list(islice(records, len(booking.samples)))) for booking in group]
+                [(booking.key, list(islice(rest, len(booking.samples)))) for booking in group]
             )
         except BaseException:
             self._learn(learned, times=-1)
             raise
-        with self._writer.must_succeed():
-            outcomes = _outcomes((record, record["sample"][TARGET]) for record in records)
-            with self._changing:
-                self._calibration.add(*outcomes)
-                self._add_to_history(records)
+        with self._change():
+            self._score(records, rows)
         end = len(self.log) - len(records)
         for booking in group:
             first, end = end, end + len(booking.samples)
@@ -2188,31 +2453,33 @@ class Bookkeeper:
             )
         return True
 
-    def _predict_and_learn(self, samples: list[Sample], learned: list[dict]) -> list[dict]:
-        """What the log is to say of samples. Adds to `learned` what is learned, however far."""
-        documents = [tokens(sample) for sample in samples]
-        labels = [sample[TARGET] for sample in samples]
+    def _predict_and_learn(
+        self, samples: list[Sample], learned: list[dict]
+    ) -> tuple[list[dict], np.ndarray]:
+        """What the log and the history are to say of samples.
+
+        Adds to `learned` what is learned, however far it gets.
+        """
         records: list[dict] = [{}] * len(samples)
-        for part, assessments, lessons in self._model.book(documents, labels, self._change):
+        seen, unseen = [], []
+        for i, sample in enumerate(samples):
+            (seen if times_scored(sample) else unseen).append(i)
+        assessments = self._model.assess(*_labelled(samples, unseen))
+        for i, made in zip(unseen, assessments, strict=True):
+            records[i] = _predicted(samples[i], made) | {"reviewed": False}
+        booked = self._model.book(*_labelled(samples, seen), self._change)
+        for part, assessments, lessons in booked:
             with self._writer.must_succeed():  # else it would not be known what was learned
-                margins = map(_per_token, [made.margin for made in assessments], samples[part])
-                confidence = self._calibration.confidence(list(margins))[:, 0].round(4).tolist()
-                records[part] = [
-                    {
-                        "sample": sample,
-                        "predicted": made.predicted,
-                        "margin": made.margin,
-                        "confidence": None if made.predicted is None else sure,
-                        "rank": made.rank,
-                        "weight": lesson.weight,
-                        "against": lesson.against,
-                    }
-                    for sample, made, sure, lesson in zip(
-                        samples[part], assessments, confidence, lessons, strict=True
-                    )
-                ]
-                learned += records[part]
-        return records
+                for i, made, lesson in zip(seen[part], assessments, lessons, strict=True):
+                    counts = {"weight": lesson.weight, "against": lesson.against}
+                    records[i] = _predicted(samples[i], made) | counts
+                    learned.append(records[i])
+        rows = self._rows(records)
+        rows["confidence"] = confidence = self._calibration.confidence(rows).round(4)
+        for record, sure in zip(records, confidence.tolist(), strict=True):
+            if record["predicted"] is not None:
+                record["confidence"] = sure
+        return records, rows
 
     @contextmanager
     def _change(self) -> Iterator[None]:
@@ -2222,26 +2489,47 @@ class Bookkeeper:
 
     def _learn(self, records: list[dict], times: int = 1) -> None:
         """Learns bookings from what the log says of them; with times = -1 unlearns them."""
-        for chunk in chunks(records, CHUNK):
+        for chunk in chunks((record for record in records if "weight" in record), CHUNK):
             documents = [tokens(record["sample"]) for record in chunk]
             lessons = [_lesson(record, record["sample"][TARGET]) for record in chunk]
             with self._change():
                 self._model.learn(documents, lessons, times)
 
-    def _add_to_history(self, records: list[dict]) -> None:
-        self._history.append(
-            (
-                record["seq"],
-                record["sample"]["CompanyId"],
-                *(record["sample"][TARGET], record["predicted"], record["confidence"]),
-            )
-            for record in records
+    def _rows(self, records: Sequence[dict]) -> np.ndarray:
+        """Rows of the history for records of the log, as far as names have numbers already."""
+        companies, accounts = self._history.companies, self._history.accounts
+        rows = np.array(
+            [
+                (
+                    record.get("seq", -1),
+                    companies.get(record["sample"]["CompanyId"], -1),
+                    accounts.get(record["sample"].get(TARGET), -1),
+                    accounts.get(record["predicted"], -1),
+                    record.get("confidence") or 0,
+                    0,
+                    record.get("known", A_WORD),
+                    _in_ranks(record.get("rank")),
+                    times_recorded(record),
+                    "reviewed" not in record,
+                )
+                for record in records
+            ],
+            dtype=History.ROW,
         )
+        rows["bin"] = Calibration.bins([_per_token(record) for record in records])
+        return rows
+
+    def _score(self, records: list[dict], rows: np.ndarray) -> None:
+        """Adds what the log says of bookings, as rows, to the history and the calibration."""
+        rows["seq"] = [record["seq"] for record in records]
+        names = ((r["sample"]["CompanyId"], r["sample"][TARGET], r["predicted"]) for r in records)
+        self._history.append(rows, names)
+        self._calibration.add(rows)
 
     def _correct(self, seq: int, account: str) -> str:
         booking = self._booking(seq)
         before = self._current_lesson(booking)
-        if account != before.account:
+        if account != before.account or not before.weight:
             documents = [tokens(booking["sample"])]
             [lesson] = self._model.weigh(documents, [account])
             correction = {"corrects": seq, TARGET: account}
@@ -2274,11 +2562,14 @@ class Bookkeeper:
         with self._change():
             seq, documents = booking["seq"], [tokens(booking["sample"])]
             now = _lesson(correction, correction[TARGET])
-            self._model.learn(documents, [before], times=-1)
+            if before.weight:
+                self._model.learn(documents, [before], times=-1)
             self._model.learn(documents, [now])
-            self._calibration.add(*_outcomes([(booking, before.account)]), times=-1)
-            self._calibration.add(*_outcomes([(booking, now.account)]))
-            self._history.correct(seq, now.account)
+            rank = booking["rank"] if now.account == booking["sample"][TARGET] else None
+            row = self._history.row(seq)
+            self._calibration.add(row, times=-1)
+            self._history.correct(seq, now.account, _in_ranks(rank))
+            self._calibration.add(row)
             self._corrections.setdefault(seq, []).append(correction["seq"])
             self._curve = {}
 
@@ -2294,13 +2585,13 @@ class Bookkeeper:
         self.log.remove({*seqs, *corrections})
         self._saved = math.inf  # only a start drops the names of its accounts
         with self._writer.must_succeed():
-            for chunk in chunks(zip(bookings, standing, strict=True), CHUNK):
+            learned = [pair for pair in zip(bookings, standing, strict=True) if pair[1].weight]
+            for chunk in chunks(learned, CHUNK):
                 documents = [tokens(booking["sample"]) for booking, _ in chunk]
-                outcomes = _outcomes((booking, lesson.account) for booking, lesson in chunk)
                 with self._changing:
                     self._model.learn(documents, [lesson for _, lesson in chunk], times=-1)
-                    self._calibration.add(*outcomes, times=-1)
             with self._changing:
+                self._calibration.add(self._history.of(company), times=-1)
                 self._history.forget(company)
                 self._curve = {}
         _digest.cache_clear()
@@ -2315,9 +2606,7 @@ class Bookkeeper:
                 if "sample" in keys:
                     bookings = list(alike)
                     self._learn(bookings)
-                    outcomes = _outcomes((record, record["sample"][TARGET]) for record in bookings)
-                    self._calibration.add(*outcomes)
-                    self._add_to_history(bookings)
+                    self._score(bookings, self._rows(bookings))
                 elif "corrects" in keys:
                     self._apply_all(alike)
             if time.monotonic() - reported > 3:
@@ -2373,28 +2662,44 @@ class Bookkeeper:
         self.log.close()
 
 
+def is_check(sample: Sample, bookings: int, place: int) -> bool:
+    """Whether a suggestion that may be booked unseen is to be checked: one in CHECKS is.
+
+    It depends on how many bookings the company has and on the place in the request, too, for what
+    recurs must not be checked always or never.
+    """
+    drawn = [*(sample[key] for key in FEATURES), bookings, place]
+    return _digest(_encode(drawn)) % CHECKS == 0
+
+
+def _labelled(samples: Sequence[Sample], chosen: Iterable[int]) -> tuple[list, list[str]]:
+    """Documents and labels of the chosen samples."""
+    chosen = [samples[i] for i in chosen]
+    return [tokens(sample) for sample in chosen], [sample[TARGET] for sample in chosen]
+
+
+def _predicted(sample: Sample, assessment: Assessment) -> dict:
+    return {
+        "sample": sample,
+        "predicted": assessment.predicted,
+        "margin": assessment.margin,
+        "confidence": None,
+        "rank": assessment.rank,
+        "known": assessment.known,
+    }
+
+
 def _lesson(record: dict, account: str) -> Lesson:
-    return Lesson(account, record["weight"], record.get("against", {}))  # version 0.1 wrote none
+    """What the record counts; version 0.1 wrote no rivals, and what nobody looked at counts 0."""
+    return Lesson(account, record.get("weight", 0.0), record.get("against", {}))
 
 
-def _per_token(margin: float | None, sample: Sample) -> float:
-    return (margin or 0) / count_tokens(sample)
+def _per_token(record: dict) -> float:
+    return (record["margin"] or 0) / count_tokens(record["sample"])
 
 
-def _outcomes(booked: Iterable[tuple[dict, str]]) -> tuple[list[float], list[int]]:
-    """How sure and how good the predictions of these (record, account) were: margins and ranks."""
-    predicted = [(record, account) for record, account in booked if record["predicted"] is not None]
-    return (
-        [_per_token(record["margin"], record["sample"]) for record, _ in predicted],
-        [_rank(record, account) for record, account in predicted],
-    )
-
-
-def _rank(record: dict, account: str) -> int:
-    """The account's place among what was suggested for the recorded sample, 0 if unknown."""
-    if account == record["predicted"]:
-        return 1
-    return (record["rank"] or 0) if account == record["sample"][TARGET] else 0
+def _in_ranks(rank: int | None) -> int:
+    return rank if rank and rank <= Calibration.RANKS else 0
 
 
 def _reasons(sample: Sample, weights: list[float]) -> list[dict[str, str | float]]:
@@ -2453,9 +2758,9 @@ def openapi(max_batch: int) -> dict:
     def a_list(items: dict, **more: object) -> dict:
         return {"type": "array", "items": items, **more}
 
-    def record(properties: dict, others: object = False) -> dict:
+    def record(properties: dict, others: object = False, **optional: dict) -> dict:
         required = list(properties)
-        shape = {"type": "object", "required": required, "properties": properties}
+        shape = {"type": "object", "required": required, "properties": properties | optional}
         return shape | {"additionalProperties": others}
 
     text = {"type": "string", "maxLength": MAX_VALUE}
@@ -2469,21 +2774,26 @@ def openapi(max_batch: int) -> dict:
     log_odds = {"type": ["number", "null"]}
     maybe_text = {"type": ["string", "null"]}
     place = {"type": ["integer", "null"], "minimum": 0}
-    health = dict.fromkeys(("samples", "lines", "accounts", "companies", "tokens"), count)
+    totals = ("samples", "unseen", "checks", "lines", "accounts", "companies", "tokens")
+    health = dict.fromkeys(totals, count)
     reason = record({"token": filled, "kind": {"enum": list(KINDS)}, "weight": {"type": "number"}})
     figures = {"accuracy": share, "precision": share, "recall": share}
+    maybe_share = share | {"type": ["number", "null"]}
     sureness = record(
-        {"at_least": share, "share": share, "accuracy": share | {"type": ["number", "null"]}}
+        dict.fromkeys(("at_least", "share"), share)
+        | dict.fromkeys(("accuracy", "error"), maybe_share)
+        | {"checks": count}
     )
+    tally = record({"suggestions": count, "right": count})
     confusion = record({"booked": filled, "predicted": filled, "count": count})
     listed = record(
         {"seq": seq}
         | dict.fromkeys(("company", "text", "amount", "booked", "predicted"), filled)
-        | {"confidence": share}
+        | {"confidence": share, "reviewed": {"type": "boolean"}}
     )
     schemas = {
         "Sample": record(features, text),
-        "Booking": record(features | {TARGET: filled}, text),
+        "Booking": record(features | {TARGET: filled}, text, **{BOOKED_BY: {"enum": [*TIMES]}}),
         "Stored": record({"received": count, "total": count, "first": place, "last": place}),
         "Suggestions": record(
             {
@@ -2498,15 +2808,18 @@ def openapi(max_batch: int) -> dict:
                             "reasons": a_list(reason),
                         }
                     )
-                )
-            }
+                ),
+                "record": record({"known": {"enum": [*KNOWN]}, "own": tally, "all": tally}),
+                "check": {"type": "boolean"},
+            },
+            decision={"enum": ["book", "check", "review"]},
         ),
         "Correction": record({"seq": seq, TARGET: filled}),
         "Corrected": record({"seq": seq, TARGET: filled, "before": filled}),
         "Forgotten": record({"company": filled, "forgotten": count | {"minimum": 1}}),
         "Metrics": record({"precision": share, "recall": share}),
         "Report": record(
-            {"support": count | {"minimum": 1}}
+            {"support": count | {"minimum": 1}, "unseen": count, "checks": count}
             | figures
             | {"confused": a_list(confusion), "confidence": a_list(sureness)}
         ),
@@ -2543,6 +2856,10 @@ def openapi(max_batch: int) -> dict:
         count | {"minimum": 1, "maximum": Calibration.RANKS, "default": 3},
         "how many suggestions, at most",
     )
+    company = parameter("query", "company", filled, "only the predictions for this company")
+    book_from = parameter(
+        "query", "book_from", share, "the confidence from which on you book unseen"
+    )
     paths = {
         "/sample": post(
             "store bookings, and learn them",
@@ -2560,6 +2877,7 @@ def openapi(max_batch: int) -> dict:
             {"anyOf": [a_sample, a_list(a_sample, maxItems=min(max_batch, MAX_SUGGESTED // 3))]},
             answers({"anyOf": [a_suggestion, a_list(a_suggestion)]}, 400, 413, 415, 503),
             top,
+            book_from,
         ),
         "/correct": post(
             "book a booking to another account",
@@ -2580,7 +2898,7 @@ def openapi(max_batch: int) -> dict:
         ),
         "/report/{n}": get(
             "how good the last n predictions were, and how good when how sure",
-            [n, parameter("query", "company", filled, "only the predictions for this company")],
+            [n, company, book_from],
             answers(of("schemas", "Report"), 400, 404, 503),
         ),
         "/samples": get(
@@ -2591,7 +2909,9 @@ def openapi(max_batch: int) -> dict:
             ],
             answers({"type": "string"}, 400, media=JSON_LINES),
         ),
-        "/overview": get("what the page shows", [], answers(of("schemas", "Overview"), 503)),
+        "/overview": get(
+            "what the page shows", [company], answers(of("schemas", "Overview"), 400, 404, 503)
+        ),
         "/metrics": get(
             "figures for Prometheus", [], answers({"type": "string"}, media="text/plain")
         ),
@@ -2722,6 +3042,19 @@ def create_app(
             raise HTTPError(400, f"{name} must be a whole number from {least} to {most}")
         return int(text)
 
+    def company_asked() -> str | None:
+        company = request.query.getunicode("company")
+        if company is None and "company" in request.query:
+            raise HTTPError(400, "company must be UTF-8, percent-encoded")
+        return company
+
+    def book_from() -> float | None:
+        text = request.query.get("book_from")
+        with suppress(ValueError):
+            if text is None or 0 <= float(text) <= 1:
+                return text and float(text)
+        raise HTTPError(400, "book_from must be a number from 0 to 1, such as 0.95")
+
     @app.post("/sample")
     def sample() -> dict:
         key = request.environ.get("HTTP_IDEMPOTENCY_KEY")
@@ -2740,7 +3073,8 @@ def create_app(
         top = number("top", request.query.get("top", "3"), 1, Calibration.RANKS)
         asked = received(parse_json)
         samples = check_samples(asked, False, min(max_batch, MAX_SUGGESTED // top))
-        answers = [{"suggestions": bookkeeper.suggest(sample, top)} for sample in samples]
+        level = book_from()
+        answers = [bookkeeper.suggest(s, top, place, level) for place, s in enumerate(samples)]
         return answers if isinstance(asked, list) else answers[0]
 
     @app.post("/correct")
@@ -2765,10 +3099,7 @@ def create_app(
     @app.get("/report/<n>")
     def report(n: str) -> dict:
         n = number("n, after /report/,", n, 1)
-        company = request.query.getunicode("company")
-        if company is None and "company" in request.query:
-            raise HTTPError(400, "company must be UTF-8, percent-encoded")
-        return bookkeeper.report(n, company)
+        return bookkeeper.report(n, company_asked(), book_from())
 
     @app.get("/samples")
     def samples() -> BinaryIO | str:
@@ -2789,7 +3120,7 @@ def create_app(
 
     @app.get("/overview")
     def overview() -> dict:
-        return bookkeeper.overview()
+        return bookkeeper.overview(company_asked())
 
     @app.get("/health")
     def health() -> dict:
