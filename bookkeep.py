@@ -1347,11 +1347,11 @@ class Calibration:
     def _share(self, known: int) -> np.ndarray:
         """(BINS,) p0 of what was known."""
         if known not in self._shares:
-            everybodys = self._all.sum(axis=0)
-            doubted = np.where(everybodys > 0, everybodys + self.DOUBT, 0)
-            g = _monotone(self._right.sum(axis=0), doubted)
+            anybodys = self._all.sum(axis=0)
+            g = _monotone(self._right.sum(axis=0), anybodys + self.DOUBT * (anybodys > 0))
             right = self._right[known] + self.BACK * g
-            self._shares[known] = _monotone(right, self._all[known] + self.BACK)
+            counted = self._all[known] + self.BACK * (anybodys > 0)
+            self._shares[known] = _monotone(right, counted)
         return self._shares[known]
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import urlsplit
 
-from bookkeep import FEATURES, TARGET, Sample, read_token
+from bookkeep import BOOKED_BY, FEATURES, MAX_SUGGESTED, TARGET, Sample, chunks, read_token
 
 try:
     from tqdm import tqdm
@@ -48,6 +48,7 @@ COLUMNS = [*FEATURES, TARGET]
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)  # encrypted is the last
 LAST = 1000  # predictions that the report is about
 WINDOWS = (100, LAST, 10_000)  # the n of the /metrics/<n> in it
+BOOKED_AFTER = {"book": "suggestion", "check": "check", "review": "person"}  # a decision, by whom
 WELL_BOOKED = 0.9  # accuracy from which on one may book unseen
 
 
@@ -106,7 +107,8 @@ def replay(
         client.interrupted()
     except Away as error:
         log = f" --log {options.log}" if options.serve else ""
-        raise Failed(f"{error}; the same command goes on with --resume {run.start}{log}") from None
+        how = f"; the same command goes on with --resume {run.start}{log}" if run.resumable else ""
+        raise Failed(f"{error}{how}") from None
     seconds = time.monotonic() - started
     report = {
         "samples": run.sent,
@@ -117,9 +119,10 @@ def replay(
         "metrics": {},
         "report": None,
         "unseen": None,
+        "booked_unseen": None,
         "prediction": None,
         "interrupted": interrupted,
-        "resume": run.start,
+        "resume": run.start if run.resumable else None,
     }
     try:
         for name, figure in run.figures():
@@ -147,6 +150,9 @@ class Run:
         self.name = hashlib.sha256(repr(source).encode()).hexdigest()[:16]
         self.sent = self.resent = self.predicted = self.unpredicted = 0
         self.account_names: dict[tuple[str, str], str | None] = {}  # by company and account
+        # What was suggested for a batch that comes again would be another by then.
+        self.resumable = options.book_from is None
+        self.integrator = None if self.resumable else Integrator(client, options.book_from)
 
     def send(self, rows: Iterable[Sample], show: Callable[[int, dict], None], skip: bool) -> bool:
         """Sends the rows, without the batches that the log holds already but for the last of these.
@@ -162,6 +168,8 @@ class Run:
                 self.sent += len(batch)
                 self.resent = self.sent
                 continue
+            if self.integrator and (self.sent or self.before["accounts"]):  # there is a model
+                batch = self.integrator.book(batch)
             key = f"replay {self.name} row {self.sent}"
             answer = self.client.ask("POST", "/sample", batch, key)
             if skip and self.resent == self.sent > 0 and answer["first"] != self.start + self.sent:
@@ -193,12 +201,14 @@ class Run:
         report = self.client.ask("GET", f"/report/{LAST}")
         yield "report", report
         yield "unseen", best_level(report["confidence"])
+        if self.integrator:
+            yield "booked_unseen", self.integrator.report()
 
     def prediction(self, row: Sample | None) -> dict | None:
         """What the service suggests for a row that it has not been sent, if there is one."""
         if row is None or not self.sent:
             return None
-        sample = {key: value for key, value in row.items() if not key.startswith("Account")}
+        sample = without_account(row)
         [suggestion] = self.client.ask("POST", "/suggest?top=1", sample)["suggestions"]
         account = suggestion["account"]
         return {
@@ -210,6 +220,62 @@ class Run:
             "booked": row[TARGET],
             "booked_name": row.get("AccountName"),
         }
+
+
+class Integrator:
+    """Books unseen what the service is sure enough of, with the file as the accountant.
+
+    It knows the truth, which the service does not: what would have been right.
+    """
+
+    def __init__(self, client: "Client", book_from: float) -> None:
+        self.client, self.book_from = client, book_from
+        # Of each suggestion: how sure it was, whether it was right, by whom it was booked.
+        self.outcomes: list[tuple[float, bool, str]] = []
+
+    def book(self, rows: Sequence[Sample]) -> list[Sample]:
+        """The rows as they are to be booked."""
+        booked = []
+        for chunk in chunks(rows, MAX_SUGGESTED):
+            asked = [without_account(row) for row in chunk]
+            answers = self.client.ask("POST", f"/suggest?top=1&book_from={self.book_from}", asked)
+            for row, sample, answer in zip(chunk, asked, answers, strict=True):
+                [suggestion] = answer["suggestions"]
+                account, who = suggestion["account"], BOOKED_AFTER[answer["decision"]]
+                self.outcomes.append((suggestion["confidence"], account == row[TARGET], who))
+                if who == "suggestion":
+                    row = sample | {TARGET: account}
+                booked.append(row | {BOOKED_BY: who})
+        return booked
+
+    def report(self) -> dict | None:
+        """What the service says of the second half of the suggestions, and what is true."""
+        half = self.outcomes[len(self.outcomes) // 2 :]
+        scored = sum(who != "suggestion" for _, _, who in half)
+        if not scored:
+            return None
+        said = self.client.ask("GET", f"/report/{scored}?book_from={self.book_from}")
+        level = next(row for row in said["confidence"] if row["at_least"] == self.book_from)
+        unseen = [right for _, right, who in half if who == "suggestion"]
+        sure = [right for confidence, right, _ in half if confidence >= self.book_from]
+        return {
+            "book_from": self.book_from,
+            "suggestions": len(half),
+            "unseen": len(unseen),
+            "unseen_wrong": unseen.count(False),
+            "checks": sum(who == "check" for _, _, who in half),
+            "said": level | {"overall": said["accuracy"]},
+            "true": {
+                "share": len(sure) / len(half),
+                "accuracy": sum(sure) / len(sure) if sure else None,
+                "overall": sum(right for _, right, _ in half) / len(half),
+            },
+        }
+
+
+def without_account(row: Sample) -> Sample:
+    """What is known of a row before it is booked."""
+    return {key: value for key, value in row.items() if not key.startswith("Account")}
 
 
 def best_level(levels: Sequence[dict]) -> dict:
@@ -247,7 +313,8 @@ def in_words(report: dict) -> str:
     ]
     if report["stored_before"]:
         lines.append(f"{report['stored_before']:,} of them had been stored before")
-    lines += _quality(report)
+    unseen = report["booked_unseen"]
+    lines += _unseen(**unseen) if unseen else _quality(report)
     if report["prediction"]:
         lines += _suggestion(**report["prediction"])
     if str(LAST) in report["metrics"]:
@@ -284,6 +351,33 @@ def _quality(report: dict) -> Iterator[str]:
     )
 
 
+def _unseen(
+    book_from: float,
+    suggestions: int,
+    unseen: int,
+    unseen_wrong: int,
+    checks: int,
+    said: dict,
+    true: dict,
+) -> Iterator[str]:
+    """What the service says that it got right, and what is true."""
+    yield ""
+    yield f"Booked unseen from {_percent(book_from)} on, in the last {suggestions:,} bookings:"
+    yield (
+        f"  {unseen:,} unseen, of which {unseen_wrong:,} are wrong, "
+        f"{_percent(unseen_wrong / suggestions, 1)} of all; {checks:,} were checked instead"
+    )
+    if said["accuracy"] is not None:
+        yield (
+            f"  right of those: {_percent(said['accuracy'], 1)} (± {_percent(said['error'], 1)}), "
+            f"the service says; {_percent(true['accuracy'], 1)}, in truth"
+        )
+    yield (
+        f"  right of all: {_percent(said['overall'], 1)}, the service says; "
+        f"{_percent(true['overall'], 1)}, in truth"
+    )
+
+
 def _suggestion(
     sample: Sample,
     predicted: str,
@@ -315,7 +409,8 @@ def _next(report: dict) -> Iterator[str]:
     """Where all of it is, and what to do now."""
     log = f" --log {report['log']}" if "log" in report else ""
     if report["interrupted"]:
-        yield f"Interrupted; the same command goes on with --resume {report['resume']}{log}"
+        how = f"; the same command goes on with --resume {report['resume']}{log}"
+        yield f"Interrupted{how if report['resume'] is not None else ''}"
         return
     if log:
         yield f"All of it is in {report['log']}"
@@ -606,6 +701,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.log and not options.serve:
         parser.error("--log goes with --serve")
+    if options.book_from is not None and options.resume is not None:
+        parser.error("--resume does not go with --book-from: what it suggested then is not known")
     if options.stay and not options.serve:
         parser.error("--stay goes with --serve")
     if options.resume is not None and options.serve and not options.log:
@@ -647,6 +744,13 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
         help="the largest batch; sizes are random, from 1 to this (default: 1000)",
     )
     option("--seed", type=int, default=0, help="of those sizes (default: 0)")
+    option(
+        "--book-from",
+        type=share,
+        metavar="CONFIDENCE",
+        help="book suggestions unseen from this confidence on, but for the checks, with the file "
+        "as the accountant for all others; and say what the service says of it and what is true",
+    )
 
 
 def _add_service(parser: argparse.ArgumentParser) -> None:
@@ -689,6 +793,14 @@ def count(text: str) -> int:
     if not (text.isdecimal() and len(text) < 19 and int(text)):
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(text)
+
+
+def share(text: str) -> float:
+    """The number from 0 to 1 that the text says, for argparse."""
+    with suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1")
 
 
 def _count_or_all(text: str) -> int | None:

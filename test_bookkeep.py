@@ -20,6 +20,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import termios
 import threading
 import time
@@ -94,6 +95,11 @@ def booking(company="A", text="rent May", amount="> -1000", account="3115", **mo
         "AccountNumber": account,
         **more,
     }
+
+
+def by(who, sample=None, **more):
+    """A booking that says who booked it."""
+    return (sample or booking(**more)) | {"BookedBy": who}
 
 
 def bookings(n, seed=0):
@@ -235,7 +241,7 @@ def standing(path):
             ),
         )
         for seq, record in records.items()
-        if "sample" in record
+        if "weight" in last.get(seq, record) and "sample" in record
     ]
 
 
@@ -394,26 +400,19 @@ def prequential(path):
     of windows of 1,000, and the expected calibration error (ten equal bins) of the second half.
     """
     rows = replay.by_date(replay.read_rows(path))
-    model, calibration = NaiveBayes(), Calibration()
-    booked, predicted, confidence = [], [], []
-    for batch in replay.batches(rows, 1000, seed=0):
-        documents = [tokens(row) for row in batch]
-        labels = [row["AccountNumber"] for row in batch]
-        assessments = [None] * len(batch)
-        for part, made, _ in model.book(documents, labels):
-            assessments[part] = made
-        booked += labels
-        predicted += [assessment.predicted or "" for assessment in assessments]
-        margins = [(a.margin or 0) / len(d) for a, d in zip(assessments, documents, strict=True)]
-        confidence += calibration.confidence(margins)[:, 0].tolist()
-        if assessments[0].predicted:
-            calibration.add(margins, [assessment.rank or 0 for assessment in assessments])
-    booked, predicted = np.array(booked), np.array(predicted)
+    with tempfile.TemporaryDirectory() as folder:
+        with bookkeeping(Path(folder) / "log.jsonl") as bookkeeper:
+            for batch in replay.batches(rows, 1000, seed=0):
+                bookkeeper.book(batch)
+        records = read_lines(Path(folder) / "log.jsonl")
+    booked = np.array([row["AccountNumber"] for row in rows])
+    predicted = np.array([record["predicted"] or "" for record in records])
+    confidence = np.array([record["confidence"] or 0 for record in records])
     windows = [
         precision_recall(booked[end - 1000 : end], predicted[end - 1000 : end])
         for end in range(2000, len(rows) + 1, 1000)
     ]
-    right, confidence = booked == predicted, np.array(confidence)
+    right = booked == predicted
     late = np.arange(len(rows)) >= len(rows) // 2
     bins = np.minimum(confidence * 10, 9).astype(int)
     error = sum(
@@ -421,6 +420,104 @@ def prequential(path):
         for bin in range(10)
     )
     return right.mean(), *np.mean(windows, axis=0), error / late.sum()
+
+
+def add_rows(history, rows):
+    """Adds rows to a history, each a dict of what differs from these."""
+    usual = {"seq": 0, "company": "A", "booked": "1", "predicted": "1", "confidence": 0.5}
+    usual |= {"bin": 9, "known": 3, "rank": 0, "times": 1}
+    rows = [usual | row for row in rows]
+    numbers = ("seq", "confidence", "bin", "known", "rank", "times")
+    table = np.zeros(len(rows), History.ROW)
+    for name in numbers:
+        table[name] = [row[name] for row in rows]
+    table["reviewed"] = table["times"] > 0
+    names = [(row["company"], row["booked"], row["predicted"]) for row in rows]
+    history.append(table, names)
+    return history.rows[-len(rows) :] if rows else history.rows[:0]
+
+
+def judged(path):
+    """What the log says of each suggestion that is scored, as it stands by now."""
+    records = scanned(path)
+    last = {r["corrects"]: r["AccountNumber"] for r in records if "corrects" in r}
+    found = []
+    for record in records:
+        if record.get("predicted") is None:
+            continue
+        sample = record["sample"]
+        booked = last.get(record["seq"], sample["AccountNumber"])
+        found.append(
+            {
+                "company": sample["CompanyId"],
+                "booked": booked,
+                "predicted": record["predicted"],
+                "bin": bin_of(record["margin"], sample),
+                "known": record["known"],
+                "times": {"suggestion": 0, "check": 16}.get(sample.get("BookedBy"), 1),
+            }
+        )
+    return [row for row in found if row["times"]]
+
+
+def bin_of(margin, sample):
+    return min(int(6 * np.log2(1 + 8 * (margin or 0) / len(tokens(sample)))), 47)
+
+
+def pooled(right, counted):
+    """Shares of bins, made monotone by scikit-learn; an empty one has that of the one before."""
+    filled = np.flatnonzero(counted)
+    if not len(filled):
+        return np.zeros(48)
+    shares = IsotonicRegression().fit_transform(
+        filled, right[filled] / counted[filled], sample_weight=counted[filled]
+    )
+    at = filled.searchsorted(np.arange(48), side="right") - 1
+    return np.where(at < 0, 0, shares[at])
+
+
+def confidence_by_hand(rows, asked):
+    """The confidence of a suggestion after these rows, as the formula says it."""
+
+    def sums(rows, weight):
+        right, counted = np.zeros(48), np.zeros(48)
+        for row in rows:
+            counted[row["bin"]] += weight(row)
+            right[row["bin"]] += weight(row) * (row["booked"] == row["predicted"])
+        return right, counted
+
+    def times(row):
+        return row["times"]
+
+    right, anybodys = sums(rows, times)
+    g = pooled(right, np.where(anybodys > 0, anybodys + 2, 0))
+    right, counted = sums((row for row in rows if row["known"] == asked["known"]), times)
+    share = pooled(right + 2 * g, np.where(anybodys > 0, counted + 2, 0))[asked["bin"]]
+    for name in ("known", "predicted"):
+        right, counted = sums(
+            (
+                row
+                for row in rows
+                if row["known"] > 0
+                and (row["company"], row[name]) == (asked["company"], asked[name])
+                and abs(row["bin"] // 4 - asked["bin"] // 4) <= 1
+            ),
+            lambda row: 1,
+        )
+        share = (right.sum() + 20 * share) / (counted.sum() + 20.25)
+    return share
+
+
+def sums_of(calibration):
+    """All that it has counted, wherever it keeps that."""
+    cells, own = calibration._cells.tokens, calibration._own
+    kept = dict(zip(cells.tolist(), own.tolist(), strict=True))
+    return (
+        calibration._all.tolist(),
+        calibration._right.tolist(),
+        calibration._ranks.tolist(),
+        {cell: counted for cell, counted in kept.items() if any(counted)},
+    )
 
 
 # ---------------------------------------------------------------------------------------- Samples
@@ -512,6 +609,8 @@ def test_one_sample_will_do_where_it_need_not_be_booked():
     sample = {key: booking()[key] for key in bookkeep.FEATURES}
     assert parse_samples(json.dumps(sample).encode(), booked=False) == [sample]
     assert parse_samples(json.dumps([sample]).encode(), booked=False) == [sample]
+    asked = sample | {"BookedBy": "nobody yet"}
+    assert parse_samples(json.dumps(asked).encode(), booked=False) == [asked]
 
 
 BAD_BODIES = {
@@ -535,6 +634,10 @@ BAD_BODIES = {
     "no company": (
         json.dumps([{k: v for k, v in booking().items() if k != "CompanyId"}]).encode(),
         "sample 0: CompanyId is missing",
+    ),
+    "booked by nobody known": (
+        json.dumps([booking(), by("robot")]).encode(),
+        "sample 1: BookedBy must be one of person, check, suggestion",
     ),
     "an empty account": (json.dumps([booking(account="")]).encode(), "0: AccountNumber is empty"),
     "an empty text": (json.dumps([booking(text="")]).encode(), "0: BankEntryText is empty"),
@@ -585,6 +688,11 @@ def test_a_bad_body_is_refused_in_one_short_sentence(body, message):
     with pytest.raises(BadRequest, match=r"^.{1,150}$") as refusal:
         parse_samples(body, booked=True)
     assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize("who", ["person", "check", "suggestion"])
+def test_a_booking_may_say_who_booked_it(who):
+    assert parse_samples(json.dumps([by(who)]).encode(), booked=True) == [by(who)]
 
 
 def test_limits_are_themselves_allowed():
@@ -872,7 +980,10 @@ def test_an_assessment_is_the_prediction_its_margin_and_the_rank(bookings, asked
     assert [a.predicted for a in assessments] == model.predict(documents)
     alone = [model.assess([document], [label])[0] for document, label in asked]
     assert alone == assessments
-    for (predicted, margin, rank), (document, label) in zip(assessments, asked, strict=True):
+    seen = {token for document, _ in bookings for token in document}
+    for (predicted, margin, rank, known), (document, label) in zip(assessments, asked, strict=True):
+        by_kind = [bookkeep.KNOWN_BY_KIND[token // KIND] for token in seen & {*document}]
+        assert known == max(by_kind, default=0)
         scores = {name: formula(bookings, document, name) for name in booked(bookings)}
         assert scores[predicted] >= max(scores.values()) - 1e-8
         if label not in scores:
@@ -1043,10 +1154,10 @@ def test_a_model_that_has_unlearned_all_is_none():
     model = taught([([1], Lesson("1", 0.5))])
     model.learn([[1]], [Lesson("1", 0.5)], times=-1)
     assert model.known == 0
-    assert model.assess([[1]], ["1"]) == [(None, None, None)]
+    assert model.assess([[1]], ["1"]) == [(None, None, None, 0)]
     assert model.weigh([[1]], ["1"]) == [Lesson("1", 1.0)]
     model.learn([[1]], [Lesson("2", 1.0)])
-    assert model.assess([[1]], ["1"]) == [("2", None, None)]
+    assert model.assess([[1]], ["1"]) == [("2", None, None, 1)]
     assert model.weigh([[1]], ["1"]) == [Lesson("1", 1.0)]
 
 
@@ -1125,16 +1236,16 @@ def test_the_example_of_how_it_works():
         ]
     )
     asked = [tokens(booking("acme", "Office", "> -100"))]
-    assert model.assess(asked, ["7140"]) == [("6300", 4.7958, 2)]
+    assert model.assess(asked, ["7140"]) == [("6300", 4.7958, 2, 3)]
     [lesson] = lessons = model.weigh(asked, ["7140"])
     assert lesson.weight == pytest.approx(0.624, abs=1e-3)
     assert lesson.against == {"6300": pytest.approx(0.832, abs=1e-3)}
     model.learn(asked, lessons)
-    assert model.assess(asked, ["7140"]) == [("7140", 8.1133, 1)]
+    assert model.assess(asked, ["7140"]) == [("7140", 8.1133, 1, 5)]
 
 
 def test_without_a_model_there_is_no_prediction_and_full_weight():
-    assert NaiveBayes().assess([[1]], ["1"]) == [(None, None, None)]
+    assert NaiveBayes().assess([[1]], ["1"]) == [(None, None, None, 0)]
     assert NaiveBayes().weigh([[1]], ["1"]) == [Lesson("1", 1.0)]
 
 
@@ -1158,115 +1269,248 @@ def test_precision_and_recall_of_a_case_done_by_hand():
     assert precision_recall(booked, predicted) == (1.5 / 4, 1.5 / 4)
 
 
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(1, 16)), min_size=1, max_size=50
+    )
+)
+def test_what_counts_more_often_counts_more(rows):
+    booked, predicted, times = np.array(rows).T
+    assert precision_recall(booked, predicted, times) == pytest.approx(
+        tuple(
+            score(booked, predicted, average="macro", zero_division=0, sample_weight=times)
+            for score in (precision_score, recall_score)
+        )
+    )
+    rows = add_rows(
+        History(),
+        [
+            {"booked": str(booked), "predicted": str(predicted), "times": times}
+            for booked, predicted, times in rows
+        ],
+    )
+    once = add_rows(
+        History(),
+        [
+            {"booked": str(booked), "predicted": str(predicted)}
+            for booked, predicted, times in zip(booked, predicted, times, strict=True)
+            for _ in range(times)
+        ],
+    )
+    assert bookkeep.figures(rows) == bookkeep.figures(once)
+    [weighted], [level] = (bookkeep.by_confidence(each, [0.5]) for each in (rows, once))
+    assert (weighted["share"], weighted["accuracy"]) == (1, level["accuracy"])
+    assert weighted["checks"] == np.count_nonzero(times > 1)
+
+
 @pytest.mark.parametrize("level", [0.05, 0.1, 0.9, 0.95, 0.99])
 def test_who_is_just_sure_enough_is_sure_enough(level):
-    history = History()
-    history.append([(0, "A", "1", "1", level)])
-    assert bookkeep.by_confidence(history.rows, [level])[0]["share"] == 1
+    rows = add_rows(History(), [{"confidence": level}])
+    assert bookkeep.by_confidence(rows, [level])[0]["share"] == 1
 
 
 def test_accuracy_by_confidence():
-    history = History()
-    for seq, (predicted, confidence) in enumerate(
-        [("1", 0.9), ("2", 0.5), ("1", 0.2), ("1", 0.95)]
-    ):
-        history.append([(seq, "A", "1", predicted, confidence)])
-    assert bookkeep.by_confidence(history.rows, [0.0, 0.5, 0.9, 0.99]) == [
-        {"at_least": 0.0, "share": 1.0, "accuracy": 0.75},
-        {"at_least": 0.5, "share": 0.75, "accuracy": 2 / 3},
-        {"at_least": 0.9, "share": 0.5, "accuracy": 1.0},
-        {"at_least": 0.99, "share": 0.0, "accuracy": None},
+    found = [("1", 0.9, 1), ("2", 0.5, 1), ("1", 0.2, 1), ("1", 0.95, 16), ("2", 0.95, 0)]
+    rows = add_rows(
+        History(), [{"predicted": p, "confidence": c, "times": times} for p, c, times in found]
+    )
+    rows = bookkeep.scored(rows)
+    assert [
+        (row["at_least"], row["share"], row["accuracy"], row["checks"])
+        for row in bookkeep.by_confidence(rows, [0.0, 0.5, 0.92, 0.99])
+    ] == [
+        (0.0, 1.0, 18 / 19, 1),
+        (0.5, 18 / 19, 17 / 18, 1),
+        (0.92, 16 / 19, 1.0, 1),
+        (0.99, 0.0, None, 0),
     ]
 
 
-PREDICTED = st.lists(st.tuples(st.floats(0, 40), st.integers(0, 25)), max_size=60)
+def error_of(rows):
+    [level] = bookkeep.by_confidence(add_rows(History(), rows), [0])
+    return level["error"]
 
 
-def calibrated(predicted):
-    calibration = Calibration()
-    calibration.add(*([part[i] for part in predicted] for i in range(2)))
-    return calibration
+def test_an_accuracys_standard_error():
+    hits = [{}] * 300
+    misses = [{"predicted": "2"}] * 100
+    usual = (0.75 * 0.25 / 400) ** 0.5
+    assert usual < error_of(hits + misses) < 1.01 * usual
+    checks = [row | {"times": 16} for row in hits + misses]
+    assert error_of(checks) == pytest.approx(error_of(hits + misses))
+    # 16 certain ones weigh as much as a check, but say more.
+    assert error_of([*hits, {"predicted": "2", "times": 16}]) > 10 * error_of(hits)
+    # What has always been right is not certain, the less so the less there is.
+    assert error_of(hits) == pytest.approx(1 / 300)
+    assert error_of([{"times": 16}]) == 1
 
 
-@given(PREDICTED)
-def test_confidence_is_the_isotonic_share_that_was_right(predicted):
-    evidence = np.linspace(0, 50, 200)
-    confidence = calibrated(predicted).confidence(evidence)
-    assert confidence.shape == (200, Calibration.RANKS)
-    assert (np.diff(confidence[:, 0]) >= 0).all()
-    assert (np.diff(confidence, axis=1) <= 0).all()
-    assert (confidence >= 0).all()
-    assert (confidence.sum(axis=1) <= 1 + 1e-12).all()
-
-    bins = Calibration()._bins([e for e, _ in predicted])
-    right = np.array([rank == 1 for _, rank in predicted], dtype=bool)
-    known, counted = np.unique(bins, return_counts=True)
-    if len(known):
-        total = counted + Calibration.DOUBT
-        shares = np.array([right[bins == b].sum() for b in known]) / total
-        expected = IsotonicRegression().fit_transform(known, shares, sample_weight=total)
-        at = known.searchsorted(Calibration()._bins(evidence), side="right") - 1
-        np.testing.assert_allclose(confidence[:, 0], np.where(at < 0, 0, expected[at]), atol=1e-9)
+ROWS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "company": st.sampled_from("AB"),
+            "predicted": st.sampled_from("12"),
+            "booked": st.sampled_from("12"),
+            "bin": st.integers(0, 47),
+            "known": st.integers(0, 5),
+            "rank": st.integers(0, 20),
+            "times": st.sampled_from([0, 1, 16]),
+        }
+    ),
+    max_size=40,
+)
 
 
-@given(PREDICTED, PREDICTED, st.randoms(use_true_random=False))
-def test_calibration_is_a_sum(kept, passing, rng):
-    everything = kept + passing
-    calibration = calibrated(rng.sample(everything, len(everything)))
-    evidence = np.linspace(0, 50, 200)
-    expected = calibrated(everything).confidence(evidence)
-    assert np.array_equal(calibration.confidence(evidence), expected)
-    calibration.add(*([part[i] for part in passing] for i in range(2)), -1)
-    assert np.array_equal(calibration.confidence(evidence), calibrated(kept).confidence(evidence))
+@given(ROWS, ROWS)
+def test_confidence_narrows_down_from_everybodys_record_to_ones_own(rows, asked):
+    history, calibration = History(), Calibration()
+    calibration.add(add_rows(history, rows))
+    known = [row for row in rows if row["times"]]
+    asked_rows = add_rows(history, asked)
+    together = calibration.confidence(asked_rows)
+    for i, row in enumerate(asked):
+        assert together[i] == calibration.confidence(asked_rows[i : i + 1])[0]
+        assert together[i] == pytest.approx(confidence_by_hand(known, row), abs=1e-9)
+        own = [
+            other["booked"] == other["predicted"]
+            for other in known
+            if (other["company"], other["predicted"]) == (row["company"], row["predicted"])
+            and other["known"]
+            and abs(other["bin"] // 4 - row["bin"] // 4) <= 1
+        ]
+        everybodys = [
+            (other["times"], other["booked"] == other["predicted"])
+            for other in known
+            if other["known"] == row["known"] and abs(other["bin"] // 4 - row["bin"] // 4) <= 1
+        ]
+        assert calibration.record(asked_rows[i : i + 1]) == {
+            "own": {"suggestions": len(own), "right": sum(own)},
+            "all": {
+                "suggestions": sum(times for times, _ in everybodys),
+                "right": sum(times for times, right in everybodys if right),
+            },
+        }
+
+
+@given(ROWS, ROWS, st.randoms(use_true_random=False))
+def test_calibration_is_a_sum_that_leaves_no_trace(kept, passing, rng):
+    history, calibration, expected = History(), Calibration(), Calibration()
+    kept = add_rows(history, kept).copy()
+    passing = add_rows(history, passing).copy()
+    everything = np.concatenate([kept, passing])
+    for i in rng.sample(range(len(everything)), len(everything)):
+        calibration.add(everything[i : i + 1])
+    expected.add(everything)
+    assert sums_of(calibration) == sums_of(expected)
+    calibration.add(passing, times=-1)
+    expected = Calibration()
+    expected.add(kept)
+    assert sums_of(calibration) == sums_of(expected)
+
+
+def test_a_calibration_keeps_no_room_for_what_was_taken_away():
+    history, calibration = History(), Calibration()
+    for turn in range(40):
+        rows = add_rows(history, [{"company": f"{turn} {i}"} for i in range(100)])
+        calibration.add(rows)
+        calibration.add(rows, times=-1)
+    assert len(calibration._own) <= 2048
+    calibration.add(rows)
+    assert calibration.record(rows[:1])["own"] == {"suggestions": 1, "right": 1}
 
 
 def test_confidence_is_low_until_there_is_history():
-    assert calibrated([]).confidence([9.0])[0].sum() == 0
-    assert calibrated([(9.0, 1)]).confidence([9.0])[0, 0] == pytest.approx(1 / 3)
-    assert calibrated([(9.0, 1)] * 98).confidence([9.0])[0, 0] == pytest.approx(0.98)
+    history, calibration = History(), Calibration()
+    row = add_rows(history, [{}])
+    assert calibration.shared(calibration.confidence(row)[0]).sum() == 0
+    seen = [calibration.confidence(row)[0]]
+    for _ in range(100):
+        calibration.add(row)
+        seen += [calibration.confidence(row)[0]]
+    assert seen == sorted(seen)
+    assert 0.3 < seen[1] < 0.6
+    assert 0.98 < seen[100] < 0.998
+
+
+def test_what_was_suggested_before_anything_was_known_says_nothing_of_the_company():
+    history, calibration = History(), Calibration()
+    blind = add_rows(history, [{"known": 0, "predicted": "1", "booked": "2"}] * 1000)
+    for turn in ("A", "B"):
+        calibration.add(add_rows(history, [{"company": turn}] * 30))
+    before = calibration.confidence(add_rows(history, [{}, {"company": "B"}]))
+    calibration.add(blind)
+    ours, theirs = calibration.confidence(add_rows(history, [{}, {"company": "B"}]))
+    assert ours == theirs  # it counts in what is said of all, and for each company alike
+    assert ours > before[0] - 0.05
 
 
 def test_the_second_gets_what_the_first_leaves_as_often_as_it_was_right():
-    calibration = calibrated(
-        [(1.0, 1)] * 48 + [(1.0, 2)] * 30 + [(1.0, 3)] * 10 + [(1.0, 0), (1.0, 25)] * 5
-    )
-    first, second, third, *others = calibration.confidence([1.0])[0]
-    assert first == pytest.approx(0.48)
+    calibration = Calibration()
+    ranks = [(1, 48), (2, 30), (3, 10), (0, 10)]
+    rows = [{"booked": str(rank), "rank": rank} for rank, times in ranks for _ in range(times)]
+    calibration.add(add_rows(History(), rows))
+    first, second, third, *others = calibration.shared(0.48)
+    assert len(others) == Calibration.RANKS - 3
+    assert first == 0.48
     assert second == pytest.approx(0.52 * 30 / 52)
     assert third == pytest.approx(0.52 * 10 / 52)
     assert not any(others)
+    assert calibration.shared(0.01)[1] == 0.01  # never more than the first
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from("AB"), st.integers(0, 3), st.integers(-1, 3))),
+    st.lists(
+        st.tuples(
+            st.sampled_from("AB"),
+            st.integers(0, 3),
+            st.integers(-1, 3),
+            st.sampled_from([0, 1, 1, 16]),
+        )
+    ),
     st.integers(1, 12),
     st.lists(st.integers(0, 40)),
 )
-def test_a_history_gives_the_last_that_were_predicted(bookings, n, sizes):
+def test_a_history_gives_the_last_that_are_scored(bookings, n, sizes):
     rows = [
-        (2 * i, company, str(booked), None if predicted < 0 else str(predicted), i / 100)
-        for i, (company, booked, predicted) in enumerate(bookings)
+        {"seq": 2 * i, "company": company, "booked": str(booked), "times": times}
+        | {"predicted": None if predicted < 0 else str(predicted)}
+        for i, (company, booked, predicted, times) in enumerate(bookings)
     ]
     history = History()
     rest = list(rows)
     for size in (*sizes, len(rest)):
-        history.append(rest[:size])
+        add_rows(history, rest[:size])
         del rest[:size]
+
+    def seqs(rows, companies="AB"):
+        return [
+            row["seq"]
+            for row in rows
+            if row["predicted"] and row["times"] and row["company"] in companies
+        ]
+
     for company in (None, "A", "B", "C"):
-        expected = [row[0] for row in rows if row[3] and company in (None, row[1])][-n:]
-        assert history.last(n, company)["seq"].tolist() == expected
+        assert history.last(n, company)["seq"].tolist() == seqs(rows, company or "AB")[-n:]
+        mine = [row for row in rows if row["company"] == company]
+        assert company is None or history.size(company) == len(mine)
     names = list(history.accounts)
-    assert [names[number] for number in history.rows["booked"]] == [row[2] for row in rows]
+    assert [names[number] for number in history.rows["booked"]] == [row["booked"] for row in rows]
+    assert history.rows["reviewed"].tolist() == [row["times"] > 0 for row in rows]
+    copy = History()
+    copy.restore(history.state())
+    assert [copy.size(company) for company in "ABC"] == [history.size(c) for c in "ABC"]
     if rows:
-        history.correct(rows[-1][0], "corrected")
+        history.correct(rows[-1]["seq"], "corrected", 2)
         assert list(history.accounts)[history.rows["booked"][-1]] == "corrected"
+        assert (history.rows["rank"][-1], history.rows["reviewed"][-1]) == (2, True)
     if "A" in history.companies:
         history.forget("A")
-        kept = [row for row in rows if row[1] == "B"]
-        assert history.rows["seq"].tolist() == [row[0] for row in kept]
-        assert history.last(n)["seq"].tolist() == [row[0] for row in kept if row[3]][-n:]
-        history.append([(99, "C", "1", "1", 0.5), (100, "A", "1", "1", 0.5)])
-        assert history.of("A")["seq"].tolist() == [100]
+        kept = [row for row in rows if row["company"] == "B"]
+        assert history.rows["seq"].tolist() == [row["seq"] for row in kept]
+        assert history.last(n)["seq"].tolist() == seqs(kept)[-n:]
+        assert history.size("A") == 0
+        add_rows(history, [{"seq": 998, "company": "C"}, {"seq": 999}])
+        assert history.of("A")["seq"].tolist() == [999]
         assert len({*history.companies.values()}) == len(history.companies)
 
 
@@ -1733,20 +1977,27 @@ def test_a_flipped_byte_in_a_snapshot_does_no_harm(path):
             assert state(bookkeeper, asked) == known
 
 
-def test_a_log_of_version_0_1_is_read_as_it_was_learned(path):
+@pytest.mark.parametrize("lacking", [("known",), ("known", "against")], ids=["0.2", "0.1"])
+def test_a_log_of_before_is_read_as_it_was_learned(path, lacking):
     samples, asked = bookings(300), bookings(50, seed=1)
     with bookkeeping(path) as bookkeeper:
         for batch in batches_of(samples, 30):
             bookkeeper.book(batch)
         bookkeeper.correct(7, "3003")
-    old = []  # it counted nothing against anybody, and said so nowhere
+    old = []
     for record in scanned(path):
-        del record["against"]
+        for key in {*record} & {*lacking}:
+            del record[key]
+        if record["seq"] in (50, 60):  # a key like any other, then
+            record["sample"]["BookedBy"] = "suggestion" if record["seq"] == 50 else "Ann"
         old.append(bookkeep._line(record))
     path.write_bytes(b"".join(old))
     with bookkeeping(path) as bookkeeper:
-        learned = [(document, lesson._replace(against={})) for document, lesson in standing(path)]
-        assert counts(bookkeeper._model) == counts(taught(learned))
+        assert counts(bookkeeper._model) == counts(taught(standing(path)))
+        health = bookkeeper.health()
+        assert [health[name] for name in ("samples", "unseen", "checks")] == [300, 0, 0]
+        assert bookkeeper.report(1000)["support"] == 270
+        assert {*bookkeeper._history.rows["known"][30:]} == {bookkeep.A_WORD}
         bookkeeper.correct(8, "3004")
         assert bookkeeper.forget(samples[0]["CompanyId"]) > 0
         bookkeeper.book(bookings(30, seed=2))
@@ -2086,7 +2337,7 @@ def test_a_batch_that_fails_half_way_is_not_learned(path, monkeypatch):
         bookkeeper.book(samples[:100])
         bookkeeper.book(samples[100:150])
         before = state(bookkeeper, samples)
-        calibration = [*map(list, bookkeeper._calibration.state().values())]
+        calibration = sums_of(bookkeeper._calibration)
         weigh, calls = NaiveBayes.weigh, []
 
         def broken(self, *arguments):
@@ -2101,7 +2352,7 @@ def test_a_batch_that_fails_half_way_is_not_learned(path, monkeypatch):
                 bookkeeper.book(samples[150:])
         assert len(calls) == 2
         assert state(bookkeeper, samples) == before
-        assert [*map(list, bookkeeper._calibration.state().values())] == calibration
+        assert sums_of(bookkeeper._calibration) == calibration
         assert bookkeeper.book(samples[150:]) == range(150, 300)
     assert counts(bookkeeper._model) == counts(taught(standing(path)))
 
@@ -2162,7 +2413,7 @@ def test_if_learning_fails_nothing_more_is_booked_until_a_restart(path, monkeypa
         assert bookkeeper.predict([booking()]) == ["2"]
 
 
-@pytest.mark.parametrize("failing", ["_outcomes", "_per_token"])
+@pytest.mark.parametrize("failing", ["_predicted", "scored"])
 def test_if_anything_fails_between_learning_and_answering_only_a_restart_helps(
     path, monkeypatch, failing
 ):
@@ -2250,6 +2501,8 @@ def test_learns_what_it_books(path):
         assert health == {
             "status": "ok",
             "samples": 3,
+            "unseen": 0,
+            "checks": 0,
             "lines": 3,
             "accounts": 2,
             "companies": 1,
@@ -2328,6 +2581,11 @@ def test_a_restart_changes_nothing(path):
         {"confidence": 1.5},
         {"rank": 2.5},
         {"rank": 0},
+        {"known": 6},
+        {"known": "1"},
+        {"known": None},
+        {"sample": by("robot")},
+        {"sample": by("suggestion")},
         {"corrects": 0, "sample": 5},
         {"predicted": ["1"]},
         {"sample": booking(account="")},
@@ -2354,6 +2612,15 @@ def assert_refused(path, line, damage):
     log.close()
 
 
+@pytest.mark.parametrize(
+    "damage", [{"weight": 0.5}, {"reviewed": True}, {"sample": by("person")}], ids=str
+)
+def test_an_unseen_record_that_makes_no_sense_is_refused_with_its_line(path, damage):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking(), by("suggestion")])
+    assert_refused(path, 2, damage)
+
+
 def test_suggestions_agree_with_predictions_and_their_reasons_add_up(path):
     with bookkeeping(path) as bookkeeper:
         with pytest.raises(NotReady, match="no model"):
@@ -2361,11 +2628,11 @@ def test_suggestions_agree_with_predictions_and_their_reasons_add_up(path):
         for batch in batches_of(bookings(800), 50):
             bookkeeper.book(batch)
         for sample in [*bookings(40, seed=1), booking(text="rent rent nobody knows")]:
-            suggestions = bookkeeper.suggest(sample, 20)
+            suggestions = bookkeeper.suggest(sample, 20)["suggestions"]
             accounts = [suggestion["account"] for suggestion in suggestions]
             assert accounts[0] == bookkeeper.predict([sample])[0]
             assert len({*accounts}) == len(accounts) == 8
-            assert bookkeeper.suggest(sample, 1) == suggestions[:1]
+            assert bookkeeper.suggest(sample, 1)["suggestions"] == suggestions[:1]
             [scores] = bookkeeper._model.joint_log_likelihood([tokens(sample)])
             score = {name: scores[number] for name, number in bookkeeper._model.accounts.items()}
             assert accounts == sorted(score, key=score.get, reverse=True)
@@ -2393,7 +2660,7 @@ def test_suggestions_agree_with_predictions_and_their_reasons_add_up(path):
 def test_a_reason_is_what_the_word_says_for_one_account_over_the_other(path):
     with bookkeeping(path) as bookkeeper:
         bookkeeper.book([booking(text="rent", account="1"), booking(text="food", account="2")])
-        [first, second] = bookkeeper.suggest(booking(text="rent food rent"), 3)
+        [first, second] = bookkeeper.suggest(booking(text="rent food rent"), 3)["suggestions"]
         assert (first["account"], first["over"], second["account"]) == ("1", "2", "2")
         assert first["prior"] == 0
         weights = {(r["kind"], r["token"]): r["weight"] for r in first["reasons"]}
@@ -2410,7 +2677,7 @@ def test_a_reason_is_what_the_word_says_for_one_account_over_the_other(path):
 def test_one_account_alone_is_suggested_without_reasons(path):
     with bookkeeping(path) as bookkeeper:
         bookkeeper.book([booking()])
-        assert bookkeeper.suggest(booking(), 3) == [
+        assert bookkeeper.suggest(booking(), 3)["suggestions"] == [
             {
                 "account": "3115",
                 "confidence": 0,
@@ -2423,26 +2690,191 @@ def test_one_account_alone_is_suggested_without_reasons(path):
 
 
 def test_confidence_is_the_record_of_earlier_predictions_only(path):
-    calibration = Calibration()
-    batches = batches_of(bookings(900), 60)
+    who = random.Random(1)
+    before = []
     with bookkeeping(path) as bookkeeper:
-        for batch in batches:
+        for batch in batches_of(bookings(600), 60):
+            batch = [by(who.choice(["person", "check", "suggestion"]), sample) for sample in batch]
             bookkeeper.book(batch)
-            records = read_lines(path)[-len(batch) :]
-            if records[0]["predicted"] is None:
-                continue
-            evidence = [r["margin"] / len(tokens(r["sample"])) for r in records]
-            expected = calibration.confidence(evidence)[:, 0]
-            assert [r["confidence"] for r in records] == expected.round(4).tolist()
-            right = [r["predicted"] == r["sample"]["AccountNumber"] for r in records]
-            assert [r["rank"] == 1 for r in records] == right
-            calibration.add(evidence, [r["rank"] or 0 for r in records])
-        sample = bookings(1, seed=1)[0]
-        suggestions = bookkeeper.suggest(sample, 8)
-        confidences = [suggestion["confidence"] for suggestion in suggestions]
-        expected = calibration.confidence([suggestions[0]["margin"] / len(tokens(sample))])[0]
-        assert confidences == expected[:8].round(4).tolist()
-        assert len({*confidences}) > 2
+            for record in read_lines(path)[-len(batch) :: 7]:
+                if record["predicted"]:
+                    asked = {key: record[key] for key in ("predicted", "known")}
+                    asked["company"] = record["sample"]["CompanyId"]
+                    asked["bin"] = bin_of(record["margin"], record["sample"])
+                    expected = confidence_by_hand(before, asked)
+                    assert record["confidence"] == pytest.approx(expected, abs=1e-4)
+            before = judged(path)
+        ranks = [row for row in before if row["booked"] == row["predicted"]]
+        assert 100 < len(ranks) < len(before)
+        for seq in range(0, 600, 40):
+            bookkeeper.correct(seq, "3001")
+        bookkeeper.forget("company3")
+        for sample in [*bookings(40, seed=1), booking("new")]:
+            assert_confidence_is_that_of_the_log(bookkeeper, path, sample)
+    with bookkeeping(path) as bookkeeper:
+        for sample in bookings(5, seed=1):
+            assert_confidence_is_that_of_the_log(bookkeeper, path, sample)
+
+
+def assert_confidence_is_that_of_the_log(bookkeeper, path, sample):
+    """What a suggestion says of its confidence is what the log and the formula say."""
+    answer = bookkeeper.suggest(sample, 1)
+    [best] = answer["suggestions"]
+    asked = {
+        "company": sample["CompanyId"],
+        "predicted": best["account"],
+        "bin": bin_of(best["margin"], sample),
+        "known": bookkeep.KNOWN.index(answer["record"]["known"]),
+    }
+    rows = judged(path)
+    assert best["confidence"] == pytest.approx(confidence_by_hand(rows, asked), abs=1e-4)
+    own = [
+        row["booked"] == row["predicted"]
+        for row in rows
+        if (row["company"], row["predicted"]) == (asked["company"], asked["predicted"])
+        and row["known"]
+        and abs(row["bin"] // 4 - asked["bin"] // 4) <= 1
+    ]
+    assert answer["record"]["own"] == {"suggestions": len(own), "right": sum(own)}
+
+
+def test_it_says_what_was_known(path):
+    known = {
+        ("B", "rent May", "> -1000"): "nothing of the company",
+        ("A", "food", "> -1000"): "nothing of the text",
+        ("A", "new May", "> -1000"): "a word",
+        ("A", "rent August", "< 10"): "the first word",
+        ("A", "rent August", "> -1000"): "the first word and the amount",
+        ("A", "rent May again", "< 10"): "the first two words",
+    }
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking()])
+        for (company, text, amount), expected in known.items():
+            answer = bookkeeper.suggest(booking(company, text, amount), 1)
+            assert answer["record"]["known"] == expected
+        bookkeeper.book([booking(*sample) for sample in known])
+    lines = read_lines(path)
+    assert [line["known"] for line in lines] == [0, *range(6)]
+
+
+def test_of_a_company_without_a_booking_it_knows_that_it_knows_nothing(path):
+    with bookkeeping(path) as bookkeeper:
+        for turn in range(60):
+            bookkeeper.book([booking(f"company{turn}", "rent", account=str(turn))])
+            bookkeeper.book([booking(f"company{turn}", "rent", account=str(turn))] * 5)
+        [new] = bookkeeper.suggest(booking("new", "rent"), 1)["suggestions"]
+        [old] = bookkeeper.suggest(booking("company7", "rent"), 1)["suggestions"]
+        assert new["confidence"] < 0.1
+        assert (old["account"], old["confidence"] > 0.8) == ("7", True)
+
+
+def test_what_was_booked_unseen_proves_nothing(path):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book(bookings(200))
+        bookkeeper.book(bookings(200, seed=1))
+        before = state(bookkeeper, bookings(20, seed=2))[:-1]
+        sums = sums_of(bookkeeper._calibration)
+        unseen = [by("suggestion", sample) for sample in bookings(50, seed=3)]
+        [*_, new] = seqs = bookkeeper.book([*unseen, by("suggestion", account="new")])
+        assert state(bookkeeper, bookings(20, seed=2))[:-1] == before
+        assert sums_of(bookkeeper._calibration) == sums
+        records = read_lines(path)[400:]
+        assert [record["sample"] for record in records[:-1]] == unseen
+        for record in records:
+            assert (record["reviewed"], "weight" in record) == (False, False)
+            assert record["predicted"]
+            assert 0 <= record["confidence"] <= 1
+        health = bookkeeper.health()
+        assert [health[name] for name in ("samples", "unseen", "checks")] == [451, 51, 0]
+        assert bookkeeper.report(1000)["support"] == 200
+        assert bookkeeper.report(1000)["unseen"] == 51
+
+        # A person looks at two of them: from then on they are learned, but never scored.
+        assert bookkeeper.correct(seqs[0], "7") == unseen[0]["AccountNumber"]
+        assert bookkeeper.correct(new, "new") == "new"
+        assert counts(bookkeeper._model) == counts(taught(standing(path)))
+        assert bookkeeper.predict([booking()]) == ["new"]
+        assert bookkeeper.suggest(unseen[0], 1)["suggestions"][0]["account"] == "7"
+        assert sums_of(bookkeeper._calibration) == sums
+        assert bookkeeper.health()["unseen"] == 49
+        assert len(read_lines(path)) == 453
+        assert bookkeeper.correct(new, "new") == "new"  # which has been looked at by now
+        assert len(read_lines(path)) == 453
+        assert bookkeeper.correct(seqs[0], "8") == "7"
+        known = state(bookkeeper, bookings(20, seed=2))
+    with bookkeeping(path) as bookkeeper:
+        assert state(bookkeeper, bookings(20, seed=2)) == known
+        assert counts(bookkeeper._model) == counts(taught(standing(path)))
+        assert bookkeeper.forget("company2") > 0
+        assert counts(bookkeeper._model) == counts(taught(standing(path)))
+
+
+def test_a_check_counts_for_those_that_nobody_looked_at(path):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking()])
+        bookkeeper.book([by("check"), by("suggestion"), by("person", account="2")])
+        report = bookkeeper.report(10)
+        assert (report["support"], report["unseen"], report["checks"]) == (2, 1, 1)
+        assert report["accuracy"] == 16 / 17
+        assert report["recall"] == (16 / 16 + 0) / 2
+        assert report["precision"] == (16 / 17 + 0) / 2
+        assert report["confused"] == [{"booked": "2", "predicted": "3115", "count": 1}]
+        assert bookkeeper.metrics(1) == {"precision": 0, "recall": 0}
+        record = bookkeeper.suggest(booking(), 1)["record"]
+        assert record["own"] == {"suggestions": 2, "right": 1}
+        assert record["all"] == {"suggestions": 17, "right": 16}
+        assert bookkeeper.gauges()["checks"][1] == bookkeeper.health()["checks"] == 1
+
+
+def test_who_tells_nothing_books_as_a_person(path, tmp_path):
+    told = tmp_path / "told.jsonl"
+    with bookkeeping(path) as silent, bookkeeping(told) as telling:
+        for batch in batches_of(bookings(500), 60):
+            silent.book(batch)
+            telling.book([by("person", sample) for sample in batch])
+        assert state(silent, bookings(30, seed=1)) == state(telling, bookings(30, seed=1))
+        assert silent.report(100) == telling.report(100)
+    for line, other in zip(read_lines(path), read_lines(told), strict=True):
+        assert line | {"sample": 0, "crc": 0} == other | {"sample": 0, "crc": 0}
+
+
+def test_one_in_sixteen_is_to_be_checked_whatever_recurs(path):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking()])
+
+        def drawn(sample, place=0):
+            return bookkeeper.suggest(sample, 1, place)["check"]
+
+        many = [booking(text=f"rent {i}") for i in range(1600)]
+        assert 60 < sum(map(drawn, many)) < 140
+        assert [drawn(sample) for sample in many[:200]] == [drawn(sample) for sample in many[:200]]
+        # The same again: by its place in the request, and by how many bookings there are.
+        assert 0 < sum(drawn(booking(), place) for place in range(200)) < 40
+        found = []
+        for _ in range(100):
+            found.append(drawn(booking()))
+            bookkeeper.book([booking()])
+        assert 0 < sum(found) < 25
+        others = bookkeeper.suggest(booking("B"), 1)["check"]
+        bookkeeper.book([booking()])
+        assert bookkeeper.suggest(booking("B"), 1)["check"] == others
+
+
+def test_a_decision_is_by_confidence_and_check(path):
+    with bookkeeping(path) as bookkeeper:
+        for batch in batches_of(bookings(600), 60):
+            bookkeeper.book(batch)
+        seen = Counter()
+        for place, sample in enumerate(bookings(300, seed=1)):
+            answer = bookkeeper.suggest(sample, 1, place, book_from=0.6)
+            sure = answer["suggestions"][0]["confidence"] >= 0.6
+            decision = ("check" if answer["check"] else "book") if sure else "review"
+            assert answer["decision"] == decision
+            seen[decision] += 1
+        assert len(seen) == 3
+        assert "decision" not in bookkeeper.suggest(sample, 1)
+        confidence = answer["suggestions"][0]["confidence"]
+        assert bookkeeper.suggest(sample, 1, place, confidence)["decision"] != "review"
 
 
 def test_a_correction_unlearns_the_old_and_learns_the_new(path):
@@ -2471,15 +2903,8 @@ def test_a_correction_unlearns_the_old_and_learns_the_new(path):
         assert [(tokens(c), c["AccountNumber"]) for c in corrected] == [
             (document, lesson.account) for document, lesson in standing(path)
         ]
-        calibration = Calibration()
-        for record, (document, lesson) in zip(read_lines(path), standing(path), strict=False):
-            if record["predicted"]:
-                ranks = {record["sample"]["AccountNumber"]: record["rank"], record["predicted"]: 1}
-                margin = record["margin"] / len(document)
-                calibration.add([margin], [ranks.get(lesson.account) or 0])
-        margins = np.linspace(0, 9)
-        expected = calibration.confidence(margins)
-        assert np.array_equal(bookkeeper._calibration.confidence(margins), expected)
+        for sample in samples[:10]:
+            assert_confidence_is_that_of_the_log(bookkeeper, path, sample)
         known = state(bookkeeper, samples[:50])
         suggested = [bookkeeper.suggest(sample, 5) for sample in samples[:50]]
         reported = bookkeeper.report(1000)
@@ -2496,11 +2921,12 @@ def test_metrics_score_the_old_prediction_against_the_corrected_account(path):
         bookkeeper.book([booking(account="1")])
         bookkeeper.book([booking(account="2")])
         assert bookkeeper.metrics(10) == {"precision": 0, "recall": 0}
-        assert bookkeeper.suggest(booking(), 1)[0]["confidence"] == 0
+        assert bookkeeper.suggest(booking(), 1)["suggestions"][0]["confidence"] == 0
         bookkeeper.correct(1, "1")
         assert bookkeeper.metrics(10) == {"precision": 1, "recall": 1}
         assert bookkeeper.predict([booking()]) == ["1"]
-        assert bookkeeper.suggest(booking(), 1)[0]["confidence"] == pytest.approx(1 / 3, abs=1e-4)
+        assert_confidence_is_that_of_the_log(bookkeeper, path, booking())
+        assert bookkeeper.suggest(booking(), 1)["suggestions"][0]["confidence"] > 0.2
         bookkeeper.correct(0, "3")  # which was never predicted
         assert bookkeeper.metrics(10) == {"precision": 1, "recall": 1}
 
@@ -2580,7 +3006,8 @@ def test_when_all_is_forgotten_there_is_no_model(path):
         assert bookkeeper.book([booking(account="2")]) == range(2, 3)
         assert read_lines(path)[2]["predicted"] is None
         assert bookkeeper.predict([booking()]) == ["2"]
-        assert [suggestion["account"] for suggestion in bookkeeper.suggest(booking(), 3)] == ["2"]
+        [suggestion] = bookkeeper.suggest(booking(), 3)["suggestions"]
+        assert suggestion["account"] == "2"
 
 
 @given(st.data())
@@ -2593,7 +3020,9 @@ def test_any_mix_of_bookings_corrections_and_forgetting_is_exact(tmp_path_factor
             match data.draw(st.sampled_from(["book", "book", "correct", "forget", "restart"])):
                 case "book":
                     seed = data.draw(st.integers(0, 9))
-                    bookkeeper.book(bookings(data.draw(st.integers(0, 30)), seed))
+                    who = st.sampled_from(["person", "check", "suggestion"])
+                    booked = bookings(data.draw(st.integers(0, 30)), seed)
+                    bookkeeper.book([by(data.draw(who), sample) for sample in booked])
                 case "correct":
                     seq = data.draw(st.integers(0, 60))
                     with suppress(NotFound):
@@ -2606,19 +3035,22 @@ def test_any_mix_of_bookings_corrections_and_forgetting_is_exact(tmp_path_factor
                     bookkeeper = Bookkeeper(Log(path))
         learned = standing(path)
         assert counts(bookkeeper._model) == counts(taught(learned))
-        assert bookkeeper.health()["samples"] == len(learned)
+        health = bookkeeper.health()
+        assert health["samples"] - health["unseen"] == len(learned)
         asked = bookings(5, seed=10)
         names = [lesson.account for _, lesson in learned]
 
         def known():
             with suppress(NotReady):
-                return bookkeeper.metrics(50), bookkeeper.suggest(asked[0], 1)[0]["confidence"]
+                return bookkeeper.metrics(50), bookkeeper.suggest(asked[0], 1)
 
         before = known()
         bookkeeper.close()
         bookkeeper = Bookkeeper(Log(path))
         assert known() == before
         assert bookkeeper.health()["accounts"] == len({*names})
+        if names:
+            assert_confidence_is_that_of_the_log(bookkeeper, path, asked[0])
     finally:
         bookkeeper.close()
 
@@ -2730,6 +3162,9 @@ def test_a_report_is_of_the_last_n_predictions_as_they_stand(path):
                 sure = right[np.array(confidence) >= row["at_least"]]
                 assert row["share"] == len(sure) / len(right)
                 assert row["accuracy"] == (sure.mean() if len(sure) else None)
+            levels = bookkeeper.report(n, company, 0.85)["confidence"]
+            assert [row["at_least"] for row in levels] == [0.5, 0.8, 0.85, 0.9, 0.95, 0.99]
+            assert [row for row in levels if row["at_least"] != 0.85] == report["confidence"]
         with pytest.raises(NotFound):
             bookkeeper.report(10, "company9")
 
@@ -2775,13 +3210,31 @@ def test_the_overview_is_what_metrics_and_the_log_say(path):
             assert [row["seq"] for row in overview["unsure"]] == [r["seq"] for r in unsure[:10]]
             levels = [row["at_least"] for row in overview["confidence"]]
             assert levels == [*np.arange(20) / 20, 0.99]
-            assert overview["confidence"][0] == {
-                "at_least": 0,
-                "share": 1,
-                "accuracy": bookkeeper.report(10_000)["accuracy"],
-            }
+            first = overview["confidence"][0]
+            assert (first["at_least"], first["share"], first["checks"]) == (0, 1, 0)
+            assert first["accuracy"] == bookkeeper.report(10_000)["accuracy"]
+            ours = bookkeeper.overview("company1")
+            theirs = bookkeeper.report(10_000, "company1")["confidence"]
+            assert [row for row in ours["confidence"] if row in theirs] == theirs
+            assert ours["wrong"] == overview["wrong"]
+            with pytest.raises(NotFound):
+                bookkeeper.overview("nobody")
             for seq in (1100, 2999):
                 bookkeeper.correct(seq, "corrected")
+
+
+def test_the_overview_says_what_nobody_has_looked_at(path):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking(account="1")])
+        bookkeeper.book([by("suggestion", account="2"), by("suggestion", account="1")])
+        overview = bookkeeper.overview()
+        assert overview["health"]["unseen"] == 2
+        assert (overview["metrics"], overview["confidence"]) == (None, [])
+        assert [(row["seq"], row["reviewed"]) for row in overview["wrong"]] == [(1, False)]
+        bookkeeper.correct(1, "3")
+        overview = bookkeeper.overview()
+        assert [(row["booked"], row["reviewed"]) for row in overview["wrong"]] == [("3", True)]
+        assert [row["reviewed"] for row in overview["unsure"]] == [False, True]
 
 
 def test_the_last_batch_is_watched_without_what_was_forgotten(path):
@@ -2907,7 +3360,8 @@ def test_the_contract(serve):
     status, health = service.get("/health")
     assert status == 200
     assert list(health) == [
-        *("status", "samples", "lines", "accounts", "companies", "tokens", "uptime")
+        *("status", "samples", "unseen", "checks", "lines"),
+        *("accounts", "companies", "tokens", "uptime"),
     ]
     assert (health["status"], health["samples"], health["accounts"]) == ("ok", 3, 2)
     assert isinstance(health["uptime"], float)
@@ -2919,7 +3373,9 @@ def test_one_sample_gets_suggestions_and_a_list_a_list(service):
     assert status == 200
     [suggestion] = answer["suggestions"]
     assert (suggestion["account"], suggestion["over"]) == ("1", None)
-    assert service.post("/suggest", [asked, asked]) == (200, [answer, answer])
+    status, [first, second] = service.post("/suggest", [asked, asked])
+    assert (status, first) == (200, answer)
+    assert second | {"check": False} == answer | {"check": False}
     assert service.post("/suggest", []) == (200, [])
     assert service.post("/suggest?top=20", json.dumps(asked)) == (200, answer)
     for top in ("0", "21", "x", "-1", "1.0", "", "9" * 50):
@@ -2930,6 +3386,14 @@ def test_one_sample_gets_suggestions_and_a_list_a_list(service):
     assert service.post("/suggest?top=20", [asked] * 15)[0] == 200
     assert service.post("/suggest?top=20", [asked] * 16)[0] == 400
     assert service.post("/suggest", {"CompanyId": "A"})[0] == 400
+    decided = service.post("/suggest?book_from=0", [asked] * 100)[1]
+    assert {answer["decision"] for answer in decided} == {"book", "check"}
+    assert service.post("/suggest?book_from=1&top=1", asked)[1]["decision"] == "review"
+    for level in ("1.01", "-0.1", "x", "", "nan", "inf"):
+        for method, path in (("POST", "/suggest"), ("GET", "/report/9")):
+            status, _, refusal = service.ask(method, f"{path}?book_from={level}", asked)
+            said = refusal["error"]
+            assert (status, "book_from must be a number from 0 to 1" in said) == (400, True)
 
 
 def test_corrections_forgetting_and_reports_over_http(serve):
@@ -2970,6 +3434,11 @@ def test_corrections_forgetting_and_reports_over_http(serve):
     assert service.get("/report/0")[0] == 400
     assert service.get("/report/1?company=%ff")[0] == 400
     assert service.get("/report/1?company=")[0] == 404
+    for query, status in (("A", 200), ("nobody", 404), ("%ff", 400)):
+        assert service.get(f"/overview?company={query}")[0] == status
+    assert [row["at_least"] for row in service.get("/report/1?book_from=0.6")[1]["confidence"]] == [
+        *(0.5, 0.6, 0.8, 0.9, 0.95, 0.99)
+    ]
     for name in ("acme", "acme\n", "a\nb", "\n", ".."):
         service.post("/sample", [booking(name)] * 2)
         assert service.delete(f"/company/{quote(name, safe='')}") == (
@@ -3073,6 +3542,8 @@ def test_prometheus_can_read_the_figures(serve):
     report = service.get("/report/100")[1]
     assert values == {
         "bookkeep_bookings": 300,
+        "bookkeep_unseen": 0,
+        "bookkeep_checks": 0,
         "bookkeep_predictions": 8,
         "bookkeep_accounts": health["accounts"],
         "bookkeep_companies": 5,
@@ -4213,7 +4684,9 @@ def test_a_report_in_words_and_file_order_and_a_running_service(serve, tmp_path)
     figures = r"(\d+) could have .* at least (\d+) % sure: (\d+) of these were right, ([\d.]+) %"
     sure, at_least, right, share = map(float, re.search(figures, lines[4]).groups())
     level = replay.best_level(report["confidence"])
-    assert [at_least / 100, sure / n, right / sure] == [*level.values()]
+    assert [at_least / 100, sure / n, right / sure] == [
+        *map(level.get, ("at_least", "share", "accuracy"))
+    ]
     assert share == pytest.approx(100 * level["accuracy"], abs=0.051)
     assert lines[6] == 'The next one, not sent: "Office rent June" of Larch & Finch, > -10000'
     why = r' % sure, because of "(Office|rent|Office rent)" \([a-z ]+\)'
@@ -4247,13 +4720,65 @@ def test_most_is_booked_unseen_where_nine_of_ten_are_right(accuracies, best):
     assert replay.best_level(levels)["at_least"] == best
 
 
+def test_an_integrator_who_books_unseen_learns_how_good_it_is(tmp_path):
+    log = tmp_path / "log.jsonl"
+    command = (HERE / "replay.py", SYNTHETIC, "--serve", "--log", log, "--batch=200", "--json")
+    status, out, _ = run(*command, "--samples=5000", "--book-from=0.9")
+    assert status == 0
+    report = json.loads(out)
+    found = report["booked_unseen"]
+    said, true = found["said"], found["true"]
+    lines = read_lines(log)
+    truth = [row["AccountNumber"] for row in rows_by_date(5000)]
+    first = next(i for i, line in enumerate(lines) if line["predicted"])
+    assert found["suggestions"] == -(-(5000 - first) // 2)
+    second = range(5000 - found["suggestions"], 5000)
+    who = [line["sample"].get("BookedBy") for line in lines]
+    assert {*who[:first]} == {None}
+    assert found["checks"] == sum(who[i] == "check" for i in second) > 20
+    unseen = [i for i in second if who[i] == "suggestion"]
+    assert found["unseen"] == len(unseen) > 500
+    for i in second:
+        sample, predicted = lines[i]["sample"], lines[i]["predicted"]
+        assert sample["AccountNumber"] == (predicted if i in unseen else truth[i])
+        assert (lines[i]["confidence"] >= 0.9) == (who[i] != "person")
+        assert ("AccountName" in sample) == (i not in unseen)
+    right = {i: lines[i]["predicted"] == truth[i] for i in second}
+    assert found["unseen_wrong"] == sum(not right[i] for i in unseen)
+    sure = [right[i] for i in second if who[i] != "person"]
+    assert true["accuracy"] == pytest.approx(np.mean(sure))
+    assert true["overall"] == pytest.approx(np.mean([*right.values()]))
+    checked = [right[i] for i in second if who[i] == "check"]
+    assert said["accuracy"] == pytest.approx(np.mean(checked))
+    assert said["checks"] == found["checks"]
+    assert abs(said["accuracy"] - true["accuracy"]) < 3 * said["error"]
+    words = replay.in_words(report)
+    assert f"{len(unseen):,} unseen, of which {found['unseen_wrong']:,} are wrong" in words
+    assert f"{100 * said['accuracy']:.1f} % (± {100 * said['error']:.1f} %), the service" in words
+    assert f"the service says; {100 * true['accuracy']:.1f} %, in truth" in words
+
+
+def test_what_was_booked_unseen_cannot_be_resumed(serve, tmp_path, capsys):
+    for wrong in (["--book-from=0.9", "--resume"], ["--book-from=1.1"], ["--book-from=x"]):
+        with pytest.raises(SystemExit, match="2"):
+            replay.main(wrong)
+    told = capsys.readouterr().err
+    assert "--resume does not go with --book-from" in told
+    assert "1.1 is not a number from 0 to 1" in told
+    path = write_csv(tmp_path / "one.csv", [booking()])
+    command = (HERE / "replay.py", path, "--serve", "--order=file", "--book-from=0", "--json")
+    report = json.loads(run(*command)[1])  # there was nothing to suggest from
+    assert (report["samples"], report["booked_unseen"]) == (1, None)
+
+
 def test_a_report_says_what_is_not_there_yet_and_what_to_try_next():
     level = {"at_least": 0.9, "share": 0.0, "accuracy": None}
     last = {"support": 5, "accuracy": 0.2, "precision": 0.1, "recall": 0.1}
     report = {
         **{"samples": 6, "stored_before": 2, "seconds": 1.0, "samples_per_second": 6},
         **{"accounts": 3, "metrics": {"1000": {"precision": 0.1, "recall": 0.1}}, "report": last},
-        **{"unseen": level, "prediction": None, "interrupted": False, "resume": 4, "log": "x/log"},
+        **{"unseen": level, "booked_unseen": None, "prediction": None},
+        **{"interrupted": False, "resume": 4, "log": "x/log"},
     }
     words = replay.in_words(report)
     assert "none was at least 90 % sure, so none could" in words
