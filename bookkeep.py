@@ -36,7 +36,7 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from hashlib import blake2b, sha256
 from itertools import accumulate, chain, count, groupby, islice, pairwise, repeat
 from pathlib import Path
@@ -59,14 +59,14 @@ logger = logging.getLogger("bookkeep")
 
 FEATURES = ("CompanyId", "BankEntryText", "BankEntryAmount")
 TARGET = "AccountNumber"
-SHORT = ("CompanyId", "BankEntryAmount")  # of at most MAX_SHORT characters
 BOOKED_BY = "BookedBy"  # optional: who booked it, a person if it is not said
 CHECKS = 16  # of the suggestions that could be booked unseen, one in so many is to be checked
 TIMES = {"person": 1, "check": CHECKS, "suggestion": 0}  # that such a booking is scored
 
 MAX_BATCH = 10_000  # samples in one body
 MAX_VALUE = 10_000  # characters in a key or a value
-MAX_SHORT = 100  # characters in a company or an amount
+SHORT = ("CompanyId", "BankEntryAmount", TARGET)  # of at most MAX_SHORT characters
+MAX_SHORT = 100
 MAX_WORDS = 100  # words of a text that become tokens: its first ones
 
 KINDS = (  # of tokens, in a person's words
@@ -146,7 +146,7 @@ def check_samples(content: object, booked: bool, most: int) -> list[Sample]:
     return content
 
 
-def check_sample(sample: object, required: Sequence[str]) -> None:
+def check_sample(sample: object, required: Sequence[str], short: Sequence[str] = SHORT) -> None:
     """Raises BadRequest unless it is an object of strings with all `required` keys filled."""
     if not isinstance(sample, dict):
         raise BadRequest("must be an object of strings")
@@ -160,7 +160,7 @@ def check_sample(sample: object, required: Sequence[str]) -> None:
             raise BadRequest(f"{key} is missing")
         if not sample[key]:
             raise BadRequest(f"{key} is empty")
-        if key in SHORT and len(sample[key]) > MAX_SHORT:
+        if key in short and len(sample[key]) > MAX_SHORT:
             raise BadRequest(f"{key} is longer than {MAX_SHORT} characters")
     try:
         "".join(chain(sample, sample.values())).encode()
@@ -183,7 +183,7 @@ def tokens(sample: Sample) -> list[int]:
     50,000.
     """
     company, words, amount = _parts(sample)
-    c, a, *w = map(_digest, [company, amount, *words])
+    c, a, *w = map(_digests.__getitem__, [company, amount, *words])
     made = [c, _KIND[1] | a, *[_KIND[2] | word for word in w]]
     if w:
         kind = _KIND[3]
@@ -197,10 +197,24 @@ def tokens(sample: Sample) -> list[int]:
     return made
 
 
-@lru_cache(1 << 16)
-def _digest(text: str) -> int:
+def digest(text: str) -> int:
     """A hash that is the same in every process, unlike Python's own of a string."""
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest()) >> 64 - KIND_SHIFT
+
+
+class Digests(dict):
+    """The digests of words that were met lately: of short ones, and so few that 16 MB will do."""
+
+    def __missing__(self, word: str) -> int:
+        made = digest(word)
+        if len(word) <= 32:
+            if len(self) >= 1 << 15:
+                self.clear()
+            self[word] = made
+        return made
+
+
+_digests = Digests()
 
 
 def count_tokens(sample: Sample) -> int:
@@ -1358,15 +1372,15 @@ class Calibration:
 def _monotone(right: np.ndarray, counted: np.ndarray) -> np.ndarray:
     """(BINS,) the share that was right, monotone; an empty bin's is that of the one before."""
     blocks: list[tuple[float, float, int]] = []  # right, all, first bin
-    for first in counted.nonzero()[0].tolist():
-        block_right, block = float(right[first]), float(counted[first])
-        while blocks and block_right * blocks[-1][1] <= blocks[-1][0] * block:
-            more_right, more, first = blocks.pop()
-            block_right, block = block_right + more_right, block + more
-        blocks.append((block_right, block, first))
+    for first, (hits, size) in enumerate(zip(right.tolist(), counted.tolist(), strict=True)):
+        if size:
+            while blocks and hits * blocks[-1][1] <= blocks[-1][0] * size:
+                more_hits, more, first = blocks.pop()
+                hits, size = hits + more_hits, size + more
+            blocks.append((hits, size, first))
     shares = np.zeros(len(counted))
-    for block_right, block, first in blocks:
-        shares[first:] = block_right / block
+    for hits, size, first in blocks:
+        shares[first:] = hits / size
     return shares
 
 
@@ -1463,8 +1477,8 @@ def curve(rows: np.ndarray, points: dict[int, dict]) -> Iterator[dict]:
 #
 #   {"seq": 2, "batch": "june-1", "left": 0, "sample": {"CompanyId": "acme", "BankEntryText":
 #     "Office rent June", "BankEntryAmount": "> -10000", "AccountNumber": "6300"}, "predicted":
-#     "6300", "margin": 19.1832, "confidence": 0.0, "rank": 1, "weight": 0.03125, "against":
-#     {"7140": 0.001953125}, "crc": 2569297458}
+#     "6300", "margin": 19.1832, "confidence": 0.0, "rank": 1, "known": 5, "weight": 0.03125,
+#     "against": {"7140": 0.001953125}, "crc": 4002900356}
 #   {"seq": 3, "batch": 3, "left": 0, "corrects": 2, "AccountNumber": "7140", "weight":
 #     0.7490234375, "against": {"6300": 0.9990234375}, "crc": 2220480574}
 #   {"seq": 3, "batch": 3, "left": 0, "crc": 4241497597}
@@ -1869,14 +1883,14 @@ def check_records(
     for number, record in enumerate(records, start=line):
         try:
             if "corrects" in record and "sample" not in record:
-                check_sample({TARGET: record[TARGET]}, (TARGET,))
+                _check_recorded({TARGET: record[TARGET]}, (TARGET,))
                 corrected = record["corrects"]
                 before = type(corrected) is int and 0 <= corrected < record["seq"]
                 if not before or corrected in missing:
                     raise ValueError("it corrects no booking before it")
                 _check_weights(record)
             elif record.keys() != {*PLACE}:  # else it was removed
-                check_sample(record["sample"], (*FEATURES, TARGET))
+                _check_recorded(record["sample"], (*FEATURES, TARGET))
                 _check_prediction(record)
                 if times_recorded(record):
                     _check_weights(record)
@@ -1886,6 +1900,10 @@ def check_records(
             yield Damage(number, f"{error} is missing")
         except (AttributeError, OverflowError, TypeError, ValueError) as error:
             yield Damage(number, str(error))
+
+
+# Accounts could be longer before version 0.3.
+_check_recorded = partial(check_sample, short=("CompanyId", "BankEntryAmount"))
 
 
 def times_recorded(record: dict) -> int:
@@ -1911,7 +1929,7 @@ def _check_prediction(record: dict) -> None:
 def _check_weights(record: dict) -> None:
     against = record.get("against", {})  # version 0.1 wrote none
     for account in against:
-        check_sample({TARGET: account}, (TARGET,))
+        _check_recorded({TARGET: account}, (TARGET,))
     for weight, least in ((record["weight"], FLOOR), *((m, 1 / GRAIN) for m in against.values())):
         if not (least <= weight <= 1 and weight * GRAIN % 1 == 0):
             raise ValueError("no booking can have that weight")
@@ -2594,7 +2612,7 @@ class Bookkeeper:
                 self._calibration.add(self._history.of(company), times=-1)
                 self._history.forget(company)
                 self._curve = {}
-        _digest.cache_clear()
+        _digests.clear()
         return len(seqs)
 
     def _read_back(self) -> None:
@@ -2669,7 +2687,7 @@ def is_check(sample: Sample, bookings: int, place: int) -> bool:
     recurs must not be checked always or never.
     """
     drawn = [*(sample[key] for key in FEATURES), bookings, place]
-    return _digest(_encode(drawn)) % CHECKS == 0
+    return digest(_encode(drawn)) % CHECKS == 0
 
 
 def _labelled(samples: Sequence[Sample], chosen: Iterable[int]) -> tuple[list, list[str]]:
@@ -2765,9 +2783,8 @@ def openapi(max_batch: int) -> dict:
 
     text = {"type": "string", "maxLength": MAX_VALUE}
     filled = text | {"minLength": 1}
-    features = {
-        key: filled | {"maxLength": MAX_SHORT if key in SHORT else MAX_VALUE} for key in FEATURES
-    }
+    short = filled | {"maxLength": MAX_SHORT}
+    features = {key: short if key in SHORT else filled for key in FEATURES}
     count = {"type": "integer", "minimum": 0}
     share = {"type": "number", "minimum": 0, "maximum": 1}
     seq = count | {"maximum": MAX_NUMBER}
@@ -2793,7 +2810,7 @@ def openapi(max_batch: int) -> dict:
     )
     schemas = {
         "Sample": record(features, text),
-        "Booking": record(features | {TARGET: filled}, text, **{BOOKED_BY: {"enum": [*TIMES]}}),
+        "Booking": record(features | {TARGET: short}, text, **{BOOKED_BY: {"enum": [*TIMES]}}),
         "Stored": record({"received": count, "total": count, "first": place, "last": place}),
         "Suggestions": record(
             {
@@ -2814,8 +2831,8 @@ def openapi(max_batch: int) -> dict:
             },
             decision={"enum": ["book", "check", "review"]},
         ),
-        "Correction": record({"seq": seq, TARGET: filled}),
-        "Corrected": record({"seq": seq, TARGET: filled, "before": filled}),
+        "Correction": record({"seq": seq, TARGET: short}),
+        "Corrected": record({"seq": seq, TARGET: short, "before": filled}),
         "Forgotten": record({"company": filled, "forgotten": count | {"minimum": 1}}),
         "Metrics": record({"precision": share, "recall": share}),
         "Report": record(
@@ -3171,7 +3188,7 @@ def _in_json(callback: Callable) -> Callable:
         if not isinstance(answer, dict | list):
             return answer
         response.content_type = "application/json"
-        return json.dumps(answer)
+        return json.dumps(answer, ensure_ascii=False)  # which would make six times as much of it
 
     return route
 
