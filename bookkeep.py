@@ -3523,6 +3523,7 @@ h1 svg { width: 1em; height: 1em; margin-right: .4em; vertical-align: -.1em; col
 #figures > div + div { padding-left: 2rem; border-left: 1px solid var(--rule); }
 #figures dl { display: flex; flex-wrap: wrap; gap: 0 1rem; }
 #figures dl div { flex: 1 1 28%; margin-top: .5rem; }
+#unseen { margin-top: .25rem; }
 #figures dd { font-size: 1.75rem; line-height: 1.2; font-weight: 500; white-space: nowrap; }
 
 .part { display: grid; grid-template-columns: 17rem minmax(0, 1fr); gap: 1rem 2.5rem;
@@ -3542,6 +3543,7 @@ pre { font: .8125rem/1.6 ui-monospace, Menlo, Consolas, monospace; white-space: 
 .axis { stroke: var(--edge); }
 .line { fill: none; stroke: currentColor; stroke-width: 2; stroke-linejoin: round; }
 .mark { fill: currentColor; stroke: var(--page); stroke-width: 1.5; }
+.error-bar { stroke: currentColor; stroke-width: 1.5; opacity: .6; }
 .accuracy { color: var(--accuracy); }
 .precision { color: var(--precision); }
 .recall { color: var(--recall); }
@@ -3552,7 +3554,7 @@ pre { font: .8125rem/1.6 ui-monospace, Menlo, Consolas, monospace; white-space: 
 #legend dt { color: inherit; font-size: inherit; text-transform: capitalize; }
 #legend svg { width: 2rem; height: .75rem; margin-right: .75rem; }
 #legend .muted { grid-column: 1 / -1; padding-left: 2.75rem; }
-.coverage { display: grid; grid-template-columns: minmax(0, 1fr) 21rem; gap: 1rem 2rem; }
+.coverage { display: grid; grid-template-columns: minmax(0, 1fr) 23.5rem; gap: 1rem 2rem; }
 
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: .3rem 0 .3rem 1rem; font-weight: 400; }
@@ -3564,6 +3566,7 @@ caption { text-align: left; }
 td.number, th.number { text-align: right; }
 td.number { white-space: nowrap; }
 #steps { align-self: start; }
+#steps th + th, #steps td { padding-left: .75rem; }
 #steps .chosen > * { background: var(--tint); }
 .clip { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2;
   overflow: hidden; }
@@ -3585,7 +3588,8 @@ button:hover { border-color: var(--accent); text-decoration: underline; }
 button[type=submit] { color: var(--on-accent); background: var(--accent); justify-self: start;
   align-self: end; border-color: transparent; font-weight: 500; }
 td button { padding: 0 .6rem; font-size: .8125rem; line-height: 1.4rem; }
-#access form { max-width: 20rem; }
+#access form, #company { max-width: 20rem; }
+::placeholder { color: var(--muted); opacity: 1; }
 
 #suggestions > * + * { margin-top: .5rem; }
 #ranking { list-style: none; }
@@ -3658,6 +3662,7 @@ details > div { padding: 0 0 1rem 1.75rem; }
       <div><dt>Accounts</dt><dd id="accounts">–</dd></div>
       <div><dt>Companies</dt><dd id="companies">–</dd></div>
     </dl>
+    <p id="unseen" class="muted" hidden></p>
   </div>
   <div>
     <p class="muted">Over the last 1,000 predictions</p>
@@ -3721,11 +3726,13 @@ details > div { padding: 0 0 1rem 1.75rem; }
   <div class="lead">
     <h2 id="coverage-title">How much can be booked unseen</h2>
     <p id="sentence" data-of="confidence"></p>
-    <p class="muted">Over the last 10,000 predictions. The dots are the confidence a suggestion must
-      have to be booked unseen: the higher, the fewer but the surer.</p>
+    <p class="muted" data-of="confidence">Rests on the last 10,000 bookings by a person<span
+      id="checks"></span>. The dots are the confidence a suggestion must have to be booked unseen:
+      the higher, the fewer but the surer. ± and the lines through the dots: one standard error.</p>
+    <label>Company <input id="company" autocomplete="off" maxlength="100" placeholder="all"></label>
   </div>
   <div>
-    <p class="none" data-of="confidence">It is too early to say: this takes 100 bookings.</p>
+    <p id="none" class="none" data-of="confidence" role="status"></p>
     <div class="coverage" data-of="confidence">
       <div id="coverage" class="chart">
         <svg role="img"></svg>
@@ -3746,7 +3753,8 @@ details > div { padding: 0 0 1rem 1.75rem; }
   <div class="lead">
     <h2 id="try-title">Try a sample</h2>
     <p class="muted">It only asks. Nothing is booked or learned. Confidence is how often past
-      predictions with about as much evidence were right, and lower while there are few.</p>
+      suggestions like the first were right: the company’s own and, while these are few, those of
+      all companies. The other suggestions share the rest.</p>
     <form id="try">
       <label>Company <input name="CompanyId" required autocomplete="off"></label>
       <label>Text <input name="BankEntryText" required autocomplete="off"></label>
@@ -3756,6 +3764,7 @@ details > div { padding: 0 0 1rem 1.75rem; }
   </div>
   <div id="suggestions">
     <p id="verdict" role="status">The suggestions appear here, with the reasons for each.</p>
+    <p id="record" role="status"></p>
     <p id="weights" class="muted" hidden>A weight above zero speaks for the account, one below zero
       for the account it is compared with. Each 0.7 doubles the odds; the weights add up.</p>
     <ol id="ranking"></ol>
@@ -3765,8 +3774,8 @@ details > div { padding: 0 0 1rem 1.75rem; }
 <section class="part" aria-labelledby="wrong-title">
   <div class="lead">
     <h2 id="wrong-title">Latest wrong ones</h2>
-    <p class="muted">Booked otherwise than predicted, newest first. They are learned by now: try
-      them again.</p>
+    <p class="muted">Booked otherwise than predicted, newest first. They are learned by now, but
+      for those booked unseen: try them again.</p>
     <p class="muted held">Held still while you use it.</p>
   </div>
   <div>
@@ -3802,6 +3811,7 @@ const PAUSE = 2000, LONGEST_PAUSE = 10000, TIMEOUT = 10000; // milliseconds
 const STEPS = [0, 0.5, 0.8, 0.9, 0.95, 0.99]; // confidences with a row, and most with a dot
 const USUAL = 0.9; // the confidence shown while none is pointed at
 const ENOUGH = 100; // bookings, to say what can be booked unseen
+const CHECKED = 16; // bookings that a check stands for
 const REASONS = 13; // shown for one suggestion: a long text has hundreds
 const EXAMPLES = [
   ['acme', 'Office rent May', '> -10000', '6300'],
@@ -3848,7 +3858,8 @@ function value(text, most = 150) { // characters: laying out 10,000 of them take
 
 const clip = (...children) => make('span', { className: 'clip' }, ...children);
 const cell = (...children) => make('td', { role: 'cell' }, ...children);
-const number = (text) => make('td', { role: 'cell', className: 'number' }, text);
+const number = (...children) => make('td', { role: 'cell', className: 'number' }, ...children);
+const quiet = (text) => make('span', { className: 'muted' }, text);
 
 // ------------------------------------------------------------------------------------ The service
 
@@ -3887,15 +3898,26 @@ $('access').addEventListener('submit', (event) => {
   refresh();
 });
 
-let busy = false, pause = PAUSE, timer, seen;
+let busy = false, pause = PAUSE, timer, seen, company = '';
+
+async function overview() {
+  try {
+    return await call(company ? `overview?${new URLSearchParams({ company })}` : 'overview');
+  } catch (error) {
+    if (error.cause !== 404) throw error;
+    return { ...await call('overview'), confidence: [], unknown: error.message };
+  }
+}
 
 async function refresh() {
   const waiting = !$('access').hidden && sessionStorage.getItem('token') === null;
   if (busy || waiting || document.hidden) return;
   busy = true;
   clearTimeout(timer);
+  const asked = company;
   try {
-    show(await call('overview'));
+    const found = await overview();
+    if (asked === company) show(found);
     seen = new Date().toLocaleTimeString('en-GB');
     pause = PAUSE;
     $('access').hidden = true;
@@ -3909,10 +3931,15 @@ async function refresh() {
     put($('state'), seen ? `${why}; last figures from ${seen}` : why);
   }
   busy = false;
-  timer = setTimeout(refresh, pause);
+  timer = setTimeout(refresh, asked === company ? pause : 0);
 }
 
 document.addEventListener('visibilitychange', refresh);
+
+$('company').addEventListener('change', () => {
+  company = $('company').value;
+  refresh();
+});
 
 // ------------------------------------------------------------------------------------- The charts
 
@@ -3955,7 +3982,7 @@ class Chart {
   }
 
   show(points) {
-    if (!changed(this, points)) return;
+    if (!changed(this, points) || !points.length) return; // without points it is hidden
     this.points = points;
     this.draw();
   }
@@ -3991,8 +4018,13 @@ class Chart {
     const across = (x) => start + (stop - start) * x / end;
     const down = (y) => bottom - (bottom - top) * (y - floor) / (1 - floor);
     this.left = (point) => across(this.x(point));
-    this.dot = (name, point) => shape('path', { class: `mark ${name}`, d: MARKS[name],
-      transform: `translate(${this.left(point)} ${down(point[name])})` });
+    const within = (y) => down(Math.max(floor, Math.min(1, y)));
+    this.dot = (name, point) => {
+      const [x, y, error = 0] = [this.left(point), point[name], point.error];
+      return shape('g', { class: name },
+        shape('path', { class: 'error-bar', d: `M${x} ${within(y - error)}V${within(y + error)}` }),
+        shape('path', { class: 'mark', d: MARKS[name], transform: `translate(${x} ${down(y)})` }));
+    };
     this.rod = (point) =>
       shape('path', { class: 'axis', d: `M${this.left(point)} ${top}V${bottom}` });
 
@@ -4018,7 +4050,7 @@ class Chart {
       if (x + 34 <= above) {
         above = x;
         parts.push(shape('text', { class: 'name', x: x + 6, y: y - 8 }, text));
-      } else if (x <= below) {
+      } else if (x <= below && x - 34 > start) {
         below = x - 34;
         const place = { class: 'name', x: x - 6, y: y + 16, 'text-anchor': 'end' };
         parts.push(shape('text', place, text));
@@ -4069,7 +4101,8 @@ const coverage = new Chart($('coverage'), {
   yName: 'right, of those booked unseen', yText: (y) => percent(y, 0),
   tell(point) {
     const words = `If it books by itself from ${percent(point.at_least, 0)} confidence on: `
-      + `${percent(point.share)} of the bookings, ${percent(point.accuracy)} of them right.`;
+      + `${percent(point.share)} of the bookings, ${percent(point.accuracy)} ± `
+      + `${percent(point.error)} of them right.`;
     put($('sentence'), words);
     for (const row of $('steps').tBodies[0].rows) {
       row.classList.toggle('chosen', near(row.dataset.from, point.at_least));
@@ -4089,21 +4122,22 @@ function changed(key, what) {
 
 function fill(table, items, row) {
   const body = table.tBodies[0], selection = getSelection();
-  const held = body.matches(':hover, :focus-within')
+  const held = body.matches('.bookings :hover, .bookings :focus-within')
     || selection.type === 'Range' && selection.containsNode(body, true);
   if (body.rows.length && held || !changed(table, items)) return;
   body.replaceChildren(...items.map(row));
 }
 
-function step({ at_least: from, share, accuracy }) {
-  const wrong = accuracy == null ? '–' : count(Math.round(1000 * share * (1 - accuracy)));
+function step({ at_least: from, share, accuracy, error }) {
+  const [wrong, within] = accuracy == null ? ['–', '']
+    : [count(Math.round(1000 * share * (1 - accuracy))), ` ± ${percent(error)}`];
   const row = make('tr', {}, make('th', { scope: 'row' }, percent(from, 0)),
-    ...[percent(share), percent(accuracy), wrong].map(number));
+    number(percent(share)), number(percent(accuracy), quiet(within)), number(wrong));
   row.dataset.from = from;
   return row;
 }
 
-function booking({ seq, company, text, amount, booked, predicted, confidence }) {
+function booking({ seq, company, text, amount, booked, predicted, confidence, reviewed }) {
   const again = () => {
     const sample = { CompanyId: company, BankEntryText: text, BankEntryAmount: amount };
     for (const [name, what] of Object.entries(sample)) {
@@ -4117,6 +4151,7 @@ function booking({ seq, company, text, amount, booked, predicted, confidence }) 
   const texts = [company, text, amount, booked, predicted];
   const cells = [...texts.map((what) => cell(clip(value(what)))), number(percent(confidence))];
   cells.forEach((each, index) => { each.dataset.name = COLUMNS[index]; });
+  if (!reviewed) cells[3].append(quiet('unseen'));
   const button = { type: 'button', onclick: again, ariaLabel: `Try booking ${seq}` };
   return make('tr', { role: 'row' }, ...cells, cell(make('button', button, 'Try')));
 }
@@ -4130,14 +4165,15 @@ for (const table of [$('wrong'), $('unsure')]) {
 
 // -------------------------------------------------------------------------------- The suggestions
 
-let asked = 0;
+let asked = 0, checked = false;
 
 async function suggest(sample) {
   const turn = ++asked;
-  let suggestions = [], verdict;
+  let suggestions = [], record, verdict, basis = [];
   try {
-    ({ suggestions } = await call('suggest?top=5', sample));
+    ({ suggestions, record } = await call('suggest?top=5', sample));
     const { account, confidence } = suggestions[0];
+    basis = rests(sample.CompanyId, account, record);
     verdict = ['Most likely ', make('b', {}, value(account, 40)),
       `, with ${percent(confidence)} confidence.`];
   } catch (error) {
@@ -4146,8 +4182,26 @@ async function suggest(sample) {
   }
   if (turn !== asked) return;
   $('verdict').replaceChildren(...verdict);
+  $('record').replaceChildren(...basis);
   $('ranking').replaceChildren(...suggestions.map(suggestion));
   $('weights').hidden = suggestions.length < 2;
+}
+
+function rests(company, account, { known, own, all }) {
+  const whose = value(company, 40), evidence = 'with about as much evidence';
+  const its = known === 'nothing of the company' ? ['Nothing is known of ', whose, ' yet.']
+    : tally(make('span', {}, whose, '’s own'), ['of ', value(account, 40), ` ${evidence}`], own);
+  const ofAll = tally('all companies’', [`of any account ${evidence} and ${known} known`], all);
+  const note = checked && all.suggestions ? ` A check counts as ${CHECKED} of these.` : '';
+  return [...its, ' ', ...ofAll, note];
+}
+
+function tally(whose, which, { suggestions, right }) {
+  const [start, end] = suggestions === 0 ? ['There are none yet of ', '.']
+    : suggestions === 1 ? ['The only one of ', right ? ' was right.' : ' was wrong.']
+      : ['Of ', `, ${right ? count(right) : 'none'} ${right === 1 ? 'was' : 'were'} right.`];
+  return [start, whose, suggestions > 1 ? ` ${count(suggestions)}` : '', ' suggestions ', ...which,
+    end];
 }
 
 function suggestion({ account, confidence, over, margin, prior, reasons }, rank) {
@@ -4171,7 +4225,7 @@ function weights(over, margin, prior, reasons) {
   }
   const most = Math.max(...rows.map((row) => Math.abs(row.weight)));
   const body = rows.map(({ token, kind, weight }) => make('tr', {},
-    make('td', {}, clip(value(token, 40), ' ', make('span', { className: 'muted' }, kind))),
+    make('td', {}, clip(value(token, 40), ' ', quiet(kind))),
     make('td', {}, weightBar(weight / most)), number(signed(weight))));
   const sum = make('tr', {}, make('td', {}, 'Together'), make('td', {}), number(signed(margin)));
   return make('table', { className: 'reasons' },
@@ -4193,8 +4247,9 @@ $('try').addEventListener('submit', (event) => {
 
 // --------------------------------------------------------------------------------------- The page
 
-function show({ health, metrics, curve: points, confidence: all, wrong, unsure }) {
+function show({ health, metrics, curve: points, confidence: all, wrong, unsure, unknown }) {
   const confidence = health.samples < ENOUGH ? [] : all;
+  showTrust(health, confidence, unknown);
   for (const name of ['samples', 'accounts', 'companies']) put($(name), count(health[name]));
   const now = { accuracy: points.at(-1)?.accuracy, ...metrics };
   for (const name of SCORES) put($(name), score(now[name]));
@@ -4215,6 +4270,19 @@ function show({ health, metrics, curve: points, confidence: all, wrong, unsure }
   fill($('unsure'), unsure, booking);
   curve.show(points);
   coverage.show(confidence.filter((point) => point.accuracy !== null).reverse());
+}
+
+function showTrust({ samples, unseen, checks: allChecks }, confidence, unknown) {
+  const checks = confidence[0]?.checks, each = checks > 1 ? 'checks, each of' : 'a check,';
+  put($('checks'), checks ? `, ${count(checks)} of them ${each} which stands for ${CHECKED}` : '');
+  checked = allChecks > 0;
+  put($('none'), unknown ?? (samples < ENOUGH ? `Too early to say: this takes ${ENOUGH} bookings.`
+    : `No prediction ${company && 'for this company '}could be compared with a person’s `
+      + 'booking yet.'));
+  $('none').classList.toggle('error', Boolean(unknown));
+  $('unseen').hidden = unseen === 0;
+  put($('unseen'), `Nobody has looked at ${count(unseen)} of the bookings yet: `
+    + `${unseen === 1 ? 'it is' : 'they are'} not learned.`);
 }
 
 function duration(seconds) {

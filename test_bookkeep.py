@@ -30,6 +30,7 @@ import zipfile
 import zlib
 from collections import Counter
 from contextlib import contextmanager, suppress
+from decimal import ROUND_HALF_UP, Decimal
 from functools import partial
 from http.client import HTTPConnection, HTTPException
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -4363,6 +4364,11 @@ IN_A_BROWSER = pytest.mark.skipif(not CHROMIUM, reason="there is no chromium, th
 HOSTILE = '<img src=x onerror="document.title=1">'
 
 
+def shown(share):
+    """As percent, as the page rounds it."""
+    return f"{Decimal(100 * share).quantize(Decimal('0.1'), ROUND_HALF_UP)}%"
+
+
 @pytest.fixture(scope="module")
 def chromium():
     with sync_playwright() as playwright:
@@ -4413,6 +4419,9 @@ def learned(tmp_path_factory):
     service = Service(tmp_path_factory.mktemp("learned") / "log.jsonl")
     for batch in batches_of(bookings(1500), 150):
         service.post("/sample", batch)
+    for seed, booked_by in ((6, "check"), (7, "suggestion")):
+        more = [sample | {"BookedBy": booked_by} for sample in bookings(60, seed)]
+        assert service.post("/sample", more)[0] == 200
     nasty = HOSTILE * 40
     for account in (HOSTILE, nasty[:100], "\u202e" + HOSTILE, "a\nb"):
         assert service.post("/sample", [booking(HOSTILE, nasty, HOSTILE, account)] * 2)[0] == 200
@@ -4491,6 +4500,170 @@ def test_the_form_gives_suggestions_and_reasons(learned, visit):
 
 
 @IN_A_BROWSER
+def test_how_much_can_be_booked_unseen_of_all_companies_or_of_one(learned, visit):
+    page = visit(learned, expected=["status of 404"])
+    part = page.get_by_role("region", name="How much can be booked unseen")
+    company = part.get_by_label("Company")
+
+    def shows(asked=""):
+        levels = learned.get(f"/overview{asked}")[1]["confidence"]
+        steps = [level for level in levels if level["at_least"] in (0, 0.5, 0.8, 0.9, 0.95, 0.99)]
+        figures = [
+            (shown(level["share"]), f"{shown(level['accuracy'])} ± {shown(level['error'])}")
+            for level in steps
+            if level["accuracy"] is not None
+        ]
+        rows = part.locator("tbody tr")
+        expect(rows).to_have_count(6)
+        for row, (share, accuracy) in enumerate(figures):
+            expect(rows.nth(row).locator("td").nth(0)).to_have_text(share)
+            expect(rows.nth(row).locator("td").nth(1)).to_have_text(accuracy)
+        checks = f"{levels[0]['checks']} of them checks, each of which stands for"
+        expect(part).to_contain_text(f"{checks} {bookkeep.CHECKS}.")
+        usual = min(
+            (level for level in levels if level["accuracy"] is not None),
+            key=lambda level: abs(level["at_least"] - 0.9),
+        )
+        share, accuracy, error = (shown(usual[name]) for name in ("share", "accuracy", "error"))
+        words = (
+            f"If it books by itself from {usual['at_least']:.0%} confidence on: "
+            f"{share} of the bookings, {accuracy} ± {error} of them right."
+        )
+        expect(page.locator("#sentence")).to_have_text(words)
+        expect(part.get_by_role("img")).to_have_attribute("aria-label", words)
+        return figures
+
+    of_all = shows()
+    company.fill("company1")
+    with page.expect_response("**/overview*") as answered:
+        pass
+    assert "company" not in answered.value.url  # it is half typed, perhaps
+    page.hover("#steps tbody")
+    company.press("Enter")
+    assert shows("?company=company1") != of_all
+    learned.post("/sample", bookings(3, seed=8))
+    expect(page.locator("#samples")).to_have_text(f"{learned.samples():,}")
+    shows("?company=company1")
+    company.fill("nobody & Co.")
+    company.press("Enter")
+    status, answer = learned.get("/overview?company=nobody")
+    expect(part.get_by_role("status")).to_have_text(answer["error"])
+    assert status == 404
+    expect(page.locator("#coverage")).to_be_hidden()
+    expect(page.locator("#curve")).to_be_visible()
+    expect(page.locator("#state")).to_have_text("Connected")
+    company.fill("")
+    company.press("Tab")
+    expect(page.locator("#coverage")).to_be_visible()
+    shows()
+
+
+@IN_A_BROWSER
+def test_a_filter_overtakes_what_was_asked_for_before_it(learned, visit):
+    page = visit(learned)
+    expect(page.locator("#coverage")).to_be_visible()
+    held = []
+    page.route("**/overview*", lambda route: held.append(route))
+    while not held:
+        page.wait_for_timeout(20)
+    before = page.inner_text("#samples")
+    learned.post("/sample", bookings(3, seed=9))
+    page.fill("#company", "company1")
+    page.press("#company", "Enter")
+    with page.expect_request("**/overview?company=company1", timeout=1000):
+        held.pop().continue_()
+    assert page.inner_text("#samples") == before  # of all companies, which are not wanted now
+    while not held:
+        page.wait_for_timeout(20)
+    held.pop().continue_()
+    expect(page.locator("#samples")).to_have_text(f"{learned.samples():,}")
+
+
+@IN_A_BROWSER
+def test_the_page_tells_what_was_booked_unseen(serve, visit):
+    service = serve()
+    service.post("/sample", [booking()])
+    service.post("/sample", [booking()] * 98)
+    page = visit(service)
+    expect(page.locator("#samples")).to_have_text("99")
+    assert page.locator("#unseen").is_hidden()
+    assert page.get_by_text("checks").count() == 0
+    service.post(
+        "/sample", [booking("B", account="7", BookedBy="suggestion"), booking(account="8")]
+    )
+    expect(page.locator("#unseen")).to_have_text(
+        "Nobody has looked at 1 of the bookings yet: it is not learned."
+    )
+    rows = page.locator("#wrong tbody tr")
+    expect(rows).to_have_count(2)
+    booked = [row.locator("td").nth(3).inner_text().split() for row in rows.all()]
+    assert booked == [["8"], ["7", "unseen"]]
+    expect(page.locator("#coverage")).to_be_visible()
+    page.fill("#company", "B")
+    page.press("#company", "Enter")
+    expect(page.locator("#none")).to_have_text(
+        "No prediction for this company could be compared with a person’s booking yet."
+    )
+    page.fill("#company", "")
+    page.press("#company", "Enter")
+    expect(page.locator(".chosen")).to_contain_text("90%")  # also of figures that it had shown
+    service.post("/sample", [booking("B", BookedBy="check")])
+    expect(page.locator("#checks")).to_have_text(
+        f", 1 of them a check, which stands for {bookkeep.CHECKS}"
+    )
+
+
+@IN_A_BROWSER
+def test_the_page_says_what_a_confidence_rests_on(serve, visit):
+    service = serve()
+    page = visit(service)
+    evidence = "with about as much evidence"
+    own = f"suggestions of 6300 {evidence}"
+    new = f"suggestions of any account {evidence} and nothing of the company known"
+    everybodys = f"suggestions of any account {evidence} and the first two words known"
+
+    def book(company, **more):
+        service.post("/sample", [booking(company, "rent May", account="6300", **more)])
+
+    def says(company, *sentences):
+        for key, value in zip(bookkeep.FEATURES, (company, "rent May", "> -1000"), strict=True):
+            page.fill(f"#try [name={key}]", value)
+        page.press("#try [name=CompanyId]", "Enter")
+        expect(page.locator("#record")).to_have_text(" ".join(sentences))
+
+    book("acme")
+    says(
+        *("new & Co.", "Nothing is known of new & Co. yet."),
+        f"There are none yet of all companies’ {new}.",
+    )
+    book(HOSTILE)
+    says(
+        *("newer", "Nothing is known of newer yet."),
+        f"The only one of all companies’ {new} was right.",
+    )
+    says(
+        *("acme", f"There are none yet of acme’s own {own}."),
+        f"There are none yet of all companies’ {everybodys}.",
+    )
+    book("acme")
+    says(
+        *("acme", f"The only one of acme’s own {own} was right."),
+        f"The only one of all companies’ {everybodys} was right.",
+    )
+    says(
+        *(HOSTILE, f"There are none yet of {HOSTILE}’s own {own}."),
+        f"The only one of all companies’ {everybodys} was right.",
+    )
+    book("acme", BookedBy="check")
+    expect(page.locator("#samples")).to_have_text("4")
+    says(
+        *("acme", f"Of acme’s own 2 {own}, 2 were right."),
+        f"Of all companies’ 17 {everybodys}, 17 were right.",
+        f"A check counts as {bookkeep.CHECKS} of these.",
+    )
+
+
+@IN_A_BROWSER
 def test_what_is_hostile_stays_text(learned, visit):
     assert learned.post("/sample", [booking(HOSTILE, HOSTILE, HOSTILE, "<b>1</b>")])[0] == 200
     page = visit(learned)
@@ -4509,8 +4682,16 @@ def test_what_is_hostile_stays_text(learned, visit):
 def test_the_page_is_as_wide_as_the_window_in_light_and_dark(learned, visit):
     for width, scheme in itertools.product((360, 800, 1400), ("light", "dark")):
         page = visit(learned, viewport={"width": width, "height": 800}, color_scheme=scheme)
+        page.fill("#company", HOSTILE)
+        page.press("#company", "Enter")
+        page.fill("#try [name=CompanyId]", "W" * 100)
+        page.fill("#try [name=BankEntryText]", HOSTILE)
+        page.fill("#try [name=BankEntryAmount]", HOSTILE)
+        page.click("#try button")
+        expect(page.locator("#record")).to_contain_text("W" * 40 + "…")
+        assert page.evaluate("document.documentElement.scrollWidth") == width
         page.locator("#unsure tbody button").first.click()
-        page.wait_for_selector("#ranking li")
+        expect(page.locator("#record")).not_to_contain_text("WWW")
         assert page.evaluate("document.documentElement.scrollWidth") == width
         background = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (max(map(int, re.findall("[0-9]+", background))) < 99) == (scheme == "dark")
