@@ -3627,7 +3627,8 @@ details > div { padding: 0 0 1rem 1.75rem; }
   #figures dd { font-size: 1.5rem; }
   .chart { min-height: 16rem; }
   details > div { padding-left: 0; }
-  #steps th + th, #steps td { padding-left: .4rem; }
+  #steps { font-size: .875rem; }
+  #steps th + th, #steps td { padding-left: .35rem; }
   .reasons td:nth-child(2) { width: 25%; }
   .bookings thead { position: absolute; width: 1px; height: 1px; overflow: hidden;
     clip-path: inset(50%); display: block; }
