@@ -1458,16 +1458,22 @@ def report(rows: np.ndarray, accounts: Sequence[str], levels: Iterable[float]) -
 
 
 def curve(rows: np.ndarray, points: dict[int, dict]) -> Iterator[dict]:
-    """The learning curve's points but the last: at most 128, each of the last WINDOW bookings."""
+    """The learning curve: at most 129 points, each of the last WINDOW bookings.
+
+    Takes `points` of before, and adds those that will not change.
+    """
     step = WINDOW // 4
     while len(rows) > 128 * step:
         step *= 2
-    for end in range(step, len(rows), step):
-        if end not in points:
+    for end in (*range(step, len(rows), step), len(rows)):
+        point = points.get(end)
+        if point is None:
             window = scored(rows[max(0, end - WINDOW) : end])
-            points[end] = {"bookings": end, **figures(window)} if len(window) else {}
-        if points[end]:
-            yield points[end]
+            point = {"bookings": end, **figures(window)} if len(window) else {}
+            if end < len(rows):
+                points[end] = point
+        if point:
+            yield point
 
 
 # -------------------------------------------------------------------------------------------- Log
@@ -2327,22 +2333,19 @@ class Bookkeeper:
             rows, points = self._history.rows, self._curve
         last = self._scored(WINDOW)
         recent = self._scored(RECENT, company)
-        overview = {"health": health, "metrics": None, "curve": [], "confidence": []}
-        if len(last):
-            now = figures(last)
-            overview |= {
-                "metrics": {name: now[name] for name in ("precision", "recall")},
-                "curve": [*curve(rows, points), {"bookings": len(rows), **now}],
-            }
-        if len(recent):
-            steps = [*(step / 20 for step in range(20)), 0.99]
-            overview["confidence"] = by_confidence(recent, steps)
         newest = rows[: -RECENT - 1 : -1]
         newest = newest[newest["predicted"] >= 0]
-        overview["wrong"] = self._listed(newest[~right(newest)][:LISTED])
         unsure = newest[:WINDOW]["confidence"].argsort(kind="stable")[:LISTED]
-        overview["unsure"] = self._listed(newest[unsure])
-        return overview
+        steps = (*(step / 20 for step in range(20)), 0.99)
+        return {
+            "health": health,
+            "metrics": figures(last) if len(last) else None,
+            "curve": [*curve(rows, points)],
+            "scored": len(recent),
+            "confidence": by_confidence(recent, steps) if len(recent) else [],
+            "wrong": self._listed(newest[~right(newest)][:LISTED]),
+            "unsure": self._listed(newest[unsure]),
+        }
 
     def _listed(self, rows: np.ndarray) -> list[dict]:
         """What the page says of rows of the history."""
@@ -2843,8 +2846,9 @@ def openapi(max_batch: int) -> dict:
         "Overview": record(
             {
                 "health": of("schemas", "Health"),
-                "metrics": {"anyOf": [of("schemas", "Metrics"), {"type": "null"}]},
+                "metrics": {"anyOf": [record(figures), {"type": "null"}]},
                 "curve": a_list(record({"bookings": count} | figures)),
+                "scored": count,
                 "confidence": a_list(sureness),
                 "wrong": a_list(listed),
                 "unsure": a_list(listed),
@@ -3727,8 +3731,8 @@ details > div { padding: 0 0 1rem 1.75rem; }
   <div class="lead">
     <h2 id="coverage-title">How much can be booked unseen</h2>
     <p id="sentence" data-of="confidence"></p>
-    <p class="muted" data-of="confidence">Rests on the last 10,000 bookings by a person<span
-      id="checks"></span>. The dots are the confidence a suggestion must have to be booked unseen:
+    <p class="muted" data-of="confidence">Rests on the last <span id="checks"></span>.
+      The dots are the confidence a suggestion must have to be booked unseen:
       the higher, the fewer but the surer. ± and the lines through the dots: one standard error.</p>
     <label>Company <input id="company" autocomplete="off" maxlength="100" placeholder="all"></label>
   </div>
@@ -4248,12 +4252,12 @@ $('try').addEventListener('submit', (event) => {
 
 // --------------------------------------------------------------------------------------- The page
 
-function show({ health, metrics, curve: points, confidence: all, wrong, unsure, unknown }) {
+function show({ health, metrics, curve: points, scored, confidence: all, wrong, unsure,
+  unknown }) {
   const confidence = health.samples < ENOUGH ? [] : all;
-  showTrust(health, confidence, unknown);
+  showTrust(health, scored, confidence, unknown);
   for (const name of ['samples', 'accounts', 'companies']) put($(name), count(health[name]));
-  const now = { accuracy: points.at(-1)?.accuracy, ...metrics };
-  for (const name of SCORES) put($(name), score(now[name]));
+  for (const name of SCORES) put($(name), score(metrics?.[name]));
   const locked = sessionStorage.getItem('token') !== null;
   $('locked').hidden = !locked;
   put($('engine'), `${count(health.tokens)} tokens in the model, running for `
@@ -4273,9 +4277,10 @@ function show({ health, metrics, curve: points, confidence: all, wrong, unsure, 
   coverage.show(confidence.filter((point) => point.accuracy !== null).reverse());
 }
 
-function showTrust({ samples, unseen, checks: allChecks }, confidence, unknown) {
+function showTrust({ samples, unseen, checks: allChecks }, scored, confidence, unknown) {
   const checks = confidence[0]?.checks, each = checks > 1 ? 'checks, each of' : 'a check,';
-  put($('checks'), checks ? `, ${count(checks)} of them ${each} which stands for ${CHECKED}` : '');
+  put($('checks'), `${count(scored)} bookings by a person`
+    + (checks ? `, ${count(checks)} of them ${each} which stands for ${CHECKED}` : ''));
   checked = allChecks > 0;
   put($('none'), unknown ?? (samples < ENOUGH ? `Too early to say: this takes ${ENOUGH} bookings.`
     : `No prediction ${company && 'for this company '}could be compared with a person’s `
