@@ -14,6 +14,7 @@ one process owns one log, and the model is the sum of what is in it.
 import argparse
 import errno
 import fcntl
+import gc
 import hmac
 import ipaddress
 import json
@@ -38,7 +39,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache, partial
 from hashlib import blake2b, sha256
-from itertools import accumulate, chain, count, groupby, islice, pairwise, repeat
+from itertools import accumulate, chain, count, islice, pairwise, repeat
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
@@ -150,11 +151,15 @@ def check_sample(sample: object, required: Sequence[str], short: Sequence[str] =
     """Raises BadRequest unless it is an object of strings with all `required` keys filled."""
     if not isinstance(sample, dict):
         raise BadRequest("must be an object of strings")
-    for key, value in sample.items():
-        if not isinstance(value, str):
-            raise BadRequest(f"{_shown(key)} must be a string")
-        if max(len(key), len(value)) > MAX_VALUE:
-            raise BadRequest(f"{_shown(key)} is longer than {MAX_VALUE} characters")
+    try:
+        text = "".join(chain(sample, sample.values()))
+    except TypeError:
+        key = next(key for key, value in sample.items() if not isinstance(value, str))
+        raise BadRequest(f"{_shown(key)} must be a string") from None
+    if len(text) > MAX_VALUE:
+        for key, value in sample.items():
+            if max(len(key), len(value)) > MAX_VALUE:
+                raise BadRequest(f"{_shown(key)} is longer than {MAX_VALUE} characters")
     for key in required:
         if key not in sample:
             raise BadRequest(f"{key} is missing")
@@ -163,7 +168,7 @@ def check_sample(sample: object, required: Sequence[str], short: Sequence[str] =
         if key in short and len(sample[key]) > MAX_SHORT:
             raise BadRequest(f"{key} is longer than {MAX_SHORT} characters")
     try:
-        "".join(chain(sample, sample.values())).encode()
+        text.encode()
     except UnicodeEncodeError:
         raise BadRequest("a lone surrogate (half of a \\u pair) is not text") from None
 
@@ -1197,14 +1202,13 @@ class History:
         """All rows of a company."""
         return self.rows[self.rows["company"] == self.companies.get(company, -1)]
 
-    def row(self, seq: int) -> np.ndarray:
-        """The row of that seq, (1,), which corrections change."""
-        at = self.rows["seq"].searchsorted(seq)
-        return self.rows[at : at + 1]
+    def find(self, seqs: np.ndarray) -> np.ndarray:
+        """(m,) which rows have these seqs."""
+        return self.rows["seq"].searchsorted(seqs)
 
     def correct(self, seq: int, account: str, rank: int) -> None:
         """Has a person book an account, which had that rank, in the row of that seq."""
-        row = self.row(seq)
+        row = self.rows[self.find(seq)]  # a view
         row["booked"], row["rank"], row["reviewed"] = self.accounts[account], rank, True
 
     def forget(self, company: str) -> None:
@@ -1788,6 +1792,7 @@ def _lines(
 
 
 _encode = json.JSONEncoder(ensure_ascii=False).encode
+_decode_line = json.JSONDecoder().decode
 
 
 def _line(record: dict) -> bytes:
@@ -1800,8 +1805,8 @@ def _parse(line: bytes) -> dict:
     text, _, checksum = line.rpartition(b', "crc": ')
     if checksum != b"%d}\n" % zlib.crc32(text):
         raise ValueError("the checksum does not fit")
-    record = json.loads(text + b"}")
-    seq, batch, left = (record.get(key) for key in PLACE)
+    record = _decode_line(text.decode() + "}")
+    seq, batch, left = map(record.get, PLACE)
     if not (isinstance(seq, int) and isinstance(batch, int | str) and isinstance(left, int)):
         raise ValueError("it has no place in the log")
     return record
@@ -1933,12 +1938,15 @@ def _check_prediction(record: dict) -> None:
 
 
 def _check_weights(record: dict) -> None:
-    against = record.get("against", {})  # version 0.1 wrote none
-    for account in against:
-        _check_recorded({TARGET: account}, (TARGET,))
-    for weight, least in ((record["weight"], FLOOR), *((m, 1 / GRAIN) for m in against.values())):
-        if not (least <= weight <= 1 and weight * GRAIN % 1 == 0):
+    weight, against = record["weight"], record.get("against", {})  # version 0.1 wrote none
+    "".join(against).encode()  # which a lone surrogate cannot be
+    if "" in against:
+        raise ValueError("an account is empty")
+    for counted in (weight, *against.values()):
+        if not (1 / GRAIN <= counted <= 1 and counted * GRAIN % 1 == 0):
             raise ValueError("no booking can have that weight")
+    if weight < FLOOR:
+        raise ValueError("no booking can have that weight")
 
 
 def _content(record: dict) -> dict:
@@ -2158,7 +2166,8 @@ class Writer:
 
 # ------------------------------------------------------------------------------------- Bookkeeper
 
-CHUNK = 128  # samples that are predicted, or read back and learned, at a time
+CHUNK = 128  # samples that are predicted, or unlearned, at a time
+LINES = 4096  # of the log that are read back at a time
 LISTED = 10  # bookings in each list of the overview
 RECENT = 10_000  # bookings that it looks at
 UNSAVED = 10_000  # lines of the log that its snapshot may lack; a sixteenth while it grows
@@ -2209,7 +2218,8 @@ class Bookkeeper:
         self._writer = Writer(self._book, self._save)
         if state := self._snapshot.load():
             self._restore(state)
-        self._read_back()
+        with _no_collection():
+            self._read_back()
         self._last_batch = len(log)  # the seq that it starts with; there is none since the start
         self._writer.start()
 
@@ -2267,7 +2277,7 @@ class Bookkeeper:
             margin = round(scores[best[0]] - scores[best[1]], 4) if len(best) > 1 else None
             [known] = model.specificity([document]).tolist()
             made = {"sample": sample, "predicted": accounts[0], "margin": margin, "known": known}
-            row = self._rows([made])
+            row = self._rows([made], [document])
             [sure] = self._calibration.confidence(row).tolist()
             confidence = self._calibration.shared(sure).round(4).tolist()
             record = self._calibration.record(row)
@@ -2442,7 +2452,7 @@ class Bookkeeper:
                 [(booking.key, list(islice(rest, len(booking.samples)))) for booking in group]
             )
         except BaseException:
-            self._learn(learned, times=-1)
+            self._unlearn(learned)
             raise
         with self._change():
             self._score(records, rows)
@@ -2482,20 +2492,23 @@ class Bookkeeper:
         Adds to `learned` what is learned, however far it gets.
         """
         records: list[dict] = [{}] * len(samples)
+        documents = [tokens(sample) for sample in samples]
         seen, unseen = [], []
         for i, sample in enumerate(samples):
             (seen if times_scored(sample) else unseen).append(i)
-        assessments = self._model.assess(*_labelled(samples, unseen))
-        for i, made in zip(unseen, assessments, strict=True):
+
+        def chosen(numbers: list[int]) -> tuple[list[list[int]], list[str]]:
+            return [documents[i] for i in numbers], [samples[i][TARGET] for i in numbers]
+
+        for i, made in zip(unseen, self._model.assess(*chosen(unseen)), strict=True):
             records[i] = _predicted(samples[i], made) | {"reviewed": False}
-        booked = self._model.book(*_labelled(samples, seen), self._change)
-        for part, assessments, lessons in booked:
+        for part, assessments, lessons in self._model.book(*chosen(seen), self._change):
             with self._writer.must_succeed():  # else it would not be known what was learned
                 for i, made, lesson in zip(seen[part], assessments, lessons, strict=True):
                     counts = {"weight": lesson.weight, "against": lesson.against}
                     records[i] = _predicted(samples[i], made) | counts
                     learned.append(records[i])
-        rows = self._rows(records)
+        rows = self._rows(records, documents)
         rows["confidence"] = confidence = self._calibration.confidence(rows).round(4)
         for record, sure in zip(records, confidence.tolist(), strict=True):
             if record["predicted"] is not None:
@@ -2508,15 +2521,15 @@ class Bookkeeper:
         with self._writer.must_succeed(), self._changing:
             yield
 
-    def _learn(self, records: list[dict], times: int = 1) -> None:
-        """Learns bookings from what the log says of them; with times = -1 unlearns them."""
-        for chunk in chunks((record for record in records if "weight" in record), CHUNK):
+    def _unlearn(self, records: list[dict]) -> None:
+        """Unlearns bookings that count as the log was to say."""
+        for chunk in chunks(records, CHUNK):
             documents = [tokens(record["sample"]) for record in chunk]
             lessons = [_lesson(record, record["sample"][TARGET]) for record in chunk]
             with self._change():
-                self._model.learn(documents, lessons, times)
+                self._model.learn(documents, lessons, times=-1)
 
-    def _rows(self, records: Sequence[dict]) -> np.ndarray:
+    def _rows(self, records: Sequence[dict], documents: Sequence[Sequence[int]]) -> np.ndarray:
         """Rows of the history for records of the log, as far as names have numbers already."""
         companies, accounts = self._history.companies, self._history.accounts
         rows = np.array(
@@ -2537,7 +2550,8 @@ class Bookkeeper:
             ],
             dtype=History.ROW,
         )
-        rows["bin"] = Calibration.bins([_per_token(record) for record in records])
+        margins = np.array([record["margin"] or 0 for record in records], dtype=np.float64)
+        rows["bin"] = Calibration.bins(margins / [len(document) for document in documents])
         return rows
 
     def _score(self, records: list[dict], rows: np.ndarray) -> None:
@@ -2556,7 +2570,7 @@ class Bookkeeper:
             correction = {"corrects": seq, TARGET: account}
             correction |= {"weight": lesson.weight, "against": lesson.against}
             [correction] = self.log.append([(None, [correction])])
-            self._apply(booking, before, correction)
+            self._apply([(booking, before, correction)])
         return before.account
 
     def _booking(self, seq: int) -> dict:
@@ -2578,20 +2592,23 @@ class Bookkeeper:
         last = self._record(corrections[-1]) if corrections else booking
         return _lesson(last, last[TARGET] if corrections else booking["sample"][TARGET])
 
-    def _apply(self, booking: dict, before: Lesson, correction: dict) -> None:
-        """Unlearns a booking, which counted so before, and learns it as corrected."""
+    def _apply(self, changes: Sequence[tuple[dict, Lesson, dict]]) -> None:
+        """Unlearns bookings, which counted so before, and learns them as corrected."""
+        documents = [tokens(booking["sample"]) for booking, _, _ in changes]
+        before = [(d, lesson) for d, (_, lesson, _) in zip(documents, changes, strict=True)]
+        before = [pair for pair in before if pair[1].weight]
         with self._change():
-            seq, documents = booking["seq"], [tokens(booking["sample"])]
-            now = _lesson(correction, correction[TARGET])
-            if before.weight:
-                self._model.learn(documents, [before], times=-1)
-            self._model.learn(documents, [now])
-            rank = booking["rank"] if now.account == booking["sample"][TARGET] else None
-            row = self._history.row(seq)
-            self._calibration.add(row, times=-1)
-            self._history.correct(seq, now.account, _in_ranks(rank))
-            self._calibration.add(row)
-            self._corrections.setdefault(seq, []).append(correction["seq"])
+            self._model.learn(documents, [_lesson(c, c[TARGET]) for _, _, c in changes])
+            if before:
+                self._model.learn(*zip(*before, strict=True), times=-1)
+            rows = self._history.find(np.unique([booking["seq"] for booking, _, _ in changes]))
+            self._calibration.add(self._history.rows[rows], times=-1)
+            for booking, _, correction in changes:
+                seq, account = booking["seq"], correction[TARGET]
+                rank = booking["rank"] if account == booking["sample"][TARGET] else None
+                self._history.correct(seq, account, _in_ranks(rank))
+                self._corrections.setdefault(seq, []).append(correction["seq"])
+            self._calibration.add(self._history.rows[rows])
             self._curve = {}
 
     def _forget(self, company: str) -> int:
@@ -2620,27 +2637,33 @@ class Bookkeeper:
 
     def _read_back(self) -> None:
         reported = time.monotonic()
-        for records in chunks(self.log.read(), 32 * CHUNK):
+        for records in chunks(self.log.read(), LINES):
             for damage in check_records(records, records[0]["seq"] + 1):
                 raise self.log.damaged(damage)
-            for keys, alike in groupby(records, lambda record: {*record} & {"sample", "corrects"}):
-                if "sample" in keys:
-                    bookings = list(alike)
-                    self._learn(bookings)
-                    self._score(bookings, self._rows(bookings))
-                elif "corrects" in keys:
-                    self._apply_all(alike)
+            bookings = [record for record in records if "sample" in record]
+            documents = [tokens(record["sample"]) for record in bookings]
+            self._score(bookings, self._rows(bookings, documents))
+            learned = [(d, r) for d, r in zip(documents, bookings, strict=True) if "weight" in r]
+            lessons = [_lesson(record, record["sample"][TARGET]) for _, record in learned]
+            self._model.learn([document for document, _ in learned], lessons)
+            self._apply_all(r for r in records if "corrects" in r and "sample" not in r)
             if time.monotonic() - reported > 3:
                 reported = time.monotonic()
                 logger.info("%s: %d lines read back so far", self.log.path, len(self.log))
 
     def _apply_all(self, corrections: Iterable[dict]) -> None:
+        changes, last = [], {}
         for correction in corrections:
+            seq = correction["corrects"]
             try:
-                booking = self._booking(correction["corrects"])
+                booking = self._booking(seq)
             except NotFound as error:
                 raise self.log.damaged(Damage(correction["seq"] + 1, str(error))) from None
-            self._apply(booking, self._current_lesson(booking), correction)
+            before = last.get(seq) or self._current_lesson(booking)
+            last[seq] = _lesson(correction, correction[TARGET])
+            changes.append((booking, before, correction))
+        if changes:
+            self._apply(changes)
 
     def _state(self) -> Arrays:
         """All that was made of the log; arrays that are those at work."""
@@ -2693,10 +2716,16 @@ def is_check(sample: Sample, bookings: int, place: int) -> bool:
     return digest(_encode(drawn)) % CHECKS == 0
 
 
-def _labelled(samples: Sequence[Sample], chosen: Iterable[int]) -> tuple[list, list[str]]:
-    """Documents and labels of the chosen samples."""
-    chosen = [samples[i] for i in chosen]
-    return [tokens(sample) for sample in chosen], [sample[TARGET] for sample in chosen]
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """For work that makes many objects, but no cycles of them: looking for these takes a tenth."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _predicted(sample: Sample, assessment: Assessment) -> dict:
@@ -2713,10 +2742,6 @@ def _predicted(sample: Sample, assessment: Assessment) -> dict:
 def _lesson(record: dict, account: str) -> Lesson:
     """What the record counts; version 0.1 wrote no rivals, and what nobody looked at counts 0."""
     return Lesson(account, record.get("weight", 0.0), record.get("against", {}))
-
-
-def _per_token(record: dict) -> float:
-    return (record["margin"] or 0) / count_tokens(record["sample"])
 
 
 def _in_ranks(rank: int | None) -> int:
