@@ -1494,6 +1494,9 @@ def curve(rows: np.ndarray, points: dict[int, dict]) -> Iterator[dict]:
 #   {"seq": 3, "batch": 3, "left": 0, "crc": 4241497597}
 
 PLACE = ("seq", "batch", "left")  # what the log puts before a record
+HEAD = b'{"seq": 0, '  # what a log starts with
+REWRITTEN = ".{}.rewritten"  # beside the log, while it is written anew
+UNSURE = "it may hold this all the same, so that only a key makes it safe to send it again"
 MAX_KEYS = 100_000  # keys of batches that are remembered, the last ones: about 30 MB
 
 
@@ -1518,24 +1521,43 @@ class Log:
         self._torn = False  # may the file hold bytes beyond them?
         self._keys: OrderedDict[str, range] = OrderedDict()  # of batches -> their lines
         self._placing = threading.Lock()  # held while lines get their places, or are looked up
-        self._rewritten = path.resolve().with_name(f".{path.name}.rewritten")
         try:
-            folders = path.absolute().parents
+            folders = self.beside("{}").parents
             new = sum(not folder.exists() for folder in folders)
             with suppress(FileExistsError):  # if it is a file, opening says so better
-                path.parent.mkdir(parents=True, exist_ok=True)
+                folders[0].mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
             for folder in folders[: 1 + new]:  # so that new names are on disk, too
                 _fsync_folder(folder)
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(self._file), os.stat(path)):
+            if not self._leads_to(self._file):
                 raise BlockingIOError  # its owner has just put another file in its place
-            self._rewritten.unlink(missing_ok=True)  # a crash left it unfinished
+            self.beside(REWRITTEN).unlink(missing_ok=True)  # a crash left it unfinished
         except BlockingIOError:
             os.close(self._file)
             raise LogError(f"{path} is in use by another process") from None
         except OSError as error:
             raise LogError(f"cannot open {path}: {error.strerror}") from None
+
+    def beside(self, name: str) -> Path:
+        """A path beside the log itself, wherever a symbolic link to it is; {} is the log's name."""
+        real = Path(os.path.realpath(self.path))
+        return real.with_name(name.format(real.name))
+
+    def in_place(self) -> bool:
+        """Does its path still lead to the file that is owned?"""
+        with self._placing:
+            return self._leads_to(self._file)
+
+    def _require_place(self) -> None:
+        if not self._leads_to(self._file):
+            raise OSError(errno.ESTALE, "it was moved, replaced or deleted")
+
+    def _leads_to(self, file: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(file), os.stat(self.path))
+        except OSError:
+            return False
 
     def state(self) -> Arrays:
         """Where its lines are."""
@@ -1543,10 +1565,11 @@ class Log:
         return {"line_starts": np.array(self._starts), "keys": _packed([self.size, keys])}
 
     def restore(self, state: Arrays) -> None:
-        """Takes over where lines are, so that only later ones will be read."""
-        self.size, keys = _unpacked(state["keys"])
-        self._starts.frombytes(state["line_starts"].tobytes())
-        self._keys.update((key, range(start, stop)) for key, start, stop in keys)
+        """Takes over where lines are, so that only later ones will be read. Or raises: nothing."""
+        size, keys = _unpacked(state["keys"])
+        keys = OrderedDict((key, range(start, stop)) for key, start, stop in keys)
+        self._starts, self.size = array("q", state["line_starts"].tobytes()), size
+        self._keys = keys
 
     def checksum(self, size: int) -> int | None:
         """The CRC-32 of its first bytes, so many; None if there are fewer."""
@@ -1561,26 +1584,38 @@ class Log:
         return len(self._starts)
 
     def read(self) -> Iterator[dict]:
-        """The records of all further whole batches; an unfinished one at the end is cut off.
+        """The records of all further whole batches; what follows the last is cut off.
 
         To be read to its end, once, before the first append. Raises LogError where the log is
         damaged, and leaves the file as it is.
         """
         for found in scan(self.path, self.size, len(self)):
-            if isinstance(found, Damage):
-                if not found.at_end:
-                    raise self.damaged(found)
-                logger.warning("%s: cut off from line %d on: %s", self.path, *found[:2])
-                self._cut_back()
-            else:
+            if isinstance(found, Batch):
                 yield from found.records
                 self._keep(found)
+            elif found.unfinished:
+                self._cut_off(found)
+            else:
+                raise self.damaged(found)
+
+    def _cut_off(self, end: "Damage") -> None:
+        """Moves what follows the last whole batch to LOG.cut: it cannot be told from damage."""
+        path = self.beside("{}.cut")
+        cut = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        with self._opened() as lines, open(cut, "wb") as file:
+            lines.seek(self.size)
+            file.write(lines.read())
+            file.flush()
+            os.fsync(cut)
+        _fsync_folder(path.parent)
+        self._cut_back()
+        logger.warning("%s, line %d: %s; they are kept in %s", self.path, *end[:2], path)
 
     def append(self, batches: list[tuple[str | None, list[dict]]]) -> list[dict]:
         """Writes batches, with or without a key, with one fsync: then they are on disk.
 
         The answer is all records with their places. Raises OSError if they could not be written;
-        then the log is as it was before.
+        then the log is as it was before, unless the error says that it may not be.
         """
         placed = self.place(batches)
         self.write(placed)
@@ -1603,9 +1638,10 @@ class Log:
 
     def write(self, batches: list["Batch"]) -> None:
         """Writes what was placed. Raises OSError, as append does."""
+        self._require_place()
+        if self._torn:
+            self._cut_back()
         try:
-            if self._torn:
-                self._cut_back()
             self._torn = True
             unwritten = memoryview(b"".join(line for batch in batches for line in batch.lines))
             while unwritten:
@@ -1614,15 +1650,21 @@ class Log:
             os.fsync(self._file)
             self.fsynced(time.perf_counter() - started)
             self._torn = False
-        except OSError:
-            with suppress(OSError):  # else it is cut back before the next append
+        except OSError as error:
+            with suppress(OSError):  # else it is cut back before the next append, or at the end
                 self._cut_back()
-            raise
+            if not self._torn:
+                raise
+            raise OSError(error.errno, f"{error.strerror}; {UNSURE}") from None
         for batch in batches:
             self._keep(batch)
 
     def find(self, key: str) -> list[dict] | None:
-        """The records of the batch of that key, if it is one of the last MAX_KEYS."""
+        """The records of the batch of that key, if it is one of the last MAX_KEYS.
+
+        Raises OSError or ValueError if they cannot be read, or are not at the log's path any more.
+        """
+        self._require_place()
         return [self.record(seq) for seq in self._keys[key]] if key in self._keys else None
 
     def record(self, seq: int) -> dict:
@@ -1653,8 +1695,8 @@ class Log:
         A crash leaves the old log or the new. Raises OSError if nothing has changed, and LogError
         if it has, but may not be on disk.
         """
-        path = self.path.resolve()  # what a symbolic link leads to, not the link, is replaced
-        file = os.open(self._rewritten, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_TRUNC, 0o600)
+        path, rewritten = self.beside("{}"), self.beside(REWRITTEN)
+        file = create(rewritten, os.O_RDWR | os.O_APPEND)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.fchmod(file, stat.S_IMODE(os.fstat(self._file).st_mode))
@@ -1669,23 +1711,31 @@ class Log:
                     starts.append(size)
                     size += copy.write(line)
             os.fsync(file)
-            if not os.path.samestat(os.fstat(self._file), os.stat(path)):
-                raise OSError(errno.ESTALE, "another file is in its place")
-            os.replace(self._rewritten, path)
-        except BaseException:
-            os.close(file)
-            self._rewritten.unlink(missing_ok=True)
-            raise
-        with self._placing:
-            os.close(self._file)
-            self._file, self._starts, self.size, self._torn = file, starts, size, False
+            with self._placing:
+                self._require_place()
+                try:
+                    os.replace(rewritten, path)
+                except OSError:
+                    if not self._leads_to(file):  # else it was done all the same
+                        raise
+                self._file, file = file, self._file
+                self._starts, self.size, self._torn = starts, size, False
+        finally:
+            with suppress(OSError):
+                os.close(file)  # the one that is not in use
+                rewritten.unlink(missing_ok=True)
         try:
             _fsync_folder(path.parent)
         except OSError as error:
             raise LogError(f"cannot be sure of {path}: {error.strerror}") from None
 
     def close(self) -> None:
-        """Lets another process own the log."""
+        """Lets another process own the log, without what a failed append left, if that can be."""
+        if self._torn:
+            try:
+                self._cut_back()
+            except OSError as error:
+                logger.error("%s: %s; what was not stored may be there", self.path, error.strerror)
         os.close(self._file)
 
     def damaged(self, damage: "Damage") -> LogError:
@@ -1731,49 +1781,71 @@ class Damage(NamedTuple):
 
     line: int  # from 1
     reason: str
-    at_end: bool = False  # is it but a batch that a crash left unfinished?
+    unfinished: bool = False  # may it be but what a crash left of an append?
 
 
 def scan(path: Path, start: int = 0, before: int = 0) -> Iterator[Batch | Damage]:
     """What is in the log, in order; after a damage, the batches that are surely whole.
 
-    It starts at a byte behind which the whole batches before it have so many lines.
+    It starts at a byte behind which the whole batches before it have so many lines. All that
+    follows the last whole batch is one damage.
     """
+    last, size, head = before, 0, b""  # lines up to the last whole batch; what follows it
+    damages: list[Damage] = []
+    unfinished = True
+    for number, line, found in _batches(_lines(path, start, before), before):
+        if isinstance(found, Batch):
+            yield from damages
+            yield found
+            last, size, damages, unfinished = number, 0, [], True
+            continue
+        if found:
+            damages.append(Damage(found.line, found.reason))
+            unfinished &= found.unfinished
+        head = head or line[: len(HEAD)]
+        size += len(line)
+    if not last and any(got not in (due, 0) for got, due in zip(head, HEAD, strict=False)):
+        yield Damage(1, "this is no log")
+    elif size and unfinished:  # a power failure leaves holes in what is not on disk yet
+        yield Damage(last + 1, f"the batch is unfinished; a start cuts off {size} bytes", True)
+    else:
+        yield from damages
+
+
+def _batches(
+    lines: Iterable[tuple[int, bytes, dict | ValueError | None]], before: int
+) -> Iterator[tuple[int, bytes, Batch | Damage | None]]:
+    """Each line with its number, and the batch that it ends or what is wrong with it."""
     seq, left, name = before - 1, 0, None  # of the line before
     batch: Batch | None = Batch([], [], 0)  # the unfinished one, None if lines of it are missing
-    number, unreadable, torn = before, 0, False
-    for (number, line, record), (_, _, after) in pairwise(_lines(path, start, before)):
+    unreadable = 0  # lines before it
+    for (number, line, record), (_, _, after) in pairwise(lines):
         if isinstance(record, ValueError):
-            torn = not line.endswith(b"\n")
-            if not torn:
-                yield Damage(number, str(record))
-                unreadable += 1
+            yield number, line, None if unreadable else Damage(number, str(record), True)
+            unreadable += 1
             continue
         missing = record["seq"] - seq - 1
         if missing < 0 or (missing and isinstance(after, dict) and after["seq"] == seq + 1):
-            yield Damage(number, f"booking {record['seq']} does not belong here")
+            yield number, line, Damage(number, f"booking {record['seq']} does not belong here")
             continue
         if missing > unreadable:
-            yield Damage(number, f"{missing - unreadable} bookings are missing before it")
+            reason = f"{missing - unreadable} bookings are missing before it"
+            yield number, b"", Damage(number, reason, True)
         # A batch starts where the one before ends, and one without a key says where it starts.
         if left == missing or record["batch"] == record["seq"]:
             if left > missing:
-                yield Damage(number, "the batch before it is unfinished")
+                yield number, b"", Damage(number, "the batch before it is unfinished", True)
             batch = Batch([], [], number)
         elif missing:
             batch = None
         elif (name, left - 1) != (record["batch"], record["left"]):
-            yield Damage(number, "it does not belong to the batch before it")
+            yield number, b"", Damage(number, "it does not belong to the batch before it")
             batch = None
         seq, left, name, unreadable = record["seq"], record["left"], record["batch"], 0
         if batch is not None:
             batch.records.append(record)
             batch.lines.append(line)
-            if left == 0:
-                yield batch
-    if torn or left:
-        unfinished = len(batch.records) if batch and left else 0
-        yield Damage(number + (not torn) - unfinished, "the batch is unfinished", at_end=True)
+        yield number, line, batch if left == 0 else None
 
 
 def _lines(
@@ -1812,6 +1884,12 @@ def _parse(line: bytes) -> dict:
     return record
 
 
+def create(path: Path, how: int) -> int:
+    """A new file, open, in the place of an earlier one, or of a link that was put there."""
+    path.unlink(missing_ok=True)
+    return os.open(path, how | os.O_CREAT | os.O_EXCL, 0o600)
+
+
 def _fsync_folder(path: Path) -> None:
     folder = os.open(path, os.O_RDONLY)
     try:
@@ -1832,15 +1910,18 @@ def check(path: Path, repair: bool) -> int:
         _repair(path, damages)
     else:
         kept = sum("sample" in r for batch in _sound(path, damages) for r in batch.records)
-        print(f"{path}: {kept} bookings in whole batches, {len(damages) or 'no'} problems")
+        problems = numbered(len(damages), "problem") if damages else "no problems"
+        print(f"{path}: {numbered(kept, 'booking')} in whole batches, {problems}")
     return int(bool(damages))
 
 
 def _repair(path: Path, damages: list[Damage]) -> None:
     """Copies all sound batches to LOG.repaired, under their old numbers."""
     target = path.with_name(f"{path.name}.repaired")
-    if target.exists():
-        raise LogError(f"{target} is there already; move it away first")
+    try:
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        raise LogError(f"{target} is there already; move it away first") from None
     copy = Log(target)
     kept = last_line = 0
     try:
@@ -1861,7 +1942,7 @@ def _repair(path: Path, damages: list[Damage]) -> None:
         raise
     if damages and damages[-1].line > last_line:
         print(f"left out: all from seq {len(copy)} on")
-    print(f"{target}: {kept} bookings")
+    print(f"{target}: {numbered(kept, 'booking')}")
     copy.close()
 
 
@@ -1953,6 +2034,11 @@ def _content(record: dict) -> dict:
     return {key: value for key, value in record.items() if key not in PLACE}
 
 
+def numbered(n: int, thing: str) -> str:
+    """So many things: 1 booking, 2 bookings."""
+    return f"{n} {thing}{'s' * (n != 1)}"
+
+
 def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
     """The items in lists of that size, of which the last may be shorter."""
     items = iter(items)
@@ -1974,9 +2060,8 @@ class Snapshot:
 
     def __init__(self, log: Log) -> None:
         self.log = log
-        path = log.path.resolve()
-        self.path = path.with_name(f"{path.name}.snapshot.npz")
-        self._unfinished = path.with_name(f".{path.name}.snapshot.npz")
+        self.path = log.beside("{}.snapshot.npz")
+        self._unfinished = log.beside(".{}.snapshot.npz")
         self.lines = 0  # of the log that it covers
 
     def save(self, state: Arrays) -> None:
@@ -1984,8 +2069,7 @@ class Snapshot:
         try:
             size, _ = _unpacked(state["keys"])
             origin = np.array([size, self.log.checksum(size), *self._version()])
-            file = os.open(self._unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with open(file, "wb") as file:
+            with open(create(self._unfinished, os.O_WRONLY), "wb") as file:
                 np.savez(file, origin=origin, **state)
             # There is no fsync: if it was not on disk at a power failure, the log is.
             os.replace(self._unfinished, self.path)
@@ -1995,26 +2079,25 @@ class Snapshot:
             with suppress(OSError):
                 self._unfinished.unlink(missing_ok=True)
 
-    def load(self) -> Arrays | None:
-        """The state, or None, with a warning, if there is one that cannot be used."""
+    def load(self, restore: Callable[[Arrays], object]) -> None:
+        """Has the state restored, if there is one. One of no use is removed, with a warning."""
         try:
             with np.load(self.path, allow_pickle=False) as file:
                 state = dict(file)
             size, checksum, *version = state["origin"].tolist()
-        except FileNotFoundError:
-            return None
-        except Exception as error:  # whatever is wrong with it, the log has it all
-            reason = f"it is damaged ({error})"
-        else:
             if version != self._version():
-                reason = "another version made it"
-            elif checksum != self.log.checksum(size):
-                reason = "it is not of this log as it is"
-            else:
-                self.lines = len(state["line_starts"])
-                return state
-        logger.warning("%s is of no use, %s; all of the log is read", self.path, reason)
-        return None
+                raise ValueError("another version made it")
+            if checksum != self.log.checksum(size):
+                raise ValueError("it is not of this log as it is")
+            restore(state)
+            self.lines = len(self.log)
+        except FileNotFoundError:
+            pass
+        except Exception as error:  # whatever is wrong with it, the log has it all
+            reason = f"{self.path} is damaged or of no use ({error})"
+            logger.warning("%s; it is removed, and all of the log is read", reason)
+            with suppress(OSError):
+                self.discard()
 
     def discard(self) -> None:
         """Removes the file, also one that a crash left unfinished. Raises OSError."""
@@ -2043,7 +2126,7 @@ class Busy(NotReady):
 
 
 class NotStored(Exception):
-    """The log could not be written: nothing has changed, and the same can be sent again."""
+    """The log failed. Nothing has changed, and the same can be sent again, unless it says not."""
 
 
 class Booking(NamedTuple):
@@ -2157,10 +2240,11 @@ class Writer:
         if isinstance(error, LogError):
             logger.error("%s", error)
             self.broken = True
-            return NotReady(RESTART)
+            return NotReady(f"it is not sure that this was stored; {RESTART}")
         if isinstance(error, OSError):
-            logger.error("the log could not be written: %s", error.strerror)
-            return NotStored(f"the log could not be written ({error.strerror}); try later")
+            error = NotStored(f"the log could not be written ({error.strerror}); try later")
+        if isinstance(error, NotStored):
+            logger.error("%s", error)
         return error
 
 
@@ -2216,8 +2300,7 @@ class Bookkeeper:
         self._saved: float = 0
         self._saving: threading.Thread | None = None
         self._writer = Writer(self._book, self._save)
-        if state := self._snapshot.load():
-            self._restore(state)
+        self._snapshot.load(self._restore)
         with _no_collection():
             self._read_back()
         self._last_batch = len(log)  # the seq that it starts with; there is none since the start
@@ -2379,10 +2462,12 @@ class Bookkeeper:
     def health(self) -> dict[str, str | int | float]:
         """How much has been learned, and for how many seconds the service has been up.
 
-        Raises NotReady if the service must be restarted.
+        Raises NotReady if the service must be restarted, or the log be put back in its place.
         """
         if self._writer.broken:
             raise NotReady(RESTART)
+        if not self.log.in_place():
+            raise NotReady("the log was moved, replaced or deleted; put it back")
         with self._changing:
             rows = self._history.rows
             return {
@@ -2583,7 +2668,7 @@ class Bookkeeper:
     def _record(self, seq: int) -> dict:
         try:
             return self.log.record(seq)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise NotStored(f"line {seq + 1} of the log could not be read ({error})") from None
 
     def _current_lesson(self, booking: dict) -> Lesson:
@@ -2672,10 +2757,14 @@ class Bookkeeper:
         return dict(chain(*(part.state().items() for part in parts), corrections.items()))
 
     def _restore(self, state: Arrays) -> None:
-        for part in (self.log, self._model, self._calibration, self._history):
+        """Takes over all that was made of the log; or nothing, if it raises."""
+        parts = NaiveBayes(), Calibration(), History()
+        for part in parts:
             part.restore(state)
-        self._corrections = dict(_unpacked(state["corrections"]))
-        self._saved = len(self.log)
+        corrections = dict(_unpacked(state["corrections"]))
+        self.log.restore(state)
+        self._model, self._calibration, self._history = parts
+        self._corrections, self._saved = corrections, len(self.log)
 
     def _save(self) -> None:
         """Saves the state in the background, if it is time to."""
@@ -3418,7 +3507,7 @@ def serve(options: argparse.Namespace) -> None:
     logger.info(
         "serving on http://%s:%d, log %s, %d bookings read back in %.1f s",
         *(f"[{host}]" if ":" in host else host, port),
-        *(log.path, bookkeeper.health()["samples"], seconds),
+        *(log.path, bookkeeper.gauges()["bookings"][1], seconds),
     )
     server.answer()
     bookkeeper.close()
