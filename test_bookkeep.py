@@ -4216,7 +4216,7 @@ class Cached:
             lost += [[at for at in changed if at != kept] for kept in singles]
             lost += [rng.sample(changed, rng.randrange(len(changed))) for _ in range(8)]
         if longest > 50_000:  # a snapshot
-            lost = rng.sample(lost, 2)
+            lost = rng.choices(lost, k=2)
         contents = set()
         for gone in lost:
             content = bytearray(new)
@@ -4307,8 +4307,18 @@ def power_failures(trace, log, rng):
 def said(records):
     """What a log says, without what was made of it."""
     return [
-        record.get("sample") or (record.get("corrects"), record.get("AccountNumber"))
+        record.get("sample")
+        or {key: record[key] for key in ("corrects", "AccountNumber") if key in record}
         for record in records
+    ]
+
+
+def without(log, company):
+    """What it says once the company is forgotten."""
+    gone = {seq for seq, entry in enumerate(log) if entry.get("CompanyId") == company}
+    return [
+        {} if seq in gone or entry.get("corrects") in gone else entry
+        for seq, entry in enumerate(log)
     ]
 
 
@@ -4318,16 +4328,12 @@ def ask_in_turn(ask, rng):
     yield log
     for turn in range(22):
         if turn in (9, 17):
-            seq = rng.choice([seq for seq, entry in enumerate(log) if isinstance(entry, dict)])
+            seq = rng.choice([seq for seq, entry in enumerate(log) if "CompanyId" in entry])
             answer = ask("POST", "/correct", {"seq": seq, "AccountNumber": "new"})
-            log = [*log, (seq, "new")]
+            log = [*log, {"corrects": seq, "AccountNumber": "new"}]
         elif turn == 14:
-            gone = {seq for seq, entry in enumerate(log) if "company1" in str(entry)}
             answer = ask("DELETE", "/company/company1")
-            log = [
-                (None, None) if {seq, *entry} & gone or seq in gone else entry
-                for seq, entry in enumerate(log)
-            ]
+            log = without(log, "company1")
         else:
             batch = bookings(rng.choice([1, 2, 4, 20]), seed=turn)
             headers = {"Idempotency-Key": f"key{turn}"} if turn % 2 else {}
@@ -4374,6 +4380,124 @@ def test_a_power_failure_at_any_moment_loses_nothing_that_was_answered(
         outcomes.update(os.listdir(log.parent))
         shutil.rmtree(log.parent)
     print(outcomes)
+
+
+FAULTS = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+/* Whether this call on the log's folder must fail, as the file says that FAULTS names: which calls,
+   the how manieth (and all later ones?), and whether it is carried out all the same. */
+static int fails(const char *call, const char *path) {
+    static char last[99];
+    static int seen;
+    char now[99] = "", calls[50];
+    int first, lasting, done;
+    FILE *file = fopen(getenv("FAULTS"), "r");
+    if (!file) return 0;
+    char *line = fgets(now, sizeof now, file);
+    fclose(file);
+    if (!line || sscanf(now, "%49s %d %d %d", calls, &first, &lasting, &done) != 4) return 0;
+    if (strcmp(now, last)) seen = 0;
+    strcpy(last, now);
+    if (!strstr(calls, call) || !strstr(path, "/disk")) return 0;
+    seen++;
+    return seen == first || (lasting && seen > first) ? 1 + done : 0;
+}
+
+static const char *of(int number) {
+    static __thread char path[4096];
+    char link[50];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", number);
+    ssize_t size = readlink(link, path, sizeof path - 1);
+    path[size < 0 ? 0 : size] = 0;
+    return path;
+}
+
+#define FAILING(type, name, parameters, arguments, path) \
+    type name parameters { \
+        type (*call) parameters = dlsym(RTLD_NEXT, #name); \
+        int how = fails("," #name ",", path); \
+        type result = how == 1 ? -1 : call arguments; \
+        if (how) errno = EIO; \
+        return how ? -1 : result; \
+    }
+FAILING(ssize_t, write, (int file, const void *data, size_t size), (file, data, size), of(file))
+FAILING(int, fsync, (int file), (file), of(file))
+FAILING(int, ftruncate, (int file, off_t size), (file, size), of(file))
+FAILING(int, ftruncate64, (int file, off64_t size), (file, size), of(file))
+FAILING(int, close, (int file), (file), of(file))
+FAILING(ssize_t, pread64, (int file, void *data, size_t size, off64_t at), (file, data, size, at),
+        of(file))
+FAILING(int, rename, (const char *from, const char *to), (from, to), from)
+FAILING(int, unlink, (const char *path), (path), path)
+"""
+
+
+def test_whatever_call_fails_an_answer_says_whether_it_is_stored(serve, tmp_path):
+    """80 faults, or all with BOOKKEEP_ROUNDS, of a service that goes on."""
+    if not shutil.which("cc"):
+        pytest.skip("there is no C compiler")
+    library, control, disk = tmp_path / "faults.so", tmp_path / "faults", tmp_path / "disk"
+    compiling = ["cc", "-shared", "-fPIC", "-o", library, "-xc", "-", "-ldl"]
+    subprocess.run(compiling, input=FAULTS.encode(), check=True)
+    disk.mkdir()
+    start = partial(
+        serve,
+        log=disk / "log.jsonl",
+        unsaved=50,
+        under=["env", f"LD_PRELOAD={library}", f"FAULTS={control}"],
+    )
+    service, log = start(), []
+    calls = ["write", "fsync", "close", "pread64", "rename", "unlink"]
+    calls += ["fsync,ftruncate,ftruncate64", "write,ftruncate,ftruncate64"]
+    faults = list(itertools.product(calls, (1, 2, 3), (0, 1), (0, 1), range(4)))
+    random.shuffle(faults)
+    outcomes = Counter()
+    for number, (failing, *how, turn) in enumerate(
+        faults if "BOOKKEEP_ROUNDS" in os.environ else faults[:80]
+    ):
+        batch, headers = bookings(2, seed=number), {}
+        assert service.post("/sample", batch)[0] == 200
+        log = [*log, *batch]
+        if turn < 2:
+            headers = {"Idempotency-Key": f"key{number}"} if turn else {}
+            asked, changed = ("POST", "/sample", batch), [*log, *batch]
+        elif turn == 2:
+            asked = ("POST", "/correct", {"seq": len(log) - 1, "AccountNumber": "new"})
+            changed = [*log, {"corrects": len(log) - 1, "AccountNumber": "new"}]
+        else:
+            asked = ("DELETE", f"/company/{batch[0]['CompanyId']}")
+            changed = without(log, batch[0]["CompanyId"])
+        control.write_text(" ".join(map(str, [f",{failing},", *how, number])))
+        status, _, answer = service.ask(*asked, headers=headers)
+        control.unlink()
+        shutil.copytree(disk, tmp_path / "killed")
+        with bookkeeping(tmp_path / "killed" / "log.jsonl"):
+            stored = said(scanned(tmp_path / "killed" / "log.jsonl"))
+        shutil.rmtree(tmp_path / "killed")
+        sure = not re.search("may hold this all the same|not sure", answer.get("error", ""))
+        outcomes[(status, sure)] += 1
+        fault = (failing, *how, turn, status, answer)
+        assert stored in ([changed] if status == 200 else [log] if sure else [log, changed]), fault
+        if status == 503:
+            service.stop()
+            service = start()
+            log = said(scanned(disk / "log.jsonl"))
+        elif status == 200 or sure or headers:
+            if status != 200 or headers:
+                assert service.ask(*asked, headers=headers)[0] == 200, fault
+            log = changed
+            assert said(scanned(disk / "log.jsonl")) == log, fault
+    print(outcomes)
+    service.stop()
+    assert serve(log=disk / "log.jsonl").samples() == sum("CompanyId" in e for e in log)
+    assert said(scanned(disk / "log.jsonl")) == log
 
 
 def test_a_cut_off_batch_is_repaired_at_the_start(serve, tmp_path):
