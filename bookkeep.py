@@ -1520,7 +1520,7 @@ class Log:
         self._starts = array("q")  # the byte at which each line of a whole batch starts
         self._torn = False  # may the file hold bytes beyond them?
         self._keys: OrderedDict[str, range] = OrderedDict()  # of batches -> their lines
-        self._placing = threading.Lock()  # held while lines get their places, or are looked up
+        self._placing = threading.RLock()  # held while lines get their places, or are looked up
         try:
             folders = self.beside("{}").parents
             new = sum(not folder.exists() for folder in folders)
@@ -1545,19 +1545,19 @@ class Log:
         return real.with_name(name.format(real.name))
 
     def in_place(self) -> bool:
-        """Does its path still lead to the file that is owned?"""
+        """Does its path still lead to the file that is owned, and has nobody else changed that?"""
         with self._placing:
-            return self._leads_to(self._file)
+            as_left = self._torn or os.fstat(self._file).st_size == self.size
+            return as_left and self._leads_to(self._file)
 
     def _require_place(self) -> None:
-        if not self._leads_to(self._file):
-            raise OSError(errno.ESTALE, "it was moved, replaced or deleted")
+        if not self.in_place():
+            raise OSError(errno.ESTALE, "it was moved, replaced, deleted or cut by another")
 
     def _leads_to(self, file: int) -> bool:
-        try:
+        with suppress(OSError):
             return os.path.samestat(os.fstat(file), os.stat(self.path))
-        except OSError:
-            return False
+        return False
 
     def state(self) -> Arrays:
         """Where its lines are."""
@@ -1649,7 +1649,6 @@ class Log:
             started = time.perf_counter()
             os.fsync(self._file)
             self.fsynced(time.perf_counter() - started)
-            self._torn = False
         except OSError as error:
             with suppress(OSError):  # else it is cut back before the next append, or at the end
                 self._cut_back()
@@ -1658,6 +1657,7 @@ class Log:
             raise OSError(error.errno, f"{error.strerror}; {UNSURE}") from None
         for batch in batches:
             self._keep(batch)
+        self._torn = False
 
     def find(self, key: str) -> list[dict] | None:
         """The records of the batch of that key, if it is one of the last MAX_KEYS.
@@ -1696,7 +1696,8 @@ class Log:
         if it has, but may not be on disk.
         """
         path, rewritten = self.beside("{}"), self.beside(REWRITTEN)
-        file = create(rewritten, os.O_RDWR | os.O_APPEND)
+        rewritten.unlink(missing_ok=True)
+        file = os.open(rewritten, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.fchmod(file, stat.S_IMODE(os.fstat(self._file).st_mode))
@@ -1732,10 +1733,8 @@ class Log:
     def close(self) -> None:
         """Lets another process own the log, without what a failed append left, if that can be."""
         if self._torn:
-            try:
+            with suppress(OSError):
                 self._cut_back()
-            except OSError as error:
-                logger.error("%s: %s; what was not stored may be there", self.path, error.strerror)
         os.close(self._file)
 
     def damaged(self, damage: "Damage") -> LogError:
@@ -1784,6 +1783,9 @@ class Damage(NamedTuple):
     unfinished: bool = False  # may it be but what a crash left of an append?
 
 
+Line = tuple[int, bytes, dict | ValueError | None]
+
+
 def scan(path: Path, start: int = 0, before: int = 0) -> Iterator[Batch | Damage]:
     """What is in the log, in order; after a damage, the batches that are surely whole.
 
@@ -1812,9 +1814,7 @@ def scan(path: Path, start: int = 0, before: int = 0) -> Iterator[Batch | Damage
         yield from damages
 
 
-def _batches(
-    lines: Iterable[tuple[int, bytes, dict | ValueError | None]], before: int
-) -> Iterator[tuple[int, bytes, Batch | Damage | None]]:
+def _batches(lines: Iterable[Line], before: int) -> Iterator[tuple]:
     """Each line with its number, and the batch that it ends or what is wrong with it."""
     seq, left, name = before - 1, 0, None  # of the line before
     batch: Batch | None = Batch([], [], 0)  # the unfinished one, None if lines of it are missing
@@ -1848,9 +1848,7 @@ def _batches(
         yield number, line, batch if left == 0 else None
 
 
-def _lines(
-    path: Path, start: int, before: int
-) -> Iterator[tuple[int, bytes, dict | ValueError | None]]:
+def _lines(path: Path, start: int, before: int) -> Iterator[Line]:
     """The lines, as bytes and as records, or what is wrong with them; and then no line."""
     with open(path, "rb") as lines:
         if start:  # else it may be a pipe
@@ -1884,12 +1882,6 @@ def _parse(line: bytes) -> dict:
     return record
 
 
-def create(path: Path, how: int) -> int:
-    """A new file, open, in the place of an earlier one, or of a link that was put there."""
-    path.unlink(missing_ok=True)
-    return os.open(path, how | os.O_CREAT | os.O_EXCL, 0o600)
-
-
 def _fsync_folder(path: Path) -> None:
     folder = os.open(path, os.O_RDONLY)
     try:
@@ -1910,18 +1902,16 @@ def check(path: Path, repair: bool) -> int:
         _repair(path, damages)
     else:
         kept = sum("sample" in r for batch in _sound(path, damages) for r in batch.records)
-        problems = numbered(len(damages), "problem") if damages else "no problems"
-        print(f"{path}: {numbered(kept, 'booking')} in whole batches, {problems}")
+        problems = f"{len(damages) or 'no'} problem{'s' * (len(damages) != 1)}"
+        print(f"{path}: {kept} booking{'s' * (kept != 1)} in whole batches, {problems}")
     return int(bool(damages))
 
 
 def _repair(path: Path, damages: list[Damage]) -> None:
     """Copies all sound batches to LOG.repaired, under their old numbers."""
     target = path.with_name(f"{path.name}.repaired")
-    try:
-        os.close(os.open(target, os.O_CREAT | os.O_EXCL, 0o600))
-    except FileExistsError:
-        raise LogError(f"{target} is there already; move it away first") from None
+    if os.path.lexists(target):
+        raise LogError(f"{target} is there already; move it away first")
     copy = Log(target)
     kept = last_line = 0
     try:
@@ -1942,7 +1932,7 @@ def _repair(path: Path, damages: list[Damage]) -> None:
         raise
     if damages and damages[-1].line > last_line:
         print(f"left out: all from seq {len(copy)} on")
-    print(f"{target}: {numbered(kept, 'booking')}")
+    print(f"{target}: {kept} booking{'s' * (kept != 1)}")
     copy.close()
 
 
@@ -2034,11 +2024,6 @@ def _content(record: dict) -> dict:
     return {key: value for key, value in record.items() if key not in PLACE}
 
 
-def numbered(n: int, thing: str) -> str:
-    """So many things: 1 booking, 2 bookings."""
-    return f"{n} {thing}{'s' * (n != 1)}"
-
-
 def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
     """The items in lists of that size, of which the last may be shorter."""
     items = iter(items)
@@ -2069,7 +2054,9 @@ class Snapshot:
         try:
             size, _ = _unpacked(state["keys"])
             origin = np.array([size, self.log.checksum(size), *self._version()])
-            with open(create(self._unfinished, os.O_WRONLY), "wb") as file:
+            self._unfinished.unlink(missing_ok=True)  # it may be a link
+            file = os.open(self._unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(file, "wb") as file:
                 np.savez(file, origin=origin, **state)
             # There is no fsync: if it was not on disk at a power failure, the log is.
             os.replace(self._unfinished, self.path)
@@ -2240,7 +2227,7 @@ class Writer:
         if isinstance(error, LogError):
             logger.error("%s", error)
             self.broken = True
-            return NotReady(f"it is not sure that this was stored; {RESTART}")
+            return NotReady(f"it is not sure that this was done; {RESTART}")
         if isinstance(error, OSError):
             error = NotStored(f"the log could not be written ({error.strerror}); try later")
         if isinstance(error, NotStored):
@@ -2467,7 +2454,7 @@ class Bookkeeper:
         if self._writer.broken:
             raise NotReady(RESTART)
         if not self.log.in_place():
-            raise NotReady("the log was moved, replaced or deleted; put it back")
+            raise NotReady("the log was moved, replaced, deleted or cut by another; put it back")
         with self._changing:
             rows = self._history.rows
             return {
@@ -2789,7 +2776,7 @@ class Bookkeeper:
         """Books what is waiting, nothing more, and closes the log."""
         self._writer.close()
         self._end_saving()
-        may_save = not self._writer.broken and self._saved < math.inf
+        may_save = not self._writer.broken and self._saved < math.inf and self.log.in_place()
         if may_save and len(self.log) - self._snapshot.lines >= self.unsaved:
             self._snapshot.save(self._state())
         self.log.close()

@@ -1609,12 +1609,43 @@ def test_damage_is_refused_with_its_line_and_left_alone(path, damage, name):
 def test_any_byte_flipped_before_the_last_batch_is_found(path):
     lines = written(path, [[{"x": 1}], [{"x": 2}, {"x": 3}], [{"x": 4}]])
     whole = b"".join(lines)
-    for place in range(len(whole) - len(lines[3])):
+    for place in range(len(whole) - len(lines[3]) - 1):  # the newline is the last batch's, too
         flipped = bytearray(whole)
         flipped[place] ^= 1 << place % 8
         path.write_bytes(flipped)
         with pytest.raises(LogError, match=r"is damaged, line [1234]: "):
             read(path)
+
+
+def test_holes_in_the_last_append_are_cut_off_and_kept(path, caplog):
+    lines = written(path, [[{"x": 1}], [{"x": "x" * 230}] * 9])
+    whole, end = lines[0], b"".join(lines[1:])
+    assert len(end) > 5 * 512
+    for lost in itertools.product((False, True), repeat=5):
+        torn = bytearray(end)
+        for block in itertools.compress(range(5), lost):
+            torn[512 * block : 512 * (block + 1)] = bytes(512)
+        path.write_bytes(whole + torn)
+        caplog.clear()
+        assert len(read(path)) == (1 if any(lost) else 10)
+        if any(lost):
+            assert f"line 2: the batch is unfinished; a start cuts off {len(end)} by" in caplog.text
+            assert path.read_bytes() == whole
+            assert path.with_name("log.jsonl.cut").read_bytes().endswith(torn)
+    assert len(path.with_name("log.jsonl.cut").read_bytes()) == 31 * len(end)  # all of them
+    assert path.with_name("log.jsonl.cut").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_new_log_with_a_hole_is_one_and_any_other_file_is_left_alone(path):
+    line = written(path, [[{"x": 1}]])[0]
+    for torn in (bytes(40) + line[40:], line[:4], bytes(99)):
+        path.write_bytes(torn)
+        assert read(path) == []
+    for other in (b"a,b\n1,2\n" * 99, b"\n", b"PK\3\4", line[1:]):
+        path.write_bytes(other)
+        with pytest.raises(LogError, match="line 1: this is no log"):
+            read(path)
+        assert path.read_bytes() == other
 
 
 def test_the_last_batches_with_keys_can_be_found_again(path, monkeypatch):
@@ -1662,6 +1693,11 @@ def test_a_new_log_is_on_disk_before_it_is_used(path, monkeypatch):
     deep = path.parent / "new" / "newer" / "log"
     written(deep, [])
     assert synced == [str(parent.resolve()) for parent in deep.parents[:3]]
+    synced.clear()
+    link, far = path.with_name("link"), path.parent.parent / "far" / "log"
+    link.symlink_to(far)
+    written(link, [])
+    assert synced == [str(far.parent.resolve()), str(far.parent.parent.resolve())]
 
 
 def test_a_log_has_one_owner(path):
@@ -1693,6 +1729,36 @@ def test_a_failed_append_leaves_the_log_as_it_was(path, monkeypatch, failing):
             log.append([(None, [{"x": "lost" * 100}])])
     assert (path.read_bytes() == before) == ("ftruncate" not in failing)
     log.append([(None, [{"x": 2}])])
+    log.close()
+    assert [record["x"] for record in read(path)] == [1, 2]
+
+
+def test_what_cannot_be_cut_back_is_said_to_be_there_maybe_and_is_cut_back_at_the_end(
+    path, monkeypatch
+):
+    written(path, [[{"x": 1}]])
+    log = Log(path)
+    list(log.read())
+
+    def fail(*_):
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(OSError, match="may hold this all the same, so that only a key makes"):
+            log.append([(None, [{"x": "torn"}])])
+        with pytest.raises(OSError, match=r"Read-only file system$"):  # it was not written
+            log.append([(None, [{"x": "more"}])])
+        patch.setattr(os, "ftruncate", fail)
+        with pytest.raises(OSError, match=r"Read-only file system$"):
+            log.append([(None, [{"x": "more"}])])
+    log.append([(None, [{"x": 2}])])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        patch.setattr(os, "ftruncate", fail)
+        with pytest.raises(OSError, match="may hold this"):
+            log.append([(None, [{"x": "torn"}])])
+    assert b"torn" in path.read_bytes()
     log.close()
     assert [record["x"] for record in read(path)] == [1, 2]
 
@@ -1744,6 +1810,24 @@ def test_a_removal_that_fails_changes_nothing(path, monkeypatch, failing):
     log.append([(None, [{"x": 2}])])
     log.close()
     assert len(read(path)) == 3
+
+
+def test_a_removal_that_was_made_but_reported_as_failed_is_made(path, monkeypatch):
+    written(path, [[{"x": 1}], [{"x": 2}]])
+    log = Log(path)
+    list(log.read())
+    replace = os.replace
+
+    def late(*names):
+        replace(*names)
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", late)
+        log.remove({0})
+    log.append([(None, [{"x": 3}])])
+    log.close()
+    assert [record.get("x") for record in read(path)] == [None, 2, 3]
 
 
 def test_a_removal_leaves_out_what_a_failed_append_left(path, monkeypatch):
@@ -1811,7 +1895,7 @@ def test_a_log_that_was_moved_is_not_rewritten_and_can_be_exported(path):
     for another in (False, True):
         if another:
             path.touch()
-        with pytest.raises(OSError, match="moved, replaced or deleted"):
+        with pytest.raises(OSError, match="moved, replaced, deleted or cut"):
             log.remove({0})
         file, size = log.export(range(0, 1))
         with file:
@@ -1821,6 +1905,27 @@ def test_a_log_that_was_moved_is_not_rewritten_and_can_be_exported(path):
     log.append([(None, [{"x": 2}])])
     log.close()
     assert [record["x"] for record in read(path)] == [1, 2]
+
+
+def test_files_beside_the_log_are_not_opened_through_links(path):
+    precious = path.parent.parent / "precious"
+    precious.write_bytes(b"precious")
+    names = [".log.jsonl.rewritten", ".log.jsonl.snapshot.npz", "log.jsonl.cut"]
+    with bookkeeping(path, unsaved=1) as bookkeeper:
+        for name in names:
+            path.with_name(name).symlink_to(precious)
+        bookkeeper.book([booking()])
+        settled(bookkeeper)
+        assert zipfile.is_zipfile(path.with_name("log.jsonl.snapshot.npz"))
+        bookkeeper.forget("A")
+    path.write_bytes(path.read_bytes() + b"torn")
+    with pytest.raises(OSError, match="symbolic links"):
+        read(path)
+    assert path.read_bytes().endswith(b"torn")
+    path.with_name("log.jsonl.repaired").symlink_to(precious.with_name("new"))
+    assert "is there already" in run(HERE / "bookkeep.py", "check", path, "--repair")[2]
+    assert precious.read_bytes() == b"precious"
+    assert not precious.with_name("new").exists()
 
 
 def test_an_export_is_of_the_old_log_or_of_the_new(path):
@@ -1953,9 +2058,12 @@ def test_what_came_after_a_snapshot_is_read_from_the_log(path, monkeypatch):
         (lambda snapshot, path: snapshot.write_bytes(snapshot.read_bytes()[:-100]), "damaged"),
         (lambda snapshot, path: snapshot.write_bytes(b"\x80\x04K\x01."), "damaged"),  # a pickle
         (lambda snapshot, path: np.savez(snapshot, origin=np.zeros(3)), "another version"),
+        (lambda snapshot, path: change(snapshot, history_names=None), "history_names"),
+        (lambda snapshot, path: change(snapshot, keys=np.zeros(3)), "damaged"),
+        (lambda snapshot, path: change(snapshot, corrections=None), "corrections"),
         (lambda snapshot, path: snapshot.write_bytes(other_snapshot(path)), "not of this log"),
     ],
-    ids=["empty", "cut", "pickle", "version", "foreign"],
+    ids=["empty", "cut", "pickle", "version", "part", "nonsense", "old", "foreign"],
 )
 def test_a_snapshot_that_is_of_no_use_is_said_so_and_the_log_read(
     path, monkeypatch, caplog, harm, reason
@@ -1963,12 +2071,20 @@ def test_a_snapshot_that_is_of_no_use_is_said_so_and_the_log_read(
     asked, known = grown(path)
     harm(snapshot_of(path), path)
     with learned_again(monkeypatch) as sizes, saving(path) as bookkeeper:
+        assert not snapshot_of(path).exists()
         assert state(bookkeeper, asked) == known
         assert sum(sizes) > 500
     assert [reason in record.message for record in caplog.records] == [True]
     with learned_again(monkeypatch) as sizes, saving(path) as bookkeeper:  # it was made anew
         assert state(bookkeeper, asked) == known
         assert sum(sizes) == 0
+
+
+def change(snapshot, **values):
+    """Puts other arrays into a snapshot, or takes some away."""
+    with np.load(snapshot) as file:
+        arrays = dict(file) | values
+    np.savez(snapshot, **{name: array for name, array in arrays.items() if array is not None})
 
 
 def other_snapshot(path):
@@ -1992,9 +2108,11 @@ def test_a_flipped_byte_in_a_snapshot_does_no_harm(path):
     asked, known = grown(path)
     whole = snapshot_of(path).read_bytes()
     rng = random.Random(0)
-    for _ in range(60):
+    with zipfile.ZipFile(snapshot_of(path)) as file:
+        names = [whole.rindex(name.encode()) for name in file.namelist()]  # in its directory
+    for place in [*names, *(rng.randrange(len(whole)) for _ in range(60))]:
         flipped = bytearray(whole)
-        flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        flipped[place] ^= 1 << rng.randrange(8)
         snapshot_of(path).write_bytes(flipped)
         with saving(path) as bookkeeper:
             assert state(bookkeeper, asked) == known
@@ -3126,6 +3244,20 @@ def test_a_booking_that_cannot_be_read_is_neither_corrected_nor_forgotten(path):
         with pytest.raises(NotStored):
             bookkeeper.forget("A")
         assert bookkeeper.book([booking()]) == range(1, 2)
+
+
+def test_what_cannot_be_read_is_not_said_to_be_unwritten(path, monkeypatch, caplog):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking()])
+
+        def broken(*_):
+            raise OSError(5, "Input/output error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pread", broken)
+            with pytest.raises(NotStored, match=r"line 1 of the log could not be read .*output"):
+                bookkeeper.correct(0, "1")
+    assert "line 1 of the log could not be read" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -4514,6 +4646,41 @@ def test_a_cut_off_batch_is_repaired_at_the_start(serve, tmp_path):
     assert "the batch is unfinished" in service.said()
 
 
+@pytest.mark.parametrize("accident", ["moved", "replaced", "deleted", "cut"])
+def test_a_log_that_is_moved_under_the_service_is_not_written(serve, tmp_path, accident):
+    log, away = tmp_path / "log.jsonl", tmp_path / "away"
+    service = serve()
+    headers = {"Idempotency-Key": "mine"}
+    assert service.ask("POST", "/sample", [booking()] * 3, headers=headers)[0] == 200
+    whole = log.read_bytes()
+    if accident == "cut":  # as logrotate's copytruncate does
+        os.truncate(log, 0)
+    else:
+        os.link(log, away)
+        log.unlink()
+    if accident == "replaced":
+        log.write_bytes(whole)
+    for more in ({}, {"headers": headers}):  # nor is what was stored in it said to be stored
+        status, _, answer = service.ask("POST", "/sample", [booking(account="2")] * 3, **more)
+        assert status == 507
+        assert "moved, replaced, deleted or cut" in answer["error"]
+    assert service.post("/correct", {"seq": 0, "AccountNumber": "2"})[0] == 507
+    assert service.delete("/company/A")[0] == 507
+    assert re.search("ERROR.*moved, replaced, deleted or cut", service.said())
+    status, answer = service.get("/health")
+    assert status == 503
+    assert "put it back" in answer["error"]
+    assert service.post("/predict", booking()) == (200, ["3115"])
+    if accident == "cut":
+        log.write_bytes(whole)
+    else:
+        away.rename(log)
+    assert service.samples() == 3
+    assert service.post("/sample", [booking(account="2")] * 3)[0] == 200
+    assert service.stop() == 0
+    assert len(read(log)) == 6
+
+
 def test_what_keeps_it_from_starting_is_said_in_one_line(serve, tmp_path, monkeypatch):
     log = tmp_path / "log.jsonl"
     service = serve()
@@ -4549,6 +4716,26 @@ def test_a_log_without_problems_is_checked(tmp_path):
     status, out, said = run(HERE / "bookkeep.py", "check", tmp_path / "none")
     assert (status, out) == (1, "")
     assert "No such file" in said
+
+
+def test_a_check_says_once_what_a_start_cuts_off_and_what_is_no_log(tmp_path):
+    log = tmp_path / "log"
+    with bookkeeping(log) as bookkeeper:
+        bookkeeper.book([booking()])
+        whole = log.read_bytes()
+        bookkeeper.book([booking(), booking(), booking()])
+    size = len(log.read_bytes()) - len(whole)
+    log.write_bytes(whole + log.read_bytes()[len(whole) :].replace(b"rent", bytes(4)))
+    assert run(HERE / "bookkeep.py", "check", log)[:2] == (
+        1,
+        f"{log}, line 2: the batch is unfinished; a start cuts off {size} bytes\n"
+        f"{log}: 1 booking in whole batches, 1 problem\n",
+    )
+    log.write_bytes(b"a,b\n" * 1000)
+    assert run(HERE / "bookkeep.py", "check", log)[:2] == (
+        1,
+        f"{log}, line 1: this is no log\n{log}: 0 bookings in whole batches, 1 problem\n",
+    )
 
 
 def test_a_repaired_copy_has_every_batch_that_is_surely_whole(tmp_path):
@@ -4608,6 +4795,13 @@ def test_a_batch_with_a_record_that_makes_no_sense_is_left_out(path):
     assert "left out: seq 2 to 3" in out
     kept = read(path.with_name("log.jsonl.repaired"))
     assert [record["seq"] for record in kept if "sample" in record] == [0, 1, 4, 5]
+
+
+def test_one_booking_is_said_to_be_one(path):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking()])
+    assert ": 1 booking in" in run(HERE / "bookkeep.py", "check", path)[1]
+    assert ".repaired: 1 booking\n" in run(HERE / "bookkeep.py", "check", path, "--repair")[1]
 
 
 def test_a_repaired_copy_keeps_numbers_corrections_and_what_was_removed(path):
