@@ -1545,10 +1545,9 @@ class Log:
         return real.with_name(name.format(real.name))
 
     def in_place(self) -> bool:
-        """Does its path still lead to the file that is owned, and has nobody else changed that?"""
+        """Does its path still lead to the file that is owned, with all that is in it?"""
         with self._placing:
-            as_left = self._torn or os.fstat(self._file).st_size == self.size
-            return as_left and self._leads_to(self._file)
+            return self._leads_to(self._file) and os.fstat(self._file).st_size >= self.size
 
     def _require_place(self) -> None:
         if not self.in_place():
@@ -1649,6 +1648,7 @@ class Log:
             started = time.perf_counter()
             os.fsync(self._file)
             self.fsynced(time.perf_counter() - started)
+            self._torn = False
         except OSError as error:
             with suppress(OSError):  # else it is cut back before the next append, or at the end
                 self._cut_back()
@@ -1657,7 +1657,6 @@ class Log:
             raise OSError(error.errno, f"{error.strerror}; {UNSURE}") from None
         for batch in batches:
             self._keep(batch)
-        self._torn = False
 
     def find(self, key: str) -> list[dict] | None:
         """The records of the batch of that key, if it is one of the last MAX_KEYS.
