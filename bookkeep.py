@@ -1564,7 +1564,7 @@ class Log:
         return {"line_starts": np.array(self._starts), "keys": _packed([self.size, keys])}
 
     def restore(self, state: Arrays) -> None:
-        """Takes over where lines are, so that only later ones will be read. Or raises: nothing."""
+        """Takes over where lines are, so that only later ones are read; nothing, if it raises."""
         size, keys = _unpacked(state["keys"])
         keys = OrderedDict((key, range(start, stop)) for key, start, stop in keys)
         self._starts, self.size = array("q", state["line_starts"].tobytes()), size
@@ -1659,10 +1659,7 @@ class Log:
             self._keep(batch)
 
     def find(self, key: str) -> list[dict] | None:
-        """The records of the batch of that key, if it is one of the last MAX_KEYS.
-
-        Raises OSError or ValueError if they cannot be read, or are not at the log's path any more.
-        """
+        """The records of the batch of that key, if it is one of the last MAX_KEYS; or as record."""
         self._require_place()
         return [self.record(seq) for seq in self._keys[key]] if key in self._keys else None
 
@@ -2112,7 +2109,7 @@ class Busy(NotReady):
 
 
 class NotStored(Exception):
-    """The log failed. Nothing has changed, and the same can be sent again, unless it says not."""
+    """The log failed. Unless the message says otherwise, nothing has changed; send it again."""
 
 
 class Booking(NamedTuple):
