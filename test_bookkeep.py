@@ -2116,7 +2116,7 @@ def test_a_flipped_byte_in_a_snapshot_does_no_harm(path):
         flipped = bytearray(whole)
         flipped[place] ^= 1 << rng.randrange(8)
         snapshot_of(path).write_bytes(flipped)
-        with saving(path) as bookkeeper:
+        with bookkeeping(path) as bookkeeper:  # that makes no new one
             assert state(bookkeeper, asked) == known
 
 
