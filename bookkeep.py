@@ -1642,9 +1642,7 @@ class Log:
             self._cut_back()
         try:
             self._torn = True
-            unwritten = memoryview(b"".join(line for batch in batches for line in batch.lines))
-            while unwritten:
-                unwritten = unwritten[os.write(self._file, unwritten) :]
+            _write_all(self._file, b"".join(line for batch in batches for line in batch.lines))
             started = time.perf_counter()
             os.fsync(self._file)
             self.fsynced(time.perf_counter() - started)
@@ -1685,42 +1683,23 @@ class Log:
     def _start(self, seq: int) -> int:
         return self._starts[seq] if seq < len(self) else self.size
 
-    def remove(self, seqs: Collection[int]) -> None:
-        """Writes the log anew, with empty records in these places, and takes it for the old one.
+    def replace(self, copy: "Copy") -> None:
+        """Takes a copy of all lines for the log; from then on the copy is what was the log.
 
-        A crash leaves the old log or the new. Raises OSError if nothing has changed, and LogError
-        if it has, but may not be on disk.
+        A crash leaves the one or the other. Raises OSError if nothing has changed, and LogError if
+        it has, but may not be on disk.
         """
-        path, rewritten = self.beside("{}"), self.beside(REWRITTEN)
-        rewritten.unlink(missing_ok=True)
-        file = os.open(rewritten, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.fchmod(file, stat.S_IMODE(os.fstat(self._file).st_mode))
-            starts = array("q")
-            size = 0
-            with self._opened() as lines, open(file, "wb", closefd=False) as copy:
-                for seq, (start, end) in enumerate(pairwise([*self._starts, self.size])):
-                    line = lines.read(end - start)
-                    if seq in seqs:
-                        record = _parse(line)
-                        line = _line({key: record[key] for key in PLACE})
-                    starts.append(size)
-                    size += copy.write(line)
-            os.fsync(file)
-            with self._placing:
-                self._require_place()
-                try:
-                    os.replace(rewritten, path)
-                except OSError:
-                    if not self._leads_to(file):  # else it was done all the same
-                        raise
-                self._file, file = file, self._file
-                self._starts, self.size, self._torn = starts, size, False
-        finally:
-            with suppress(OSError):
-                os.close(file)  # the one that is not in use
-                rewritten.unlink(missing_ok=True)
+        path = self.beside("{}")
+        with self._placing:
+            self._require_place()
+            try:
+                os.replace(copy.path, path)
+            except OSError:
+                if not self._leads_to(copy.file):  # else it was done all the same
+                    raise
+            self._file, copy.file = copy.file, self._file
+            self._starts, copy.starts = copy.starts, self._starts
+            self.size, copy.size, self._torn = copy.size, self.size, False
         try:
             _fsync_folder(path.parent)
         except OSError as error:
@@ -1755,6 +1734,64 @@ class Log:
         os.ftruncate(self._file, self.size)
         os.fsync(self._file)
         self._torn = False
+
+
+class Copy:
+    """A log's lines, some of them emptied, in a file that may take the log's place."""
+
+    BLOCK = 1 << 20  # bytes that are copied at a time
+
+    def __init__(self, log: Log) -> None:
+        """Starts without a line. Raises OSError."""
+        self.log = log
+        self.path = log.beside(REWRITTEN)
+        self.path.unlink(missing_ok=True)
+        self.file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o600)
+        self.starts = array("q")
+        self.size = 0
+        fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.fchmod(self.file, stat.S_IMODE(os.fstat(log._file).st_mode))
+
+    def __enter__(self) -> "Copy":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Removes the file, unless it is the log by now, and lets go of it, or of the old log."""
+        with suppress(OSError):
+            os.close(self.file)
+        with suppress(OSError):
+            self.path.unlink(missing_ok=True)
+
+    def extend(self, emptied: np.ndarray) -> None:
+        """Adds the log's further lines, with (m,) emptied ones, by seq in order, onto the disk.
+
+        Raises OSError, or ValueError if a line that is to be emptied is damaged.
+        """
+        first = len(self.starts)
+        with self.log._placing:
+            starts = np.array([*self.log._starts[first:], self.log.size])
+        sizes = np.diff(starts)
+        emptied = emptied - first
+        at = 0
+        while at < len(sizes):
+            end = max(at + 1, int(starts.searchsorted(starts[at] + self.BLOCK)) - 1)
+            block = os.pread(self.log._file, int(starts[end] - starts[at]), int(starts[at]))
+            pieces, done = [], 0
+            for line in emptied[slice(*emptied.searchsorted([at, end]))].tolist():
+                start, stop = (starts[line : line + 2] - starts[at]).tolist()
+                empty = _emptied(block[start:stop], first + line + 1)
+                pieces += [block[done:start], empty]
+                sizes[line], done = len(empty), stop
+            _write_all(self.file, b"".join([*pieces, block[done:]]))
+            at = end
+        os.fsync(self.file)
+        self.starts.frombytes((self.size + sizes.cumsum() - sizes).tobytes())
+        self.size += int(sizes.sum())
+
+    def record(self, seq: int) -> dict:
+        """The record of that seq. Raises ValueError or OSError if it is damaged."""
+        start, end = [*self.starts[seq : seq + 2], self.size][:2]
+        return _parse(os.pread(self.file, end - start, start))
 
 
 class Batch(NamedTuple):
@@ -1876,6 +1913,21 @@ def _parse(line: bytes) -> dict:
     if not (isinstance(seq, int) and isinstance(batch, int | str) and isinstance(left, int)):
         raise ValueError("it has no place in the log")
     return record
+
+
+def _emptied(line: bytes, number: int) -> bytes:
+    """A line with its place, but without its record. Raises ValueError if it is damaged."""
+    text, _, checksum = line.rpartition(b', "crc": ')
+    place = re.match(rb'\{"seq": \d+, "batch": (\d+|"([^"\\]|\\.)*"), "left": \d+', text)
+    if not place or checksum != b"%d}\n" % zlib.crc32(text):
+        raise ValueError(f"line {number} of the log could not be read")
+    return b'%s, "crc": %d}\n' % (place[0], zlib.crc32(place[0]))
+
+
+def _write_all(file: int, data: bytes) -> None:
+    unwritten = memoryview(data)
+    while unwritten:
+        unwritten = unwritten[os.write(file, unwritten) :]
 
 
 def _fsync_folder(path: Path) -> None:
@@ -2192,7 +2244,7 @@ class Writer:
                 else:
                     self._book(group)
             except Exception as error:
-                refusal = self._refusal(error)
+                refusal = self.refusal(error)
                 for work in group:
                     if not work.done.done():
                         work.done.set_exception(refusal)
@@ -2219,7 +2271,8 @@ class Writer:
             self._together = len(group)
             return group
 
-    def _refusal(self, error: Exception) -> Exception:
+    def refusal(self, error: Exception) -> Exception:
+        """What to raise to a caller for what was raised; says it in the service's log, too."""
         if isinstance(error, LogError):
             logger.error("%s", error)
             self.broken = True
@@ -2277,6 +2330,7 @@ class Bookkeeper:
         self._curve: dict[int, dict] = {}  # points of the learning curve that will not change
         self._predictions = 0  # that were asked for
         self._changing = threading.Lock()  # held while these change, and to read them
+        self._forgetting = threading.Lock()  # held while a company is forgotten
         self._started = time.monotonic()
         self._snapshot = Snapshot(log)
         # Lines of the log that the last snapshot was to cover; infinite if there must be none.
@@ -2305,14 +2359,29 @@ class Bookkeeper:
         the prediction. The same account confirms what was booked unseen. Raises NotFound,
         NotStored, NotReady.
         """
-        return self._writer.submit(Change(Future(), partial(self._correct, seq, account)))
+        return self._change_by(self._correct, seq, account)
 
     def forget(self, company: str) -> int:
-        """Unlearns a company, removes it from the log, and says how many bookings it had.
+        """Removes a company from the log, unlearns it, and says how many bookings it had.
 
-        Raises NotFound, NotStored, NotReady.
+        Others are booked between its steps. Raises NotFound, NotStored, NotReady.
         """
-        return self._writer.submit(Change(Future(), partial(self._forget, company)))
+        with self._forgetting:
+            self._change_by(self._lines_of, company)  # in its turn; raises if there are none
+            try:
+                with Copy(self.log) as copy:
+                    for _ in range(2):  # the second time, what has come meanwhile
+                        copy.extend(self._lines_of(company))
+                    forgotten = self._change_by(self._remove, company, copy)
+                    with self._writer.must_succeed():
+                        self._unlearn_all(forgotten, copy)
+            except ValueError as error:
+                raise NotStored(str(error)) from None
+            except OSError as error:
+                raise self._writer.refusal(error) from None
+        _digests.clear()
+        logger.info("forgot a company of %d bookings", len(forgotten))
+        return len(forgotten)
 
     def predict(self, samples: Iterable[Sample]) -> list[str]:
         """The most probable account of each sample. Raises NotReady while there is no model."""
@@ -2679,29 +2748,54 @@ class Bookkeeper:
             self._calibration.add(self._history.rows[rows])
             self._curve = {}
 
-    def _forget(self, company: str) -> int:
-        seqs = self._history.of(company)["seq"].tolist()
-        if not seqs:
+    def _lines_of(self, company: str) -> np.ndarray:
+        """(m,) the seqs of a company's bookings and of their corrections. Raises NotFound."""
+        with self._changing:
+            seqs = self._history.of(company)["seq"]
+            corrected = self._corrections.keys() & seqs.tolist()
+            corrections = chain.from_iterable(self._corrections[seq] for seq in corrected)
+            lines = np.concatenate([seqs, np.fromiter(corrections, dtype=np.int64)])
+        if not len(lines):
             raise NotFound("there is no booking of this company")
-        bookings = [self._booking(seq) for seq in seqs]
-        standing = [self._current_lesson(booking) for booking in bookings]
-        corrections = chain.from_iterable(self._corrections.get(seq, []) for seq in seqs)
+        return np.sort(lines)
+
+    def _remove(self, company: str, copy: Copy) -> list[tuple[int, int]]:
+        """Takes the copy for the log. Of each booking removed, the seq, and of what stands for it.
+
+        These are to be unlearned, from what was the log.
+        """
+        copy.extend(self._lines_of(company))
         self._end_saving()
         self._snapshot.discard()
-        self.log.remove({*seqs, *corrections})
+        self.log.replace(copy)
         self._saved = math.inf  # only a start drops the names of its accounts
-        with self._writer.must_succeed():
-            learned = [pair for pair in zip(bookings, standing, strict=True) if pair[1].weight]
-            for chunk in chunks(learned, CHUNK):
-                documents = [tokens(booking["sample"]) for booking, _ in chunk]
-                with self._changing:
-                    self._model.learn(documents, [lesson for _, lesson in chunk], times=-1)
-            with self._changing:
-                self._calibration.add(self._history.of(company), times=-1)
-                self._history.forget(company)
-                self._curve = {}
-        _digests.clear()
-        return len(seqs)
+        with self._change():
+            rows = self._history.of(company)
+            seqs = rows["seq"].tolist()
+            self._calibration.add(rows, times=-1)
+            self._history.forget(company)
+            self._curve = {}
+            return [(seq, self._corrections.pop(seq, [seq])[-1]) for seq in seqs]
+
+    def _unlearn_all(self, forgotten: list[tuple[int, int]], log: Copy) -> None:
+        """Unlearns bookings that stand in what was the log, a chunk at a time."""
+        for chunk in chunks(forgotten, 8 * CHUNK):
+            documents, lessons = [], []
+            for seq, standing in chunk:
+                booking = log.record(seq)
+                last = booking if seq == standing else log.record(standing)
+                if "weight" in last:
+                    documents.append(tokens(booking["sample"]))
+                    lessons.append(_lesson(last, last.get(TARGET) or booking["sample"][TARGET]))
+            self._change_by(self._learn, documents, lessons, -1)
+
+    def _learn(self, documents: list[list[int]], lessons: list[Lesson], times: int) -> None:
+        with self._change():
+            self._model.learn(documents, lessons, times)
+
+    def _change_by(self, make: Callable, *arguments: object) -> object:
+        """What comes of a change, made by the writer. Raises what it raises, or NotReady."""
+        return self._writer.submit(Change(Future(), partial(make, *arguments)))
 
     def _read_back(self) -> None:
         reported = time.monotonic()
@@ -2775,7 +2869,8 @@ class Bookkeeper:
         may_save = not self._writer.broken and self._saved < math.inf and self.log.in_place()
         if may_save and len(self.log) - self._snapshot.lines >= self.unsaved:
             self._snapshot.save(self._state())
-        self.log.close()
+        with self._forgetting:  # which copies the log
+            self.log.close()
 
 
 def is_check(sample: Sample, bookings: int, place: int) -> bool:
