@@ -2376,8 +2376,8 @@ class Bookkeeper:
                     with self._writer.must_succeed():
                         self._unlearn_all(forgotten, copy)
             except ValueError as error:
-                raise NotStored(str(error)) from None
-            except OSError as error:
+                raise self._writer.refusal(NotStored(str(error))) from None
+            except (OSError, LogError) as error:
                 raise self._writer.refusal(error) from None
         _digests.clear()
         logger.info("forgot a company of %d bookings", len(forgotten))
@@ -2778,12 +2778,14 @@ class Bookkeeper:
             return [(seq, self._corrections.pop(seq, [seq])[-1]) for seq in seqs]
 
     def _unlearn_all(self, forgotten: list[tuple[int, int]], log: Copy) -> None:
-        """Unlearns bookings that stand in what was the log, a chunk at a time."""
+        """Unlearns bookings that stand in what was the log, a chunk at a time. Raises LogError."""
         for chunk in chunks(forgotten, 8 * CHUNK):
             documents, lessons = [], []
             for seq, standing in chunk:
-                booking = log.record(seq)
-                last = booking if seq == standing else log.record(standing)
+                try:
+                    booking, last = log.record(seq), log.record(standing)
+                except (OSError, ValueError) as error:
+                    raise LogError(f"what was removed cannot be unlearned ({error})") from None
                 if "weight" in last:
                     documents.append(tokens(booking["sample"]))
                     lessons.append(_lesson(last, last.get(TARGET) or booking["sample"][TARGET]))
