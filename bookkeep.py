@@ -2372,6 +2372,7 @@ class Bookkeeper:
                 with Copy(self.log) as copy:
                     for _ in range(2):  # the second time, what has come meanwhile
                         copy.extend(self._lines_of(company))
+                    self._end_saving()  # or the writer would have to wait for it
                     forgotten = self._change_by(self._remove, company, copy)
                     with self._writer.must_succeed():
                         self._unlearn_all(forgotten, copy)
