@@ -49,6 +49,7 @@ import numpy as np
 import waitress
 from bottle import Bottle, HTTPError, request, response
 from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser
 from waitress.task import ErrorTask, ThreadedTaskDispatcher
 
 __version__ = "0.2.0"
@@ -1920,6 +1921,7 @@ class Writer:
 
 CHUNK = 128  # samples that are predicted, or read back and learned, at a time
 LISTED = 10  # bookings in each list of the overview
+QUICK = 250_000  # bytes of a sample times accounts, for which a prediction takes a millisecond
 UNSAVED = 10_000  # lines of the log that its snapshot may lack; a sixteenth while it grows
 
 
@@ -1997,6 +1999,13 @@ class Bookkeeper:
                 accounts += model.predict(documents)
                 self._predictions += len(documents)
         return accounts
+
+    def is_quick(self, size: int) -> bool:
+        """Whether a prediction for one sample of so many bytes takes a millisecond or two at most.
+
+        It does if all its words have met all accounts, and need not wait for the model.
+        """
+        return size * len(self._model.names) <= QUICK and not self._changing.locked()
 
     def suggest(self, sample: Sample, top: int) -> list[dict]:
         """The most probable accounts, best first, each with its confidence and its reasons.
@@ -2878,23 +2887,33 @@ def _error_in_json(error: HTTPError) -> str:
 
 # ----------------------------------------------------------------------------------------- Server
 
-SHORT_BODY = 1 << 14  # bytes of a question that is answered without another thread
+SHORT_BODY = 1 << 10  # bytes of a question that is answered without another thread
+TURN = 0.002  # seconds of such answers, after which it looks for new connections
 GRACE = 10  # seconds that requests under way have to end when the service stops
 
 
 class Server:
     """Waitress, which calls the app: the one place that knows its insides."""
 
-    def __init__(self, app: Bottle, listener: socket.socket, threads: int, max_body: int) -> None:
-        """Listens, but does not answer yet."""
+    def __init__(
+        self,
+        app: Bottle,
+        listener: socket.socket,
+        threads: int,
+        max_body: int,
+        is_quick: Callable[[int], bool],
+    ) -> None:
+        """Listens, but does not answer yet.
+
+        `is_quick` says whether a prediction for one sample of so many bytes takes no time.
+        """
         _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-        dispatcher = Dispatcher()
-        dispatcher.set_thread_count(threads)
+        self._dispatcher = Dispatcher(threads, is_quick)
         self._listener = listener
         self._server = waitress.create_server(
             app,
-            _dispatcher=dispatcher,
+            _dispatcher=self._dispatcher,
             sockets=[listener],
             ident=None,
             # A connection takes a socket, and a file for a body of over 512 KiB.
@@ -2906,6 +2925,7 @@ class Server:
             max_request_body_size=2 * max_body + (1 << 20),
         )
         self._server.channel_class = Channel
+        self._server.handle_accept = partial(self._accept, self._server.handle_accept)
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # waiting for a thread is fine
 
     def answer(self) -> None:
@@ -2931,10 +2951,17 @@ class Server:
                 if not (channel.requests or channel.request or channel.total_outbufs_len):
                     channel.handle_close()
             self._turn(0.05)
-        self._server.task_dispatcher.shutdown()
+        self._dispatcher.shutdown()
 
     def _turn(self, seconds: float) -> None:
+        self._dispatcher.answered = 0
         self._server.asyncore.loop(seconds, use_poll=True, map=self._server._map, count=1)
+
+    def _accept(self, accept: Callable[[], None]) -> None:
+        """Accepts all that wait: if each had to wait for a turn, many would wait for long."""
+        before = -1
+        while before != (before := len(self._server._map)) and self._server.readable():
+            accept()
 
 
 class JSONErrorTask(ErrorTask):
@@ -2953,45 +2980,73 @@ class JSONErrorTask(ErrorTask):
 
 
 class Channel(HTTPChannel):
-    """A connection of waitress's whose errors are in JSON.
+    """A connection of waitress's whose errors are in JSON."""
+
+    error_task_class = JSONErrorTask
+    short = False  # is there a short question to answer?
+
+    def handle_read(self) -> None:
+        """Receives what has arrived, and answers it if it is a short question."""
+        super().handle_read()
+        if self.short:
+            self.short = False
+            if len(self.requests) == 1:
+                started = time.perf_counter()
+                self.service()
+                self.server.task_dispatcher.answered += time.perf_counter() - started
+            else:  # before the next request, it might wait for what only this thread can send
+                self.server.task_dispatcher.hand_out(self)
+
+
+class Dispatcher:
+    """Threads of waitress's, others for each kind of request, so that no kind waits for another.
 
     A short question is answered by the very thread that received it: to hand it to another and
     back takes longer than to answer it.
     """
 
-    error_task_class = JSONErrorTask
-    receiver: int | None = None  # the thread that receives, while it does
-    short = False  # is there a short question to answer?
-
-    def handle_read(self) -> None:
-        """Receives what has arrived."""
+    def __init__(self, threads: int, is_quick: Callable[[int], bool]) -> None:
         self.receiver = threading.get_ident()
-        super().handle_read()
-        self.receiver = None
-        if self.short:
-            self.short = False
-            if len(self.requests) == 1:
-                self.service()
-            else:  # before the next request, it might wait for what only this thread can send
-                self.server.add_task(self)
-
-
-class Dispatcher(ThreadedTaskDispatcher):
-    """Threads of waitress's for all requests but short questions."""
+        self.answered = 0.0  # seconds of short questions since it last looked for new connections
+        self._is_quick = is_quick
+        self._looks, self._questions, self._changes = self._pools = [
+            ThreadedTaskDispatcher() for _ in range(3)
+        ]
+        for pool in self._pools:
+            pool.set_thread_count(threads)
 
     def add_task(self, channel: Channel) -> None:
         """Has the channel's next request answered."""
-        request = channel.requests[0]
-        if (
-            channel.receiver == threading.get_ident()
-            and not request.error
-            and not request.chunked
-            and request.path == "/predict"
-            and request.content_length <= SHORT_BODY
-        ):
+        if self._is_short(channel.requests[0]):
             channel.short = True
         else:
-            super().add_task(channel)
+            self.hand_out(channel)
+
+    def _is_short(self, request: HTTPRequestParser) -> bool:
+        return (
+            self.answered < TURN
+            and threading.get_ident() == self.receiver
+            and not request.error
+            and request.path == "/predict"
+            and 0 < request.content_length <= SHORT_BODY
+            and request.body_rcv.getbuf().get().lstrip().startswith(b"{")
+            and self._is_quick(request.content_length)
+        )
+
+    def hand_out(self, channel: Channel) -> None:
+        """Has a thread answer the channel's next request."""
+        request = channel.requests[0]
+        if request.error or request.command in ("GET", "HEAD"):
+            self._looks.add_task(channel)
+        elif request.path in ("/predict", "/suggest"):
+            self._questions.add_task(channel)
+        else:
+            self._changes.add_task(channel)
+
+    def shutdown(self) -> None:
+        """Ends the threads."""
+        for pool in self._pools:
+            pool.shutdown()
 
 
 # ----------------------------------------------------------------------------------- Command line
@@ -3037,7 +3092,7 @@ def serve(options: argparse.Namespace) -> None:
     names = {"localhost", "127.0.0.1", "[::1]", options.host.lower()}
     hosts = None if token or options.open else sorted(names)
     app = create_app(bookkeeper, token, hosts, options.max_body, options.max_batch)
-    server = Server(app, listener, options.threads, options.max_body)
+    server = Server(app, listener, options.threads, options.max_body, bookkeeper.is_quick)
     logger.info(
         "serving on http://%s:%d, log %s, %d bookings read back in %.1f s",
         *(f"[{host}]" if ":" in host else host, port),
@@ -3090,7 +3145,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     option("token-file", token, type=Path, metavar="FILE")
     reach = "listen without a token where other machines can reach it"
     option("open", reach, action="store_true")
-    threads = "requests at work at once; one of /sample is until its bookings are on disk"
+    threads = "requests at work at once: so many that change something, questions, and others"
     option("threads", threads, type=_whole(1, 1000), default=16)
     option("max-body", "bytes in one request's body", type=_whole(1, 1 << 40), default=MAX_BODY)
     option("max-batch", "samples in one request", type=_whole(1, 10**9), default=MAX_BATCH)

@@ -286,12 +286,14 @@ def free_port():
 class Service:
     """A real bookkeep.py in a process of its own."""
 
-    def __init__(self, log, *options, port=None, limit=None, unsaved=bookkeep.UNSAVED):
+    def __init__(
+        self, log, *options, port=None, limit=None, unsaved=bookkeep.UNSAVED, program=(SERVICE,)
+    ):
         self.port = port or free_port()
         self.messages = log.with_suffix(".stderr")
         with open(self.messages, "wb") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, SERVICE, f"--log={log}", f"--port={self.port}", *options],
+                [sys.executable, *program, f"--log={log}", f"--port={self.port}", *options],
                 env=os.environ | {"BOOKKEEP_UNSAVED": str(unsaved)},
                 cwd=HERE,
                 stderr=stderr,
@@ -345,6 +347,18 @@ class Service:
 
     def said(self):
         return self.messages.read_text()
+
+
+def request(path, content=None, method="POST", **headers):
+    """The bytes of a request, with this as JSON."""
+    body = b"" if content is None else json.dumps(content).encode()
+    headers = {
+        "Host": "localhost",
+        "Content-Type": "application/json",
+        "Content-Length": len(body),
+    } | {name.replace("_", "-"): value for name, value in headers.items()}
+    lines = [f"{method} {path} HTTP/1.1", *map("{0[0]}: {0[1]}".format, headers.items())]
+    return "\r\n".join([*lines, "", ""]).encode() + body
 
 
 @pytest.fixture
@@ -3196,73 +3210,6 @@ def test_a_full_disk_is_a_507_and_when_there_is_space_again_bookings_go_on(serve
     assert serve().samples() == 601
 
 
-def test_a_short_question_is_answered_while_all_threads_are_busy(serve):
-    service = serve("--threads=1")
-    service.post("/sample", bookings(100))
-    done = []
-
-    def book():
-        service.post("/sample", bookings(10_000))
-        done.append("booked")
-
-    sending = threading.Thread(target=book)
-    sending.start()
-    time.sleep(0.1)  # it takes much longer to book them
-    assert service.post("/predict", booking())[0] == 200
-    done.append("predicted")
-    sending.join()
-    assert done == ["predicted", "booked"]
-
-
-def test_a_long_answer_that_nobody_reads_keeps_no_other_from_its_own(serve):
-    service = serve()
-    service.post("/sample", [booking(account="\U0001f600" * 10_000)])
-    samples = [{"CompanyId": "A", "BankEntryText": "r", "BankEntryAmount": "a"}] * 220
-    question = json.dumps(samples).encode()
-    assert len(question) < bookkeep.SHORT_BODY
-    head = (
-        "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(question)}\r\n\r\n"
-    )
-    with socket.create_connection(("127.0.0.1", service.port)) as connection:
-        connection.sendall(
-            head.encode() + question + b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
-        )
-        time.sleep(0.5)
-        assert service.get("/health")[0] == 200
-        assert service.post("/predict", booking())[0] == 200
-    assert service.stop() == 0
-
-
-def test_requests_of_one_connection_are_answered_in_order(service):
-    def request(path, content):
-        body = json.dumps(content).encode()
-        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
-
-    kinds = [
-        (request("/predict", booking()), b'["1"]'),
-        (request("/predict", [booking()] * 500), b'["1", "1", '),  # too long to be a short one
-        (request("/predict", {}), b'{"error": "sample 0: CompanyId is missing"}'),
-        (b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b'{"status": "ok"'),
-    ]
-    rng = random.Random(0)
-    asked = rng.choices(kinds, k=200)
-    with socket.create_connection(("127.0.0.1", service.port)) as connection:
-        sending = threading.Thread(
-            target=connection.sendall, args=(b"".join(sent for sent, _ in asked),)
-        )
-        sending.start()
-        answers = connection.makefile("rb")
-        for _, expected in asked:
-            length = 0
-            while (line := answers.readline()) != b"\r\n":
-                if line.lower().startswith(b"content-length:"):
-                    length = int(line.split()[1])
-            assert answers.read(length).startswith(expected)
-        sending.join()
-
-
 def test_an_idempotency_key_books_a_batch_once_also_after_a_restart(serve):
     service = serve()
     key = {"Idempotency-Key": '"8e03978e-40d5-43dd-bc93-6894a57f9324"'}
@@ -3519,6 +3466,207 @@ def test_who_finds_too_many_waiting_is_told_when_to_come_again(path, monkeypatch
     status, headers, _ = raised(path, monkeypatch, Busy("too many"))
     assert status.startswith("503 ")
     assert headers["Retry-After"] == "1"
+
+
+# ----------------------------------------------------------------------------------------- Server
+
+
+@contextmanager
+def turning(app, threads=2, is_quick=lambda size: True):
+    """A server that only turns when it is told to, and so many connections to it as are asked."""
+    listener = bookkeep._bind("127.0.0.1", 0)
+    server = bookkeep.Server(app, listener, threads, 1000, is_quick)
+    opened = []
+
+    def connect(n):
+        new = [socket.create_connection(listener.getsockname(), timeout=30) for _ in range(n)]
+        opened.extend(new)
+        return new
+
+    try:
+        yield server, connect
+    finally:
+        server._dispatcher.shutdown()
+        server._server.asyncore.close_all(server._server._map)
+        for connection in opened:
+            connection.close()
+
+
+def who_answers(seconds=0.0):
+    """An app, and the threads that called it."""
+    threads = []
+
+    def app(environ, start):
+        threads.append(threading.get_ident())
+        time.sleep(seconds)
+        start("200 OK", [("Content-Length", "0")])
+        return []
+
+    return app, threads
+
+
+def test_all_who_wait_are_accepted_in_one_turn():
+    with turning(who_answers()[0]) as (server, connect):
+        connect(50)
+        server._turn(0)
+        assert len(server._server.active_channels) == 50
+
+
+def test_short_questions_take_a_moment_of_each_turn_and_no_more():
+    app, threads = who_answers(bookkeep.TURN / 2)
+    with turning(app) as (server, connect):
+        connections = connect(20)
+        server._turn(0)
+        for connection in connections:
+            connection.sendall(request("/predict", booking()))
+        server._turn(0)
+        assert 1 <= threads.count(threading.get_ident()) <= 2
+        for connection in connections:
+            assert connection.recv(15) == b"HTTP/1.1 200 OK"
+
+
+@pytest.mark.parametrize(
+    ("asked", "at_once"),
+    [
+        (request("/predict", booking()), True),
+        (request("/predict", booking()).replace(b"{", b" \r\n{", 1)[:-3], True),
+        (request("/predict", [booking()]), False),
+        (request("/predict", json.dumps(booking())), False),
+        (request("/predict", booking(Note="x" * bookkeep.SHORT_BODY)), False),
+        (request("/predict", booking()) * 2, False),
+        (request("/suggest", booking()), False),
+        (request("/sample", [booking()]), False),
+        (request("/health", method="GET"), False),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+@pytest.mark.parametrize("is_quick", [True, False])
+def test_only_what_is_surely_quick_is_answered_by_who_receives(asked, at_once, is_quick):
+    app, threads = who_answers()
+    with turning(app, is_quick=lambda size: is_quick) as (server, connect):
+        [connection] = connect(1)
+        server._turn(0)
+        connection.sendall(asked)
+        server._turn(1)
+        assert connection.recv(15) == b"HTTP/1.1 200 OK"
+        assert (threads[0] == threading.get_ident()) == (at_once and is_quick)
+
+
+def test_a_prediction_is_quick_unless_it_waits_for_the_model_or_has_too_many_accounts(path):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking(account=str(number)) for number in range(100)])
+        assert bookkeeper.is_quick(bookkeep.QUICK // 100)
+        assert not bookkeeper.is_quick(bookkeep.QUICK // 100 + 1)
+        with bookkeeper._changing:
+            assert not bookkeeper.is_quick(1)
+
+
+HANGING = """
+import os, sys, time, bookkeep
+fsync = os.fsync
+def hang(file):
+    while os.path.exists("{}"):
+        time.sleep(0.01)
+    fsync(file)
+os.fsync = hang
+sys.exit(bookkeep.main())
+"""
+
+
+def test_who_waits_for_the_disk_keeps_nobody_else(serve, tmp_path):
+    hanging = tmp_path / "hanging"
+    service = serve("--threads=2", program=("-c", HANGING.format(hanging)))
+    for _ in range(2):
+        service.post("/sample", [booking()])
+    hanging.touch()
+    answers = []
+    changes = [
+        *[("POST", "/sample", [booking()])] * 5,
+        ("POST", "/correct", {"seq": 0, "AccountNumber": "1"}),
+        ("DELETE", "/company/none", None),
+    ]
+    changing = [
+        threading.Thread(target=lambda change=change: answers.append(service.ask(*change)[0]))
+        for change in changes
+    ]
+    for thread in changing[:5]:
+        thread.start()
+    wait_until(lambda: "bookkeep_waiting 1" in metrics(service))
+    for thread in changing[5:]:
+        thread.start()
+    for _ in range(3):
+        assert service.get("/health")[0] == service.get("/report/1")[0] == 200
+        assert service.post("/predict", [booking()] * 9)[0] == 200
+        assert service.post("/suggest", booking())[0] == 200
+    assert answers == []
+    hanging.unlink()
+    for thread in changing:
+        thread.join()
+    assert sorted(answers) == [200] * 6 + [404]
+
+
+def metrics(service):
+    return service.ask("GET", "/metrics", kind="text/plain; version=0.0.4; charset=utf-8")[
+        2
+    ].decode()
+
+
+def test_long_questions_keep_nobody_from_looking(serve):
+    service = serve("--threads=1")
+    service.post("/sample", bookings(100))
+    done = []
+    asking = [
+        threading.Thread(target=lambda: done.append(service.post("/predict", bookings(10_000))[0]))
+        for _ in range(3)
+    ]
+    for thread in asking:
+        thread.start()
+    time.sleep(0.2)  # all three take much longer
+    assert service.get("/health")[0] == 200
+    assert len(done) < 3
+    for thread in asking:
+        thread.join()
+    assert done == [200] * 3
+
+
+def test_a_long_answer_that_nobody_reads_keeps_no_other_from_its_own(serve):
+    service = serve()
+    service.post("/sample", [booking(account="\U0001f600" * 10_000)])
+    samples = [{"CompanyId": "A", "BankEntryText": "r", "BankEntryAmount": "a"}] * 220
+    with socket.create_connection(("127.0.0.1", service.port)) as connection:
+        connection.sendall(request("/predict", samples) + request("/health", method="GET"))
+        time.sleep(0.5)
+        assert service.get("/health")[0] == 200
+        assert service.post("/predict", booking())[0] == 200
+    assert service.stop() == 0
+
+
+def test_requests_of_one_connection_are_answered_in_order(service):
+    kinds = [
+        (request("/predict", booking()), b'["1"]'),
+        (request("/predict", [booking()] * 500), b'["1", "1", '),
+        (request("/predict", {}), b'{"error": "sample 0: CompanyId is missing"}'),
+        (request("/sample", []), b'{"received": 0, '),
+        (request("/health", method="GET"), b'{"status": "ok"'),
+    ]
+    rng = random.Random(0)
+    asked = rng.choices(kinds, k=200)
+    with socket.create_connection(("127.0.0.1", service.port)) as connection:
+        sending = threading.Thread(
+            target=connection.sendall, args=(b"".join(sent for sent, _ in asked),)
+        )
+        sending.start()
+        answers = connection.makefile("rb")
+        for _, expected in asked:
+            assert answer(answers)[1].startswith(expected)
+        sending.join()
+
+
+def answer(file):
+    """The next answer on a connection: its head and its body."""
+    head = b"".join(iter(file.readline, b"\r\n"))
+    length = re.search(rb"(?i)^content-length: (\d+)", head, re.MULTILINE)
+    return head, file.read(int(length[1]))
 
 
 # ----------------------------------------------------------------------------------- Command line
