@@ -48,9 +48,11 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import numpy as np
 import waitress
 from bottle import Bottle, HTTPError, request, response
+from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser
-from waitress.task import ErrorTask, ThreadedTaskDispatcher
+from waitress.receiver import ChunkedReceiver, FixedStreamReceiver
+from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 
 __version__ = "0.2.0"
 
@@ -2678,7 +2680,7 @@ def create_app(
 
     With a token, all but the page and /health is for those who send it. With hosts, it is for those
     who call the service by one of these names: a web page whose own name was made to lead here does
-    not.
+    not. Its `refuses` says of an environ whether its headers suffice to refuse the request.
     """
     app = Bottle()
     app.install(_in_json)
@@ -2688,42 +2690,58 @@ def create_app(
     durations, fsyncs = Histogram(), Histogram()
     bookkeeper.log.fsynced = fsyncs.observe
 
-    @app.hook("before_request")
-    def authorize() -> None:
-        request.environ["bookkeep.arrival"] = time.perf_counter()
-        if request.environ["PATH_INFO"].encode() != request.environ["bottle.raw_path"].encode(
-            "latin-1"
-        ):
+    def check() -> None:
+        """Refuses what can be refused from its headers. Raises HTTPError."""
+        environ = request.environ
+        if environ["PATH_INFO"].encode() != environ["bottle.raw_path"].encode("latin-1"):
             raise HTTPError(400, "the path must be UTF-8, percent-encoded")
-        host = re.sub(":[0-9]*$", "", request.environ.get("HTTP_HOST", "")).lower()
+        host = re.sub(":[0-9]*$", "", environ.get("HTTP_HOST", "")).lower()
         if hosts is not None and host not in hosts:
             raise HTTPError(403, f"call this service by one of its names: {', '.join(hosts)}")
-        if token is None or request.path in OPEN:
-            return
-        expected = f"Bearer {token}".encode()
-        given = request.environ.get("HTTP_AUTHORIZATION", "")
-        if not hmac.compare_digest(given.encode("latin-1"), expected):
-            raise HTTPError(
-                401,
-                "send the token, with the header Authorization: Bearer <token>",
-                **{"WWW-Authenticate": "Bearer"},
-            )
+        if token is not None and request.path not in OPEN:
+            scheme, _, given = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
+            right = hmac.compare_digest(given.encode("latin-1"), token.encode())
+            if scheme.lower() != "bearer" or not right:
+                raise HTTPError(
+                    401,
+                    "send the token, with the header Authorization: Bearer <token>",
+                    **{"WWW-Authenticate": "Bearer"},
+                )
+        route, _ = app.match(environ)
+        environ["bottle.route"] = route
+        if "requestBody" in operations[route]:
+            kind = request.content_type.partition(";")[0].strip()
+            if kind != "application/json":
+                raise HTTPError(415, "send JSON, with the header Content-Type: application/json")
+        if request.content_length > max_body:
+            raise HTTPError(413, f"send at most {max_body} bytes in one request")
+
+    @app.hook("before_request")
+    def arrive() -> None:
+        request.environ["bookkeep.arrival"] = time.perf_counter()
+        check()
+
+    def refuses(environ: dict) -> bool:
+        path = environ["bottle.raw_path"] = environ["PATH_INFO"]
+        environ["PATH_INFO"] = path.encode("latin-1").decode(errors="ignore")  # as Bottle does
+        request.bind(environ)
+        try:
+            check()
+        except HTTPError:
+            return True
+        return False
 
     @app.hook("after_request")
     def protect() -> None:
         for name, value in HEADERS.items():
             response.set_header(name, value)
         route = request.environ.get("bottle.route")
+        path = _path(route.rule) if route else "other"
         seconds = time.perf_counter() - request.environ["bookkeep.arrival"]
-        durations.observe(seconds, _labels(route and route.rule, response.status_code))
+        durations.observe(seconds, f'path="{path}",status="{response.status_code}"')
 
     def received(parse: Callable[[bytes], T]) -> T:
-        if request.content_type.partition(";")[0].strip() != "application/json":
-            raise HTTPError(415, "send JSON, with the header Content-Type: application/json")
-        length = request.content_length
-        if length > max_body:
-            raise HTTPError(413, f"send at most {max_body} bytes in one request")
-        with parsing if length > LARGE_BODY else nullcontext():
+        with parsing if request.content_length > LARGE_BODY else nullcontext():
             return parse(request.body.read())
 
     def number(name: str, text: str, least: int, most: int = MAX_NUMBER) -> int:
@@ -2825,6 +2843,10 @@ def create_app(
         error.body = f"ask for this with {response.get_header('Allow')}, not {request.method}"
         return _error_in_json(error)
 
+    operations = {
+        route: description["paths"][_path(route.rule)][route.method.lower()] for route in app.routes
+    }
+    app.refuses = refuses
     return app
 
 
@@ -2855,10 +2877,9 @@ def _in_json(callback: Callable) -> Callable:
 
 
 @cache
-def _labels(rule: str | None, status: int) -> str:
-    """Of a request in Prometheus's text format: the path as the API's description has it."""
-    path = re.sub("<(.*?)(:.*?)?>", r"{\1}", rule) if rule else "other"
-    return f'path="{path}",status="{status}"'
+def _path(rule: str) -> str:
+    """A route's path as the API's description has it."""
+    return re.sub("<(.*?)(:.*?)?>", r"{\1}", rule)
 
 
 def _exposition(
@@ -2889,6 +2910,9 @@ def _error_in_json(error: HTTPError) -> str:
 
 SHORT_BODY = 1 << 10  # bytes of a question that is answered without another thread
 TURN = 0.002  # seconds of such answers, after which it looks for new connections
+ROOM = 2  # times what waitress takes of one request: for all large ones that are not answered
+SLOW = 1 << 17  # bytes a second; who sends fewer, or none for a while, makes room for others
+PATIENT = 5  # seconds, that while
 GRACE = 10  # seconds that requests under way have to end when the service stops
 
 
@@ -2925,6 +2949,7 @@ class Server:
             max_request_body_size=2 * max_body + (1 << 20),
         )
         self._server.channel_class = Channel
+        self._server.refuses = app.refuses
         self._server.handle_accept = partial(self._accept, self._server.handle_accept)
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # waiting for a thread is fine
 
@@ -2979,11 +3004,93 @@ class JSONErrorTask(ErrorTask):
         self.write(body)
 
 
+class Request(HTTPRequestParser):
+    """A request while it is received: what the app refuses in any case is answered at once."""
+
+    took = 0  # bytes of the room for large ones
+    since = 0.0  # when it took them
+
+    def __init__(self, channel: "Channel") -> None:
+        super().__init__(channel.adj)
+        self._channel = channel
+
+    def received(self, data: bytes) -> int:
+        """Takes what it needs of the data, and says how many bytes."""
+        in_headers = not self.headers_finished
+        consumed = super().received(data)
+        if in_headers and self.body_rcv is not None and not self.error:
+            lacks = self.content_length > len(data) - consumed
+            if (lacks or self.chunked or self.expect_continue) and self._is_refused():
+                self._go_without_body()
+        return consumed
+
+    def _is_refused(self) -> bool:
+        environ = WSGITask(self._channel, self).get_environment()
+        return self._channel.server.refuses(environ)
+
+    def _go_without_body(self) -> None:
+        if self.expect_continue:  # nobody knows whether the body will come
+            self.headers["CONNECTION"] = "close"
+        else:
+            self._channel.rest = Rest(self.adj, self.body_rcv)
+        self.body_rcv, self.content_length = None, 0
+        self.expect_continue, self.completed = False, True
+
+
+class Rest(HTTPRequestParser):
+    """The body of a request that was refused without it: it is received, and thrown away."""
+
+    took = 0
+
+    def __init__(self, adj: Adjustments, receiver: FixedStreamReceiver | ChunkedReceiver) -> None:
+        super().__init__(adj)
+        receiver.buf = deque(maxlen=0)
+        self.body_rcv = receiver
+
+    @property
+    def empty(self) -> bool:
+        """Whether it needs no answer: it does if nobody knows where the next request starts."""
+        return not self.error
+
+
 class Channel(HTTPChannel):
     """A connection of waitress's whose errors are in JSON."""
 
     error_task_class = JSONErrorTask
     short = False  # is there a short question to answer?
+    rest: Rest | None = None  # what comes next, if it is no request
+
+    def parser_class(self, _: Adjustments) -> HTTPRequestParser:
+        """What receives whatever comes next."""
+        rest, self.rest = self.rest, None
+        return rest or Request(self)
+
+    def readable(self) -> bool:
+        """Whether it is to receive."""
+        return super().readable() and (self.request is None or self._has_room(self.request))
+
+    def _has_room(self, request: HTTPRequestParser) -> bool:
+        """Whether it is small, or has room among the large ones; if not, slow ones go."""
+        size = max(request.content_length, request.body_bytes_received)
+        if request.empty or request.took or size <= LARGE_BODY:
+            return True
+        most = self.adj.max_request_body_size
+        needed = request.content_length or most
+        channels = self.server.active_channels.values()
+        large = [(channel, each) for channel in channels for each in channel.all() if each.took]
+        now = time.time()  # as waitress's last_activity
+        if not large or sum(each.took for _, each in large) + needed <= ROOM * most:
+            request.took, request.since = needed, now
+            return True
+        for channel, each in large:
+            slow = each.body_bytes_received < SLOW * (now - each.since - PATIENT)
+            if slow or channel.last_activity < now - PATIENT:
+                channel.will_close = not channel.requests
+        return False
+
+    def all(self) -> list[HTTPRequestParser]:
+        """The requests that wait for their answers, and that which is received."""
+        return [*self.requests, *filter(None, [self.request])]
 
     def handle_read(self) -> None:
         """Receives what has arrived, and answers it if it is a short question."""

@@ -356,6 +356,7 @@ def request(path, content=None, method="POST", **headers):
         "Host": "localhost",
         "Content-Type": "application/json",
         "Content-Length": len(body),
+        "Authorization": "Bearer secret",
     } | {name.replace("_", "-"): value for name, value in headers.items()}
     lines = [f"{method} {path} HTTP/1.1", *map("{0[0]}: {0[1]}".format, headers.items())]
     return "\r\n".join([*lines, "", ""]).encode() + body
@@ -3502,6 +3503,7 @@ def who_answers(seconds=0.0):
         start("200 OK", [("Content-Length", "0")])
         return []
 
+    app.refuses = lambda environ: False
     return app, threads
 
 
@@ -3609,6 +3611,113 @@ def metrics(service):
     return service.ask("GET", "/metrics", kind="text/plain; version=0.0.4; charset=utf-8")[
         2
     ].decode()
+
+
+LONG = {"Content_Length": 200_000}
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (request("/sample", Authorization="", **LONG), 401),
+        (request("/sample", Authorization="Bearer secrets", **LONG), 401),
+        (request("/sample", Content_Length=900_000), 413),
+        (request("/health", method="GET", Content_Length=900_000), 413),
+        (request("/predict", Content_Type="text/plain", **LONG), 415),
+        (request("/sample", method="PUT", **LONG), 405),
+        (request("/nowhere", **LONG), 404),
+        (request("/predict", Content_Length=9, Content_Type="text/plain"), 415),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_its_headers_suffice_to_refuse_is_refused_before_its_body(guarded, head, status):
+    length = int(re.search(rb"Content-Length: (\d+)", head)[1])
+    with socket.create_connection(("127.0.0.1", guarded.port), timeout=10) as connection:
+        answers = connection.makefile("rb")
+        for _ in range(2):
+            connection.sendall(head)
+            said, body = answer(answers)
+            assert said.startswith(b"HTTP/1.1 %d " % status)
+            assert list(json.loads(body)) == ["error"]
+            connection.sendall(b"GET /nowhere HTTP/1.1\r\n\r\n".ljust(length)[:length])
+        connection.sendall(request("/health", method="GET"))
+        assert answer(answers)[0].startswith(b"HTTP/1.1 200 ")
+    with socket.create_connection(("127.0.0.1", guarded.port), timeout=10) as connection:
+        connection.sendall(head.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n"))
+        assert connection.makefile("rb").read().startswith(b"HTTP/1.1 %d " % status)
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    """One with a token, which the request helper sends."""
+    folder = tmp_path_factory.mktemp("guarded")
+    (folder / "token").write_text("secret")
+    service = Service(folder / "log.jsonl", "--max-body=300000", "--token-file", folder / "token")
+    yield service
+    service.process.kill()
+    service.process.wait()
+
+
+def test_the_rest_of_what_was_refused_is_no_request_however_it_ends(guarded):
+    chunked = request("/sample", Authorization="", Transfer_Encoding="chunked")
+    chunked = chunked.replace(b"Content-Length: 0\r\n", b"")
+    hidden = request("/health", method="GET")
+    for rest, after in (
+        (b"%x\r\n%s\r\n0\r\n\r\n" % (len(hidden), hidden), 200),
+        (b"9\r\n" + hidden, 400),
+        (b"%x\r\n" % 9**9 + b" " * 2_000_000 + hidden, 413),
+    ):
+        with socket.create_connection(("127.0.0.1", guarded.port), timeout=10) as connection:
+            answers = connection.makefile("rb")
+            connection.sendall(chunked)
+            assert answer(answers)[0].startswith(b"HTTP/1.1 401 ")
+            with suppress(ConnectionError):
+                connection.sendall(rest + hidden)
+            said, _ = answer(answers)
+            assert int(said.split()[1]) == after
+            with suppress(ConnectionError):
+                assert (after == 200) or answers.read() == b""
+
+
+def test_what_is_accepted_is_told_to_continue(service):
+    body = json.dumps([]).encode()
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        connection.sendall(request("/sample", Expect="100-continue", Content_Length=len(body)))
+        assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(body)
+        assert connection.recv(15) == b"HTTP/1.1 200 OK"
+
+
+def test_unfinished_uploads_hold_little_and_shut_nobody_out(serve):
+    code = "import sys, bookkeep; bookkeep.PATIENT = 1; sys.exit(bookkeep.main())"
+    service = serve("--max-body=3000000", program=("-c", code))
+
+    def held():
+        sizes = []
+        for file in Path(f"/proc/{service.process.pid}/fd").iterdir():
+            with suppress(FileNotFoundError):
+                deleted = "deleted" in os.readlink(file)
+                sizes += [file.stat().st_size] if deleted else []
+        return sum(sizes)
+
+    def push(connection):
+        with suppress(OSError):
+            connection.sendall(request("/sample", Content_Length=3_000_000) + b" " * 2_900_000)
+
+    stalled = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(12)]
+    sending = [threading.Thread(target=push, args=(connection,)) for connection in stalled]
+    for thread in sending:
+        thread.start()
+    wait_until(lambda: held() > 8_000_000)
+    assert service.post("/sample", [booking()])[0] == 200
+    assert held() < bookkeep.ROOM * 7_100_000
+    large = b"[]".ljust(2_999_999)
+    assert service.ask("POST", "/sample", body=large)[0] == 200
+    service.process.kill()
+    for thread in sending:
+        thread.join()
+    for connection in stalled:
+        connection.close()
 
 
 def test_long_questions_keep_nobody_from_looking(serve):
