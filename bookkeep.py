@@ -50,13 +50,14 @@ import waitress
 from bottle import Bottle, HTTPError, request, response
 from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
-from waitress.parser import HTTPRequestParser
+from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.receiver import ChunkedReceiver, FixedStreamReceiver
 from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 
 __version__ = "0.2.0"
 
 logger = logging.getLogger("bookkeep")
+access = logging.getLogger("bookkeep.access")  # a line for each request
 
 # ---------------------------------------------------------------------------------------- Samples
 
@@ -1292,6 +1293,7 @@ class Log:
         self.fsynced: Callable[[float], object] = lambda seconds: None  # told how long each took
         self._starts = array("q")  # the byte at which each line of a whole batch starts
         self._torn = False  # may the file hold bytes beyond them?
+        self.failure: str | None = None  # why the last append failed, if it did
         self._keys: OrderedDict[str, range] = OrderedDict()  # of batches -> their lines
         self._placing = threading.Lock()  # held while lines get their places, or are looked up
         self._rewritten = path.resolve().with_name(f".{path.name}.rewritten")
@@ -1390,11 +1392,13 @@ class Log:
             os.fsync(self._file)
             self.fsynced(time.perf_counter() - started)
             self._torn = False
-        except OSError:
+        except OSError as error:
+            self.failure = error.strerror
             with suppress(OSError):  # else it is cut back before the next append
                 self._cut_back()
             raise
         for batch in batches:
+            self.failure = None if batch.lines else self.failure
             self._keep(batch)
 
     def find(self, key: str) -> list[dict] | None:
@@ -2103,9 +2107,10 @@ class Bookkeeper:
         """
         if self._writer.broken:
             raise NotReady(RESTART)
+        failure = self.log.failure
         with self._changing:
             return {
-                "status": "ok",
+                "status": f"the log could not be written ({failure})" if failure else "ok",
                 "samples": len(self._history.rows),
                 "lines": len(self.log),
                 "accounts": self._model.known,
@@ -2532,7 +2537,9 @@ def openapi(max_batch: int) -> dict:
             }
         ),
         "Health": record(
-            {"status": {"const": "ok"}} | health | {"uptime": {"type": "number", "minimum": 0}}
+            {"status": filled | {"description": "ok, or why bookings cannot be stored now"}}
+            | health
+            | {"uptime": {"type": "number", "minimum": 0}}
         ),
         "Error": record({"error": {"type": "string", "minLength": 1}}),
     }
@@ -2709,7 +2716,14 @@ def create_app(
                 )
         route, _ = app.match(environ)
         environ["bottle.route"] = route
-        if "requestBody" in operations[route]:
+        takes = operations[route]
+        if request.query_string:
+            names = [name for name, _ in request.query.allitems()]
+            known = [each["name"] for each in takes["parameters"] if each["in"] == "query"]
+            if set(names) - set(known) or len(names) > len(set(names)):
+                these = f"only {', '.join(known)}, each once" if known else "nothing"
+                raise HTTPError(400, f"send {these} after the ? of this path")
+        if "requestBody" in takes:
             kind = request.content_type.partition(";")[0].strip()
             if kind != "application/json":
                 raise HTTPError(415, "send JSON, with the header Content-Type: application/json")
@@ -2840,7 +2854,7 @@ def create_app(
 
     @app.error(405)
     def not_allowed(error: HTTPError) -> str:
-        error.body = f"ask for this with {response.get_header('Allow')}, not {request.method}"
+        error.body = f"ask for this with {response.get_header('Allow')}"
         return _error_in_json(error)
 
     operations = {
@@ -2913,7 +2927,9 @@ TURN = 0.002  # seconds of such answers, after which it looks for new connection
 ROOM = 2  # times what waitress takes of one request: for all large ones that are not answered
 SLOW = 1 << 17  # bytes a second; who sends fewer, or none for a while, makes room for others
 PATIENT = 5  # seconds, that while
-GRACE = 10  # seconds that requests under way have to end when the service stops
+FEWEST = 10  # connections, for which the system must let it open files
+GRACE = 4  # seconds that requests have to arrive, and answers to be read, when the service stops
+STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
 class Server:
@@ -2929,10 +2945,15 @@ class Server:
     ) -> None:
         """Listens, but does not answer yet.
 
-        `is_quick` says whether a prediction for one sample of so many bytes takes no time.
+        `is_quick` says whether a prediction for one sample of so many bytes takes no time. Raises
+        OSError if the system lets it open too few files.
         """
         _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+        # A connection takes a socket, and a file for a body of over 512 KiB.
+        most = 1000 if files == resource.RLIM_INFINITY else min(1000, files // 2 - 50)
+        if most < FEWEST:
+            raise OSError(f"let it open at least {2 * FEWEST + 100} files (ulimit -n), not {files}")
         self._dispatcher = Dispatcher(threads, is_quick)
         self._listener = listener
         self._server = waitress.create_server(
@@ -2940,10 +2961,7 @@ class Server:
             _dispatcher=self._dispatcher,
             sockets=[listener],
             ident=None,
-            # A connection takes a socket, and a file for a body of over 512 KiB.
-            connection_limit=1000
-            if files == resource.RLIM_INFINITY
-            else min(1000, files // 2 - 50),
+            connection_limit=most,
             asyncore_use_poll=True,
             # The app refuses long bodies, in JSON; waitress refuses what is not worth receiving.
             max_request_body_size=2 * max_body + (1 << 20),
@@ -2954,7 +2972,7 @@ class Server:
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # waiting for a thread is fine
 
     def answer(self) -> None:
-        """Answers requests until SIGTERM or Ctrl-C, then those that are under way."""
+        """Answers requests until one of STOPS, then those that are under way."""
         stopping = threading.Event()
 
         def stop(number: int, _: object) -> None:
@@ -2962,18 +2980,19 @@ class Server:
             stopping.set()
             self._server.pull_trigger()
 
-        signal.signal(signal.SIGTERM, stop)
-        signal.signal(signal.SIGINT, stop)
+        on_signals(stop)
         while not stopping.is_set():
             self._turn(1)
 
         self._server.del_channel()
         self._listener.close()
         self._turn(0)  # what has arrived by now is under way
+        self._server.accepting = False
         deadline = time.monotonic() + GRACE
-        while self._server.active_channels and time.monotonic() < deadline:
-            for channel in list(self._server.active_channels.values()):
-                if not (channel.requests or channel.request or channel.total_outbufs_len):
+        while channels := list(self._server.active_channels.values()):
+            late = time.monotonic() > deadline
+            for channel in channels:
+                if channel.is_done() or (late and not channel.is_worked_on()):
                     channel.handle_close()
             self._turn(0.05)
         self._dispatcher.shutdown()
@@ -2989,7 +3008,39 @@ class Server:
             accept()
 
 
-class JSONErrorTask(ErrorTask):
+def on_signals(handler: Callable) -> None:
+    """Has this called on each of STOPS that is not ignored, as nohup ignores SIGHUP."""
+    for number in STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+class Logged:
+    """A task of waitress's that leaves a line in the access log: no body, query or name."""
+
+    def service(self) -> None:
+        """Answers a request."""
+        arrived = self.channel.last_activity
+        try:
+            super().service()
+        finally:
+            route = (getattr(self, "environ", None) or {}).get("bottle.route")
+            access.info(
+                "%s %s %s %s %d %.1f ms",
+                self.channel.addr[0],
+                getattr(self.request, "command", "-"),
+                _path(route.rule) if route else "-",
+                self.status[:3],
+                self.content_length or self.content_bytes_written,
+                1e3 * (time.time() - arrived),
+            )
+
+
+class AppTask(Logged, WSGITask):
+    """What the app answers."""
+
+
+class JSONErrorTask(Logged, ErrorTask):
     """What waitress answers, in JSON, to a request that it does not hand on."""
 
     def execute(self) -> None:
@@ -3024,6 +3075,17 @@ class Request(HTTPRequestParser):
                 self._go_without_body()
         return consumed
 
+    def parse_header(self, header_plus: bytes) -> None:
+        """Reads the headers. Raises ParsingError."""
+        try:
+            super().parse_header(header_plus)
+        except ValueError as error:  # an address in brackets that is none
+            raise ParsingError(str(error)) from None
+        if "CONTENT_LENGTH" in self.headers and (
+            self.chunked or "TRANSFER_ENCODING" in self.headers
+        ):
+            raise ParsingError("send Content-Length or Transfer-Encoding, not both")
+
     def _is_refused(self) -> bool:
         environ = WSGITask(self._channel, self).get_environment()
         return self._channel.server.refuses(environ)
@@ -3056,6 +3118,7 @@ class Rest(HTTPRequestParser):
 class Channel(HTTPChannel):
     """A connection of waitress's whose errors are in JSON."""
 
+    task_class = AppTask
     error_task_class = JSONErrorTask
     short = False  # is there a short question to answer?
     rest: Rest | None = None  # what comes next, if it is no request
@@ -3066,8 +3129,18 @@ class Channel(HTTPChannel):
         return rest or Request(self)
 
     def readable(self) -> bool:
-        """Whether it is to receive."""
-        return super().readable() and (self.request is None or self._has_room(self.request))
+        """Whether it is to receive: no further request once the service stops."""
+        if self.request is None:
+            return self.server.accepting and super().readable()
+        return super().readable() and self._has_room(self.request)
+
+    def is_done(self) -> bool:
+        """Whether it has neither a request nor an answer under way."""
+        return not (self.requests or self.request or self.total_outbufs_len)
+
+    def is_worked_on(self) -> bool:
+        """Whether it has a whole request whose answer has not begun."""
+        return bool(self.requests) and not self.total_outbufs_len
 
     def _has_room(self, request: HTTPRequestParser) -> bool:
         """Whether it is small, or has room among the large ones; if not, slow ones go."""
@@ -3163,7 +3236,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the service until SIGTERM or Ctrl-C, or checks a log; the exit status."""
     options = _options(arguments)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, until it serves
+    access.disabled = not options.access_log
+    on_signals(signal.default_int_handler)  # as Ctrl-C, until it serves
     try:
         if options.command == "check":
             return check(options.checked, options.repair)
@@ -3252,6 +3326,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     option("token-file", token, type=Path, metavar="FILE")
     reach = "listen without a token where other machines can reach it"
     option("open", reach, action="store_true")
+    lines = "write a line for each request to standard error: no body, query or name"
+    option("access-log", lines, action="store_true")
     threads = "requests at work at once: so many that change something, questions, and others"
     option("threads", threads, type=_whole(1, 1000), default=16)
     option("max-body", "bytes in one request's body", type=_whole(1, 1 << 40), default=MAX_BODY)
@@ -3709,12 +3785,14 @@ async function refresh() {
   busy = true;
   clearTimeout(timer);
   try {
-    show(await call('overview'));
+    const overview = await call('overview');
+    show(overview);
     seen = new Date().toLocaleTimeString('en-GB');
     pause = PAUSE;
     $('access').hidden = true;
-    $('state').className = 'good';
-    put($('state'), 'Connected');
+    const { status } = overview.health;
+    $('state').className = status === 'ok' ? 'good' : 'bad';
+    put($('state'), status === 'ok' ? 'Connected' : `Connected, but ${status}`);
   } catch (error) {
     pause = Math.min(2 * pause, LONGEST_PAUSE);
     const why = !(error instanceof Refused) ? 'Not reachable'

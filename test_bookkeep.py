@@ -396,8 +396,8 @@ def run(*command, **options):
     return done.returncode, done.stdout, done.stderr
 
 
-def refused(log, *options):
-    status, out, said = run(HERE / "bookkeep.py", f"--log={log}", "--port=0", *options)
+def refused(log, *options, **more):
+    status, out, said = run(HERE / "bookkeep.py", f"--log={log}", "--port=0", *options, **more)
     assert (status, out) == (1, "")
     assert said.startswith("bookkeep: ")
     assert said.count("\n") == 1
@@ -3185,12 +3185,75 @@ def test_statuses(service, method, path, headers, body, status):
     assert service.samples() == 2
 
 
-def test_what_is_no_http_gets_a_json_error_too(service):
-    with socket.create_connection(("127.0.0.1", service.port)) as connection:
-        connection.sendall(b"NONSENSE\r\n\r\n")
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"NONSENSE\r\n\r\n",
+        b"GET http://[::1/health HTTP/%b\r\n\r\n",
+        b"POST /sample HTTP/%b\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    ],
+)
+def test_what_is_no_http_gets_a_json_error_too(service, sent, version):
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        connection.sendall(sent.replace(b"%b", version))
         head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.0 400 ")
+    assert re.match(rb"HTTP/1.[01] 400 ", head)
     assert list(json.loads(body)) == ["error"]
+    assert "exception" not in service.said()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "names"),
+    [
+        ("GET", "/samples?company=x", "only from, limit,"),
+        ("GET", "/samples?from=1&from=2", "only from, limit,"),
+        ("GET", "/report/1?from=1", "only company,"),
+        ("POST", "/suggest?tip=1", "only top,"),
+        ("POST", "/sample?company=A", "nothing"),
+        ("GET", "/health?x", "nothing"),
+        ("GET", "/metrics/1?company=A", "nothing"),
+        ("DELETE", "/company/none?id=A", "nothing"),
+        ("GET", "/?a=b", "nothing"),
+    ],
+)
+def test_a_parameter_that_a_path_does_not_have_is_refused(service, method, path, names):
+    status, _, answer = service.ask(method, path, [])
+    assert (status, answer) == (400, {"error": answer["error"]})
+    assert f"send {names}" in answer["error"]
+    assert service.get("/health?")[0] == 200
+
+
+def test_a_method_that_a_path_does_not_have_is_not_repeated(service):
+    status, headers, answer = service.ask("X" * 2000, "/sample")
+    assert (status, headers["Allow"]) == (405, "POST")
+    assert answer == {"error": "ask for this with POST"}
+
+
+def test_the_access_log_has_a_line_for_each_request_and_no_names(serve):
+    service = serve("--access-log")
+    service.post("/sample", [booking(company="secret")])
+    service.post("/predict", booking(company="secret"))
+    service.get("/report/1?company=secret")
+    service.delete("/company/secret")
+    service.get("/secret")
+    with socket.create_connection(("127.0.0.1", service.port)) as connection:
+        connection.sendall(b"SECRET\r\n\r\n")
+        connection.recv(1000)
+    wait_until(lambda: service.said().count(" ms\n") == 6)
+    lines = [line.split()[2:] for line in service.said().splitlines() if line.endswith(" ms")]
+    assert [line[1:5] for line in lines] == [
+        ["127.0.0.1", "POST", "/sample", "200"],
+        ["127.0.0.1", "POST", "/predict", "200"],
+        ["127.0.0.1", "GET", "/report/{n}", "503"],
+        ["127.0.0.1", "DELETE", "/company/{id}", "200"],
+        ["127.0.0.1", "GET", "-", "404"],
+        ["127.0.0.1", "-", "-", "400"],
+    ]
+    assert all(int(line[5]) > 0 and float(line[6]) >= 0 for line in lines)
+    assert lines[1][5] == str(len('["3115"]'))
+    assert "secret" not in service.said().lower()
+    assert " ms" not in serve(log=service.messages.with_name("quiet")).said()
 
 
 def test_a_full_disk_is_a_507_and_when_there_is_space_again_bookings_go_on(serve):
@@ -3201,10 +3264,19 @@ def test_a_full_disk_is_a_507_and_when_there_is_space_again_bookings_go_on(serve
     assert status == 507
     assert answer == {"error": "the log could not be written (File too large); try later"}
     assert "ERROR" in service.said()
-    assert service.samples() == 100
+    failing = "the log could not be written (File too large)"
+    assert service.get("/health")[1]["status"] == failing
+    service.post("/sample", [])  # which says nothing of the log
+    assert service.get("/health")[1] | {"uptime": 0} == {
+        **service.get("/overview")[1]["health"],
+        "status": failing,
+        "samples": 100,
+        "uptime": 0,
+    }
     assert service.post("/predict", booking()) == (200, ["3115"])
     assert service.get("/metrics/10")[0] == 503
     assert service.post("/sample", [booking()])[0] == 200
+    assert service.get("/health")[1]["status"] == "ok"
     resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, unlimited)
     assert service.post("/sample", [booking(account="2")] * 500)[0] == 200
     service.stop()
@@ -3260,7 +3332,7 @@ def test_with_a_token_nobody_else_reads_or_teaches(serve, tmp_path, monkeypatch,
     else:
         monkeypatch.setenv("BOOKKEEP_TOKEN", secret)
     service = serve(*options)
-    right = {"Authorization": f"Bearer {secret}"}
+    right = {"Authorization": f"bEARER {secret}"}
     assert service.ask("POST", "/sample", [booking()], headers=right)[0] == 200
     for wrong in (
         None,
@@ -3806,7 +3878,7 @@ def test_importing_starts_nothing(tmp_path):
     assert (status, out, said, list(tmp_path.iterdir())) == (0, "", "", [])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_stops_it_cleanly_and_a_restart_knows_all(serve, number):
     service = serve()
     samples = bookings(700)
@@ -3841,6 +3913,37 @@ def test_a_request_under_way_is_answered_before_it_stops(serve):
     assert service.process.wait(5) == 0
     idle.close()
     assert serve().samples() == 1
+
+
+def test_who_does_not_finish_or_read_does_not_keep_it_from_stopping(serve, tmp_path):
+    hanging = tmp_path / "hanging"
+    service = serve(program=("-c", HANGING.format(hanging)))
+    hanging.touch()
+    answers = []
+    sending = threading.Thread(target=lambda: answers.append(service.post("/sample", [booking()])))
+    sending.start()
+    half = request("/sample", [booking()])[:-5]
+    with socket.create_connection(("127.0.0.1", service.port)) as connection:
+        connection.sendall(half)
+        time.sleep(0.3)
+        started = time.monotonic()
+        service.process.terminate()
+        assert connection.recv(10) == b""
+        assert 3 < time.monotonic() - started < 5
+        time.sleep(1)  # whoever has sent all is waited for, however long
+        assert service.process.poll() is None
+        hanging.unlink()
+        assert service.process.wait(2) == 0
+    sending.join()
+    assert answers[0][0] == 200
+    assert serve().samples() == 1
+
+
+def test_nohup_keeps_it_from_stopping_on_a_hangup(serve):
+    service = serve(limit=partial(signal.signal, signal.SIGHUP, signal.SIG_IGN))
+    service.process.send_signal(signal.SIGHUP)
+    assert service.samples() == 0
+    assert service.stop() == 0
 
 
 def test_kills_at_any_moment_lose_nothing_and_double_nothing(serve, tmp_path):
@@ -3967,6 +4070,8 @@ def test_what_keeps_it_from_starting_is_said_in_one_line(serve, tmp_path, monkey
     assert "--open" in refused(tmp_path / "other", "--host=0.0.0.0")
     assert "a token must be" in refused(tmp_path / "other", f"--token-file={log}")
     assert "No such file" in refused(tmp_path / "other", "--token-file=/no/token")
+    files = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (119, 119))
+    assert "let it open at least 120 files" in refused(tmp_path / "other", preexec_fn=files)
     monkeypatch.setenv("BOOKKEEP_UNSAVED", "1e4")
     assert "BOOKKEEP_UNSAVED must be a whole number" in refused(tmp_path / "other")
     monkeypatch.delenv("BOOKKEEP_UNSAVED")
