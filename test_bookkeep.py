@@ -210,7 +210,7 @@ def state(bookkeeper, asked):
         bookkeeper.predict(asked),
         [bookkeeper.suggest(sample, 3) for sample in asked[:5]],
         [bookkeeper.metrics(n) for n in (1, 10, 100, 10_000)],
-        {key: value for key, value in bookkeeper.health().items() if key != "uptime"},
+        bookkeeper.health() | {"status": "", "uptime": 0},
     )
 
 
