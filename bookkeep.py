@@ -2968,6 +2968,7 @@ class Server:
         )
         self._server.channel_class = Channel
         self._server.refuses = app.refuses
+        self._server.pull_trigger = self._wake
         self._server.handle_accept = partial(self._accept, self._server.handle_accept)
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # waiting for a thread is fine
 
@@ -2978,7 +2979,7 @@ class Server:
         def stop(number: int, _: object) -> None:
             logger.info("stopping on %s", signal.Signals(number).name)
             stopping.set()
-            self._server.pull_trigger()
+            self._server.trigger.pull_trigger()
 
         on_signals(stop)
         while not stopping.is_set():
@@ -3001,6 +3002,11 @@ class Server:
         self._dispatcher.answered = 0
         self._server.asyncore.loop(seconds, use_poll=True, map=self._server._map, count=1)
 
+    def _wake(self) -> None:
+        """Has the loop look again, unless it is the loop that asks: it will."""
+        if threading.get_ident() != self._dispatcher.receiver:
+            self._server.trigger.pull_trigger()
+
     def _accept(self, accept: Callable[[], None]) -> None:
         """Accepts all that wait: if each had to wait for a turn, many would wait for long."""
         before = -1
@@ -3020,6 +3026,9 @@ class Logged:
 
     def service(self) -> None:
         """Answers a request."""
+        if access.disabled:
+            super().service()
+            return
         arrived = self.channel.last_activity
         try:
             super().service()
