@@ -3072,16 +3072,18 @@ class Request(HTTPRequestParser):
 
     def __init__(self, channel: "Channel") -> None:
         super().__init__(channel.adj)
-        self._channel = channel
+        self._channel: Channel | None = channel
 
     def received(self, data: bytes) -> int:
         """Takes what it needs of the data, and says how many bytes."""
-        in_headers = not self.headers_finished
         consumed = super().received(data)
-        if in_headers and self.body_rcv is not None and not self.error:
+        if self.headers_finished and self._channel:
+            channel, self._channel = self._channel, None  # a cycle would keep the body for long
             lacks = self.content_length > len(data) - consumed
-            if (lacks or self.chunked or self.expect_continue) and self._is_refused():
-                self._go_without_body()
+            if (lacks or self.chunked or self.expect_continue) and not self.error:
+                environ = WSGITask(channel, self).get_environment()
+                if channel.server.refuses(environ):
+                    self._go_without_body(channel)
         return consumed
 
     def parse_header(self, header_plus: bytes) -> None:
@@ -3095,15 +3097,11 @@ class Request(HTTPRequestParser):
         ):
             raise ParsingError("send Content-Length or Transfer-Encoding, not both")
 
-    def _is_refused(self) -> bool:
-        environ = WSGITask(self._channel, self).get_environment()
-        return self._channel.server.refuses(environ)
-
-    def _go_without_body(self) -> None:
+    def _go_without_body(self, channel: "Channel") -> None:
         if self.expect_continue:  # nobody knows whether the body will come
             self.headers["CONNECTION"] = "close"
         else:
-            self._channel.rest = Rest(self.adj, self.body_rcv)
+            channel.rest = Rest(self.adj, self.body_rcv)
         self.body_rcv, self.content_length = None, 0
         self.expect_continue, self.completed = False, True
 

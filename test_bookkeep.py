@@ -3785,6 +3785,7 @@ def test_unfinished_uploads_hold_little_and_shut_nobody_out(serve):
     assert held() < bookkeep.ROOM * 7_100_000
     large = b"[]".ljust(2_999_999)
     assert service.ask("POST", "/sample", body=large)[0] == 200
+    assert held() < bookkeep.ROOM * 7_100_000
     service.process.kill()
     for thread in sending:
         thread.join()
