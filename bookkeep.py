@@ -49,12 +49,16 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import numpy as np
 import waitress
 from bottle import Bottle, HTTPError, request, response
+from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
-from waitress.task import ErrorTask, ThreadedTaskDispatcher
+from waitress.parser import HTTPRequestParser, ParsingError
+from waitress.receiver import ChunkedReceiver, FixedStreamReceiver
+from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 
 __version__ = "0.3.0"
 
 logger = logging.getLogger("bookkeep")
+access = logging.getLogger("bookkeep.access")  # a line for each request
 
 # ---------------------------------------------------------------------------------------- Samples
 
@@ -1519,6 +1523,7 @@ class Log:
         self.fsynced: Callable[[float], object] = lambda seconds: None  # told how long each took
         self._starts = array("q")  # the byte at which each line of a whole batch starts
         self._torn = False  # may the file hold bytes beyond them?
+        self.failure: str | None = None  # why the last append failed, if it did
         self._keys: OrderedDict[str, range] = OrderedDict()  # of batches -> their lines
         self._placing = threading.RLock()  # held while lines get their places, or are looked up
         try:
@@ -1648,12 +1653,14 @@ class Log:
             self.fsynced(time.perf_counter() - started)
             self._torn = False
         except OSError as error:
+            self.failure = error.strerror
             with suppress(OSError):  # else it is cut back before the next append, or at the end
                 self._cut_back()
             if not self._torn:
                 raise
             raise OSError(error.errno, f"{error.strerror}; {UNSURE}") from None
         for batch in batches:
+            self.failure = None if batch.lines else self.failure
             self._keep(batch)
 
     def find(self, key: str) -> list[dict] | None:
@@ -2290,6 +2297,7 @@ CHUNK = 128  # samples that are predicted, or unlearned, at a time
 LINES = 4096  # of the log that are read back at a time
 LISTED = 10  # bookings in each list of the overview
 RECENT = 10_000  # bookings that it looks at
+QUICK = 250_000  # bytes of a sample times accounts, for which a prediction takes a millisecond
 UNSAVED = 10_000  # lines of the log that its snapshot may lack; a sixteenth while it grows
 
 
@@ -2392,6 +2400,13 @@ class Bookkeeper:
                 accounts += model.predict(documents)
                 self._predictions += len(documents)
         return accounts
+
+    def is_quick(self, size: int) -> bool:
+        """Whether a prediction for one sample of so many bytes takes a millisecond or two at most.
+
+        It does if all its words have met all accounts, and need not wait for the model.
+        """
+        return size * len(self._model.names) <= QUICK and not self._changing.locked()
 
     def suggest(
         self, sample: Sample, top: int, place: int = 0, book_from: float | None = None
@@ -2521,10 +2536,11 @@ class Bookkeeper:
             raise NotReady(RESTART)
         if not self.log.in_place():
             raise NotReady("the log was moved, replaced, deleted or cut by another; put it back")
+        failure = self.log.failure
         with self._changing:
             rows = self._history.rows
             return {
-                "status": "ok",
+                "status": f"the log could not be written ({failure})" if failure else "ok",
                 "samples": len(rows),
                 "unseen": unseen(rows),
                 "checks": checks(rows),
@@ -3050,7 +3066,9 @@ def openapi(max_batch: int) -> dict:
             }
         ),
         "Health": record(
-            {"status": {"const": "ok"}} | health | {"uptime": {"type": "number", "minimum": 0}}
+            {"status": filled | {"description": "ok, or why bookings cannot be stored now"}}
+            | health
+            | {"uptime": {"type": "number", "minimum": 0}}
         ),
         "Error": record({"error": {"type": "string", "minLength": 1}}),
     }
@@ -3205,7 +3223,7 @@ def create_app(
 
     With a token, all but the page and /health is for those who send it. With hosts, it is for those
     who call the service by one of these names: a web page whose own name was made to lead here does
-    not.
+    not. Its `refuses` says of an environ whether its headers suffice to refuse the request.
     """
     app = Bottle()
     app.install(_in_json)
@@ -3215,42 +3233,65 @@ def create_app(
     durations, fsyncs = Histogram(), Histogram()
     bookkeeper.log.fsynced = fsyncs.observe
 
-    @app.hook("before_request")
-    def authorize() -> None:
-        request.environ["bookkeep.arrival"] = time.perf_counter()
-        if request.environ["PATH_INFO"].encode() != request.environ["bottle.raw_path"].encode(
-            "latin-1"
-        ):
+    def check() -> None:
+        """Refuses what can be refused from its headers. Raises HTTPError."""
+        environ = request.environ
+        if environ["PATH_INFO"].encode() != environ["bottle.raw_path"].encode("latin-1"):
             raise HTTPError(400, "the path must be UTF-8, percent-encoded")
-        host = re.sub(":[0-9]*$", "", request.environ.get("HTTP_HOST", "")).lower()
+        host = re.sub(":[0-9]*$", "", environ.get("HTTP_HOST", "")).lower()
         if hosts is not None and host not in hosts:
             raise HTTPError(403, f"call this service by one of its names: {', '.join(hosts)}")
-        if token is None or request.path in OPEN:
-            return
-        expected = f"Bearer {token}".encode()
-        given = request.environ.get("HTTP_AUTHORIZATION", "")
-        if not hmac.compare_digest(given.encode("latin-1"), expected):
-            raise HTTPError(
-                401,
-                "send the token, with the header Authorization: Bearer <token>",
-                **{"WWW-Authenticate": "Bearer"},
-            )
+        if token is not None and request.path not in OPEN:
+            scheme, _, given = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
+            right = hmac.compare_digest(given.encode("latin-1"), token.encode())
+            if scheme.lower() != "bearer" or not right:
+                raise HTTPError(
+                    401,
+                    "send the token, with the header Authorization: Bearer <token>",
+                    **{"WWW-Authenticate": "Bearer"},
+                )
+        route, _ = app.match(environ)
+        environ["bottle.route"] = route
+        takes = operations[route]
+        if request.query_string:
+            names = [name for name, _ in request.query.allitems()]
+            known = [each["name"] for each in takes["parameters"] if each["in"] == "query"]
+            if set(names) - set(known) or len(names) > len(set(names)):
+                these = f"only {', '.join(known)}, each once" if known else "nothing"
+                raise HTTPError(400, f"send {these} after the ? of this path")
+        if "requestBody" in takes:
+            kind = request.content_type.partition(";")[0].strip()
+            if kind != "application/json":
+                raise HTTPError(415, "send JSON, with the header Content-Type: application/json")
+        if request.content_length > max_body:
+            raise HTTPError(413, f"send at most {max_body} bytes in one request")
+
+    @app.hook("before_request")
+    def arrive() -> None:
+        request.environ["bookkeep.arrival"] = time.perf_counter()
+        check()
+
+    def refuses(environ: dict) -> bool:
+        path = environ["bottle.raw_path"] = environ["PATH_INFO"]
+        environ["PATH_INFO"] = path.encode("latin-1").decode(errors="ignore")  # as Bottle does
+        request.bind(environ)
+        try:
+            check()
+        except HTTPError:
+            return True
+        return False
 
     @app.hook("after_request")
     def protect() -> None:
         for name, value in HEADERS.items():
             response.set_header(name, value)
         route = request.environ.get("bottle.route")
+        path = _path(route.rule) if route else "other"
         seconds = time.perf_counter() - request.environ["bookkeep.arrival"]
-        durations.observe(seconds, _labels(route and route.rule, response.status_code))
+        durations.observe(seconds, f'path="{path}",status="{response.status_code}"')
 
     def received(parse: Callable[[bytes], T]) -> T:
-        if request.content_type.partition(";")[0].strip() != "application/json":
-            raise HTTPError(415, "send JSON, with the header Content-Type: application/json")
-        length = request.content_length
-        if length > max_body:
-            raise HTTPError(413, f"send at most {max_body} bytes in one request")
-        with parsing if length > LARGE_BODY else nullcontext():
+        with parsing if request.content_length > LARGE_BODY else nullcontext():
             return parse(request.body.read())
 
     def number(name: str, text: str, least: int, most: int = MAX_NUMBER) -> int:
@@ -3360,9 +3401,13 @@ def create_app(
 
     @app.error(405)
     def not_allowed(error: HTTPError) -> str:
-        error.body = f"ask for this with {response.get_header('Allow')}, not {request.method}"
+        error.body = f"ask for this with {response.get_header('Allow')}"
         return _error_in_json(error)
 
+    operations = {
+        route: description["paths"][_path(route.rule)][route.method.lower()] for route in app.routes
+    }
+    app.refuses = refuses
     return app
 
 
@@ -3393,10 +3438,9 @@ def _in_json(callback: Callable) -> Callable:
 
 
 @cache
-def _labels(rule: str | None, status: int) -> str:
-    """Of a request in Prometheus's text format: the path as the API's description has it."""
-    path = re.sub("<(.*?)(:.*?)?>", r"{\1}", rule) if rule else "other"
-    return f'path="{path}",status="{status}"'
+def _path(rule: str) -> str:
+    """A route's path as the API's description has it."""
+    return re.sub("<(.*?)(:.*?)?>", r"{\1}", rule)
 
 
 def _exposition(
@@ -3425,66 +3469,134 @@ def _error_in_json(error: HTTPError) -> str:
 
 # ----------------------------------------------------------------------------------------- Server
 
-SHORT_BODY = 1 << 14  # bytes of a question that is answered without another thread
-GRACE = 10  # seconds that requests under way have to end when the service stops
+SHORT_BODY = 1 << 10  # bytes of a question that is answered without another thread
+TURN = 0.002  # seconds of such answers, after which it looks for new connections
+ROOM = 2  # times what waitress takes of one request: for all large ones that are not answered
+SLOW = 1 << 17  # bytes a second; who sends fewer, or none for a while, makes room for others
+PATIENT = 5  # seconds, that while
+FEWEST = 10  # connections, for which the system must let it open files
+GRACE = 4  # seconds that requests have to arrive, and answers to be read, when the service stops
+STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
 class Server:
     """Waitress, which calls the app: the one place that knows its insides."""
 
-    def __init__(self, app: Bottle, listener: socket.socket, threads: int, max_body: int) -> None:
-        """Listens, but does not answer yet."""
+    def __init__(
+        self,
+        app: Bottle,
+        listener: socket.socket,
+        threads: int,
+        max_body: int,
+        is_quick: Callable[[int], bool],
+    ) -> None:
+        """Listens, but does not answer yet.
+
+        `is_quick` says whether a prediction for one sample of so many bytes takes no time. Raises
+        OSError if the system lets it open too few files.
+        """
         _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-        dispatcher = Dispatcher()
-        dispatcher.set_thread_count(threads)
+        # A connection takes a socket, and a file for a body of over 512 KiB.
+        most = 1000 if files == resource.RLIM_INFINITY else min(1000, files // 2 - 50)
+        if most < FEWEST:
+            raise OSError(f"let it open at least {2 * FEWEST + 100} files (ulimit -n), not {files}")
+        self._dispatcher = Dispatcher(threads, is_quick)
         self._listener = listener
         self._server = waitress.create_server(
             app,
-            _dispatcher=dispatcher,
+            _dispatcher=self._dispatcher,
             sockets=[listener],
             ident=None,
-            # A connection takes a socket, and a file for a body of over 512 KiB.
-            connection_limit=1000
-            if files == resource.RLIM_INFINITY
-            else min(1000, files // 2 - 50),
+            connection_limit=most,
             asyncore_use_poll=True,
             # The app refuses long bodies, in JSON; waitress refuses what is not worth receiving.
             max_request_body_size=2 * max_body + (1 << 20),
         )
         self._server.channel_class = Channel
+        self._server.refuses = app.refuses
+        self._server.pull_trigger = self._wake
+        self._server.handle_accept = partial(self._accept, self._server.handle_accept)
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # waiting for a thread is fine
 
     def answer(self) -> None:
-        """Answers requests until SIGTERM or Ctrl-C, then those that are under way."""
+        """Answers requests until one of STOPS, then those that are under way."""
         stopping = threading.Event()
 
         def stop(number: int, _: object) -> None:
             logger.info("stopping on %s", signal.Signals(number).name)
             stopping.set()
-            self._server.pull_trigger()
+            self._server.trigger.pull_trigger()
 
-        signal.signal(signal.SIGTERM, stop)
-        signal.signal(signal.SIGINT, stop)
+        on_signals(stop)
         while not stopping.is_set():
             self._turn(1)
 
         self._server.del_channel()
         self._listener.close()
         self._turn(0)  # what has arrived by now is under way
+        self._server.accepting = False
         deadline = time.monotonic() + GRACE
-        while self._server.active_channels and time.monotonic() < deadline:
-            for channel in list(self._server.active_channels.values()):
-                if not (channel.requests or channel.request or channel.total_outbufs_len):
+        while channels := list(self._server.active_channels.values()):
+            late = time.monotonic() > deadline
+            for channel in channels:
+                if channel.is_done() or (late and not channel.is_worked_on()):
                     channel.handle_close()
             self._turn(0.05)
-        self._server.task_dispatcher.shutdown()
+        self._dispatcher.shutdown()
 
     def _turn(self, seconds: float) -> None:
+        self._dispatcher.answered = 0
         self._server.asyncore.loop(seconds, use_poll=True, map=self._server._map, count=1)
 
+    def _wake(self) -> None:
+        """Has the loop look again, unless it is the loop that asks: it will."""
+        if threading.get_ident() != self._dispatcher.receiver:
+            self._server.trigger.pull_trigger()
 
-class JSONErrorTask(ErrorTask):
+    def _accept(self, accept: Callable[[], None]) -> None:
+        """Accepts all that wait: if each had to wait for a turn, many would wait for long."""
+        before = -1
+        while before != (before := len(self._server._map)) and self._server.readable():
+            accept()
+
+
+def on_signals(handler: Callable) -> None:
+    """Has this called on each of STOPS that is not ignored, as nohup ignores SIGHUP."""
+    for number in STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+class Logged:
+    """A task of waitress's that leaves a line in the access log: no body, query or name."""
+
+    def service(self) -> None:
+        """Answers a request."""
+        if access.disabled:
+            super().service()
+            return
+        arrived = self.channel.last_activity
+        try:
+            super().service()
+        finally:
+            route = (getattr(self, "environ", None) or {}).get("bottle.route")
+            access.info(
+                "%s %s %s %s %d %.1f ms",
+                self.channel.addr[0],
+                getattr(self.request, "command", "-"),
+                _path(route.rule) if route else "-",
+                self.status[:3],
+                self.content_length or self.content_bytes_written,
+                1e3 * (time.time() - arrived),
+            )
+
+
+class AppTask(Logged, WSGITask):
+    """What the app answers."""
+
+
+class JSONErrorTask(Logged, ErrorTask):
     """What waitress answers, in JSON, to a request that it does not hand on."""
 
     def execute(self) -> None:
@@ -3499,46 +3611,176 @@ class JSONErrorTask(ErrorTask):
         self.write(body)
 
 
+class Request(HTTPRequestParser):
+    """A request while it is received: what the app refuses in any case is answered at once."""
+
+    took = 0  # bytes of the room for large ones
+    since = 0.0  # when it took them
+
+    def __init__(self, channel: "Channel") -> None:
+        super().__init__(channel.adj)
+        self._channel: Channel | None = channel
+
+    def received(self, data: bytes) -> int:
+        """Takes what it needs of the data, and says how many bytes."""
+        consumed = super().received(data)
+        if self.headers_finished and self._channel:
+            channel, self._channel = self._channel, None  # a cycle would keep the body for long
+            lacks = self.content_length > len(data) - consumed
+            if (lacks or self.chunked or self.expect_continue) and not self.error:
+                environ = WSGITask(channel, self).get_environment()
+                if channel.server.refuses(environ):
+                    self._go_without_body(channel)
+        return consumed
+
+    def parse_header(self, header_plus: bytes) -> None:
+        """Reads the headers. Raises ParsingError."""
+        try:
+            super().parse_header(header_plus)
+        except ValueError as error:  # an address in brackets that is none
+            raise ParsingError(str(error)) from None
+        if "CONTENT_LENGTH" in self.headers and (
+            self.chunked or "TRANSFER_ENCODING" in self.headers
+        ):
+            raise ParsingError("send Content-Length or Transfer-Encoding, not both")
+
+    def _go_without_body(self, channel: "Channel") -> None:
+        if self.expect_continue:  # nobody knows whether the body will come
+            self.headers["CONNECTION"] = "close"
+        else:
+            channel.rest = Rest(self.adj, self.body_rcv)
+        self.body_rcv, self.content_length = None, 0
+        self.expect_continue, self.completed = False, True
+
+
+class Rest(HTTPRequestParser):
+    """The body of a request that was refused without it: it is received, and thrown away."""
+
+    took = 0
+
+    def __init__(self, adj: Adjustments, receiver: FixedStreamReceiver | ChunkedReceiver) -> None:
+        super().__init__(adj)
+        receiver.buf = deque(maxlen=0)
+        self.body_rcv = receiver
+
+    @property
+    def empty(self) -> bool:
+        """Whether it needs no answer: it does if nobody knows where the next request starts."""
+        return not self.error
+
+
 class Channel(HTTPChannel):
-    """A connection of waitress's whose errors are in JSON.
+    """A connection of waitress's whose errors are in JSON."""
+
+    task_class = AppTask
+    error_task_class = JSONErrorTask
+    short = False  # is there a short question to answer?
+    rest: Rest | None = None  # what comes next, if it is no request
+
+    def parser_class(self, _: Adjustments) -> HTTPRequestParser:
+        """What receives whatever comes next."""
+        rest, self.rest = self.rest, None
+        return rest or Request(self)
+
+    def readable(self) -> bool:
+        """Whether it is to receive: no further request once the service stops."""
+        if self.request is None:
+            return self.server.accepting and super().readable()
+        return super().readable() and self._has_room(self.request)
+
+    def is_done(self) -> bool:
+        """Whether it has neither a request nor an answer under way."""
+        return not (self.requests or self.request or self.total_outbufs_len)
+
+    def is_worked_on(self) -> bool:
+        """Whether it has a whole request whose answer has not begun."""
+        return bool(self.requests) and not self.total_outbufs_len
+
+    def _has_room(self, request: HTTPRequestParser) -> bool:
+        """Whether it is small, or has room among the large ones; if not, slow ones go."""
+        size = max(request.content_length, request.body_bytes_received)
+        if request.empty or request.took or size <= LARGE_BODY:
+            return True
+        most = self.adj.max_request_body_size
+        needed = request.content_length or most
+        channels = self.server.active_channels.values()
+        large = [(channel, each) for channel in channels for each in channel.all() if each.took]
+        now = time.time()  # as waitress's last_activity
+        if not large or sum(each.took for _, each in large) + needed <= ROOM * most:
+            request.took, request.since = needed, now
+            return True
+        for channel, each in large:
+            slow = each.body_bytes_received < SLOW * (now - each.since - PATIENT)
+            if slow or channel.last_activity < now - PATIENT:
+                channel.will_close = not channel.requests
+        return False
+
+    def all(self) -> list[HTTPRequestParser]:
+        """The requests that wait for their answers, and that which is received."""
+        return [*self.requests, *filter(None, [self.request])]
+
+    def handle_read(self) -> None:
+        """Receives what has arrived, and answers it if it is a short question."""
+        super().handle_read()
+        if self.short:
+            self.short = False
+            if len(self.requests) == 1:
+                started = time.perf_counter()
+                self.service()
+                self.server.task_dispatcher.answered += time.perf_counter() - started
+            else:  # before the next request, it might wait for what only this thread can send
+                self.server.task_dispatcher.hand_out(self)
+
+
+class Dispatcher:
+    """Threads of waitress's, others for each kind of request, so that no kind waits for another.
 
     A short question is answered by the very thread that received it: to hand it to another and
     back takes longer than to answer it.
     """
 
-    error_task_class = JSONErrorTask
-    receiver: int | None = None  # the thread that receives, while it does
-    short = False  # is there a short question to answer?
-
-    def handle_read(self) -> None:
-        """Receives what has arrived."""
+    def __init__(self, threads: int, is_quick: Callable[[int], bool]) -> None:
         self.receiver = threading.get_ident()
-        super().handle_read()
-        self.receiver = None
-        if self.short:
-            self.short = False
-            if len(self.requests) == 1:
-                self.service()
-            else:  # before the next request, it might wait for what only this thread can send
-                self.server.add_task(self)
-
-
-class Dispatcher(ThreadedTaskDispatcher):
-    """Threads of waitress's for all requests but short questions."""
+        self.answered = 0.0  # seconds of short questions since it last looked for new connections
+        self._is_quick = is_quick
+        self._looks, self._questions, self._changes = self._pools = [
+            ThreadedTaskDispatcher() for _ in range(3)
+        ]
+        for pool in self._pools:
+            pool.set_thread_count(threads)
 
     def add_task(self, channel: Channel) -> None:
         """Has the channel's next request answered."""
-        request = channel.requests[0]
-        if (
-            channel.receiver == threading.get_ident()
-            and not request.error
-            and not request.chunked
-            and request.path == "/predict"
-            and request.content_length <= SHORT_BODY
-        ):
+        if self._is_short(channel.requests[0]):
             channel.short = True
         else:
-            super().add_task(channel)
+            self.hand_out(channel)
+
+    def _is_short(self, request: HTTPRequestParser) -> bool:
+        return (
+            self.answered < TURN
+            and threading.get_ident() == self.receiver
+            and not request.error
+            and request.path == "/predict"
+            and 0 < request.content_length <= SHORT_BODY
+            and request.body_rcv.getbuf().get().lstrip().startswith(b"{")
+            and self._is_quick(request.content_length)
+        )
+
+    def hand_out(self, channel: Channel) -> None:
+        """Has a thread answer the channel's next request."""
+        request = channel.requests[0]
+        if request.error or request.command in ("GET", "HEAD"):
+            self._looks.add_task(channel)
+        elif request.path in ("/predict", "/suggest"):
+            self._questions.add_task(channel)
+        else:
+            self._changes.add_task(channel)
+
+    def shutdown(self) -> None:
+        """Ends the threads."""
+        for pool in self._pools:
+            pool.shutdown()
 
 
 # ----------------------------------------------------------------------------------- Command line
@@ -3548,7 +3790,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the service until SIGTERM or Ctrl-C, or checks a log; the exit status."""
     options = _options(arguments)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, until it serves
+    access.disabled = not options.access_log
+    on_signals(signal.default_int_handler)  # as Ctrl-C, until it serves
     try:
         if options.command == "check":
             return check(options.checked, options.repair)
@@ -3584,7 +3827,7 @@ def serve(options: argparse.Namespace) -> None:
     names = {"localhost", "127.0.0.1", "[::1]", options.host.lower()}
     hosts = None if token or options.open else sorted(names)
     app = create_app(bookkeeper, token, hosts, options.max_body, options.max_batch)
-    server = Server(app, listener, options.threads, options.max_body)
+    server = Server(app, listener, options.threads, options.max_body, bookkeeper.is_quick)
     logger.info(
         "serving on http://%s:%d, log %s, %d bookings read back in %.1f s",
         *(f"[{host}]" if ":" in host else host, port),
@@ -3637,7 +3880,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     option("token-file", token, type=Path, metavar="FILE")
     reach = "listen without a token where other machines can reach it"
     option("open", reach, action="store_true")
-    threads = "requests at work at once; one of /sample is until its bookings are on disk"
+    lines = "write a line for each request to standard error: no body, query or name"
+    option("access-log", lines, action="store_true")
+    threads = "requests at work at once: so many that change something, questions, and others"
     option("threads", threads, type=_whole(1, 1000), default=16)
     option("max-body", "bytes in one request's body", type=_whole(1, 1 << 40), default=MAX_BODY)
     option("max-batch", "samples in one request", type=_whole(1, 10**9), default=MAX_BATCH)
@@ -4121,8 +4366,9 @@ async function refresh() {
     seen = new Date().toLocaleTimeString('en-GB');
     pause = PAUSE;
     $('access').hidden = true;
-    $('state').className = 'good';
-    put($('state'), 'Connected');
+    const { status } = found.health;
+    $('state').className = status === 'ok' ? 'good' : 'bad';
+    put($('state'), status === 'ok' ? 'Connected' : `Connected, but ${status}`);
   } catch (error) {
     pause = Math.min(2 * pause, LONGEST_PAUSE);
     const why = !(error instanceof Refused) ? 'Not reachable'

@@ -225,7 +225,7 @@ def state(bookkeeper, asked):
         bookkeeper.predict(asked),
         [bookkeeper.suggest(sample, 3) for sample in asked[:5]],
         [bookkeeper.metrics(n) for n in (1, 10, 100, 10_000)],
-        {key: value for key, value in bookkeeper.health().items() if key != "uptime"},
+        bookkeeper.health() | {"status": "", "uptime": 0},
     )
 
 
@@ -301,12 +301,26 @@ def free_port():
 class Service:
     """A real bookkeep.py in a process of its own."""
 
-    def __init__(self, log, *options, port=None, limit=None, unsaved=bookkeep.UNSAVED, under=()):
+    def __init__(
+        self,
+        log,
+        *options,
+        port=None,
+        limit=None,
+        unsaved=bookkeep.UNSAVED,
+        program=(SERVICE,),
+        under=(),
+    ):
         self.port = port or free_port()
         self.messages = log.with_suffix(".stderr")
         with open(self.messages, "wb") as stderr:
             self.process = subprocess.Popen(
-                [*under, sys.executable, SERVICE, f"--log={log}", f"--port={self.port}", *options],
+                [
+                    *under,
+                    *(sys.executable, *program),
+                    *(f"--log={log}", f"--port={self.port}"),
+                    *options,
+                ],
                 env=os.environ | {"BOOKKEEP_UNSAVED": str(unsaved)},
                 cwd=HERE,
                 stderr=stderr,
@@ -362,6 +376,19 @@ class Service:
         return self.messages.read_text()
 
 
+def request(path, content=None, method="POST", **headers):
+    """The bytes of a request, with this as JSON."""
+    body = b"" if content is None else json.dumps(content).encode()
+    headers = {
+        "Host": "localhost",
+        "Content-Type": "application/json",
+        "Content-Length": len(body),
+        "Authorization": "Bearer secret",
+    } | {name.replace("_", "-"): value for name, value in headers.items()}
+    lines = [f"{method} {path} HTTP/1.1", *map("{0[0]}: {0[1]}".format, headers.items())]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
 @pytest.fixture
 def serve(tmp_path):
     """Starts services, and kills them at the end."""
@@ -396,8 +423,8 @@ def run(*command, **options):
     return done.returncode, done.stdout, done.stderr
 
 
-def refused(log, *options):
-    status, out, said = run(HERE / "bookkeep.py", f"--log={log}", "--port=0", *options)
+def refused(log, *options, **more):
+    status, out, said = run(HERE / "bookkeep.py", f"--log={log}", "--port=0", *options, **more)
     assert (status, out) == (1, "")
     assert said.startswith("bookkeep: ")
     assert said.count("\n") == 1
@@ -3810,12 +3837,75 @@ def test_statuses(service, method, path, headers, body, status):
     assert service.samples() == 2
 
 
-def test_what_is_no_http_gets_a_json_error_too(service):
-    with socket.create_connection(("127.0.0.1", service.port)) as connection:
-        connection.sendall(b"NONSENSE\r\n\r\n")
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"NONSENSE\r\n\r\n",
+        b"GET http://[::1/health HTTP/%b\r\n\r\n",
+        b"POST /sample HTTP/%b\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    ],
+)
+def test_what_is_no_http_gets_a_json_error_too(service, sent, version):
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        connection.sendall(sent.replace(b"%b", version))
         head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.0 400 ")
+    assert re.match(rb"HTTP/1.[01] 400 ", head)
     assert list(json.loads(body)) == ["error"]
+    assert "exception" not in service.said()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "names"),
+    [
+        ("GET", "/samples?company=x", "only from, limit,"),
+        ("GET", "/samples?from=1&from=2", "only from, limit,"),
+        ("GET", "/report/1?from=1", "only company,"),
+        ("POST", "/suggest?tip=1", "only top,"),
+        ("POST", "/sample?company=A", "nothing"),
+        ("GET", "/health?x", "nothing"),
+        ("GET", "/metrics/1?company=A", "nothing"),
+        ("DELETE", "/company/none?id=A", "nothing"),
+        ("GET", "/?a=b", "nothing"),
+    ],
+)
+def test_a_parameter_that_a_path_does_not_have_is_refused(service, method, path, names):
+    status, _, answer = service.ask(method, path, [])
+    assert (status, answer) == (400, {"error": answer["error"]})
+    assert f"send {names}" in answer["error"]
+    assert service.get("/health?")[0] == 200
+
+
+def test_a_method_that_a_path_does_not_have_is_not_repeated(service):
+    status, headers, answer = service.ask("X" * 2000, "/sample")
+    assert (status, headers["Allow"]) == (405, "POST")
+    assert answer == {"error": "ask for this with POST"}
+
+
+def test_the_access_log_has_a_line_for_each_request_and_no_names(serve):
+    service = serve("--access-log")
+    service.post("/sample", [booking(company="secret")])
+    service.post("/predict", booking(company="secret"))
+    service.get("/report/1?company=secret")
+    service.delete("/company/secret")
+    service.get("/secret")
+    with socket.create_connection(("127.0.0.1", service.port)) as connection:
+        connection.sendall(b"SECRET\r\n\r\n")
+        connection.recv(1000)
+    wait_until(lambda: service.said().count(" ms\n") == 6)
+    lines = [line.split()[2:] for line in service.said().splitlines() if line.endswith(" ms")]
+    assert sorted(line[1:5] for line in lines) == [  # answers come before their lines
+        ["127.0.0.1", "-", "-", "400"],
+        ["127.0.0.1", "DELETE", "/company/{id}", "200"],
+        ["127.0.0.1", "GET", "-", "404"],
+        ["127.0.0.1", "GET", "/report/{n}", "503"],
+        ["127.0.0.1", "POST", "/predict", "200"],
+        ["127.0.0.1", "POST", "/sample", "200"],
+    ]
+    assert all(int(line[5]) > 0 and float(line[6]) >= 0 for line in lines)
+    assert [str(len('["3115"]'))] == [line[5] for line in lines if line[3] == "/predict"]
+    assert "secret" not in service.said().lower()
+    assert " ms" not in serve(log=service.messages.with_name("quiet")).said()
 
 
 def test_a_full_disk_is_a_507_and_when_there_is_space_again_bookings_go_on(serve):
@@ -3826,81 +3916,23 @@ def test_a_full_disk_is_a_507_and_when_there_is_space_again_bookings_go_on(serve
     assert status == 507
     assert answer == {"error": "the log could not be written (File too large); try later"}
     assert "ERROR" in service.said()
-    assert service.samples() == 100
+    failing = "the log could not be written (File too large)"
+    assert service.get("/health")[1]["status"] == failing
+    service.post("/sample", [])  # which says nothing of the log
+    assert service.get("/health")[1] | {"uptime": 0} == {
+        **service.get("/overview")[1]["health"],
+        "status": failing,
+        "samples": 100,
+        "uptime": 0,
+    }
     assert service.post("/predict", booking()) == (200, ["3115"])
     assert service.get("/metrics/10")[0] == 503
     assert service.post("/sample", [booking()])[0] == 200
+    assert service.get("/health")[1]["status"] == "ok"
     resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, unlimited)
     assert service.post("/sample", [booking(account="2")] * 500)[0] == 200
     service.stop()
     assert serve().samples() == 601
-
-
-def test_a_short_question_is_answered_while_all_threads_are_busy(serve):
-    service = serve("--threads=1")
-    service.post("/sample", bookings(100))
-    done = []
-
-    def book():
-        service.post("/sample", bookings(10_000))
-        done.append("booked")
-
-    sending = threading.Thread(target=book)
-    sending.start()
-    time.sleep(0.1)  # it takes much longer to book them
-    assert service.post("/predict", booking())[0] == 200
-    done.append("predicted")
-    sending.join()
-    assert done == ["predicted", "booked"]
-
-
-def test_a_long_answer_that_nobody_reads_keeps_no_other_from_its_own(serve):
-    service = serve()
-    service.post("/sample", [booking(account="\U0001f600" * 10_000)])
-    samples = [{"CompanyId": "A", "BankEntryText": "r", "BankEntryAmount": "a"}] * 220
-    question = json.dumps(samples).encode()
-    assert len(question) < bookkeep.SHORT_BODY
-    head = (
-        "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(question)}\r\n\r\n"
-    )
-    with socket.create_connection(("127.0.0.1", service.port)) as connection:
-        connection.sendall(
-            head.encode() + question + b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
-        )
-        time.sleep(0.5)
-        assert service.get("/health")[0] == 200
-        assert service.post("/predict", booking())[0] == 200
-    assert service.stop() == 0
-
-
-def test_requests_of_one_connection_are_answered_in_order(service):
-    def request(path, content):
-        body = json.dumps(content).encode()
-        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
-
-    kinds = [
-        (request("/predict", booking()), b'["1"]'),
-        (request("/predict", [booking()] * 500), b'["1", "1", '),  # too long to be a short one
-        (request("/predict", {}), b'{"error": "sample 0: CompanyId is missing"}'),
-        (b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b'{"status": "ok"'),
-    ]
-    rng = random.Random(0)
-    asked = rng.choices(kinds, k=200)
-    with socket.create_connection(("127.0.0.1", service.port)) as connection:
-        sending = threading.Thread(
-            target=connection.sendall, args=(b"".join(sent for sent, _ in asked),)
-        )
-        sending.start()
-        answers = connection.makefile("rb")
-        for _, expected in asked:
-            length = 0
-            while (line := answers.readline()) != b"\r\n":
-                if line.lower().startswith(b"content-length:"):
-                    length = int(line.split()[1])
-            assert answers.read(length).startswith(expected)
-        sending.join()
 
 
 def test_an_idempotency_key_books_a_batch_once_also_after_a_restart(serve):
@@ -3952,7 +3984,7 @@ def test_with_a_token_nobody_else_reads_or_teaches(serve, tmp_path, monkeypatch,
     else:
         monkeypatch.setenv("BOOKKEEP_TOKEN", secret)
     service = serve(*options)
-    right = {"Authorization": f"Bearer {secret}"}
+    right = {"Authorization": f"bEARER {secret}"}
     assert service.ask("POST", "/sample", [booking()], headers=right)[0] == 200
     for wrong in (
         None,
@@ -4161,6 +4193,316 @@ def test_who_finds_too_many_waiting_is_told_when_to_come_again(path, monkeypatch
     assert headers["Retry-After"] == "1"
 
 
+# ----------------------------------------------------------------------------------------- Server
+
+
+@contextmanager
+def turning(app, threads=2, is_quick=lambda size: True):
+    """A server that only turns when it is told to, and so many connections to it as are asked."""
+    listener = bookkeep._bind("127.0.0.1", 0)
+    server = bookkeep.Server(app, listener, threads, 1000, is_quick)
+    opened = []
+
+    def connect(n):
+        new = [socket.create_connection(listener.getsockname(), timeout=30) for _ in range(n)]
+        opened.extend(new)
+        return new
+
+    try:
+        yield server, connect
+    finally:
+        server._dispatcher.shutdown()
+        server._server.asyncore.close_all(server._server._map)
+        for connection in opened:
+            connection.close()
+
+
+def who_answers(seconds=0.0):
+    """An app, and the threads that called it."""
+    threads = []
+
+    def app(environ, start):
+        threads.append(threading.get_ident())
+        time.sleep(seconds)
+        start("200 OK", [("Content-Length", "0")])
+        return []
+
+    app.refuses = lambda environ: False
+    return app, threads
+
+
+def test_all_who_wait_are_accepted_in_one_turn():
+    with turning(who_answers()[0]) as (server, connect):
+        connect(50)
+        server._turn(0)
+        assert len(server._server.active_channels) == 50
+
+
+def test_short_questions_take_a_moment_of_each_turn_and_no_more():
+    app, threads = who_answers(bookkeep.TURN / 2)
+    with turning(app) as (server, connect):
+        connections = connect(20)
+        server._turn(0)
+        for connection in connections:
+            connection.sendall(request("/predict", booking()))
+        server._turn(0)
+        assert 1 <= threads.count(threading.get_ident()) <= 2
+        for connection in connections:
+            assert connection.recv(15) == b"HTTP/1.1 200 OK"
+
+
+@pytest.mark.parametrize(
+    ("asked", "at_once"),
+    [
+        (request("/predict", booking()), True),
+        (request("/predict", booking()).replace(b"{", b" \r\n{", 1)[:-3], True),
+        (request("/predict", [booking()]), False),
+        (request("/predict", json.dumps(booking())), False),
+        (request("/predict", booking(Note="x" * bookkeep.SHORT_BODY)), False),
+        (request("/predict", booking()) * 2, False),
+        (request("/suggest", booking()), False),
+        (request("/sample", [booking()]), False),
+        (request("/health", method="GET"), False),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+@pytest.mark.parametrize("is_quick", [True, False])
+def test_only_what_is_surely_quick_is_answered_by_who_receives(asked, at_once, is_quick):
+    app, threads = who_answers()
+    with turning(app, is_quick=lambda size: is_quick) as (server, connect):
+        [connection] = connect(1)
+        server._turn(0)
+        connection.sendall(asked)
+        server._turn(1)
+        assert connection.recv(15) == b"HTTP/1.1 200 OK"
+        assert (threads[0] == threading.get_ident()) == (at_once and is_quick)
+
+
+def test_a_prediction_is_quick_unless_it_waits_for_the_model_or_has_too_many_accounts(path):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking(account=str(number)) for number in range(100)])
+        assert bookkeeper.is_quick(bookkeep.QUICK // 100)
+        assert not bookkeeper.is_quick(bookkeep.QUICK // 100 + 1)
+        with bookkeeper._changing:
+            assert not bookkeeper.is_quick(1)
+
+
+HANGING = """
+import os, sys, time, bookkeep
+fsync = os.fsync
+def hang(file):
+    while os.path.exists("{}"):
+        time.sleep(0.01)
+    fsync(file)
+os.fsync = hang
+sys.exit(bookkeep.main())
+"""
+
+
+def test_who_waits_for_the_disk_keeps_nobody_else(serve, tmp_path):
+    hanging = tmp_path / "hanging"
+    service = serve("--threads=2", program=("-c", HANGING.format(hanging)))
+    for _ in range(2):
+        service.post("/sample", [booking()])
+    hanging.touch()
+    answers = []
+    changes = [
+        *[("POST", "/sample", [booking()])] * 5,
+        ("POST", "/correct", {"seq": 0, "AccountNumber": "1"}),
+        ("DELETE", "/company/none", None),
+    ]
+    changing = [
+        threading.Thread(target=lambda change=change: answers.append(service.ask(*change)[0]))
+        for change in changes
+    ]
+    for thread in changing[:5]:
+        thread.start()
+    wait_until(lambda: "bookkeep_waiting 1" in metrics(service))
+    for thread in changing[5:]:
+        thread.start()
+    for _ in range(3):
+        assert service.get("/health")[0] == service.get("/report/1")[0] == 200
+        assert service.post("/predict", [booking()] * 9)[0] == 200
+        assert service.post("/suggest", booking())[0] == 200
+    assert answers == []
+    hanging.unlink()
+    for thread in changing:
+        thread.join()
+    assert sorted(answers) == [200] * 6 + [404]
+
+
+def metrics(service):
+    return service.ask("GET", "/metrics", kind="text/plain; version=0.0.4; charset=utf-8")[
+        2
+    ].decode()
+
+
+LONG = {"Content_Length": 200_000}
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (request("/sample", Authorization="", **LONG), 401),
+        (request("/sample", Authorization="Bearer secrets", **LONG), 401),
+        (request("/sample", Content_Length=900_000), 413),
+        (request("/health", method="GET", Content_Length=900_000), 413),
+        (request("/predict", Content_Type="text/plain", **LONG), 415),
+        (request("/sample", method="PUT", **LONG), 405),
+        (request("/nowhere", **LONG), 404),
+        (request("/predict", Content_Length=9, Content_Type="text/plain"), 415),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_its_headers_suffice_to_refuse_is_refused_before_its_body(guarded, head, status):
+    length = int(re.search(rb"Content-Length: (\d+)", head)[1])
+    with socket.create_connection(("127.0.0.1", guarded.port), timeout=10) as connection:
+        answers = connection.makefile("rb")
+        for _ in range(2):
+            connection.sendall(head)
+            said, body = answer(answers)
+            assert said.startswith(b"HTTP/1.1 %d " % status)
+            assert list(json.loads(body)) == ["error"]
+            connection.sendall(b"GET /nowhere HTTP/1.1\r\n\r\n".ljust(length)[:length])
+        connection.sendall(request("/health", method="GET"))
+        assert answer(answers)[0].startswith(b"HTTP/1.1 200 ")
+    with socket.create_connection(("127.0.0.1", guarded.port), timeout=10) as connection:
+        connection.sendall(head.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n"))
+        assert connection.makefile("rb").read().startswith(b"HTTP/1.1 %d " % status)
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    """One with a token, which the request helper sends."""
+    folder = tmp_path_factory.mktemp("guarded")
+    (folder / "token").write_text("secret")
+    service = Service(folder / "log.jsonl", "--max-body=300000", "--token-file", folder / "token")
+    yield service
+    service.process.kill()
+    service.process.wait()
+
+
+def test_the_rest_of_what_was_refused_is_no_request_however_it_ends(guarded):
+    chunked = request("/sample", Authorization="", Transfer_Encoding="chunked")
+    chunked = chunked.replace(b"Content-Length: 0\r\n", b"")
+    hidden = request("/health", method="GET")
+    for rest, after in (
+        (b"%x\r\n%s\r\n0\r\n\r\n" % (len(hidden), hidden), 200),
+        (b"9\r\n" + hidden, 400),
+        (b"%x\r\n" % 9**9 + b" " * 2_000_000 + hidden, 413),
+    ):
+        with socket.create_connection(("127.0.0.1", guarded.port), timeout=10) as connection:
+            answers = connection.makefile("rb")
+            connection.sendall(chunked)
+            assert answer(answers)[0].startswith(b"HTTP/1.1 401 ")
+            with suppress(ConnectionError):
+                connection.sendall(rest + hidden)
+            said, _ = answer(answers)
+            assert int(said.split()[1]) == after
+            with suppress(ConnectionError):
+                assert (after == 200) or answers.read() == b""
+
+
+def test_what_is_accepted_is_told_to_continue(service):
+    body = json.dumps([]).encode()
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        connection.sendall(request("/sample", Expect="100-continue", Content_Length=len(body)))
+        assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(body)
+        assert connection.recv(15) == b"HTTP/1.1 200 OK"
+
+
+def test_unfinished_uploads_hold_little_and_shut_nobody_out(serve):
+    code = "import sys, bookkeep; bookkeep.PATIENT = 1; sys.exit(bookkeep.main())"
+    service = serve("--max-body=3000000", program=("-c", code))
+
+    def held():
+        sizes = []
+        for file in Path(f"/proc/{service.process.pid}/fd").iterdir():
+            with suppress(FileNotFoundError):
+                deleted = "deleted" in os.readlink(file)
+                sizes += [file.stat().st_size] if deleted else []
+        return sum(sizes)
+
+    def push(connection):
+        with suppress(OSError):
+            connection.sendall(request("/sample", Content_Length=3_000_000) + b" " * 2_900_000)
+
+    stalled = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(12)]
+    sending = [threading.Thread(target=push, args=(connection,)) for connection in stalled]
+    for thread in sending:
+        thread.start()
+    wait_until(lambda: held() > 8_000_000)
+    assert service.post("/sample", [booking()])[0] == 200
+    assert held() < bookkeep.ROOM * 7_100_000
+    large = b"[]".ljust(2_999_999)
+    assert service.ask("POST", "/sample", body=large)[0] == 200
+    assert held() < bookkeep.ROOM * 7_100_000
+    service.process.kill()
+    for thread in sending:
+        thread.join()
+    for connection in stalled:
+        connection.close()
+
+
+def test_long_questions_keep_nobody_from_looking(serve):
+    service = serve("--threads=1")
+    service.post("/sample", bookings(100))
+    done = []
+    asking = [
+        threading.Thread(target=lambda: done.append(service.post("/predict", bookings(10_000))[0]))
+        for _ in range(3)
+    ]
+    for thread in asking:
+        thread.start()
+    time.sleep(0.2)  # all three take much longer
+    assert service.get("/health")[0] == 200
+    assert len(done) < 3
+    for thread in asking:
+        thread.join()
+    assert done == [200] * 3
+
+
+def test_a_long_answer_that_nobody_reads_keeps_no_other_from_its_own(serve):
+    service = serve()
+    assert service.post("/sample", [booking(account="\U0001f600" * 100)])[0] == 200
+    samples = [{"CompanyId": "A", "BankEntryText": "r", "BankEntryAmount": "a"}] * 10_000
+    with socket.create_connection(("127.0.0.1", service.port)) as connection:
+        connection.sendall(request("/predict", samples) + request("/health", method="GET"))
+        time.sleep(0.5)
+        assert service.get("/health")[0] == 200
+        assert service.post("/predict", booking())[0] == 200
+    assert service.stop() == 0
+
+
+def test_requests_of_one_connection_are_answered_in_order(service):
+    kinds = [
+        (request("/predict", booking()), b'["1"]'),
+        (request("/predict", [booking()] * 500), b'["1", "1", '),
+        (request("/predict", {}), b'{"error": "sample 0: CompanyId is missing"}'),
+        (request("/sample", []), b'{"received": 0, '),
+        (request("/health", method="GET"), b'{"status": "ok"'),
+    ]
+    rng = random.Random(0)
+    asked = rng.choices(kinds, k=200)
+    with socket.create_connection(("127.0.0.1", service.port)) as connection:
+        sending = threading.Thread(
+            target=connection.sendall, args=(b"".join(sent for sent, _ in asked),)
+        )
+        sending.start()
+        answers = connection.makefile("rb")
+        for _, expected in asked:
+            assert answer(answers)[1].startswith(expected)
+        sending.join()
+
+
+def answer(file):
+    """The next answer on a connection: its head and its body."""
+    head = b"".join(iter(file.readline, b"\r\n"))
+    length = re.search(rb"(?i)^content-length: (\d+)", head, re.MULTILINE)
+    return head, file.read(int(length[1]))
+
+
 # ----------------------------------------------------------------------------------- Command line
 
 
@@ -4189,7 +4531,7 @@ def test_importing_starts_nothing(tmp_path):
     assert (status, out, said, list(tmp_path.iterdir())) == (0, "", "", [])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_stops_it_cleanly_and_a_restart_knows_all(serve, number):
     service = serve()
     samples = bookings(700)
@@ -4224,6 +4566,37 @@ def test_a_request_under_way_is_answered_before_it_stops(serve):
     assert service.process.wait(5) == 0
     idle.close()
     assert serve().samples() == 1
+
+
+def test_who_does_not_finish_or_read_does_not_keep_it_from_stopping(serve, tmp_path):
+    hanging = tmp_path / "hanging"
+    service = serve(program=("-c", HANGING.format(hanging)))
+    hanging.touch()
+    answers = []
+    sending = threading.Thread(target=lambda: answers.append(service.post("/sample", [booking()])))
+    sending.start()
+    half = request("/sample", [booking()])[:-5]
+    with socket.create_connection(("127.0.0.1", service.port)) as connection:
+        connection.sendall(half)
+        time.sleep(0.3)
+        started = time.monotonic()
+        service.process.terminate()
+        assert connection.recv(10) == b""
+        assert 3 < time.monotonic() - started < 5
+        time.sleep(1)  # whoever has sent all is waited for, however long
+        assert service.process.poll() is None
+        hanging.unlink()
+        assert service.process.wait(2) == 0
+    sending.join()
+    assert answers[0][0] == 200
+    assert serve().samples() == 1
+
+
+def test_nohup_keeps_it_from_stopping_on_a_hangup(serve):
+    service = serve(limit=partial(signal.signal, signal.SIGHUP, signal.SIG_IGN))
+    service.process.send_signal(signal.SIGHUP)
+    assert service.samples() == 0
+    assert service.stop() == 0
 
 
 def test_kills_at_any_moment_lose_nothing_and_double_nothing(serve, tmp_path):
@@ -4704,6 +5077,8 @@ def test_what_keeps_it_from_starting_is_said_in_one_line(serve, tmp_path, monkey
     assert "--open" in refused(tmp_path / "other", "--host=0.0.0.0")
     assert "a token must be" in refused(tmp_path / "other", f"--token-file={log}")
     assert "No such file" in refused(tmp_path / "other", "--token-file=/no/token")
+    files = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (119, 119))
+    assert "let it open at least 120 files" in refused(tmp_path / "other", preexec_fn=files)
     monkeypatch.setenv("BOOKKEEP_UNSAVED", "1e4")
     assert "BOOKKEEP_UNSAVED must be a whole number" in refused(tmp_path / "other")
     monkeypatch.delenv("BOOKKEEP_UNSAVED")
