@@ -4193,6 +4193,364 @@ def test_who_finds_too_many_waiting_is_told_when_to_come_again(path, monkeypatch
     assert headers["Retry-After"] == "1"
 
 
+class Described:
+    """A service as README.md and docs/operations.md describe it; told what was predicted."""
+
+    def __init__(self):
+        self.lines = []  # as /samples gives them
+        self.bookings = {}  # by seq, those that are not forgotten: the line, and what became of it
+        self.keys = {}  # key -> (the number of the list's first line, the answer)
+
+    def accounts(self):
+        return {booking["account"] for booking in self.bookings.values() if booking["learned"]}
+
+    def of(self, company):
+        return [each for each in self.bookings.values() if company in (None, each["company"])]
+
+    def sample(self, samples, key):
+        """The status and the answer. What is stored awaits its predictions."""
+        first, answer = self.keys.get(key, (None, None))
+        if answer:
+            lines = self.lines[first : first + len(samples)]
+            same = len(samples) == answer["received"] and all(
+                line.get("sample", sample) == sample
+                for line, sample in zip(lines, samples, strict=True)
+            )
+            return (200, answer) if same else (422, None)
+        first = len(self.lines)
+        total = first + len(samples)
+        for seq, sample in enumerate(samples, first):
+            self.line(key or first, total - seq - 1, sample=sample)
+        answer = {"received": len(samples), "total": total, "first": first, "last": total - 1}
+        if not samples:
+            return 200, answer | {"first": None, "last": None}
+        if key:
+            self.keys[key] = (first, answer)
+        return 200, answer
+
+    def line(self, batch, left, **more):
+        self.lines.append({"seq": len(self.lines), "batch": batch, "left": left, **more})
+
+    def told(self, lines, accounts):
+        """Takes the predictions of these lines, made while the model knew these accounts."""
+        for line in lines:
+            described, sample = self.lines[line["seq"]], line.get("sample", {})
+            who = sample.get("BookedBy", "person")
+            learned = {"reviewed"} if who == "suggestion" else {"weight", "against"}
+            predicted = {"predicted", "margin", "confidence", "rank", "known"} if sample else set()
+            assert line.keys() == described.keys() | predicted | learned
+            assert described.items() <= line.items()
+            self.lines[line["seq"]] = line
+            if not sample:
+                continue
+            assert line.get("reviewed", False) is False
+            account = sample["AccountNumber"]
+            self.bookings[line["seq"]] = {
+                "company": sample["CompanyId"],
+                "account": account,
+                "learned": who != "suggestion",
+                "times": {"person": 1, "check": 16, "suggestion": 0}[who],
+                **line,
+            }
+            assert line["known"] in range(6)
+            if accounts:
+                assert line["predicted"] in accounts
+                assert 0 <= line["confidence"] <= 1
+                assert (line["margin"] is None) == (len(accounts) == 1)
+                assert (line["rank"] is None) == (account not in accounts)
+                assert (line["rank"] == 1) == (account == line["predicted"])
+            else:
+                assert {line[key] for key in predicted - {"known"}} == {None}
+
+    def correct(self, seq, account):
+        if seq not in self.bookings:
+            return 404, None
+        booking = self.bookings[seq]
+        answer = {"seq": seq, "AccountNumber": account, "before": booking["account"]}
+        if not booking["learned"] or booking["account"] != account:
+            self.line(len(self.lines), 0, corrects=seq, AccountNumber=account)
+        booking |= {"account": account, "learned": True}
+        return 200, answer
+
+    def forget(self, company):
+        gone = {booking["seq"] for booking in self.of(company)}
+        for seq in gone:
+            del self.bookings[seq]
+        for line in self.lines:
+            if line["seq"] in gone or line.get("corrects") in gone:
+                for key in line.keys() - {"seq", "batch", "left"}:
+                    del line[key]
+        return (200, {"company": company, "forgotten": len(gone)}) if gone else (404, None)
+
+    def health(self):
+        return {
+            "status": "ok",
+            "samples": len(self.bookings),
+            "unseen": sum(not booking["learned"] for booking in self.bookings.values()),
+            "checks": sum(booking["times"] == 16 for booking in self.bookings.values()),
+            "lines": len(self.lines),
+            "accounts": len(self.accounts()),
+            "companies": len({booking["company"] for booking in self.bookings.values()}),
+        }
+
+    def report(self, n, company, levels):
+        """The status and the answer, but for the standard errors."""
+        if company and not self.of(company):
+            return 404, None
+        rows = [each for each in self.of(company) if each["times"] and each["predicted"]][-n:]
+        if not rows:
+            return 503, None
+        pairs = Counter()  # (booked, predicted) -> how often
+        for row in rows:
+            pairs[row["account"], row["predicted"]] += row["times"]
+        accounts = {account for pair in pairs for account in pair}
+        means = [
+            sum(
+                pairs[account, account]
+                / max(sum(times for pair, times in pairs.items() if pair[side] == account), 1)
+                for account in accounts
+            )
+            / len(accounts)
+            for side in (1, 0)
+        ]
+
+        def sure(level):
+            found = [row for row in rows if row["confidence"] >= level]
+            times = sum(row["times"] for row in found)
+            right = sum(row["times"] for row in found if row["account"] == row["predicted"])
+            return {
+                "at_least": level,
+                "share": times / pairs.total(),
+                "accuracy": right / times if times else None,
+                "checks": sum(row["times"] == 16 for row in found),
+            }
+
+        return 200, {
+            "support": len(rows),
+            "unseen": sum(
+                not each["learned"] and each["seq"] > rows[0]["seq"] for each in self.of(company)
+            ),
+            "checks": sure(0)["checks"],
+            "accuracy": sure(0)["accuracy"],
+            "precision": means[0],
+            "recall": means[1],
+            "confused": {pair: times for pair, times in pairs.items() if pair[0] != pair[1]},
+            "confidence": [sure(level) for level in levels],
+        }
+
+
+def nearly(answer):
+    """The same with its floats rounded."""
+    return json.loads(json.dumps(answer), parse_float=lambda number: round(float(number), 9))
+
+
+class Walk:
+    """Random requests to a service, each answer compared with what the documents say."""
+
+    COMPANIES = ("A", "B/ü", "C d")
+    BY = (None, None, "person", "check", "suggestion")
+    REFUSED = (
+        ("POST", "/sample", [booking(account="")], 400),
+        ("POST", "/sample", [booking(), booking(BookedBy="nobody")], 400),
+        ("POST", "/sample", [booking(), booking(amount=3)], 400),
+        ("POST", "/sample", [booking(account="1" * 101)], 400),
+        ("POST", "/sample", [{"CompanyId": "A"}], 400),
+        ("POST", "/sample", booking(), 400),
+        ("POST", "/predict", [{"CompanyId": "A"}], 400),
+        ("POST", "/suggest?top=21", [], 400),
+        ("POST", "/suggest?book_from=2", [], 400),
+        ("POST", "/correct", {"seq": -1, "AccountNumber": "1"}, 400),
+        ("POST", "/correct", {"seq": 0, "AccountNumber": ""}, 400),
+        ("GET", "/metrics/0", None, 400),
+        ("GET", "/report/x", None, 400),
+        ("GET", "/samples?from=-1", None, 400),
+        ("GET", "/sample", None, 405),
+        ("GET", "/company", None, 404),
+    )
+
+    def __init__(self, start, rng):
+        self.start, self.rng = start, rng
+        self.service, self.described = start(unsaved=20), Described()
+        self.predictions = 0  # that were asked for since the start
+
+    def ask(self, method, path, content=None, **more):
+        print(method, path, json.dumps(content), more)
+        status, _, answer = self.service.ask(method, path, content, **more)
+        if status != 200:
+            assert list(answer) == ["error"]
+        return status, answer if status == 200 else None
+
+    def step(self):
+        acts = (self.send, self.correct, self.refuse, self.forget, self.restart)
+        self.rng.choices(acts, [60, 30, 10, 2, 3])[0]()
+        health, described = self.ask("GET", "/health")[1], self.described.health()
+        assert {key: health[key] for key in described} == described
+        looks = (self.report, self.metrics, self.predict, self.slice, self.prometheus)
+        self.rng.choices(looks, [4, 2, 2, 1, 1])[0]()
+
+    def samples(self):
+        """Up to eight. Most texts have one account in all companies."""
+        number = self.rng.choice([0, 1, 1, 1, 2, 8])
+        texts = [self.rng.randrange(6) for _ in range(number)]
+        return [
+            booking(
+                self.rng.choice(self.COMPANIES),
+                f"shop{text} {self.rng.choice(['May', 'June'])}",
+                self.rng.choice(["> -100", "< 10"]),
+                str(text // 2 if self.rng.random() < 0.85 else self.rng.randrange(7)),
+                **self.rng.choice([{}, {}, {"": "1", "Note": "ü\n"}]),
+                **({"BookedBy": who} if (who := self.rng.choice(self.BY)) else {}),
+            )
+            for text in texts
+        ]
+
+    def send(self):
+        described, samples = self.described, self.samples()
+        key = self.rng.choice([None, str(self.rng.randrange(len(described.lines) + 5))])
+        if key in described.keys and self.rng.random() < 0.7:
+            first, answer = described.keys[key]
+            lines = described.lines[first : first + answer["received"]]
+            samples = [line.get("sample", booking()) for line in lines]
+        first, accounts = len(described.lines), described.accounts()
+        suggested = self.suggest(samples)
+        headers = {"Idempotency-Key": key} if key else {}
+        stored = self.ask("POST", "/sample", samples, headers=headers)
+        assert stored == described.sample(samples, key)
+        lines = self.read(first)
+        described.told(lines, accounts)
+        if accounts and lines:
+            firsts = [answer["suggestions"][0] for answer in suggested]
+            for line, suggestion in zip(lines, firsts, strict=True):
+                assert line["predicted"] == suggestion["account"]
+                assert line["confidence"] == suggestion["confidence"]
+                assert line["margin"] == suggestion["margin"]
+
+    def correct(self):
+        first = len(self.described.lines)
+        seq = self.rng.randrange(max(first - 20, 0), first + 2)
+        if seq < first and self.rng.random() < 0.7:
+            seq = self.described.lines[seq].get("corrects", seq)
+        account = str(self.rng.randrange(7))
+        if seq in self.described.bookings and self.rng.random() < 0.5:
+            account = self.described.bookings[seq]["account"]
+        correction = {"seq": seq, "AccountNumber": account}
+        answer = self.ask("POST", "/correct", correction)
+        assert answer == self.described.correct(seq, account)
+        self.described.told(self.read(first), None)
+
+    def refuse(self):
+        method, path, content, status = self.rng.choice(self.REFUSED)
+        headers = {"Idempotency-Key": str(len(self.described.lines))}
+        assert self.ask(method, path, content, headers=headers) == (status, None)
+
+    def forget(self):
+        company = self.rng.choice(self.COMPANIES)
+        answer = self.ask("DELETE", f"/company/{quote(company, safe='')}")
+        assert answer == self.described.forget(company)
+        assert self.read(0, 10**6) == self.described.lines
+
+    def restart(self):
+        samples = self.samples()
+        before = self.export(), self.suggest(samples)
+        number = self.rng.choice([signal.SIGTERM, signal.SIGKILL])
+        print(number)
+        self.service.stop(number)
+        self.service = self.start(unsaved=self.rng.choice([20, 20, 10_000]))
+        self.predictions = 0
+        assert (self.export(), self.suggest(samples)) == before
+
+    def report(self):
+        n = self.rng.choice([1, 2, 3, 10, 30, 1000])
+        company = self.rng.choice([None, *self.COMPANIES])
+        sure = [each["confidence"] for each in self.described.bookings.values()]
+        level = self.rng.choice(sure or [None]) or 0.5  # the very one of a prediction
+        query = f"?book_from={level}" + (f"&company={quote(company)}" if company else "")
+        status, said = self.ask("GET", f"/report/{n}{query}")
+        if said:
+            for line in said["confidence"]:
+                assert (line.pop("error") is None) == (line["accuracy"] is None)
+        levels = sorted({0.5, 0.8, 0.9, 0.95, 0.99, level})
+        described, report = self.described.report(n, company, levels)
+        assert status == described
+        if report:
+            confused = report.pop("confused")
+            most = sorted(confused.values(), reverse=True)[: len(said["confused"])]
+            assert bool(most) == bool(confused)
+            assert [each["count"] for each in said["confused"]] == most
+            for each in said.pop("confused"):
+                assert confused[each["booked"], each["predicted"]] == each["count"]
+        assert nearly(said) == nearly(report)
+
+    def metrics(self):
+        n = self.rng.choice([1, 2, 3, 10, 30, 1000])
+        status, report = self.described.report(n, None, ())
+        figures = report and {key: report[key] for key in ("precision", "recall")}
+        assert nearly(self.ask("GET", f"/metrics/{n}")) == nearly((status, figures))
+
+    def prometheus(self):
+        text = self.ask("GET", "/metrics", kind="text/plain; version=0.0.4; charset=utf-8")[1]
+        values = dict(re.findall(r"^bookkeep_(\w+) (\d+)$", text.decode(), re.MULTILINE))
+        described = self.described.health()
+        for name in ("unseen", "checks", "accounts", "companies"):
+            assert int(values[name]) == described[name]
+        assert int(values["bookings"]) == described["samples"]
+        assert int(values["predictions_total"]) == self.predictions
+        assert int(values["log_bytes"]) == len(self.export())
+
+    def predict(self):
+        samples, accounts = self.samples(), self.described.accounts()
+        suggested = self.suggest(samples)
+        status, predicted = self.ask("POST", "/predict", samples)
+        assert status == (200 if accounts or not samples else 503)
+        if status == 200:
+            self.predictions += len(samples)
+            assert predicted == [answer["suggestions"][0]["account"] for answer in suggested]
+        for answer in suggested or ():
+            names = [suggestion["account"] for suggestion in answer["suggestions"]]
+            assert len(set(names)) == len(names) <= 3
+            assert accounts.issuperset(names)
+            if answer["suggestions"][0]["confidence"] < 0.5:
+                assert answer["decision"] == "review"
+            else:
+                assert answer["decision"] == ("check" if answer["check"] else "book")
+
+    def suggest(self, samples):
+        status, answers = self.ask("POST", "/suggest?top=3&book_from=0.5", samples)
+        assert status == (200 if self.described.accounts() or not samples else 503)
+        self.predictions += len(answers or ())
+        return answers
+
+    def export(self, query=""):
+        return self.ask("GET", f"/samples{query}", kind="application/jsonl")[1]
+
+    def slice(self):
+        first, limit = (self.rng.randrange(len(self.described.lines) + 2) for _ in range(2))
+        limit = self.rng.choice([limit % 9, 1000])
+        assert self.read(first, limit) == self.described.lines[first : first + limit]
+
+    def read(self, first, limit=999):
+        """These lines, without their checksums, which are right."""
+        lines = []
+        for text in self.export(f"?from={first}&limit={limit}").decode().splitlines():
+            content, crc = re.fullmatch(r'(.*), "crc": (\d+)}', text).groups()
+            assert zlib.crc32(content.encode()) == int(crc)
+            lines.append(json.loads(content + "}"))
+        return lines
+
+
+def test_random_requests_are_answered_as_the_documents_say(serve, tmp_path):
+    """160 steps, or eight times BOOKKEEP_ROUNDS, 400 on each log, also over restarts and kills."""
+    steps = int(os.environ.get("BOOKKEEP_ROUNDS", 20)) * 8
+    seed = int(os.environ.get("BOOKKEEP_SEED", random.randrange(10**6)))
+    print(f"BOOKKEEP_SEED={seed}")
+    rng = random.Random(seed)
+    for number in range(0, steps, 400):
+        walk = Walk(partial(serve, log=tmp_path / f"{number}.jsonl"), rng)
+        for _ in range(min(400, steps - number)):
+            walk.step()
+        walk.service.stop()
+
+
 # ----------------------------------------------------------------------------------------- Server
 
 
