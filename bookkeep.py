@@ -1575,6 +1575,10 @@ class Log:
         self._starts, self.size = array("q", state["line_starts"].tobytes()), size
         self._keys = keys
 
+    def progress(self) -> str:
+        """How much of the file has been read."""
+        return f"{self.size >> 20} of {os.fstat(self._file).st_size >> 20} MB"
+
     def checksum(self, size: int) -> int | None:
         """The CRC-32 of its first bytes, so many; None if there are fewer."""
         crc = 0
@@ -2830,7 +2834,7 @@ class Bookkeeper:
             self._apply_all(r for r in records if "corrects" in r and "sample" not in r)
             if time.monotonic() - reported > 3:
                 reported = time.monotonic()
-                logger.info("%s: %d lines read back so far", self.log.path, len(self.log))
+                logger.info("%s: %s read back so far", self.log.path, self.log.progress())
 
     def _apply_all(self, corrections: Iterable[dict]) -> None:
         changes, last = [], {}
@@ -3223,7 +3227,8 @@ def create_app(
 
     With a token, all but the page and /health is for those who send it. With hosts, it is for those
     who call the service by one of these names: a web page whose own name was made to lead here does
-    not. Its `refuses` says of an environ whether its headers suffice to refuse the request.
+    not. Its `refuses` says of an environ whether its headers suffice to refuse the request, its
+    `is_quick` whether a prediction for one sample of so many bytes takes no time.
     """
     app = Bottle()
     app.install(_in_json)
@@ -3407,7 +3412,26 @@ def create_app(
     operations = {
         route: description["paths"][_path(route.rule)][route.method.lower()] for route in app.routes
     }
-    app.refuses = refuses
+    app.refuses, app.is_quick = refuses, bookkeeper.is_quick
+    return app
+
+
+def starting_app(log: Log) -> Bottle:
+    """The WSGI app for as long as the log is read back: it only says how far that is."""
+    app = Bottle()
+    app.default_error_handler = _error_in_json
+
+    @app.hook("before_request")
+    def refuse() -> None:
+        again = {"Retry-After": "1"}
+        raise HTTPError(503, f"the log is being read back, {log.progress()} so far", **again)
+
+    @app.hook("after_request")
+    def protect() -> None:
+        for name, value in HEADERS.items():
+            response.set_header(name, value)
+
+    app.refuses, app.is_quick = lambda environ: True, lambda size: False
     return app
 
 
@@ -3488,12 +3512,10 @@ class Server:
         listener: socket.socket,
         threads: int,
         max_body: int,
-        is_quick: Callable[[int], bool],
     ) -> None:
         """Listens, but does not answer yet.
 
-        `is_quick` says whether a prediction for one sample of so many bytes takes no time. Raises
-        OSError if the system lets it open too few files.
+        Raises OSError if the system lets it open too few files.
         """
         _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
@@ -3501,7 +3523,7 @@ class Server:
         most = 1000 if files == resource.RLIM_INFINITY else min(1000, files // 2 - 50)
         if most < FEWEST:
             raise OSError(f"let it open at least {2 * FEWEST + 100} files (ulimit -n), not {files}")
-        self._dispatcher = Dispatcher(threads, is_quick)
+        self._dispatcher = Dispatcher(threads)
         self._listener = listener
         self._server = waitress.create_server(
             app,
@@ -3514,13 +3536,21 @@ class Server:
             max_request_body_size=2 * max_body + (1 << 20),
         )
         self._server.channel_class = Channel
-        self._server.refuses = app.refuses
+        self.call(app)
         self._server.pull_trigger = self._wake
         self._server.handle_accept = partial(self._accept, self._server.handle_accept)
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # waiting for a thread is fine
 
-    def answer(self) -> None:
-        """Answers requests until one of STOPS, then those that are under way."""
+    def call(self, app: Bottle) -> None:
+        """Has this app answer what comes from now on."""
+        self._server.application, self._server.refuses = app, app.refuses
+        self._dispatcher.is_quick = app.is_quick
+
+    def answer(self, until: Future | None = None) -> bool:
+        """Answers requests until one of STOPS, then those that are under way; or until it is done.
+
+        Says whether it was stopped.
+        """
         stopping = threading.Event()
 
         def stop(number: int, _: object) -> None:
@@ -3529,7 +3559,11 @@ class Server:
             self._server.trigger.pull_trigger()
 
         on_signals(stop)
+        if until:
+            until.add_done_callback(lambda _: self._server.trigger.pull_trigger())
         while not stopping.is_set():
+            if until and until.done():
+                return False
             self._turn(1)
 
         self._server.del_channel()
@@ -3544,6 +3578,7 @@ class Server:
                     channel.handle_close()
             self._turn(0.05)
         self._dispatcher.shutdown()
+        return True
 
     def _turn(self, seconds: float) -> None:
         self._dispatcher.answered = 0
@@ -3739,10 +3774,11 @@ class Dispatcher:
     back takes longer than to answer it.
     """
 
-    def __init__(self, threads: int, is_quick: Callable[[int], bool]) -> None:
+    is_quick: Callable[[int], bool]  # does a prediction for one sample of so many bytes take long?
+
+    def __init__(self, threads: int) -> None:
         self.receiver = threading.get_ident()
         self.answered = 0.0  # seconds of short questions since it last looked for new connections
-        self._is_quick = is_quick
         self._looks, self._questions, self._changes = self._pools = [
             ThreadedTaskDispatcher() for _ in range(3)
         ]
@@ -3764,7 +3800,7 @@ class Dispatcher:
             and request.path == "/predict"
             and 0 < request.content_length <= SHORT_BODY
             and request.body_rcv.getbuf().get().lstrip().startswith(b"{")
-            and self._is_quick(request.content_length)
+            and self.is_quick(request.content_length)
         )
 
     def hand_out(self, channel: Channel) -> None:
@@ -3821,13 +3857,17 @@ def serve(options: argparse.Namespace) -> None:
     if not re.fullmatch("[0-9]{1,18}", unsaved):
         raise OSError(f"BOOKKEEP_UNSAVED must be a whole number of lines, not {unsaved}")
     log = Log(options.log)
+    server = Server(starting_app(log), listener, options.threads, options.max_body)
     started = time.monotonic()
-    bookkeeper = Bookkeeper(log, int(unsaved))
+    reading = _in_background(partial(Bookkeeper, log, int(unsaved)))
+    if server.answer(reading):
+        raise KeyboardInterrupt
+    bookkeeper = reading.result()
     seconds = time.monotonic() - started
     names = {"localhost", "127.0.0.1", "[::1]", options.host.lower()}
     hosts = None if token or options.open else sorted(names)
     app = create_app(bookkeeper, token, hosts, options.max_body, options.max_batch)
-    server = Server(app, listener, options.threads, options.max_body, bookkeeper.is_quick)
+    server.call(app)
     logger.info(
         "serving on http://%s:%d, log %s, %d bookings read back in %.1f s",
         *(f"[{host}]" if ":" in host else host, port),
@@ -3836,6 +3876,20 @@ def serve(options: argparse.Namespace) -> None:
     server.answer()
     bookkeeper.close()
     logger.info("stopped")
+
+
+def _in_background(work: Callable[[], T]) -> "Future[T]":
+    """What comes of it, in a thread that ends with the process."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def read_token(file: Path | None) -> str | None:

@@ -639,7 +639,7 @@ def started(*command: object) -> Iterator[tuple[int, int]]:
         # In a session of its own, so that Ctrl-C ends the replay first and the service after it.
         service = subprocess.Popen(command, stderr=messages, start_new_session=True)
         try:
-            while not _listens(port):
+            while not _answers(port):
                 if service.poll() is not None:
                     messages.seek(0)
                     last = messages.read().decode(errors="replace").splitlines()[-1:]
@@ -649,6 +649,18 @@ def started(*command: object) -> Iterator[tuple[int, int]]:
         finally:
             service.terminate()
             service.wait()
+
+
+def _answers(port: int) -> bool:
+    """Whether it has read its log back."""
+    connection = HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status != 503
+    except (OSError, HTTPException):
+        return False
+    finally:
+        connection.close()
 
 
 def _listens(port: int) -> bool:

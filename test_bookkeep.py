@@ -310,7 +310,9 @@ class Service:
         unsaved=bookkeep.UNSAVED,
         program=(SERVICE,),
         under=(),
+        reads=True,
     ):
+        """Waits until it has read its log, or answers that it `reads` it not yet."""
         self.port = port or free_port()
         self.messages = log.with_suffix(".stderr")
         with open(self.messages, "wb") as stderr:
@@ -326,11 +328,13 @@ class Service:
                 stderr=stderr,
                 preexec_fn=limit,
             )
-        wait_until(lambda: self.process.poll() is not None or self.listens())
+        wanted = 200 if reads else 503
+        wait_until(lambda: self.process.poll() is not None or self.answers() == wanted)
 
-    def listens(self):
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+    def answers(self):
+        """What it says of its health, if it listens."""
+        with suppress(OSError, HTTPException):
+            return self.get("/health")[0]
 
     def ask(self, method, path, content=None, *, body=None, headers=None, kind="application/json"):
         """The status, the headers and the answer, read as JSON if it must be that."""
@@ -3762,6 +3766,7 @@ def test_prometheus_can_read_the_figures(serve):
         ("/predict", "200"): 1,
         ("/suggest", "200"): 1,
         ("/metrics/{n}", "200"): 1,
+        ("/health", "200"): 1,  # whether it had started
         ("other", "404"): 1,
     }
     for *buckets, (_, _, seconds), (_, _, number) in requests.values():
@@ -3892,12 +3897,13 @@ def test_the_access_log_has_a_line_for_each_request_and_no_names(serve):
     with socket.create_connection(("127.0.0.1", service.port)) as connection:
         connection.sendall(b"SECRET\r\n\r\n")
         connection.recv(1000)
-    wait_until(lambda: service.said().count(" ms\n") == 6)
+    wait_until(lambda: service.said().count(" ms\n") == 7)
     lines = [line.split()[2:] for line in service.said().splitlines() if line.endswith(" ms")]
     assert sorted(line[1:5] for line in lines) == [  # answers come before their lines
         ["127.0.0.1", "-", "-", "400"],
         ["127.0.0.1", "DELETE", "/company/{id}", "200"],
         ["127.0.0.1", "GET", "-", "404"],
+        ["127.0.0.1", "GET", "/health", "200"],  # whether it had started
         ["127.0.0.1", "GET", "/report/{n}", "503"],
         ["127.0.0.1", "POST", "/predict", "200"],
         ["127.0.0.1", "POST", "/sample", "200"],
@@ -3905,7 +3911,7 @@ def test_the_access_log_has_a_line_for_each_request_and_no_names(serve):
     assert all(int(line[5]) > 0 and float(line[6]) >= 0 for line in lines)
     assert [str(len('["3115"]'))] == [line[5] for line in lines if line[3] == "/predict"]
     assert "secret" not in service.said().lower()
-    assert " ms" not in serve(log=service.messages.with_name("quiet")).said()
+    assert " ms" not in serve(log=service.messages.with_name("quiet.jsonl")).said()
 
 
 def test_a_full_disk_is_a_507_and_when_there_is_space_again_bookings_go_on(serve):
@@ -4558,7 +4564,8 @@ def test_random_requests_are_answered_as_the_documents_say(serve, tmp_path):
 def turning(app, threads=2, is_quick=lambda size: True):
     """A server that only turns when it is told to, and so many connections to it as are asked."""
     listener = bookkeep._bind("127.0.0.1", 0)
-    server = bookkeep.Server(app, listener, threads, 1000, is_quick)
+    app.is_quick = is_quick
+    server = bookkeep.Server(app, listener, threads, 1000)
     opened = []
 
     def connect(n):
@@ -4887,6 +4894,51 @@ def test_options_that_make_no_sense_are_refused(options):
 def test_importing_starts_nothing(tmp_path):
     status, out, said = run("-c", "import bookkeep, replay", cwd=tmp_path, env={"PYTHONPATH": HERE})
     assert (status, out, said, list(tmp_path.iterdir())) == (0, "", "", [])
+
+
+READING_SLOWLY = """
+import os, sys, time, bookkeep
+keep = bookkeep.Log._keep
+def slowly(log, batch):
+    keep(log, batch)
+    while len(log) == 200 and os.path.exists("{}"):
+        time.sleep(0.01)
+bookkeep.Log._keep = slowly
+sys.exit(bookkeep.main())
+"""
+
+
+@pytest.mark.parametrize("then", ["ready", "damaged", "stopped"])
+def test_while_a_log_is_read_back_it_says_how_far_and_nothing_else(serve, path, tmp_path, then):
+    with bookkeeping(path) as bookkeeper:
+        for batch in batches_of([booking(Note="x" * 9_000) for _ in range(400)], 50):
+            bookkeeper.book(batch)
+    if then == "damaged":
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(b"".join([*lines[:250], b"?" + lines[250], *lines[251:]]))
+    reading = tmp_path / "reading"
+    reading.touch()
+    program = ("-c", READING_SLOWLY.format(reading))
+    service = serve(log=path, program=program, reads=False)
+    assert service.process.poll() is None
+    for method, name in (("GET", "/health"), ("GET", "/"), ("POST", "/sample"), ("PUT", "/x")):
+        status, headers, answer = service.ask(method, name, [booking()])
+        assert (status, headers["Retry-After"]) == (503, "1")
+        assert answer == {"error": "the log is being read back, 1 of 3 MB so far"}
+        assert headers["X-Content-Type-Options"] == "nosniff"
+    if then == "stopped":
+        assert service.stop() == 0
+        assert service.said().endswith("stopped before it was done\n")
+        return
+    reading.unlink()
+    if then == "damaged":
+        assert service.process.wait(30) == 1
+        assert "is damaged, line 251" in service.said()
+    else:
+        wait_until(lambda: service.answers() == 200)
+        assert service.samples() == 400
+        assert service.stop() == 0
+    assert "Traceback" not in service.said()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -5232,7 +5284,7 @@ def test_a_power_failure_at_any_moment_loses_nothing_that_was_answered(
     rng = random.Random(seed)
     log.parent.mkdir()
     service = serve(log=log, unsaved=40, under=tracing)
-    expected = list(ask_in_turn(service.ask, rng))
+    expected = [[], *ask_in_turn(service.ask, rng)]  # the first answer was whether it had started
     assert service.stop() == 0
     wait_until(lambda: trace.read_text().endswith("exited with 0 +++\n"))
     failures = list(power_failures(trace, log, rng))
