@@ -1780,7 +1780,7 @@ class Copy:
         """
         first = len(self.starts)
         with self.log._placing:
-            starts = np.array([*self.log._starts[first:], self.log.size])
+            starts = np.append(np.array(self.log._starts[first:]), self.log.size)
         sizes = np.diff(starts)
         emptied = emptied - first
         at = 0
