@@ -863,9 +863,13 @@ class NaiveBayes:
             for best in self._best(self.joint_log_likelihood(documents[part]))[0].tolist()
         ]
 
+    @property
+    def at_once(self) -> int:
+        """How many documents to score at once: few enough to stay in a processor's cache."""
+        return max(1, min(128, CELLS // max(1, len(self.names))))
+
     def _blocks(self, n: int) -> Iterator[slice]:
-        """Parts of n documents to score at once: few enough to stay in a processor's cache."""
-        step = max(1, min(128, CELLS // max(1, len(self.names))))
+        step = self.at_once
         return (slice(start, start + step) for start in range(0, n, step))
 
     def _best(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -997,27 +1001,27 @@ class NaiveBayes:
         if not lessons:
             return
         found = self._look_up(documents, self.token_counts.insert)
-        weights = [
-            (i, 2 * self.accounts[account] + against, weight)
+        account = np.array([self.accounts[lesson.account] for lesson in lessons])
+        weight = np.array([times * lesson.weight for lesson in lessons])
+        rivals = [
+            (i, 2 * self.accounts[rival] + 1, times * m)
             for i, lesson in enumerate(lessons)
-            for against, account, weight in (
-                (0, lesson.account, lesson.weight),
-                *((1, rival, m) for rival, m in lesson.against.items()),
-            )
+            if lesson.against
+            for rival, m in lesson.against.items()
         ]
         if len(self.accounts) > len(self.names):
             self.names += islice(self.accounts, len(self.names), None)
             self.class_counts = _grown(self.class_counts, len(self.names))
             self.feature_counts = _grown(self.feature_counts, len(KINDS), len(self.names))
             self.token_counts.grow(len(self.names))
-        document, column, weight = map(np.array, zip(*weights, strict=True))
-        own = column % 2 == 0  # one for each document, in order
-        account = column[own] // 2
-        np.add.at(self.class_counts, account, times * weight[own])
+        np.add.at(self.class_counts, account, weight)
         cell = found.kind, account.repeat(found.lengths)
-        np.add.at(self.feature_counts, cell, (times * weight[own]).repeat(found.lengths))
+        np.add.at(self.feature_counts, cell, weight.repeat(found.lengths))
 
-        units = np.rint(times * GRAIN * weight).astype(np.int64)
+        against = np.array(rivals).reshape(-1, 3).T
+        document = np.concatenate([np.arange(len(lessons)), against[0]]).astype(np.int64)
+        column = np.concatenate([2 * account, against[1]]).astype(np.int64)
+        units = np.rint(GRAIN * np.concatenate([weight, against[2]])).astype(np.int64)
         of, token = _ranges(found.start[document], found.lengths[document])
         self.token_counts.add(found.row[token], column[of], units[of])
         self._logs = None
@@ -2069,14 +2073,13 @@ def _check_prediction(record: dict) -> None:
 
 def _check_weights(record: dict) -> None:
     weight, against = record["weight"], record.get("against", {})  # version 0.1 wrote none
+    for least, counted in ((FLOOR, [weight]), (1 / GRAIN, against.values())):
+        for each in counted:
+            if not least <= each <= 1 or each * GRAIN % 1:
+                raise ValueError("no booking can have that weight")
     "".join(against).encode()  # which a lone surrogate cannot be
     if "" in against:
         raise ValueError("an account is empty")
-    for counted in (weight, *against.values()):
-        if not (1 / GRAIN <= counted <= 1 and counted * GRAIN % 1 == 0):
-            raise ValueError("no booking can have that weight")
-    if weight < FLOOR:
-        raise ValueError("no booking can have that weight")
 
 
 def _content(record: dict) -> dict:
@@ -2399,10 +2402,12 @@ class Bookkeeper:
     def predict(self, samples: Iterable[Sample]) -> list[str]:
         """The most probable account of each sample. Raises NotReady while there is no model."""
         accounts: list[str] = []
-        for documents in chunks(map(tokens, samples), CHUNK):
+        documents = map(tokens, samples)
+        # The more accounts, the fewer at a time, for others wait for the model, too.
+        while chunk := list(islice(documents, self._model.at_once)):
             with self._model_at_rest() as model:
-                accounts += model.predict(documents)
-                self._predictions += len(documents)
+                accounts += model.predict(chunk)
+                self._predictions += len(chunk)
         return accounts
 
     def is_quick(self, size: int) -> bool:
