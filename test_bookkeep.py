@@ -4927,7 +4927,7 @@ def test_while_a_log_is_read_back_it_says_how_far_and_nothing_else(serve, path, 
     reading.touch()
     program = ("-c", READING_SLOWLY.format(reading))
     service = serve(log=path, program=program, reads=False)
-    assert service.process.poll() is None
+    wait_until(lambda: ", 1 of" in service.get("/health")[1]["error"])
     for method, name in (("GET", "/health"), ("GET", "/"), ("POST", "/sample"), ("PUT", "/x")):
         status, headers, answer = service.ask(method, name, [booking()])
         assert (status, headers["Retry-After"]) == (503, "1")
