@@ -2413,9 +2413,13 @@ class Bookkeeper:
     def is_quick(self, size: int) -> bool:
         """Whether a prediction for one sample of so many bytes takes a millisecond or two at most.
 
-        It does if all its words have met all accounts, and need not wait for the model.
+        It does even if all its words have met all accounts, once the model is at rest.
         """
-        return size * len(self._model.names) <= QUICK and not self._changing.locked()
+        return size * len(self._model.names) <= QUICK
+
+    def is_changing(self) -> bool:
+        """Whether a prediction would have to wait for the model."""
+        return self._changing.locked()
 
     def suggest(
         self, sample: Sample, top: int, place: int = 0, book_from: float | None = None
@@ -3233,7 +3237,8 @@ def create_app(
     With a token, all but the page and /health is for those who send it. With hosts, it is for those
     who call the service by one of these names: a web page whose own name was made to lead here does
     not. Its `refuses` says of an environ whether its headers suffice to refuse the request, its
-    `is_quick` whether a prediction for one sample of so many bytes takes no time.
+    `is_quick` whether a prediction for one sample of so many bytes takes no time, its `must_wait`
+    whether it would have to wait for that.
     """
     app = Bottle()
     app.install(_in_json)
@@ -3417,7 +3422,11 @@ def create_app(
     operations = {
         route: description["paths"][_path(route.rule)][route.method.lower()] for route in app.routes
     }
-    app.refuses, app.is_quick = refuses, bookkeeper.is_quick
+    app.refuses, app.is_quick, app.must_wait = (
+        refuses,
+        bookkeeper.is_quick,
+        bookkeeper.is_changing,
+    )
     return app
 
 
@@ -3436,7 +3445,7 @@ def starting_app(log: Log) -> Bottle:
         for name, value in HEADERS.items():
             response.set_header(name, value)
 
-    app.refuses, app.is_quick = lambda environ: True, lambda size: False
+    app.refuses, app.is_quick, app.must_wait = lambda environ: True, lambda size: False, bool
     return app
 
 
@@ -3499,7 +3508,7 @@ def _error_in_json(error: HTTPError) -> str:
 # ----------------------------------------------------------------------------------------- Server
 
 SHORT_BODY = 1 << 10  # bytes of a question that is answered without another thread
-TURN = 0.002  # seconds of such answers, after which it looks for new connections
+TURN = 0.004  # seconds of such answers, after which it looks for what else there is to do
 ROOM = 2  # times what waitress takes of one request: for all large ones that are not answered
 SLOW = 1 << 17  # bytes a second; who sends fewer, or none for a while, makes room for others
 PATIENT = 5  # seconds, that while
@@ -3549,7 +3558,7 @@ class Server:
     def call(self, app: Bottle) -> None:
         """Has this app answer what comes from now on."""
         self._server.application, self._server.refuses = app, app.refuses
-        self._dispatcher.is_quick = app.is_quick
+        self._dispatcher.is_quick, self._dispatcher.must_wait = app.is_quick, app.must_wait
 
     def answer(self, until: Future | None = None) -> bool:
         """Answers requests until one of STOPS, then those that are under way; or until it is done.
@@ -3586,8 +3595,10 @@ class Server:
         return True
 
     def _turn(self, seconds: float) -> None:
-        self._dispatcher.answered = 0
+        if self._dispatcher.short:
+            seconds = 0.001 if self._dispatcher.must_wait() else 0
         self._server.asyncore.loop(seconds, use_poll=True, map=self._server._map, count=1)
+        self._dispatcher.answer_short()
 
     def _wake(self) -> None:
         """Has the loop look again, unless it is the loop that asks: it will."""
@@ -3714,7 +3725,6 @@ class Channel(HTTPChannel):
 
     task_class = AppTask
     error_task_class = JSONErrorTask
-    short = False  # is there a short question to answer?
     rest: Rest | None = None  # what comes next, if it is no request
 
     def parser_class(self, _: Adjustments) -> HTTPRequestParser:
@@ -3759,31 +3769,20 @@ class Channel(HTTPChannel):
         """The requests that wait for their answers, and that which is received."""
         return [*self.requests, *filter(None, [self.request])]
 
-    def handle_read(self) -> None:
-        """Receives what has arrived, and answers it if it is a short question."""
-        super().handle_read()
-        if self.short:
-            self.short = False
-            if len(self.requests) == 1:
-                started = time.perf_counter()
-                self.service()
-                self.server.task_dispatcher.answered += time.perf_counter() - started
-            else:  # before the next request, it might wait for what only this thread can send
-                self.server.task_dispatcher.hand_out(self)
-
 
 class Dispatcher:
     """Threads of waitress's, others for each kind of request, so that no kind waits for another.
 
     A short question is answered by the very thread that received it: to hand it to another and
-    back takes longer than to answer it.
+    back takes longer than to answer it. They take turns with all else that this thread does.
     """
 
-    is_quick: Callable[[int], bool]  # does a prediction for one sample of so many bytes take long?
+    is_quick: Callable[[int], bool]  # of the app
+    must_wait: Callable[[], bool]
 
     def __init__(self, threads: int) -> None:
         self.receiver = threading.get_ident()
-        self.answered = 0.0  # seconds of short questions since it last looked for new connections
+        self.short: deque[Channel] = deque()  # whose next request is a short question
         self._looks, self._questions, self._changes = self._pools = [
             ThreadedTaskDispatcher() for _ in range(3)
         ]
@@ -3792,24 +3791,32 @@ class Dispatcher:
 
     def add_task(self, channel: Channel) -> None:
         """Has the channel's next request answered."""
-        if self._is_short(channel.requests[0]):
-            channel.short = True
+        if threading.get_ident() == self.receiver and self._is_short(channel.requests[0]):
+            self.short.append(channel)
         else:
-            self.hand_out(channel)
+            self._hand_out(channel)
 
     def _is_short(self, request: HTTPRequestParser) -> bool:
         return (
-            self.answered < TURN
-            and threading.get_ident() == self.receiver
-            and not request.error
+            not request.error
             and request.path == "/predict"
             and 0 < request.content_length <= SHORT_BODY
             and request.body_rcv.getbuf().get().lstrip().startswith(b"{")
-            and self.is_quick(request.content_length)
         )
 
-    def hand_out(self, channel: Channel) -> None:
-        """Has a thread answer the channel's next request."""
+    def answer_short(self) -> None:
+        """Answers short questions, for no longer than a turn takes."""
+        end = time.perf_counter() + TURN
+        while self.short and not self.must_wait() and time.perf_counter() < end:
+            channel = self.short.popleft()
+            # Before a further request, it might wait for what only this thread can send.
+            alone = len(channel.requests) == 1
+            if alone and self.is_quick(channel.requests[0].content_length):
+                channel.service()
+            else:
+                self._hand_out(channel)
+
+    def _hand_out(self, channel: Channel) -> None:
         request = channel.requests[0]
         if request.error or request.command in ("GET", "HEAD"):
             self._looks.add_task(channel)

@@ -15,6 +15,7 @@ import os
 import random
 import re
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -4565,10 +4566,10 @@ def test_random_requests_are_answered_as_the_documents_say(serve, tmp_path):
 
 
 @contextmanager
-def turning(app, threads=2, is_quick=lambda size: True):
+def turning(app, threads=2, is_quick=lambda size: True, must_wait=lambda: False):
     """A server that only turns when it is told to, and so many connections to it as are asked."""
     listener = bookkeep._bind("127.0.0.1", 0)
-    app.is_quick = is_quick
+    app.is_quick, app.must_wait = is_quick, must_wait
     server = bookkeep.Server(app, listener, threads, 1000)
     opened = []
 
@@ -4607,17 +4608,44 @@ def test_all_who_wait_are_accepted_in_one_turn():
         assert len(server._server.active_channels) == 50
 
 
-def test_short_questions_take_a_moment_of_each_turn_and_no_more():
+def test_short_questions_take_a_moment_of_each_turn_and_are_answered_in_turn():
     app, threads = who_answers(bookkeep.TURN / 2)
     with turning(app) as (server, connect):
         connections = connect(20)
         server._turn(0)
         for connection in connections:
             connection.sendall(request("/predict", booking()))
+        answered = []
+        while len(answered) < 20:
+            before = len(threads)
+            server._turn(0)
+            assert len(threads) - before <= 3
+            ready, _, _ = select.select({*connections} - {*answered}, [], [], 0)
+            for connection in ready:
+                assert connection.recv(15) == b"HTTP/1.1 200 OK"
+                connection.recv(1000)
+                connection.sendall(request("/predict", booking()))  # nobody is asked twice before
+            answered += ready
+        assert {*threads} == {threading.get_ident()}
+        assert len(threads) < 24
+
+
+def test_a_short_question_waits_for_the_model_without_keeping_anybody_waiting():
+    app, threads = who_answers()
+    resting = threading.Event()
+    with turning(app, must_wait=lambda: not resting.is_set()) as (server, connect):
+        [connection, other] = connect(2)
         server._turn(0)
-        assert 1 <= threads.count(threading.get_ident()) <= 2
-        for connection in connections:
-            assert connection.recv(15) == b"HTTP/1.1 200 OK"
+        connection.sendall(request("/predict", booking()))
+        server._turn(1)
+        other.sendall(request("/health", method="GET"))
+        server._turn(1)
+        assert other.recv(15) == b"HTTP/1.1 200 OK"
+        assert len(threads) == 1
+        resting.set()
+        server._turn(1)
+        assert connection.recv(15) == b"HTTP/1.1 200 OK"
+        assert threads[1] == threading.get_ident()
 
 
 @pytest.mark.parametrize(
@@ -4647,13 +4675,14 @@ def test_only_what_is_surely_quick_is_answered_by_who_receives(asked, at_once, i
         assert (threads[0] == threading.get_ident()) == (at_once and is_quick)
 
 
-def test_a_prediction_is_quick_unless_it_waits_for_the_model_or_has_too_many_accounts(path):
+def test_a_prediction_is_quick_unless_there_are_too_many_accounts(path):
     with bookkeeping(path) as bookkeeper:
         bookkeeper.book([booking(account=str(number)) for number in range(100)])
         assert bookkeeper.is_quick(bookkeep.QUICK // 100)
         assert not bookkeeper.is_quick(bookkeep.QUICK // 100 + 1)
+        assert not bookkeeper.is_changing()
         with bookkeeper._changing:
-            assert not bookkeeper.is_quick(1)
+            assert bookkeeper.is_changing()
 
 
 HANGING = """
