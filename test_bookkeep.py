@@ -3175,6 +3175,55 @@ def test_a_company_that_is_forgotten_was_never_there(path):
         assert bookkeeper.forget(company) == 1
 
 
+def test_others_are_booked_corrected_and_predicted_while_a_company_is_forgotten(path, monkeypatch):
+    samples = bookings(3000)
+    answers = []
+    with bookkeeping(path) as bookkeeper:
+        for number, batch in enumerate(batches_of(samples, 500)):
+            bookkeeper.book(batch, f"batch{number}")
+        mine = [seq for seq, sample in enumerate(samples) if sample["CompanyId"] == "company1"]
+        other = next(seq for seq in range(3000) if seq not in mine)
+        bookkeeper.correct(mine[3], "3001")
+        extend, change_by = Copy.extend, Bookkeeper._change_by
+
+        def between(step):
+            """What others do between two steps, and what they get."""
+            [late] = bookkeeper.book([booking("company1", f"late {step}")])
+            [seq] = bookkeeper.book([booking("B", f"rent {step}", account="new")])
+            assert bookkeeper.correct(other, str(step)) != str(step)
+            assert bookkeeper.predict([booking("B", "rent")]) == ["new"]
+            answers.append((late, seq))
+            if step > 2:  # it is gone
+                for gone in (mine[0], mine[3], answers[0][0]):
+                    with pytest.raises(NotFound):
+                        bookkeeper.correct(gone, "3001")
+                assert bookkeeper.book(samples[:500], "batch0") == range(500)
+
+        def extended(self, emptied):
+            extend(self, emptied)
+            if len(answers) < 2:  # it is not the writer's time yet
+                between(len(answers))
+
+        def changed_by(self, make, *arguments):
+            found = change_by(self, make, *arguments)
+            if make.__name__ == "_learn" and len(answers) < 4:
+                between(len(answers) + 1)
+            return found
+
+        monkeypatch.setattr(Copy, "extend", extended)
+        monkeypatch.setattr(Bookkeeper, "_change_by", changed_by)
+        assert bookkeeper.forget("company1") == len(mine) + 2
+        assert counts(bookkeeper._model) == counts(taught(standing(path)))
+        assert bookkeeper._history.size("company1") == len(answers) - 2
+        for sample in bookings(5, seed=1):
+            assert_confidence_is_that_of_the_log(bookkeeper, path, sample)
+        known = state(bookkeeper, samples[:50])
+    with bookkeeping(path) as bookkeeper:
+        assert state(bookkeeper, samples[:50]) == known
+    assert "late 0" not in path.read_text()
+    assert "late 3" in path.read_text()
+
+
 def test_when_all_is_forgotten_there_is_no_model(path):
     with bookkeeping(path) as bookkeeper:
         bookkeeper.book([booking()])
