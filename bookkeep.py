@@ -2448,28 +2448,11 @@ class Bookkeeper:
             check = is_check(sample, self._history.size(sample["CompanyId"]), place)
             self._predictions += 1
 
-        suggestions = []
-        for rank, account in enumerate(accounts[:top]):
-            suggestion = {
-                "account": account,
-                "confidence": confidence[rank],
-                "over": None,
-                "margin": None,
-                "prior": None,
-                "reasons": [],
-            }
-            if len(accounts) > 1:
-                other = int(rank == 0)
-                prior, *weights = (terms[rank] - terms[other]).tolist()
-                suggestion |= {
-                    "over": accounts[other],
-                    "margin": round(math.fsum([prior, *weights]), 4),
-                    "prior": round(prior, 4),
-                    "reasons": _reasons(sample, weights),
-                }
-            suggestions.append(suggestion)
         answer = {
-            "suggestions": suggestions,
+            "suggestions": [
+                _suggestion(sample, accounts, terms, rank) | {"confidence": confidence[rank]}
+                for rank in range(min(top, len(accounts)))
+            ],
             "record": {"known": KNOWN[known], **record},
             "check": check,
         }
@@ -2945,6 +2928,23 @@ def _lesson(record: dict, account: str) -> Lesson:
 
 def _in_ranks(rank: int | None) -> int:
     return rank if rank and rank <= Calibration.RANKS else 0
+
+
+def _suggestion(
+    sample: Sample, accounts: Sequence[str], terms: np.ndarray, rank: int
+) -> dict[str, object]:
+    """One of the accounts, and what speaks for it over another; terms are (k, 1 + T)."""
+    suggestion = {"account": accounts[rank], "confidence": 0.0, "over": None}
+    if len(accounts) == 1:
+        return suggestion | {"margin": None, "prior": None, "reasons": []}
+    other = int(rank == 0)
+    prior, *weights = (terms[rank] - terms[other]).tolist()
+    return suggestion | {
+        "over": accounts[other],
+        "margin": round(math.fsum([prior, *weights]), 4),
+        "prior": round(prior, 4),
+        "reasons": _reasons(sample, weights),
+    }
 
 
 def _reasons(sample: Sample, weights: list[float]) -> list[dict[str, str | float]]:
