@@ -2440,7 +2440,10 @@ class Bookkeeper:
             terms = model.terms(document, best)
             margin = round(scores[best[0]] - scores[best[1]], 4) if len(best) > 1 else None
             [known] = model.specificity([document]).tolist()
-            made = {"sample": sample, "predicted": accounts[0], "margin": margin, "known": known}
+            whose = {
+                "CompanyId": sample["CompanyId"]
+            }  # the rest may be anything, as it is not booked
+            made = {"sample": whose, "predicted": accounts[0], "margin": margin, "known": known}
             row = self._rows([made], [document])
             [sure] = self._calibration.confidence(row).tolist()
             confidence = self._calibration.shared(sure).round(4).tolist()

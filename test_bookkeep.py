@@ -3636,6 +3636,7 @@ def test_one_sample_gets_suggestions_and_a_list_a_list(service):
     assert service.post("/suggest?top=20", [asked] * 15)[0] == 200
     assert service.post("/suggest?top=20", [asked] * 16)[0] == 400
     assert service.post("/suggest", {"CompanyId": "A"})[0] == 400
+    assert service.post("/suggest", asked | {"BookedBy": "nobody yet"}) == (200, answer)
     decided = service.post("/suggest?book_from=0", [asked] * 100)[1]
     assert {answer["decision"] for answer in decided} == {"book", "check"}
     assert service.post("/suggest?book_from=1&top=1", asked)[1]["decision"] == "review"
