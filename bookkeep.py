@@ -1764,10 +1764,14 @@ class Copy:
         self.file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o600)
         self.starts = array("q")
         self.size = 0
-        fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.fchmod(self.file, stat.S_IMODE(os.fstat(log._file).st_mode))
 
     def __enter__(self) -> "Copy":
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.fchmod(self.file, stat.S_IMODE(os.fstat(self.log._file).st_mode))
+        except OSError:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -1777,14 +1781,14 @@ class Copy:
         with suppress(OSError):
             self.path.unlink(missing_ok=True)
 
-    def extend(self, emptied: np.ndarray) -> None:
-        """Adds the log's further lines, with (m,) emptied ones, by seq in order, onto the disk.
+    def extend(self, emptied: np.ndarray, to: int) -> None:
+        """Adds lines up to that one, with (m,) emptied ones, by seq in order, onto the disk.
 
         Raises OSError, or ValueError if a line that is to be emptied is damaged.
         """
         first = len(self.starts)
         with self.log._placing:
-            starts = np.append(np.array(self.log._starts[first:]), self.log.size)
+            starts = np.append(np.array(self.log._starts[first:to]), self.log._start(to))
         sizes = np.diff(starts)
         emptied = emptied - first
         at = 0
@@ -2222,7 +2226,7 @@ class Writer:
         with self._arrival:
             if self._closed or self.broken:
                 raise NotReady(RESTART)
-            if self._queue and self.waiting() + len(work.samples) > BACKLOG:
+            if work.samples and self._queue and self.waiting() + len(work.samples) > BACKLOG:
                 raise Busy("too many bookings are waiting; send this again in a second")
             self._queue.append(work)
             self._arrival.notify()
@@ -2382,11 +2386,10 @@ class Bookkeeper:
         Others are booked between its steps. Raises NotFound, NotStored, NotReady.
         """
         with self._forgetting:
-            self._change_by(self._lines_of, company)  # in its turn; raises if there are none
             try:
                 with Copy(self.log) as copy:
                     for _ in range(2):  # the second time, what has come meanwhile
-                        copy.extend(self._lines_of(company))
+                        copy.extend(*self._change_by(self._lines_of, company))
                     self._end_saving()  # or the writer would have to wait for it
                     forgotten = self._change_by(self._remove, company, copy)
                     with self._writer.must_succeed():
@@ -2679,8 +2682,7 @@ class Bookkeeper:
         for chunk in chunks(records, CHUNK):
             documents = [tokens(record["sample"]) for record in chunk]
             lessons = [_lesson(record, record["sample"][TARGET]) for record in chunk]
-            with self._change():
-                self._model.learn(documents, lessons, times=-1)
+            self._learn(documents, lessons, -1)
 
     def _rows(self, records: Sequence[dict], documents: Sequence[Sequence[int]]) -> np.ndarray:
         """Rows of the history for records of the log, as far as names have numbers already."""
@@ -2748,12 +2750,9 @@ class Bookkeeper:
     def _apply(self, changes: Sequence[tuple[dict, Lesson, dict]]) -> None:
         """Unlearns bookings, which counted so before, and learns them as corrected."""
         documents = [tokens(booking["sample"]) for booking, _, _ in changes]
-        before = [(d, lesson) for d, (_, lesson, _) in zip(documents, changes, strict=True)]
-        before = [pair for pair in before if pair[1].weight]
         with self._change():
             self._model.learn(documents, [_lesson(c, c[TARGET]) for _, _, c in changes])
-            if before:
-                self._model.learn(*zip(*before, strict=True), times=-1)
+            self._model.learn(documents, [lesson for _, lesson, _ in changes], times=-1)
             rows = self._history.find(np.unique([booking["seq"] for booking, _, _ in changes]))
             self._calibration.add(self._history.rows[rows], times=-1)
             for booking, _, correction in changes:
@@ -2764,23 +2763,25 @@ class Bookkeeper:
             self._calibration.add(self._history.rows[rows])
             self._curve = {}
 
-    def _lines_of(self, company: str) -> np.ndarray:
-        """(m,) the seqs of a company's bookings and of their corrections. Raises NotFound."""
-        with self._changing:
-            seqs = self._history.of(company)["seq"]
-            corrected = self._corrections.keys() & seqs.tolist()
-            corrections = chain.from_iterable(self._corrections[seq] for seq in corrected)
-            lines = np.concatenate([seqs, np.fromiter(corrections, dtype=np.int64)])
-        if not len(lines):
+    def _lines_of(self, company: str) -> tuple[np.ndarray, int]:
+        """(m,) the seqs of a company's bookings and corrections, and how many lines there are.
+
+        Raises NotFound. Only the writer knows: between a line and its row is a moment.
+        """
+        seqs = self._history.of(company)["seq"]
+        if not len(seqs):
             raise NotFound("there is no booking of this company")
-        return np.sort(lines)
+        corrected = self._corrections.keys() & seqs.tolist()
+        corrections = chain.from_iterable(self._corrections[seq] for seq in corrected)
+        lines = np.concatenate([seqs, np.fromiter(corrections, dtype=np.int64)])
+        return np.sort(lines), len(self.log)
 
     def _remove(self, company: str, copy: Copy) -> list[tuple[int, int]]:
         """Takes the copy for the log. Of each booking removed, the seq, and of what stands for it.
 
         These are to be unlearned, from what was the log.
         """
-        copy.extend(self._lines_of(company))
+        copy.extend(*self._lines_of(company))
         self._end_saving()
         self._snapshot.discard()
         self.log.replace(copy)
@@ -2802,9 +2803,8 @@ class Bookkeeper:
                     booking, last = log.record(seq), log.record(standing)
                 except (OSError, ValueError) as error:
                     raise LogError(f"what was removed cannot be unlearned ({error})") from None
-                if "weight" in last:
-                    documents.append(tokens(booking["sample"]))
-                    lessons.append(_lesson(last, last.get(TARGET) or booking["sample"][TARGET]))
+                documents.append(tokens(booking["sample"]))
+                lessons.append(_lesson(last, last.get(TARGET) or booking["sample"][TARGET]))
             self._change_by(self._learn, documents, lessons, -1)
 
     def _learn(self, documents: list[list[int]], lessons: list[Lesson], times: int) -> None:
@@ -3326,8 +3326,10 @@ def create_app(
     def book_from() -> float | None:
         text = request.query.get("book_from")
         with suppress(ValueError):
-            if text is None or 0 <= float(text) <= 1:
-                return text and float(text)
+            if text is None:
+                return None
+            if re.fullmatch("[0-9.e-]+", text) and 0 <= float(text) <= 1:
+                return float(text)
         raise HTTPError(400, "book_from must be a number from 0 to 1, such as 0.95")
 
     @app.post("/sample")
@@ -3413,7 +3415,7 @@ def create_app(
 
     @app.error(404)
     def not_found(error: HTTPError) -> str:
-        if error.body == f"Not found: {request.path!r}":
+        if error.body.startswith("Not found: "):  # Bottle's own
             error.body = f"there is nothing here; {' '.join(description['paths'])} is all"
         return _error_in_json(error)
 
@@ -3440,13 +3442,8 @@ def starting_app(log: Log) -> Bottle:
 
     @app.hook("before_request")
     def refuse() -> None:
-        again = {"Retry-After": "1"}
-        raise HTTPError(503, f"the log is being read back, {log.progress()} so far", **again)
-
-    @app.hook("after_request")
-    def protect() -> None:
-        for name, value in HEADERS.items():
-            response.set_header(name, value)
+        more = {"Retry-After": "1", **HEADERS}
+        raise HTTPError(503, f"the log is being read back, {log.progress()} so far", **more)
 
     app.refuses, app.is_quick, app.must_wait = lambda environ: True, lambda size: False, bool
     return app
@@ -3542,6 +3539,7 @@ class Server:
             raise OSError(f"let it open at least {2 * FEWEST + 100} files (ulimit -n), not {files}")
         self._dispatcher = Dispatcher(threads)
         self._listener = listener
+        self._stopping = threading.Event()
         self._server = waitress.create_server(
             app,
             _dispatcher=self._dispatcher,
@@ -3568,17 +3566,10 @@ class Server:
 
         Says whether it was stopped.
         """
-        stopping = threading.Event()
-
-        def stop(number: int, _: object) -> None:
-            logger.info("stopping on %s", signal.Signals(number).name)
-            stopping.set()
-            self._server.trigger.pull_trigger()
-
-        on_signals(stop)
+        on_signals(self._stop)
         if until:
             until.add_done_callback(lambda _: self._server.trigger.pull_trigger())
-        while not stopping.is_set():
+        while not self._stopping.is_set():
             if until and until.done():
                 return False
             self._turn(1)
@@ -3597,9 +3588,15 @@ class Server:
         self._dispatcher.shutdown()
         return True
 
+    def _stop(self, number: int, _: object) -> None:
+        logger.info("stopping on %s", signal.Signals(number).name)
+        self._stopping.set()  # also if it comes before it answers for the next app
+        self._server.trigger.pull_trigger()
+
     def _turn(self, seconds: float) -> None:
         if self._dispatcher.short:
             seconds = 0.001 if self._dispatcher.must_wait() else 0
+        self._server.full = False
         self._server.asyncore.loop(seconds, use_poll=True, map=self._server._map, count=1)
         self._dispatcher.answer_short()
 
@@ -3668,6 +3665,7 @@ class JSONErrorTask(Logged, ErrorTask):
 class Request(HTTPRequestParser):
     """A request while it is received: what the app refuses in any case is answered at once."""
 
+    path = ""  # until it is known
     took = 0  # bytes of the room for large ones
     since = 0.0  # when it took them
 
@@ -3710,7 +3708,7 @@ class Request(HTTPRequestParser):
 class Rest(HTTPRequestParser):
     """The body of a request that was refused without it: it is received, and thrown away."""
 
-    took = 0
+    path, took = "", 0
 
     def __init__(self, adj: Adjustments, receiver: FixedStreamReceiver | ChunkedReceiver) -> None:
         super().__init__(adj)
@@ -3721,6 +3719,9 @@ class Rest(HTTPRequestParser):
     def empty(self) -> bool:
         """Whether it needs no answer: it does if nobody knows where the next request starts."""
         return not self.error
+
+    def close(self) -> None:
+        """Keeps nothing."""
 
 
 class Channel(HTTPChannel):
@@ -3754,6 +3755,8 @@ class Channel(HTTPChannel):
         size = max(request.content_length, request.body_bytes_received)
         if request.empty or request.took or size <= LARGE_BODY:
             return True
+        if self.server.full:  # in this turn: to look at all for each that waits would take long
+            return False
         most = self.adj.max_request_body_size
         needed = request.content_length or most
         channels = self.server.active_channels.values()
@@ -3762,6 +3765,7 @@ class Channel(HTTPChannel):
         if not large or sum(each.took for _, each in large) + needed <= ROOM * most:
             request.took, request.since = needed, now
             return True
+        self.server.full = True
         for channel, each in large:
             slow = each.body_bytes_received < SLOW * (now - each.since - PATIENT)
             if slow or channel.last_activity < now - PATIENT:
@@ -3786,11 +3790,11 @@ class Dispatcher:
     def __init__(self, threads: int) -> None:
         self.receiver = threading.get_ident()
         self.short: deque[Channel] = deque()  # whose next request is a short question
-        self._looks, self._questions, self._changes = self._pools = [
-            ThreadedTaskDispatcher() for _ in range(3)
+        self._looks, self._questions, self._changes, self._forgetting = self._pools = [
+            ThreadedTaskDispatcher() for _ in range(4)
         ]
         for pool in self._pools:
-            pool.set_thread_count(threads)
+            pool.set_thread_count(threads if pool is not self._forgetting else 1)
 
     def add_task(self, channel: Channel) -> None:
         """Has the channel's next request answered."""
@@ -3825,6 +3829,8 @@ class Dispatcher:
             self._looks.add_task(channel)
         elif request.path in ("/predict", "/suggest"):
             self._questions.add_task(channel)
+        elif request.command == "DELETE":  # one company after the other, and bookings meanwhile
+            self._forgetting.add_task(channel)
         else:
             self._changes.add_task(channel)
 
@@ -3838,7 +3844,7 @@ class Dispatcher:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the service until SIGTERM or Ctrl-C, or checks a log; the exit status."""
+    """Runs the service until one of STOPS, or checks a log; the exit status."""
     options = _options(arguments)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     access.disabled = not options.access_log
@@ -3951,7 +3957,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     option("open", reach, action="store_true")
     lines = "write a line for each request to standard error: no body, query or name"
     option("access-log", lines, action="store_true")
-    threads = "requests at work at once: so many that change something, questions, and others"
+    threads = "requests at work at once: so many that book, so many questions, so many others"
     option("threads", threads, type=_whole(1, 1000), default=16)
     option("max-body", "bytes in one request's body", type=_whole(1, 1 << 40), default=MAX_BODY)
     option("max-batch", "samples in one request", type=_whole(1, 10**9), default=MAX_BATCH)

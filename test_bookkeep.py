@@ -184,7 +184,7 @@ def written(path, batches, name=None):
 def empty(log, seqs):
     """Takes a copy without these records for the log."""
     with Copy(log) as copy:
-        copy.extend(np.array(sorted(seqs)))
+        copy.extend(np.array(sorted(seqs)), len(log))
         log.replace(copy)
 
 
@@ -1516,6 +1516,9 @@ def test_the_second_gets_what_the_first_leaves_as_often_as_it_was_right():
     assert third == pytest.approx(0.52 * 10 / 52)
     assert not any(others)
     assert calibration.shared(0.01)[1] == 0.01  # never more than the first
+    check = {"booked": "3", "rank": 3, "times": 16}
+    calibration.add(add_rows(History(), [check]))  # stands for 16 of them
+    assert calibration.shared(0.48)[1] == pytest.approx(0.52 * 30 / (52 + 16))
 
 
 @given(
@@ -2262,6 +2265,27 @@ def test_a_snapshot_under_way_is_finished_before_it_is_removed(path, monkeypatch
         bookkeeper.book([booking()] * 150)
         threading.Timer(0.3, let_go.set).start()
         assert bookkeeper.forget("A") == 150
+        bookkeeper._end_saving()
+        assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_snapshot_that_begins_while_a_company_is_forgotten_is_removed_too(path, monkeypatch):
+    let_go, checksum = threading.Event(), Log.checksum
+    with saving(path) as bookkeeper:
+        change = bookkeeper._change_by
+
+        def late(make, *arguments):
+            if make == bookkeeper._remove:
+                monkeypatch.setattr(
+                    Log, "checksum", lambda log, size: let_go.wait(30) and checksum(log, size)
+                )
+                bookkeeper.book([booking()] * 150)
+                threading.Timer(0.3, let_go.set).start()
+            return change(make, *arguments)
+
+        monkeypatch.setattr(bookkeeper, "_change_by", late)
+        bookkeeper.book([booking()])
+        assert bookkeeper.forget("A") == 151
         bookkeeper._end_saving()
         assert [file.name for file in path.parent.iterdir()] == [path.name]
 
@@ -3115,6 +3139,26 @@ def test_metrics_score_the_old_prediction_against_the_corrected_account(path):
         assert bookkeeper.metrics(10) == {"precision": 1, "recall": 1}
 
 
+def test_who_corrects_a_correction_back_leaves_no_trace_in_the_confidence(path):
+    with bookkeeping(path) as bookkeeper:
+        for batch in batches_of(bookings(300), 50):
+            bookkeeper.book(batch)
+        before = [array.tolist() for array in bookkeeper._calibration.state().values()]
+        for record in read_lines(path)[60::20]:
+            bookkeeper.correct(record["seq"], "9999")
+            bookkeeper.correct(record["seq"], record["sample"]["AccountNumber"])
+        after = [array.tolist() for array in bookkeeper._calibration.state().values()]
+        assert after[:3] == before[:3]
+
+
+def test_a_report_counts_the_unseen_since_the_first_of_its_predictions(path):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking()])
+        for who in ("suggestion", "person", "suggestion", "suggestion", "person"):
+            bookkeeper.book([by(who)])
+        assert [bookkeeper.report(n)["unseen"] for n in (1, 2, 9)] == [0, 2, 2]
+
+
 def test_a_mistake_that_was_corrected_is_not_repeated(path):
     with bookkeeping(path) as bookkeeper:
         for batch in batches_of(bookings(300), 30):
@@ -3199,8 +3243,8 @@ def test_others_are_booked_corrected_and_predicted_while_a_company_is_forgotten(
                         bookkeeper.correct(gone, "3001")
                 assert bookkeeper.book(samples[:500], "batch0") == range(500)
 
-        def extended(self, emptied):
-            extend(self, emptied)
+        def extended(self, *lines):
+            extend(self, *lines)
             if len(answers) < 2:  # it is not the writer's time yet
                 between(len(answers))
 
@@ -3222,6 +3266,68 @@ def test_others_are_booked_corrected_and_predicted_while_a_company_is_forgotten(
         assert state(bookkeeper, samples[:50]) == known
     assert "late 0" not in path.read_text()
     assert "late 3" in path.read_text()
+
+
+def test_the_writer_copies_only_what_came_while_the_rest_was_copied(path, monkeypatch):
+    copied = {}
+
+    def extend(copy, *lines, extend=Copy.extend):
+        before = len(copy.starts)
+        extend(copy, *lines)
+        who = threading.current_thread().name
+        copied[who] = copied.get(who, 0) + len(copy.starts) - before
+
+    monkeypatch.setattr(Copy, "extend", extend)
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking()] * 300)
+        bookkeeper.forget("A")
+        assert copied == {threading.current_thread().name: 300, "writer": 0}
+
+
+def test_what_comes_while_a_company_is_forgotten_is_forgotten_too(path, monkeypatch):
+    extend, append = Copy.extend, Log.append
+
+    def late(copy, *lines):
+        if not copy.starts:
+            bookkeeper.book([booking(text="late")])
+        extend(copy, *lines)
+
+    def slow(log, batches):
+        records = append(log, batches)
+        time.sleep(0.001)  # it is in the log, but not yet known to be
+        return records
+
+    monkeypatch.setattr(Copy, "extend", late)
+    monkeypatch.setattr(Log, "append", slow)
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking(), booking(company="B", account="2")] * 500)
+        stop = threading.Event()
+
+        def book():
+            while not stop.is_set():
+                bookkeeper.book([booking(text="later", account="3")])
+
+        booking_on = threading.Thread(target=book)
+        booking_on.start()
+        for _ in range(10):
+            bookkeeper.forget("A")
+        stop.set()
+        booking_on.join()
+        known = state(bookkeeper, [booking()])
+        assert 'late"' not in path.read_text()
+    with bookkeeping(path) as bookkeeper:
+        assert state(bookkeeper, [booking()]) == known
+
+
+def test_a_step_of_forgetting_is_not_refused_where_many_bookings_wait(path, monkeypatch):
+    monkeypatch.setattr(bookkeep, "BACKLOG", 10)
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking(), booking(company="B")])
+        calls = [partial(bookkeeper.book, [booking(company="B")] * n) for n in (1, 11)]
+        calls += [partial(bookkeeper.forget, "A"), partial(bookkeeper.correct, 1, "5")]
+        with held_at_the_disk(bookkeeper, calls):
+            pass
+        assert bookkeeper.health()["samples"] == 13
 
 
 def test_when_all_is_forgotten_there_is_no_model(path):
@@ -3640,7 +3746,7 @@ def test_one_sample_gets_suggestions_and_a_list_a_list(service):
     decided = service.post("/suggest?book_from=0", [asked] * 100)[1]
     assert {answer["decision"] for answer in decided} == {"book", "check"}
     assert service.post("/suggest?book_from=1&top=1", asked)[1]["decision"] == "review"
-    for level in ("1.01", "-0.1", "x", "", "nan", "inf"):
+    for level in ("1.01", "-0.1", "x", "", "nan", "inf", "0_1", "%20.5"):
         for method, path in (("POST", "/suggest"), ("GET", "/report/9")):
             status, _, refusal = service.ask(method, f"{path}?book_from={level}", asked)
             said = refusal["error"]
@@ -4725,6 +4831,27 @@ def test_only_what_is_surely_quick_is_answered_by_who_receives(asked, at_once, i
         assert (threads[0] == threading.get_ident()) == (at_once and is_quick)
 
 
+def test_long_questions_keep_nobody_from_looking():
+    go_on = threading.Event()
+
+    def app(environ, start):
+        assert environ["PATH_INFO"] == "/health" or go_on.wait(30)
+        start("200 OK", [("Content-Length", "0")])
+        return []
+
+    app.refuses = lambda environ: False
+    with turning(app, threads=1) as (server, connect):
+        [asking, looking] = connect(2)
+        server._turn(0)
+        asking.sendall(request("/predict", [booking()]))
+        server._turn(1)
+        looking.sendall(request("/health", method="GET"))
+        server._turn(1)
+        assert looking.recv(15) == b"HTTP/1.1 200 OK"
+        go_on.set()
+        assert asking.recv(15) == b"HTTP/1.1 200 OK"
+
+
 def test_a_prediction_is_quick_unless_there_are_too_many_accounts(path):
     with bookkeeping(path) as bookkeeper:
         bookkeeper.book([booking(account=str(number)) for number in range(100)])
@@ -4852,6 +4979,27 @@ def test_the_rest_of_what_was_refused_is_no_request_however_it_ends(guarded):
             assert int(said.split()[1]) == after
             with suppress(ConnectionError):
                 assert (after == 200) or answers.read() == b""
+    assert "Traceback" not in guarded.said()
+
+
+def test_those_who_forget_do_not_keep_others_from_booking(serve):
+    service = serve("--threads=2")
+    for batch in batches_of([booking(company=f"c{i % 8}") for i in range(40_000)], 10_000):
+        assert service.post("/sample", batch)[0] == 200
+    forgetting = [
+        threading.Thread(target=service.delete, args=[f"/company/c{i}"]) for i in range(8)
+    ]
+    for thread in forgetting:
+        thread.start()
+    waited = []
+    while forgetting[-1].is_alive():
+        started = time.monotonic()
+        assert service.post("/sample", [booking()])[0] == 200
+        waited.append(time.monotonic() - started)
+    for thread in forgetting:
+        thread.join()
+    assert len(waited) > 3
+    assert max(waited) < 1
 
 
 def test_what_is_accepted_is_told_to_continue(service):
@@ -4894,24 +5042,6 @@ def test_unfinished_uploads_hold_little_and_shut_nobody_out(serve):
         thread.join()
     for connection in stalled:
         connection.close()
-
-
-def test_long_questions_keep_nobody_from_looking(serve):
-    service = serve("--threads=1")
-    service.post("/sample", bookings(100))
-    done = []
-    asking = [
-        threading.Thread(target=lambda: done.append(service.post("/predict", bookings(10_000))[0]))
-        for _ in range(3)
-    ]
-    for thread in asking:
-        thread.start()
-    time.sleep(0.2)  # all three take much longer
-    assert service.get("/health")[0] == 200
-    assert len(done) < 3
-    for thread in asking:
-        thread.join()
-    assert done == [200] * 3
 
 
 def test_a_long_answer_that_nobody_reads_keeps_no_other_from_its_own(serve):
@@ -5043,6 +5173,19 @@ def test_a_signal_stops_it_cleanly_and_a_restart_knows_all(serve, number):
     service = serve()
     wait_until(lambda: "700 bookings read back" in service.said())
     assert (service.get("/metrics/100"), service.post("/predict", samples)) == before
+
+
+def test_a_signal_that_comes_when_the_log_has_been_read_stops_it(serve):
+    code = (
+        "import os, signal, sys, bookkeep; made = bookkeep.create_app\n"
+        "def app(*options):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return made(*options)\n"
+        "bookkeep.create_app = app\n"
+        "sys.exit(bookkeep.main())"
+    )
+    service = serve(program=("-c", code), reads=False)
+    assert service.process.wait(5) == 0
 
 
 def test_a_request_under_way_is_answered_before_it_stops(serve):
