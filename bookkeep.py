@@ -2308,6 +2308,7 @@ CHUNK = 128  # samples that are predicted, or unlearned, at a time
 LINES = 4096  # of the log that are read back at a time
 LISTED = 10  # bookings in each list of the overview
 RECENT = 10_000  # bookings that it looks at
+MOMENT = 0.002  # seconds
 QUICK = 250_000  # bytes of a sample times accounts, for which a prediction takes a millisecond
 UNSAVED = 10_000  # lines of the log that its snapshot may lack; a sixteenth while it grows
 
@@ -2420,9 +2421,12 @@ class Bookkeeper:
         """
         return size * len(self._model.names) <= QUICK
 
-    def is_changing(self) -> bool:
-        """Whether a prediction would have to wait for the model."""
-        return self._changing.locked()
+    def is_busy(self) -> bool:
+        """Whether a prediction would have to wait for the model for more than a moment."""
+        if self._changing.acquire(timeout=MOMENT):
+            self._changing.release()
+            return False
+        return True
 
     def suggest(
         self, sample: Sample, top: int, place: int = 0, book_from: float | None = None
@@ -3240,8 +3244,8 @@ def create_app(
     With a token, all but the page and /health is for those who send it. With hosts, it is for those
     who call the service by one of these names: a web page whose own name was made to lead here does
     not. Its `refuses` says of an environ whether its headers suffice to refuse the request, its
-    `is_quick` whether a prediction for one sample of so many bytes takes no time, its `must_wait`
-    whether it would have to wait for that.
+    `is_quick` whether a prediction for one sample of so many bytes takes no time, its `is_busy`
+    whether that would have to wait.
     """
     app = Bottle()
     app.install(_in_json)
@@ -3427,10 +3431,10 @@ def create_app(
     operations = {
         route: description["paths"][_path(route.rule)][route.method.lower()] for route in app.routes
     }
-    app.refuses, app.is_quick, app.must_wait = (
+    app.refuses, app.is_quick, app.is_busy = (
         refuses,
         bookkeeper.is_quick,
-        bookkeeper.is_changing,
+        bookkeeper.is_busy,
     )
     return app
 
@@ -3445,7 +3449,7 @@ def starting_app(log: Log) -> Bottle:
         more = {"Retry-After": "1", **HEADERS}
         raise HTTPError(503, f"the log is being read back, {log.progress()} so far", **more)
 
-    app.refuses, app.is_quick, app.must_wait = lambda environ: True, lambda size: False, bool
+    app.refuses, app.is_quick, app.is_busy = lambda environ: True, lambda size: False, bool
     return app
 
 
@@ -3559,7 +3563,7 @@ class Server:
     def call(self, app: Bottle) -> None:
         """Has this app answer what comes from now on."""
         self._server.application, self._server.refuses = app, app.refuses
-        self._dispatcher.is_quick, self._dispatcher.must_wait = app.is_quick, app.must_wait
+        self._dispatcher.is_quick, self._dispatcher.is_busy = app.is_quick, app.is_busy
 
     def answer(self, until: Future | None = None) -> bool:
         """Answers requests until one of STOPS, then those that are under way; or until it is done.
@@ -3594,8 +3598,7 @@ class Server:
         self._server.trigger.pull_trigger()
 
     def _turn(self, seconds: float) -> None:
-        if self._dispatcher.short:
-            seconds = 0.001 if self._dispatcher.must_wait() else 0
+        seconds = 0 if self._dispatcher.short else seconds
         self._server.full = False
         self._server.asyncore.loop(seconds, use_poll=True, map=self._server._map, count=1)
         self._dispatcher.answer_short()
@@ -3785,7 +3788,7 @@ class Dispatcher:
     """
 
     is_quick: Callable[[int], bool]  # of the app
-    must_wait: Callable[[], bool]
+    is_busy: Callable[[], bool]
 
     def __init__(self, threads: int) -> None:
         self.receiver = threading.get_ident()
@@ -3814,7 +3817,7 @@ class Dispatcher:
     def answer_short(self) -> None:
         """Answers short questions, for no longer than a turn takes."""
         end = time.perf_counter() + TURN
-        while self.short and not self.must_wait() and time.perf_counter() < end:
+        while self.short and not self.is_busy() and time.perf_counter() < end:
             channel = self.short.popleft()
             # Before a further request, it might wait for what only this thread can send.
             alone = len(channel.requests) == 1

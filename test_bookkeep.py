@@ -4722,10 +4722,10 @@ def test_random_requests_are_answered_as_the_documents_say(serve, tmp_path):
 
 
 @contextmanager
-def turning(app, threads=2, is_quick=lambda size: True, must_wait=lambda: False):
+def turning(app, threads=2, is_quick=lambda size: True, is_busy=lambda: False):
     """A server that only turns when it is told to, and so many connections to it as are asked."""
     listener = bookkeep._bind("127.0.0.1", 0)
-    app.is_quick, app.must_wait = is_quick, must_wait
+    app.is_quick, app.is_busy = is_quick, is_busy
     server = bookkeep.Server(app, listener, threads, 1000)
     opened = []
 
@@ -4789,7 +4789,7 @@ def test_short_questions_take_a_moment_of_each_turn_and_are_answered_in_turn():
 def test_a_short_question_waits_for_the_model_without_keeping_anybody_waiting():
     app, threads = who_answers()
     resting = threading.Event()
-    with turning(app, must_wait=lambda: not resting.is_set()) as (server, connect):
+    with turning(app, is_busy=lambda: not resting.is_set()) as (server, connect):
         [connection, other] = connect(2)
         server._turn(0)
         connection.sendall(request("/predict", booking()))
@@ -4857,9 +4857,9 @@ def test_a_prediction_is_quick_unless_there_are_too_many_accounts(path):
         bookkeeper.book([booking(account=str(number)) for number in range(100)])
         assert bookkeeper.is_quick(bookkeep.QUICK // 100)
         assert not bookkeeper.is_quick(bookkeep.QUICK // 100 + 1)
-        assert not bookkeeper.is_changing()
+        assert not bookkeeper.is_busy()
         with bookkeeper._changing:
-            assert bookkeeper.is_changing()
+            assert bookkeeper.is_busy()
 
 
 HANGING = """
