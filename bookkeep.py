@@ -4228,7 +4228,7 @@ details > div { padding: 0 0 1rem 1.75rem; }
   <div class="lead">
     <h2 id="curve-title">How well it has learned</h2>
     <p class="muted">Each booking is predicted before it is learned. A point covers the 1,000
-      predictions before it.</p>
+      bookings before it.</p>
     <div data-of="curve">
       <p id="when"></p>
       <dl id="legend"></dl>
