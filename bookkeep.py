@@ -2308,7 +2308,7 @@ CHUNK = 128  # samples that are predicted, or unlearned, at a time
 LINES = 4096  # of the log that are read back at a time
 LISTED = 10  # bookings in each list of the overview
 RECENT = 10_000  # bookings that it looks at
-MOMENT = 0.002  # seconds
+MOMENT = 0.002  # seconds that a short question may wait for the model, before all others
 QUICK = 250_000  # bytes of a sample times accounts, for which a prediction takes a millisecond
 UNSAVED = 10_000  # lines of the log that its snapshot may lack; a sixteenth while it grows
 
