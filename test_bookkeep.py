@@ -3330,6 +3330,64 @@ def test_a_step_of_forgetting_is_not_refused_where_many_bookings_wait(path, monk
         assert bookkeeper.health()["samples"] == 13
 
 
+def test_companies_are_forgotten_one_after_the_other(path, monkeypatch):
+    enter, leave, together, most = Copy.__enter__, Copy.__exit__, [], []
+
+    def entered(copy):
+        together.append(copy)
+        most.append(len(together))
+        time.sleep(0.05)
+        return enter(copy)
+
+    def left(copy, *error):
+        leave(copy, *error)
+        together.remove(copy)
+
+    monkeypatch.setattr(Copy, "__enter__", entered)
+    monkeypatch.setattr(Copy, "__exit__", left)
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking(company) for company in "ABC"])
+        forgetting = [threading.Thread(target=bookkeeper.forget, args=[name]) for name in "ABC"]
+        for thread in forgetting:
+            thread.start()
+        for thread in forgetting:
+            thread.join()
+        assert bookkeeper.health()["samples"] == 0
+    assert most == [1, 1, 1]
+
+
+def test_a_stop_while_a_company_is_forgotten_leaves_all_of_it(path, monkeypatch):
+    copying, go_on, answers = threading.Event(), threading.Event(), []
+    extend = Copy.extend
+
+    def held(copy, *lines):
+        copying.set()
+        assert go_on.wait(30)
+        extend(copy, *lines)
+
+    def forget():
+        with pytest.raises(NotReady):
+            bookkeeper.forget("A")
+        answers.append(NotReady)
+
+    monkeypatch.setattr(Copy, "extend", held)
+    bookkeeper = Bookkeeper(Log(path))
+    bookkeeper.book([booking()] * 3)
+    before = path.read_bytes()
+    threads = [threading.Thread(target=forget), threading.Thread(target=bookkeeper.close)]
+    threads[0].start()
+    assert copying.wait(30)
+    threads[1].start()
+    threads[1].join(0.2)
+    assert threads[1].is_alive()  # it waits for the copy, which reads the log
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert answers == [NotReady]
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
 def test_when_all_is_forgotten_there_is_no_model(path):
     with bookkeeping(path) as bookkeeper:
         bookkeeper.book([booking()])
