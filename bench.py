@@ -306,7 +306,7 @@ def _memory(kind: str, process: int | str = "self") -> float:
 def measure_service(rows: list[Sample], repeats: int) -> dict:
     """Requests and samples a second over HTTP, and how long predictions take."""
     found: dict[str, list[dict]] = {}
-    asked = {key: value for key, value in rows[-1].items() if not key.startswith("Account")}
+    asked = replay.without_account(rows[-1])
     predict = _request("/predict", asked)
     for repeat in range(repeats):
         _say(f"service, {repeat + 1} of {repeats}")

@@ -48,7 +48,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 import waitress
-from bottle import Bottle, HTTPError, request, response
+from bottle import Bottle, HTTPError, Route, request, response
 from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
@@ -224,12 +224,6 @@ class Digests(dict):
 
 
 _digests = Digests()
-
-
-def count_tokens(sample: Sample) -> int:
-    """How many tokens the sample has."""
-    _, words, _ = _parts(sample)
-    return 6 + 2 * len(words) if words else 2
 
 
 def wordings(sample: Sample) -> list[tuple[str, str]]:
@@ -1410,8 +1404,8 @@ def _accuracy(rows: np.ndarray) -> tuple[float, float]:
     """
     times, hit = rows["times"].astype(np.float64), right(rows)
     accuracy = float(times @ hit / times.sum())
-    error = math.sqrt((times * (hit - accuracy)) @ (times * (hit - accuracy)) + times.max() ** 2)
-    return accuracy, error / float(times.sum())
+    off = times * (hit - accuracy)
+    return accuracy, math.sqrt(off @ off + times.max() ** 2) / float(times.sum())
 
 
 def by_confidence(rows: np.ndarray, levels: Iterable[float]) -> list[dict[str, float | None]]:
@@ -1918,16 +1912,25 @@ _decode_line = json.JSONDecoder().decode
 
 
 def _line(record: dict) -> bytes:
-    text = _encode(record)[:-1].encode()
+    return _sealed(_encode(record)[:-1].encode())
+
+
+def _sealed(text: bytes) -> bytes:
+    """The line whose record is this text, but for its end."""
     return b'%s, "crc": %d}\n' % (text, zlib.crc32(text))
+
+
+def _unsealed(line: bytes) -> bytes:
+    """The text that was sealed. Raises ValueError unless the line is as it was written."""
+    text, _, checksum = line.rpartition(b', "crc": ')
+    if checksum != b"%d}\n" % zlib.crc32(text):
+        raise ValueError("the checksum does not fit")
+    return text
 
 
 def _parse(line: bytes) -> dict:
     """The record on the line. Raises ValueError unless the line is as it was written."""
-    text, _, checksum = line.rpartition(b', "crc": ')
-    if checksum != b"%d}\n" % zlib.crc32(text):
-        raise ValueError("the checksum does not fit")
-    record = _decode_line(text.decode() + "}")
+    record = _decode_line(_unsealed(line).decode() + "}")
     seq, batch, left = map(record.get, PLACE)
     if not (isinstance(seq, int) and isinstance(batch, int | str) and isinstance(left, int)):
         raise ValueError("it has no place in the log")
@@ -1936,11 +1939,11 @@ def _parse(line: bytes) -> dict:
 
 def _emptied(line: bytes, number: int) -> bytes:
     """A line with its place, but without its record. Raises ValueError if it is damaged."""
-    text, _, checksum = line.rpartition(b', "crc": ')
-    place = re.match(rb'\{"seq": \d+, "batch": (\d+|"([^"\\]|\\.)*"), "left": \d+', text)
-    if not place or checksum != b"%d}\n" % zlib.crc32(text):
-        raise ValueError(f"line {number} of the log could not be read")
-    return b'%s, "crc": %d}\n' % (place[0], zlib.crc32(place[0]))
+    place = rb'\{"seq": \d+, "batch": (\d+|"([^"\\]|\\.)*"), "left": \d+'
+    try:
+        return _sealed(re.match(place, _unsealed(line))[0])
+    except (TypeError, ValueError):  # there is no place, or the line is not as it was written
+        raise ValueError(f"line {number} of the log could not be read") from None
 
 
 def _write_all(file: int, data: bytes) -> None:
@@ -2460,7 +2463,7 @@ class Bookkeeper:
 
         answer = {
             "suggestions": [
-                _suggestion(sample, accounts, terms, rank) | {"confidence": confidence[rank]}
+                _suggestion(sample, accounts, terms, rank, confidence[rank])
                 for rank in range(min(top, len(accounts)))
             ],
             "record": {"known": KNOWN[known], **record},
@@ -2689,14 +2692,17 @@ class Bookkeeper:
             self._learn(documents, lessons, -1)
 
     def _rows(self, records: Sequence[dict], documents: Sequence[Sequence[int]]) -> np.ndarray:
-        """Rows of the history for records of the log, as far as names have numbers already."""
+        """Rows of the history for records of the log, without what only their booking gives them.
+
+        Names that have no number yet are -1.
+        """
         companies, accounts = self._history.companies, self._history.accounts
         rows = np.array(
             [
                 (
-                    record.get("seq", -1),
+                    -1,
                     companies.get(record["sample"]["CompanyId"], -1),
-                    accounts.get(record["sample"].get(TARGET), -1),
+                    -1,
                     accounts.get(record["predicted"], -1),
                     record.get("confidence") or 0,
                     0,
@@ -2804,7 +2810,8 @@ class Bookkeeper:
             documents, lessons = [], []
             for seq, standing in chunk:
                 try:
-                    booking, last = log.record(seq), log.record(standing)
+                    booking = log.record(seq)
+                    last = booking if seq == standing else log.record(standing)
                 except (OSError, ValueError) as error:
                     raise LogError(f"what was removed cannot be unlearned ({error})") from None
                 documents.append(tokens(booking["sample"]))
@@ -2938,10 +2945,10 @@ def _in_ranks(rank: int | None) -> int:
 
 
 def _suggestion(
-    sample: Sample, accounts: Sequence[str], terms: np.ndarray, rank: int
+    sample: Sample, accounts: Sequence[str], terms: np.ndarray, rank: int, confidence: float
 ) -> dict[str, object]:
     """One of the accounts, and what speaks for it over another; terms are (k, 1 + T)."""
-    suggestion = {"account": accounts[rank], "confidence": 0.0, "over": None}
+    suggestion = {"account": accounts[rank], "confidence": confidence, "over": None}
     if len(accounts) == 1:
         return suggestion | {"margin": None, "prior": None, "reasons": []}
     other = int(rank == 0)
@@ -3249,14 +3256,15 @@ def create_app(
     """
     app = Bottle()
     app.install(_in_json)
+    app.install(lambda callback: partial(checked, callback))
     app.default_error_handler = _error_in_json
     description = openapi(max_batch)
     parsing = threading.Lock()  # parsed JSON may take 20 times its bytes, so one at a time
     durations, fsyncs = Histogram(), Histogram()
     bookkeeper.log.fsynced = fsyncs.observe
 
-    def check() -> None:
-        """Refuses what can be refused from its headers. Raises HTTPError."""
+    def authorize() -> None:
+        """Refuses who may not ask. Raises HTTPError."""
         environ = request.environ
         if environ["PATH_INFO"].encode() != environ["bottle.raw_path"].encode("latin-1"):
             raise HTTPError(400, "the path must be UTF-8, percent-encoded")
@@ -3272,8 +3280,9 @@ def create_app(
                     "send the token, with the header Authorization: Bearer <token>",
                     **{"WWW-Authenticate": "Bearer"},
                 )
-        route, _ = app.match(environ)
-        environ["bottle.route"] = route
+
+    def check(route: Route) -> None:
+        """Refuses what else can be refused from the headers. Raises HTTPError."""
         takes = operations[route]
         if request.query_string:
             names = [name for name, _ in request.query.allitems()]
@@ -3291,14 +3300,19 @@ def create_app(
     @app.hook("before_request")
     def arrive() -> None:
         request.environ["bookkeep.arrival"] = time.perf_counter()
-        check()
+        authorize()
+
+    def checked(callback: Callable, **arguments: str) -> object:
+        check(request.environ["bottle.route"])
+        return callback(**arguments)
 
     def refuses(environ: dict) -> bool:
         path = environ["bottle.raw_path"] = environ["PATH_INFO"]
         environ["PATH_INFO"] = path.encode("latin-1").decode(errors="ignore")  # as Bottle does
         request.bind(environ)
         try:
-            check()
+            authorize()
+            check(app.match(environ)[0])
         except HTTPError:
             return True
         return False
