@@ -1559,7 +1559,8 @@ def test_a_history_gives_the_last_that_are_scored(bookings, n, sizes):
         assert list(history.accounts)[history.rows["booked"][-1]] == "corrected"
         assert (history.rows["rank"][-1], history.rows["reviewed"][-1]) == (2, True)
     if "A" in history.companies:
-        history.forget("A")
+        forgotten = [row["seq"] for row in rows if row["company"] == "A"]
+        assert history.forget(np.array(forgotten))["seq"].tolist() == forgotten
         kept = [row for row in rows if row["company"] == "B"]
         assert history.rows["seq"].tolist() == [row["seq"] for row in kept]
         assert history.last(n)["seq"].tolist() == seqs(kept)[-n:]
