@@ -2322,6 +2322,7 @@ CHUNK = 128  # samples that are predicted, or unlearned, at a time
 LINES = 4096  # of the log that are read back at a time
 LISTED = 10  # bookings in each list of the overview
 RECENT = 10_000  # bookings that it looks at
+LATE = 5  # seconds that a request may wait for lines that others have booked
 MOMENT = 0.002  # seconds that a short question may wait for the model, before all others
 QUICK = 250_000  # bytes of a sample times accounts, for which a prediction takes a millisecond
 UNSAVED = 10_000  # lines of the log that its snapshot may lack; a sixteenth while it grows
@@ -2574,6 +2575,19 @@ class Bookkeeper:
                 "tokens": self._model.known_tokens,
                 "uptime": round(time.monotonic() - self._started, 3),
             }
+
+    def require_ready(self) -> None:
+        """Raises NotReady unless bookings can be sent to it."""
+        if self.health()["status"] != "ok":
+            raise NotReady("the log could not be written")
+
+    def wait_for(self, total: int) -> None:
+        """Returns once the log has so many lines. Raises Busy if it takes too long."""
+        end = time.monotonic() + LATE
+        while len(self.log) < total:
+            if time.monotonic() > end:
+                raise Busy(f"only {len(self.log)} lines are known here so far, not {total}")
+            time.sleep(0.002)
 
     def gauges(self) -> dict[str, tuple[str, float]]:
         """What an operator watches: what each figure is, and the figure."""
@@ -3001,7 +3015,7 @@ def _reasons(sample: Sample, weights: list[float]) -> list[dict[str, str | float
 JSON_LINES = "application/jsonl"
 MAX_NUMBER = 999_999_999
 MAX_SUGGESTED = 300  # suggestions in one answer, each of which is long
-OPEN = {"/", "/health"}  # to all, as there is nothing to learn from them
+OPEN = {"/", "/health", "/ready"}  # to all, as there is nothing to learn from them
 
 
 def openapi(max_batch: int) -> dict:
@@ -3117,7 +3131,11 @@ def openapi(max_batch: int) -> dict:
         "Health": record(
             {"status": filled | {"description": "ok, or why bookings cannot be stored now"}}
             | health
-            | {"uptime": {"type": "number", "minimum": 0}}
+            | {"uptime": {"type": "number", "minimum": 0}},
+            stream=record(
+                {"status": filled, "node": filled, "writer": maybe_text, "lag": count}
+                | {"quorum": {"type": "boolean"}}
+            ),
         ),
         "Error": record({"error": {"type": "string", "minLength": 1}}),
     }
@@ -3199,6 +3217,7 @@ def openapi(max_batch: int) -> dict:
             "figures for Prometheus", [], answers({"type": "string"}, media="text/plain")
         ),
         "/health": get("how much has been learned", [], answers(of("schemas", "Health"), 503)),
+        "/ready": get("whether bookings can be sent", [], answers(record({"status": filled}), 503)),
         "/openapi.json": get("this description", [], answers({"type": "object"})),
         "/": get("the page", [], answers({"type": "string"}, media="text/html")),
     }
@@ -3221,6 +3240,7 @@ def openapi(max_batch: int) -> dict:
 
 MAX_BODY = 64 << 20  # bytes of a request's body
 LARGE_BODY = 1 << 20  # bytes from which a body has to wait for its turn
+AT_LEAST = "HTTP_BOOKKEEP_AT_LEAST"  # of an environ: lines that an answer must know of
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}  # of every answer
 
 STATUS = {  # of what is raised above
@@ -3318,6 +3338,8 @@ def create_app(
                 raise HTTPError(415, "send JSON, with the header Content-Type: application/json")
         if request.content_length > max_body:
             raise HTTPError(413, f"send at most {max_body} bytes in one request")
+        if (total := request.environ.get(AT_LEAST)) is not None:
+            number("Bookkeep-At-Least", total, 0)
 
     @app.hook("before_request")
     def arrive() -> None:
@@ -3326,6 +3348,7 @@ def create_app(
 
     def checked(callback: Callable, **arguments: str) -> object:
         check(request.environ["bottle.route"])
+        bookkeeper.wait_for(int(request.environ.get(AT_LEAST, 0)))
         return callback(**arguments)
 
     def refuses(environ: dict) -> bool:
@@ -3442,6 +3465,11 @@ def create_app(
     @app.get("/health")
     def health() -> dict:
         return bookkeeper.health()
+
+    @app.get("/ready")
+    def ready() -> dict:
+        bookkeeper.require_ready()
+        return {"status": "ready"}
 
     @app.get("/openapi.json")
     def described() -> dict:
@@ -3846,6 +3874,7 @@ class Dispatcher:
         return (
             not request.error
             and request.path == "/predict"
+            and AT_LEAST.removeprefix("HTTP_") not in request.headers
             and 0 < request.content_length <= SHORT_BODY
             and request.body_rcv.getbuf().get().lstrip().startswith(b"{")
         )
@@ -3919,7 +3948,14 @@ def serve(options: argparse.Namespace) -> None:
     log = Log(options.log)
     server = Server(starting_app(log), listener, options.threads, options.max_body)
     started = time.monotonic()
-    reading = _in_background(partial(Bookkeeper, log, int(unsaved)))
+    if options.stream:
+        sys.modules.setdefault("bookkeep", sys.modules[__name__])  # which may be "__main__"
+        import cluster
+
+        keeper = partial(cluster.Node, options.stream)
+    else:
+        keeper = Bookkeeper
+    reading = _in_background(partial(keeper, log, int(unsaved)))
     if server.answer(reading):
         raise KeyboardInterrupt
     bookkeeper = reading.result()
@@ -3990,6 +4026,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     option("port", "0 for any free one", type=_whole(0, 65535), default=8080)
     kept = "file that keeps every booking; it is made, and read back at the next start"
     option("log", kept, type=Path, default=Path("data/bookkeep.jsonl"))
+    stream = "NATS JetStream that holds the log of several bookkeeps: docs/cluster.md"
+    option("stream", stream, metavar="nats://HOST:PORT,.../NAME")
     token = "file with a token that all but /health and the page need; or set BOOKKEEP_TOKEN"
     option("token-file", token, type=Path, metavar="FILE")
     reach = "listen without a token where other machines can reach it"
