@@ -127,7 +127,7 @@ class Stream:
             raise OSError(f"--stream must be like {example}, as docs/cluster.md says")
         scheme, user, hosts, self.name, _ = found.groups("")
         self._servers = [f"{scheme}://{user}{host}" for host in hosts.split(",")]
-        self._monitors = ",".join(options.get("monitor", [])).split(",")
+        self._monitors = [url for text in options.get("monitor", []) for url in text.split(",")]
         self._options: dict[str, object] = {}
         if "credentials" in options:
             [self._options["user_credentials"]] = options["credentials"]
@@ -222,13 +222,19 @@ class Stream:
         return found.state
 
     def unsynced(self) -> list[str]:
-        """The monitored servers that do not sync each message onto the disk. Raises OSError."""
+        """What is to be said of servers that may acknowledge before it is on their disks."""
+        if not self._monitors:
+            return ["what it acknowledges is as durable as its servers' sync_interval; see ?monitor="]
         found = []
-        for url in filter(None, self._monitors):
-            with urlopen(f"{url}/varz", timeout=2) as answer:
-                config = json.load(answer).get("jetstream", {}).get("config", {})
-                found += [] if config.get("sync_always") else [url]
-        return found if any(self._monitors) else ["its servers (none is monitored)"]
+        for url in self._monitors:
+            try:
+                with urlopen(f"{url}/varz", timeout=2) as answer:
+                    if json.load(answer)["jetstream"]["config"].get("sync_always"):
+                        continue
+                found.append(f"{url} may lose what it acknowledged: set sync_interval: always")
+            except (OSError, ValueError, KeyError) as error:
+                found.append(f"{url} does not say whether it has sync_interval: always ({error})")
+        return found
 
     def next(self, sequence: int, subject: str = "*") -> Message | None:
         """The first message from that sequence on, if it is known. Raises Unreachable."""
@@ -643,8 +649,8 @@ class Node(Bookkeeper):
             if known:
                 raise Foreign(LOST)
             self._seed()
-        for server in self._stream.unsynced():
-            logger.warning("a power failure may cost %s what was acknowledged", server)
+        for warning in self._stream.unsynced():
+            logger.warning("stream %s: %s", self._stream.name, warning)
         self._passed = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         self._pass(self._sequence)
         logger.info("joined the stream %s as %s", self._stream.name, self._stream.node)
