@@ -224,7 +224,9 @@ class Stream:
     def unsynced(self) -> list[str]:
         """What is to be said of servers that may acknowledge before it is on their disks."""
         if not self._monitors:
-            return ["what it acknowledges is as durable as its servers' sync_interval; see ?monitor="]
+            return [
+                "what it acknowledges is as durable as its servers' sync_interval; see ?monitor="
+            ]
         found = []
         for url in self._monitors:
             try:
@@ -526,14 +528,16 @@ class Node(Bookkeeper):
                 self._wrote[message.node] = time.monotonic()
             if (data := self._whole(message)) is None:
                 continue
-            if message.base != self._end:
+            if message.base != self._end or message.subject == "orders":
                 self._take_lines(base, lines)
                 lines = b""
-            self._end = message.base + message.lines
+            base = base if lines else message.base
             if message.subject == "orders":
+                self._take_lines(base, lines)  # none, but those before it must be there
                 self._take_order(data)
             else:
-                base, lines = base if lines else message.base, lines + data
+                lines += data
+            self._end = message.base + message.lines
         self._take_lines(base, lines)
         if messages:
             self._pass(messages[-1].sequence)
@@ -568,7 +572,8 @@ class Node(Bookkeeper):
             else:
                 batches.append(batch)
                 records += batch.records
-        self.log.write(batches)
+        if batches:
+            self.log.write(batches)
         for chunk in chunks(records, CHUNK):
             self._follow(chunk)
 
@@ -593,7 +598,7 @@ class Node(Bookkeeper):
                 self._look()
             except Overtaken:  # while it joins: another does, too
                 continue
-            except Unreachable as error:
+            except (Unreachable, Busy) as error:
                 self._quorum = False
                 trouble = f"it cannot be used ({error})" if self._passed is None else None
             except Exception as error:
