@@ -69,6 +69,7 @@ from bookkeep import (
 )
 
 PATIENCE = 10  # seconds that an append may take until it is given up
+GATHER = 0.02  # seconds in which what others append gathers, unless somebody waits for it
 RECENT = 3  # seconds for which the others forward to a node that wrote
 MOST_LAG = 10_000  # lines that a node may lack and still be ready
 SEEDED = 1 << 18  # bytes of a log in one message, when it becomes the stream's
@@ -115,6 +116,11 @@ class Message(NamedTuple):
     node: str
 
 
+def _message(sequence: int, subject: str, content: bytes) -> Message:
+    head, _, data = content.partition(b"\n")
+    return Message(sequence, subject, data, **json.loads(head))
+
+
 class Stream:
     """What is asked of NATS, from any thread. It knows nothing of bookings."""
 
@@ -145,10 +151,10 @@ class Stream:
         except (nats.errors.Error, OSError) as error:
             raise Unreachable(str(error) or type(error).__name__) from None
 
-    def connect(self, asked: Callable[[bytes], bytes], news: Callable[[int], None]) -> None:
+    def connect(self, asked: Callable[[bytes], bytes], news: Callable[[Message], None]) -> None:
         """Connects to a server; from then on it sees to that by itself. Raises Unreachable.
 
-        `asked` answers what other nodes ask, `news` is told how many lines the stream has now.
+        `asked` answers what other nodes ask, `news` is told what they have appended.
         """
 
         async def quiet(_: Exception) -> None:  # what cannot be done says so itself
@@ -165,7 +171,8 @@ class Stream:
             task.add_done_callback(answers.discard)
 
         async def hear(message: Msg) -> None:
-            news(int(message.data))
+            sequence, _, rest = message.data.partition(b" ")
+            news(_message(int(sequence), "lines", rest))
 
         async def connect() -> None:
             self._nats = await nats.connect(
@@ -245,8 +252,7 @@ class Stream:
             subjects = f"{self.name}.{subject}"
             with suppress(NotFoundError):
                 found = await self._stream.get_msg(self.name, sequence, subjects, True, True)
-                head, _, data = found.data.partition(b"\n")
-                return Message(found.seq, found.subject.split(".")[-1], data, **json.loads(head))
+                return _message(found.seq, found.subject.split(".")[-1], found.data)
 
         return self._do(get())
 
@@ -274,8 +280,10 @@ class Stream:
             head = {"base": base, "lines": lines, "part": part, "parts": len(pieces)}
             message = json.dumps({**head, "node": self.node}).encode() + b"\n" + piece
             self._do(self._publish(f"{self.name}.{subject}", message, last + part, end))
-        self._do(self._nats.publish(f"{self.name}.news", b"%d" % (base + lines)))
-        return last + len(pieces)
+        last += len(pieces)
+        if subject == "lines" and len(pieces) == 1:  # so that others need not fetch it
+            self._do(self._nats.publish(f"{self.name}.news", b"%d %s" % (last, message)))
+        return last
 
     async def _publish(self, subject: str, message: bytes, last: int, end: float) -> None:
         headers = {"Nats-Msg-Id": secrets.token_hex(8), "Nats-Expected-Last-Sequence": str(last)}
@@ -370,11 +378,12 @@ class Node(Bookkeeper):
         self._group: list[Message] = []  # of which the last part has not come
         self._end = 0  # lines that the stream has, up to that sequence
         self._heard = 0  # lines that it has in all, as others say
+        self._arrived: dict[int, Message] = {}  # what others say that they have appended
         self._wrote: dict[str, float] = {}  # node -> when it last did
         self._ordered: set[int] = set()  # lines that are to be forgotten
         self._orders: queue.Queue[np.ndarray | None] = queue.Queue()
         self._counted = dict.fromkeys(("appends", "append_seconds", "overtaken", "forwarded"), 0)
-        self._news, self._ended = threading.Event(), threading.Event()
+        self._news, self._wanted, self._ended = (threading.Event() for _ in range(3))
         self._passed: int | None = None  # the file that says how far the log is, once it joined
         log.order = self._order
         super().__init__(log, unsaved)
@@ -417,6 +426,11 @@ class Node(Bookkeeper):
         self._require_stream()
         if not self._quorum or self._lag() > MOST_LAG:
             raise NotReady(f"the stream has no leader, or this log lacks {self._lag()} lines of it")
+
+    def wait_for(self, total: int) -> None:
+        """As Bookkeeper's."""
+        self._wanted.set()
+        super().wait_for(total)
 
     def gauges(self) -> dict[str, tuple[str, float]]:
         """As Bookkeeper's, and how appending goes."""
@@ -514,7 +528,10 @@ class Node(Bookkeeper):
         """The next messages that are there, of some thousand lines. Raises Unreachable."""
         found: list[Message] = []
         after, lines = self._sequence, 0
-        while lines + len(found) < LINES and (message := self._stream.next(after + 1)):
+        for sequence in [number for number in self._arrived.copy() if number <= after]:
+            self._arrived.pop(sequence, None)
+        get = self._arrived.get if after + 1 in self._arrived else self._stream.next
+        while lines + len(found) < LINES and (message := get(after + 1)):
             found.append(message)
             after, lines = message.sequence, lines + message.lines
         return found
@@ -623,11 +640,15 @@ class Node(Bookkeeper):
                 if not self._writable:  # a group of no lines tells whether it is again
                     probe = partial(self._append, "lines", 0, b"")
                     self._change_by(self._in_order, probe)
-            while messages := self._fetch():
+            while self._lag() or state.last_seq > self._sequence:
+                if not (messages := self._fetch()):
+                    break
                 self._change_by(self._take, messages)
             self._trouble = None
-            self._news.wait(0.003 if self._lag() else 1)
-            self._news.clear()
+            if self._news.wait(0.003 if self._lag() else 1):
+                self._news.clear()
+                self._wanted.wait(GATHER)
+                self._wanted.clear()
 
     def _join(self) -> None:
         """Finds where the log ends in the stream, and what it lacks, or what the stream does."""
@@ -745,8 +766,10 @@ class Node(Bookkeeper):
             answer = {"error": type(error).__name__, "reason": str(error)}
         return json.dumps(answer).encode()
 
-    def _hear(self, lines: int) -> None:
-        self._heard = max(self._heard, lines)
+    def _hear(self, message: Message) -> None:
+        self._heard = max(self._heard, message.base + message.lines)
+        if self._passed is not None and len(self._arrived) < LINES:
+            self._arrived[message.sequence] = message
         self._news.set()
 
     def _writer_of_all(self) -> str | None:
