@@ -2322,7 +2322,6 @@ CHUNK = 128  # samples that are predicted, or unlearned, at a time
 LINES = 4096  # of the log that are read back at a time
 LISTED = 10  # bookings in each list of the overview
 RECENT = 10_000  # bookings that it looks at
-LATE = 5  # seconds that a request may wait for lines that others have booked
 MOMENT = 0.002  # seconds that a short question may wait for the model, before all others
 QUICK = 250_000  # bytes of a sample times accounts, for which a prediction takes a millisecond
 UNSAVED = 10_000  # lines of the log that its snapshot may lack; a sixteenth while it grows
@@ -2581,13 +2580,10 @@ class Bookkeeper:
         if self.health()["status"] != "ok":
             raise NotReady("the log could not be written")
 
-    def wait_for(self, total: int) -> None:
-        """Returns once the log has so many lines. Raises Busy if it takes too long."""
-        end = time.monotonic() + LATE
-        while len(self.log) < total:
-            if time.monotonic() > end:
-                raise Busy(f"only {len(self.log)} lines are known here so far, not {total}")
-            time.sleep(0.002)
+    def require_lines(self, total: int) -> None:
+        """Raises Busy unless the log has so many lines."""
+        if len(self.log) < total:
+            raise Busy(f"only {len(self.log)} lines are known here so far, not {total}")
 
     def gauges(self) -> dict[str, tuple[str, float]]:
         """What an operator watches: what each figure is, and the figure."""
@@ -3348,7 +3344,7 @@ def create_app(
 
     def checked(callback: Callable, **arguments: str) -> object:
         check(request.environ["bottle.route"])
-        bookkeeper.wait_for(int(request.environ.get(AT_LEAST, 0)))
+        bookkeeper.require_lines(int(request.environ.get(AT_LEAST, 0)))
         return callback(**arguments)
 
     def refuses(environ: dict) -> bool:

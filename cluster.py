@@ -33,6 +33,7 @@ import zlib
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from datetime import datetime
 from functools import partial
 from io import BytesIO
 from typing import NamedTuple, TypeVar
@@ -68,12 +69,16 @@ from bookkeep import (
     scan,
 )
 
+LATE = 5  # seconds that a request may wait for lines that others have booked
+WAITS = 4  # requests that may, as they keep threads from others
 PATIENCE = 10  # seconds that an append may take until it is given up
+GATHER = 0.02  # seconds in which what others append gathers, unless somebody waits for it
 RECENT = 3  # seconds for which the others forward to a node that wrote
 MOST_LAG = 10_000  # lines that a node may lack and still be ready
 SEEDED = 1 << 18  # bytes of a log in one message, when it becomes the stream's
 WRONG_SEQUENCE, NOT_THERE = 10071, 10057  # JetStream's codes: another is the last; no message
 LOST = "the stream is gone, or has lost lines that this log has; docs/cluster.md says what to do"
+NONSENSE = "the stream holds what no bookkeep has written"
 BEHIND = (
     "the stream no longer has what this log lacks: stop this node, copy the log of another "
     "(curl -f .../samples), remove the file beside it that ends in .stream, and start it again"
@@ -115,13 +120,21 @@ class Message(NamedTuple):
     node: str
 
 
+def _message(sequence: int, subject: str, content: bytes) -> Message:
+    head, _, data = content.partition(b"\n")
+    try:
+        return Message(sequence, subject, data, **json.loads(head))
+    except (TypeError, ValueError):
+        raise Foreign(NONSENSE) from None
+
+
 class Stream:
     """What is asked of NATS, from any thread. It knows nothing of bookings."""
 
     def __init__(self, address: str) -> None:
         """Reads an address. Raises OSError if it is none, or names no file."""
         found = re.fullmatch(r"(nats|tls)://(.*@)?([^/@]+)/([\w-]+)(\?.*)?", address)
-        options = dict(parse_qs(found[5][1:])) if found and found[5] else {}
+        options = parse_qs(found[5][1:], keep_blank_values=True) if found and found[5] else {}
         if not found or options.keys() - {"credentials", "ca", "monitor"}:
             example = "nats://a:4222,b:4222,c:4222/bookkeep"
             raise OSError(f"--stream must be like {example}, as docs/cluster.md says")
@@ -130,11 +143,12 @@ class Stream:
         self._monitors = [url for text in options.get("monitor", []) for url in text.split(",")]
         self._options: dict[str, object] = {}
         if "credentials" in options:
-            [self._options["user_credentials"]] = options["credentials"]
+            self._options["user_credentials"] = options["credentials"][0]
             open(options["credentials"][0], "rb").close()
         if scheme == "tls" or "ca" in options:
             self._options["tls"] = ssl.create_default_context(cafile=options.get("ca", [None])[0])
         self.node = f"{re.sub('[^A-Za-z0-9]', '-', socket.gethostname())}-{secrets.token_hex(4)}"
+        self.created: datetime | None = None
         self._loop = asyncio.new_event_loop()
         self._answering = ThreadPoolExecutor(16)
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
@@ -145,14 +159,20 @@ class Stream:
         except (nats.errors.Error, OSError) as error:
             raise Unreachable(str(error) or type(error).__name__) from None
 
-    def connect(self, asked: Callable[[bytes], bytes], news: Callable[[int], None]) -> None:
-        """Connects to a server; from then on it sees to that by itself. Raises Unreachable.
+    def connect(
+        self,
+        asked: Callable[[bytes], bytes],
+        news: Callable[[Message], None],
+        failed: Callable[[Exception], None],
+    ) -> None:
+        """Connects to a server, and from then on by itself. Raises Unreachable.
 
-        `asked` answers what other nodes ask, `news` is told how many lines the stream has now.
+        `asked` answers what other nodes ask, `news` is told what they have appended, `failed` what
+        is in the way of a connection.
         """
 
-        async def quiet(_: Exception) -> None:  # what cannot be done says so itself
-            pass
+        async def fail(error: Exception) -> None:
+            failed(error)
 
         async def answer(message: Msg) -> None:
             found = b""  # to somebody who only asks whether this node is there
@@ -165,12 +185,13 @@ class Stream:
             task.add_done_callback(answers.discard)
 
         async def hear(message: Msg) -> None:
-            news(int(message.data))
+            sequence, _, rest = message.data.partition(b" ")
+            news(_message(int(sequence), "lines", rest))
 
         async def connect() -> None:
             self._nats = await nats.connect(
                 self._servers,
-                error_cb=quiet,
+                error_cb=fail,
                 max_reconnect_attempts=-1,
                 reconnect_time_wait=0.1,
                 connect_timeout=2,
@@ -194,7 +215,7 @@ class Stream:
     def state(self, make: bool = False) -> StreamState | None:
         """Which messages it has; None if there is no such stream, unless it is to `make` it.
 
-        Raises Unreachable, also if what is there is no safe one.
+        Raises Unreachable, also if what is there is no safe one, and Foreign if it is another now.
         """
 
         async def ask() -> StreamConfig | None:
@@ -208,6 +229,9 @@ class Stream:
         subjects = [f"{self.name}.lines", f"{self.name}.orders"]
         if not (found := self._do(ask())):
             return None
+        self.created = self.created or found.created
+        if found.created != self.created:
+            raise Foreign(LOST)
         config = found.config
         for right, must in (
             (sorted(config.subjects or []) == subjects, f"be of {' and '.join(subjects)}"),
@@ -215,6 +239,9 @@ class Stream:
             ((config.num_replicas or 0) >= 3, "have three replicas or more"),
             (config.retention == RetentionPolicy.LIMITS, "keep what was read (retention: limits)"),
             (config.allow_direct, "allow direct gets"),
+            (not config.no_ack, "acknowledge"),
+            (config.max_msg_size in (None, -1, 0), "take messages of any size"),
+            (config.max_msgs_per_subject in (None, -1, 0), "keep all messages of a subject"),
             (not config.deny_delete, "allow that messages are deleted"),
         ):
             if not right:
@@ -245,8 +272,7 @@ class Stream:
             subjects = f"{self.name}.{subject}"
             with suppress(NotFoundError):
                 found = await self._stream.get_msg(self.name, sequence, subjects, True, True)
-                head, _, data = found.data.partition(b"\n")
-                return Message(found.seq, found.subject.split(".")[-1], data, **json.loads(head))
+                return _message(found.seq, found.subject.split(".")[-1], found.data)
 
         return self._do(get())
 
@@ -274,8 +300,10 @@ class Stream:
             head = {"base": base, "lines": lines, "part": part, "parts": len(pieces)}
             message = json.dumps({**head, "node": self.node}).encode() + b"\n" + piece
             self._do(self._publish(f"{self.name}.{subject}", message, last + part, end))
-        self._do(self._nats.publish(f"{self.name}.news", b"%d" % (base + lines)))
-        return last + len(pieces)
+        last += len(pieces)
+        if subject == "lines" and len(pieces) == 1:  # so that others need not fetch it
+            self._do(self._nats.publish(f"{self.name}.news", b"%d %s" % (last, message)))
+        return last
 
     async def _publish(self, subject: str, message: bytes, last: int, end: float) -> None:
         headers = {"Nats-Msg-Id": secrets.token_hex(8), "Nats-Expected-Last-Sequence": str(last)}
@@ -287,8 +315,9 @@ class Stream:
                 reason = str(error) or "no answer"
                 if getattr(error, "err_code", None) == WRONG_SEQUENCE:
                     with suppress(nats.errors.Error):
-                        stands = (await self._stream.get_msg(self.name, last + 1)).headers
-                        if stands["Nats-Msg-Id"] == headers["Nats-Msg-Id"]:
+                        any_ = f"{self.name}.*"
+                        stands = await self._stream.get_msg(self.name, last + 1, any_, next=True)
+                        if stands.headers["Nats-Msg-Id"] == headers["Nats-Msg-Id"]:
                             return  # its acknowledgement got lost
                         raise Overtaken from None
             if time.monotonic() > end:
@@ -367,14 +396,17 @@ class Node(Bookkeeper):
         self._quorum = False  # has the stream a leader?
         self._sequence = 0  # of the last message that is in the log
         self._acked = 0  # sequence of what is appended, but not in the log yet
-        self._group: list[Message] = []  # of which the last part has not come
+        self._group: list[Message] = []  # the last one, of which parts may not have come
+        self._void: list[int] = []  # messages of groups that count for nothing
         self._end = 0  # lines that the stream has, up to that sequence
         self._heard = 0  # lines that it has in all, as others say
+        self._arrived: dict[int, Message] = {}  # what others say that they have appended
         self._wrote: dict[str, float] = {}  # node -> when it last did
         self._ordered: set[int] = set()  # lines that are to be forgotten
-        self._orders: queue.Queue[np.ndarray | None] = queue.Queue()
+        self._to_forget: queue.Queue[np.ndarray | None] = queue.Queue()
         self._counted = dict.fromkeys(("appends", "append_seconds", "overtaken", "forwarded"), 0)
-        self._news, self._ended = threading.Event(), threading.Event()
+        self._waits, self._removing = threading.Semaphore(WAITS), threading.Lock()
+        self._news, self._wanted, self._ended = (threading.Event() for _ in range(3))
         self._passed: int | None = None  # the file that says how far the log is, once it joined
         log.order = self._order
         super().__init__(log, unsaved)
@@ -394,16 +426,15 @@ class Node(Bookkeeper):
 
     def correct(self, seq: int, account: str) -> str:
         """As Bookkeeper's, by the node that writes."""
-        found = self._forward("correct", True, seq, account)
+        found = self._forward("correct", False, seq, account)
         return found[0] if found else super().correct(seq, account)
 
     def forget(self, company: str) -> int:
         """Removes a company from this log, once the others are ordered to do it, too."""
         self._require_stream()
-        lines = self._change_by(self._order_forgetting, company)
-        forgotten = self._forget(lambda: (lines, len(self.log)))
-        self._orders.put(lines)  # for the messages that held it
-        return forgotten
+        lines, bookings = self._change_by(self._order_forgetting, company)
+        self._forget_lines(lines)
+        return bookings
 
     def health(self) -> dict:
         """As Bookkeeper's, and how the node stands to the stream."""
@@ -417,6 +448,23 @@ class Node(Bookkeeper):
         self._require_stream()
         if not self._quorum or self._lag() > MOST_LAG:
             raise NotReady(f"the stream has no leader, or this log lacks {self._lag()} lines of it")
+
+    def require_lines(self, total: int) -> None:
+        """As Bookkeeper's, but waits for some seconds, unless many do. Raises Busy."""
+        if len(self.log) < total:
+            if not self._waits.acquire(blocking=False):
+                super().require_lines(total)
+            try:
+                self._await(total)
+            finally:
+                self._waits.release()
+
+    def _await(self, total: int) -> None:
+        end = time.monotonic() + LATE
+        while len(self.log) < total and time.monotonic() < end:
+            self._wanted.set()
+            time.sleep(0.002)
+        super().require_lines(total)
 
     def gauges(self) -> dict[str, tuple[str, float]]:
         """As Bookkeeper's, and how appending goes."""
@@ -438,7 +486,7 @@ class Node(Bookkeeper):
         """As Bookkeeper's; leaves the stream."""
         self._ended.set()
         self._news.set()
-        self._orders.put(None)
+        self._to_forget.put(None)
         super().close()
         self._stream.close()
 
@@ -450,20 +498,27 @@ class Node(Bookkeeper):
         self._in_order(lambda: book([each for each in group if not each.done.done()]))
 
     def _correct(self, seq: int, account: str) -> str:
-        if seq in self._ordered:
-            raise NotFound(f"there is no booking {seq}")
-        self._require_stream()
-        return self._in_order(partial(super()._correct, seq, account))
+        def correct() -> str:
+            self._be_current()  # or it might change nothing that another node has changed
+            if seq in self._ordered:
+                raise NotFound(f"there is no booking {seq}")
+            return supers(seq, account)
 
-    def _order_forgetting(self, company: str) -> np.ndarray:
+        supers = super()._correct
+        self._require_stream()
+        return self._in_order(correct)
+
+    def _order_forgetting(self, company: str) -> tuple[np.ndarray, int]:
         def order() -> np.ndarray:
+            self._be_current()
             lines, _ = self._lines_of(company)
             self._append("orders", 0, json.dumps(np.diff(lines, prepend=0).tolist()).encode())
             return lines
 
         lines = self._in_order(order)
         self._ordered.update(lines.tolist())
-        return lines
+        self._to_forget.put(lines)  # if this node dies, or cannot do it now
+        return lines, len(self._history.of(company))
 
     def _in_order(self, change: Callable[[], T]) -> T:
         """What comes of a change that appends, behind all that others have appended."""
@@ -500,6 +555,14 @@ class Node(Bookkeeper):
         self._counted["append_seconds"] += time.perf_counter() - started
         self._wrote[self._stream.node] = time.monotonic()
 
+    def _be_current(self) -> None:
+        """Takes over all that the stream has by now. Raises Busy."""
+        try:
+            while (state := self._stream.state()) and state.last_seq > self._sequence:
+                self._catch_up()
+        except (Unreachable, Foreign) as error:
+            raise Busy(f"nothing was changed ({error}); send this again") from None
+
     def _catch_up(self) -> None:
         end = time.monotonic() + PATIENCE
         try:
@@ -514,7 +577,10 @@ class Node(Bookkeeper):
         """The next messages that are there, of some thousand lines. Raises Unreachable."""
         found: list[Message] = []
         after, lines = self._sequence, 0
-        while lines + len(found) < LINES and (message := self._stream.next(after + 1)):
+        for sequence in [number for number in self._arrived.copy() if number <= after]:
+            self._arrived.pop(sequence, None)
+        get = self._arrived.get if after + 1 in self._arrived else self._stream.next
+        while lines + len(found) < LINES and (message := get(after + 1)):
             found.append(message)
             after, lines = message.sequence, lines + message.lines
         return found
@@ -545,15 +611,20 @@ class Node(Bookkeeper):
 
     def _whole(self, message: Message) -> bytes | None:
         """What a group says, if this is the last message of it."""
+        if message.part == 0 and self._group and self._group[-1].part + 1 < self._group[-1].parts:
+            self._void += [each.sequence for each in self._group]
         self._group = [*(self._group if message.part else []), message]
         if [each.part for each in self._group] == [*range(message.parts)]:
-            return zlib.decompress(b"".join(each.data for each in self._group))
+            try:
+                return zlib.decompress(b"".join(each.data for each in self._group))
+            except zlib.error:
+                raise Foreign(NONSENSE) from None
         return None
 
     def _take_order(self, data: bytes) -> None:
         lines = np.cumsum(json.loads(data))
         self._ordered.update(lines.tolist())
-        self._orders.put(lines)
+        self._to_forget.put(lines)
 
     def _take_lines(self, base: int, data: bytes) -> None:
         """Adds lines to the log; those that it has must be the same. Raises Foreign, OSError."""
@@ -562,7 +633,7 @@ class Node(Bookkeeper):
         batches, records = [], []
         for batch in batches_of(BytesIO(data), base):
             if isinstance(batch, Damage) or [*check_records(batch.records, batch.line)]:
-                raise Foreign("the stream holds what no bookkeeper could have written")
+                raise Foreign(NONSENSE)
             first = batch.line - 1
             if first < len(self.log):
                 file, size = self.log.export(range(first, first + len(batch.lines)))
@@ -574,8 +645,9 @@ class Node(Bookkeeper):
                 records += batch.records
         if batches:
             self.log.write(batches)
-        for chunk in chunks(records, CHUNK):
-            self._follow(chunk)
+        with self._writer.must_succeed():
+            for chunk in chunks(records, CHUNK):
+                self._follow(chunk)
 
     def _pass(self, sequence: int) -> None:
         self._sequence = sequence
@@ -591,7 +663,7 @@ class Node(Bookkeeper):
             trouble = None
             try:
                 if not connected:
-                    self._stream.connect(self._asked, self._hear)
+                    self._stream.connect(self._asked, self._hear, self._fail)
                     connected = True
                 if self._passed is None:
                     self._join()
@@ -623,15 +695,19 @@ class Node(Bookkeeper):
                 if not self._writable:  # a group of no lines tells whether it is again
                     probe = partial(self._append, "lines", 0, b"")
                     self._change_by(self._in_order, probe)
-            while messages := self._fetch():
+            while self._lag() or state.last_seq > self._sequence:
+                if not (messages := self._fetch()):
+                    break
                 self._change_by(self._take, messages)
             self._trouble = None
-            self._news.wait(0.003 if self._lag() else 1)
-            self._news.clear()
+            if self._news.wait(0.003 if self._lag() else 1):
+                self._news.clear()
+                self._wanted.wait(GATHER)
+                self._wanted.clear()
 
     def _join(self) -> None:
         """Finds where the log ends in the stream, and what it lacks, or what the stream does."""
-        path, mine = self.log.beside("{}.stream"), len(self.log)
+        path, mine, self._stream.created = self.log.beside("{}.stream"), len(self.log), None
         known = [*map(int, path.read_text().split())] if path.exists() else []
         state = self._stream.state(make=not known)
         if state is None or (known and state.last_seq < known[0]):
@@ -675,25 +751,31 @@ class Node(Bookkeeper):
 
     def _obey(self) -> None:
         """Forgets what was ordered to be, and then erases the messages that held it."""
-        while (lines := self._orders.get()) is not None:
+        while (lines := self._to_forget.get()) is not None:
             try:
-                with self._changing:
-                    seqs = self._history.rows["seq"]
-                if np.isin(lines, seqs).any():
-                    self._forget(partial(lambda lines: (lines, len(self.log)), lines))
+                self._forget_lines(lines)
                 self._ordered.difference_update(lines.tolist())
                 self._erase(lines)
             except (Unreachable, NotReady, NotStored) as error:
                 logger.warning("not all that was forgotten is erased yet: %s", error)
-                self._orders.put(lines)
+                self._to_forget.put(lines)
                 if self._ended.wait(1):
                     return
+
+    def _forget_lines(self, lines: np.ndarray) -> None:
+        with self._removing:
+            with self._changing:
+                seqs = self._history.rows["seq"]
+            if np.isin(lines, seqs).any():
+                self._forget(lambda: (lines, len(self.log)))
 
     def _erase(self, lines: np.ndarray) -> None:
         """Erases the messages that held lines, once all nodes that are there know that."""
         sequence, question = self._sequence, zlib.compress(b'["sequence", []]')
         while any(json.loads(a)["made"] < sequence for a in self._stream.ask_all(question)):
             self._ended.wait(1)
+        while self._void:
+            self._stream.erase(self._void.pop())
         while len(lines):
             held = self._stream.holding(int(lines[0]) + 1)
             if held and held.base + held.lines > lines[0]:
@@ -721,20 +803,19 @@ class Node(Bookkeeper):
             if again or not gone.asked:
                 return None
             raise Busy(f"the node that was to book this is gone; {UNSURE}") from None
-        if error := ERRORS.get(answer.get("error")):
-            raise error(answer["reason"])
-        if "made" in answer:  # else it cannot; this one may
-            self._counted["forwarded"] += 1
-            with suppress(NotReady):
-                self.wait_for(answer["lines"])
-        return answer.get("made")
+        if "error" in answer:
+            raise ERRORS.get(answer["error"], Busy)(answer["reason"])
+        self._counted["forwarded"] += 1
+        with suppress(Busy):
+            self._await(answer["lines"])
+        return answer["made"]
 
     def _asked(self, content: bytes) -> bytes:
         """The answer to another node."""
         what, arguments = json.loads(zlib.decompress(content))
         try:
             if what == "sequence":
-                made: object = self._sequence
+                made: object = math.inf if self._trouble else self._sequence  # else all would wait
             elif what == "correct":
                 made = [super().correct(*arguments)]
             else:
@@ -745,8 +826,14 @@ class Node(Bookkeeper):
             answer = {"error": type(error).__name__, "reason": str(error)}
         return json.dumps(answer).encode()
 
-    def _hear(self, lines: int) -> None:
-        self._heard = max(self._heard, lines)
+    def _fail(self, error: Exception) -> None:
+        if self._passed is None:
+            self._trouble = f"it has not joined the stream yet ({error or 'no answer'})"
+
+    def _hear(self, message: Message) -> None:
+        self._heard = max(self._heard, message.base + message.lines)
+        if self._passed is not None and len(self._arrived) < LINES:
+            self._arrived[message.sequence] = message
         self._news.set()
 
     def _writer_of_all(self) -> str | None:
