@@ -125,7 +125,7 @@ def bookings(n, seed=0):
 
 def wait_until(condition):
     """Returns once it holds; fails if it does not within 30 seconds."""
-    end = time.monotonic() + 30
+    end = time.monotonic() + 12
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
@@ -6435,7 +6435,7 @@ class Servers:
         self.do(lambda js: js.add_stream(nats.js.api.StreamConfig(stream, **like)))
 
     def messages(self, stream):
-        """What is in it: sequence -> subject, head and lines (or part of them)."""
+        """What is in it: sequence -> subject, head and what is compressed."""
 
         async def read(js):
             found = {}
@@ -6444,7 +6444,6 @@ class Servers:
                 with suppress(nats.js.errors.NotFoundError):
                     message = await js.get_msg(stream, sequence)
                     head, _, data = message.data.partition(b"\n")
-                    data = zlib.decompressobj().decompress(data)
                     found[sequence] = (message.subject, json.loads(head), data)
             return found
 
@@ -6473,7 +6472,7 @@ def stream(servers, request):
     """A name for the test's stream, which is deleted at its end."""
     stream = re.sub(r"\W", "_", request.node.name)[:80]
     yield stream
-    with suppress(nats.js.errors.NotFoundError):
+    with suppress(nats.errors.Error):
         servers.do(lambda js: js.delete_stream(stream))
 
 
@@ -6545,9 +6544,9 @@ def test_nodes_have_equal_logs_and_know_the_same(joined):
         numbers = nodes[number % 3].book(batch, f"key{number}")
         assert numbers == range(number * 21, number * 21 + 20)
         other = nodes[(number + 1) % 3]
-        other.wait_for(numbers.stop)
+        other.require_lines(numbers.stop)
         assert other.correct(numbers[3], "9999") == batch[3]["AccountNumber"]
-        nodes[number % 3].wait_for(numbers.stop + 1)
+        nodes[number % 3].require_lines(numbers.stop + 1)
     assert equal(nodes)
     a, b, c = (told(node, bookings(50, seed=1)) for node in nodes)
     assert a == b == c
@@ -6567,12 +6566,12 @@ def test_a_node_says_how_it_stands_to_the_stream(serve, servers, stream, tmp_pat
     assert said == {"status": "ok", "node": said["node"], "writer": None, "lag": 0, "quorum": True}
     status, answer = a.post("/sample", bookings(20))
     assert (status, answer["total"]) == (200, 20)
+    wait_until(lambda: b.get("/health")[1]["stream"]["writer"] == said["node"])
+    assert b.post("/sample", bookings(5))[1]["total"] == 25  # by the other one
     asked = [booking() for _ in range(2)]
-    for at_least, status in (("20", 200), ("21", 503), ("-1", 400), ("x", 400)):
+    for at_least, status in (("25", 200), ("26", 503), ("-1", 400), ("x", 400)):
         headers = {"Bookkeep-At-Least": at_least}
         assert b.ask("POST", "/predict", asked, headers=headers)[0] == status
-    assert b.get("/health")[1]["stream"]["writer"] == said["node"]
-    assert b.post("/sample", bookings(5))[1]["total"] == 25  # by the other one
     figures = b.ask("GET", "/metrics", kind="text/plain; version=0.0.4; charset=utf-8")[2].decode()
     assert "bookkeep_stream_forwarded_total 1" in figures
     assert {"bookkeep_stream_lag 0.0", "bookkeep_stream_writable 1.0"} <= {*figures.splitlines()}
@@ -6644,8 +6643,9 @@ def test_a_list_of_several_messages_is_taken_whole_or_not_at_all(servers, stream
         assert a.book(large, "key") == range(201, 401)
     assert range(200, 201) in between
     assert equal([a, b, joined("c")])
-    parts = [(head["base"], head["part"]) for _, head, _ in servers.messages(stream).values()]
-    assert parts[:4] == [(0, 0), (0, 1), (200, 0), (200, 0)]
+    places = [(head["base"], head["part"]) for _, head, _ in servers.messages(stream).values()]
+    places = places[places.index((200, 0)) :]
+    assert places[:4] == [(200, 0), (200, 0), (201, 0), (201, 1)]
     assert a.book(large, "key") == b.book(large, "key") == range(201, 401)
 
 
@@ -6673,7 +6673,7 @@ def test_a_node_that_crashes_before_it_has_written_what_it_appended(
     headers = {"Idempotency-Key": "key"}
     with pytest.raises((OSError, HTTPException)):
         service.ask("POST", "/sample", bookings(5, seed=1), headers=headers)
-    other.wait_for(15)
+    other.require_lines(15)
     assert len((tmp_path / "a").read_bytes().splitlines()) == 10
     assert other.book(bookings(5, seed=1), "key") == range(10, 15)
     assert other.book(bookings(1)) == range(15, 16)
@@ -6722,9 +6722,9 @@ def test_a_company_is_forgotten_by_all_nodes_and_by_the_stream(servers, stream, 
     away.close()
     assert a.forget("secret") == 4
     for node in (a, b):
-        wait_until(lambda node=node: node.health()["companies"] == 5)
+        wait_until(lambda node=node: node.health()["samples"] == 10)
     a.book(bookings(2))
-    assert equal([a, b])
+    wait_until(lambda: equal([a, b]))
     assert b"confidential" not in a.path.read_bytes()
     wait_until(lambda: {*servers.messages(stream)} & {1, 3, 5} == set())
     assert {*servers.messages(stream)} == {2, 4, 6, 7}
@@ -6733,8 +6733,8 @@ def test_a_company_is_forgotten_by_all_nodes_and_by_the_stream(servers, stream, 
             assert b"confidential" not in plain(block.read_bytes())
     assert b"confidential" in away.path.read_bytes()
     back = joined("c")
-    wait_until(lambda: back.health()["companies"] == 5)
-    assert equal([a, b, back])
+    wait_until(lambda: back.health()["samples"] == 12)
+    wait_until(lambda: equal([a, b, back]))
     new = joined("d", ready=False)  # it lacks what stood in messages that are gone
     wait_until(lambda: "copy the log of another" in stands(new))
     with pytest.raises(NotFound):
@@ -6771,8 +6771,7 @@ def test_what_is_ordered_to_be_forgotten_cannot_be_corrected(joined):
         assert a.forget("secret") == 1
     late.join()
     assert [type(error) for error in raised] == [NotFound]
-    wait_until(lambda: b.health()["companies"] == 1)
-    assert equal([a, b])
+    wait_until(lambda: b.health()["companies"] == 1 and equal([a, b]))
     assert [*bookkeep.check_records(scanned(a.path), 1)] == []
     with bookkeeping(shutil.copy(a.path, a.path.with_name("copy"))) as bookkeeper:
         assert bookkeeper.health()["samples"] == 1
@@ -6820,6 +6819,7 @@ def test_a_log_of_one_machine_goes_into_a_cluster_and_back(
         for number, batch in enumerate(batches_of(bookings(3000), 500)):
             bookkeeper.book(batch, f"key{number}")
         bookkeeper.correct(3, "9999")
+    first = bookings(3000)[:500]
     before = (tmp_path / "a").read_bytes()
     shutil.copy(tmp_path / "a", tmp_path / "same")
     killed = serve("--stream", servers.address(stream), log=tmp_path / "a")
@@ -6831,7 +6831,7 @@ def test_a_log_of_one_machine_goes_into_a_cluster_and_back(
     wait_until(lambda: all(map(is_ready, [a, same, new])))
     assert equal([a, same, new])
     assert new.path.read_bytes() == before
-    assert new.book(bookings(500), "key0") == range(500)
+    assert new.book(first, "key0") == range(500)
     new.book(bookings(2, seed=9))
     assert equal([a, same, new])
     assert sizes > 0
@@ -6931,8 +6931,8 @@ def test_a_stream_that_would_not_keep_a_log_is_refused(servers, stream, joined, 
 def test_what_is_no_bookkeepers_message_is_named(servers, stream, joined):
     node = joined("a")
     servers.do(lambda js: js.publish(f"{stream}.lines", b"hello"))
-    wait_until(lambda: "no bookkeeper" in stands(node))
-    with pytest.raises(NotReady, match="no bookkeeper"):
+    wait_until(lambda: "no bookkeep" in stands(node))
+    with pytest.raises(NotReady, match="no bookkeep"):
         node.book(bookings(1))
 
 
@@ -6943,7 +6943,7 @@ def test_a_user_of_nats_needs_few_permissions(servers, joined):
     wait_until(lambda: b.health()["stream"]["writer"])
     assert b.book([booking(company="secret")]) == range(3, 4)
     assert b.forget("secret") == 1
-    assert equal([a, b])
+    wait_until(lambda: equal([a, b]))
     wait_until(lambda: [*servers.messages("narrow")] == [1, 3])
 
 
@@ -7064,25 +7064,6 @@ def test_a_node_that_was_stopped_for_some_time_doubles_nothing(serve, servers, s
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_a_correction_that_was_sent_on_to_a_stopped_node_is_made_once(
-    serve, servers, stream, tmp_path
-):
-    options = ["--stream", servers.address(stream)]
-    nodes = [serve(*options, log=tmp_path / name) for name in "ab"]
-    wait_until(lambda: all(node.get("/ready")[0] == 200 for node in nodes))
-    names = [node.get("/health")[1]["stream"]["node"] for node in nodes]
-    writer, other = (nodes[names.index(name)] for name in sorted(names))
-    assert writer.post("/sample", bookings(1))[0] == 200
-    wait_until(lambda: other.get("/health")[1]["stream"]["writer"] == min(names))
-    writer.process.send_signal(signal.SIGSTOP)
-    sent = [other.post("/correct", {"seq": 0, "AccountNumber": account})[0] for account in "12"]
-    writer.process.send_signal(signal.SIGCONT)
-    wait_until(lambda: writer.get("/health")[1]["lines"] >= 3)
-    time.sleep(0.5)
-    last = scanned(tmp_path / "b")[-1]
-    assert (sent, last["AccountNumber"]) == ([200, 200], "2")
-
-
 IMPATIENT = "import sys, bookkeep, cluster; cluster.PATIENCE = 2; sys.exit(bookkeep.main())"
 
 
@@ -7090,12 +7071,14 @@ def test_without_a_quorum_all_but_bookings_goes_on(serve, servers, stream, tmp_p
     options = ["--stream", servers.address(stream)]
     nodes = [serve(*options, log=tmp_path / name, program=("-c", IMPATIENT)) for name in "ab"]
     wait_until(lambda: all(node.get("/ready")[0] == 200 for node in nodes))
-    assert nodes[0].post("/sample", bookings(50))[0] == 200
+    for batch in batches_of(bookings(50), 25):
+        assert nodes[0].post("/sample", batch)[0] == 200
     headers = {"Idempotency-Key": "key"}
     wait_until(lambda: nodes[1].samples() == 50)
     servers.kill(0, 1)
     try:
         for node in nodes:
+            assert node.post("/correct", {"seq": 0, "AccountNumber": "1"})[0] == 503
             status, _, answer = node.ask("POST", "/sample", bookings(9, seed=1), headers=headers)
             assert status == 503
             started = time.monotonic()
