@@ -6384,9 +6384,11 @@ class Servers:
         authorization { users: [
             { user: anybody, password: anything }
             { user: narrow, password: "a secret", permissions: {
-                publish: [ "narrow.>", "_INBOX.>", "$JS.API.STREAM.*.narrow",
-                    "$JS.API.STREAM.MSG.*.narrow", "$JS.API.DIRECT.GET.narrow" ]
-                subscribe: [ "narrow.node", "narrow.node.*", "narrow.news", "_INBOX.>" ] } }
+                publish: [ narrow.lines, narrow.orders, narrow.news, narrow.node, "narrow.node.*"
+                    "_INBOX.>", "$JS.API.STREAM.INFO.narrow", "$JS.API.STREAM.CREATE.narrow"
+                    "$JS.API.STREAM.MSG.GET.narrow", "$JS.API.STREAM.MSG.DELETE.narrow"
+                    "$JS.API.DIRECT.GET.narrow" ]
+                subscribe: [ narrow.node, "narrow.node.*", narrow.news, "_INBOX.>" ] } }
         ] }
     """
 
@@ -6680,6 +6682,8 @@ def test_a_node_that_crashes_before_it_has_written_what_it_appended(
     assert len((tmp_path / "a").read_bytes().splitlines()) == 10
     assert other.book(bookings(5, seed=1), "key") == range(10, 15)
     assert other.book(bookings(1)) == range(15, 16)
+    whole = (tmp_path / "a").read_bytes()
+    (tmp_path / "a").write_bytes(whole[:-9])  # as if what was written before were not on disk
     service = serve(*options, log=tmp_path / "a")
     wait_until(lambda: service.get("/ready")[0] == 200)
     assert service.ask("POST", "/sample", bookings(5, seed=1), headers=headers)[2]["first"] == 10
@@ -6752,6 +6756,62 @@ def plain(content):
         with suppress(zlib.error):
             pieces.append(zlib.decompressobj().decompress(content[start:]))
     return b"".join(pieces)
+
+
+def test_a_node_that_is_alone_erases_what_it_forgot(servers, stream, joined):
+    node = joined("a")
+    for i in range(3):
+        node.book([booking(company=f"secret{i}")])
+    for i in range(3):
+        assert node.forget(f"secret{i}") == 1
+        wait_until(lambda i=i: i + 1 not in servers.messages(stream))
+
+
+def test_two_who_forget_a_company_while_a_third_books_it_agree(joined):
+    nodes = [joined(name) for name in "abc"]
+    secret = [booking(company="secret", text=f"{i}") for i in range(300)]
+    nodes[0].book(secret[:100])
+    nodes[0].book(bookings(5))
+    assert equal(nodes)
+    forgotten = []
+
+    def forget(node):
+        with suppress(NotFound):
+            forgotten.append(node.forget("secret"))
+
+    threads = [threading.Thread(target=forget, args=[node]) for node in nodes[:2]]
+    for thread in threads:
+        thread.start()
+    for sample in secret[100:]:
+        numbers = nodes[2].book([sample])
+    for thread in threads:
+        thread.join()
+    assert 100 <= sum(forgotten) <= 300
+    nodes[0].require_lines(numbers.stop)
+    assert nodes[0].forget("secret") == 300 - sum(forgotten)
+    for node in nodes:
+        wait_until(lambda node=node: node.health()["samples"] == 5)
+    assert equal(nodes)
+    a, b, c = (told(node, bookings(20)) for node in nodes)
+    assert a == b == c
+
+
+def test_a_node_that_crashes_before_it_has_forgotten_does_it_later(
+    serve, servers, stream, joined, tmp_path
+):
+    options = ["--stream", servers.address(stream)]
+    crashes = CRASHES.replace("write", "replace").replace("batches", "copy")
+    service = serve(*options, log=tmp_path / "a", program=("-c", crashes, tmp_path))
+    other = joined("b")
+    wait_until(lambda: service.get("/ready")[0] == 200)
+    assert service.post("/sample", [booking(company="secret"), booking()])[0] == 200
+    (tmp_path / "crash").touch()
+    with pytest.raises((OSError, HTTPException)):
+        service.delete("/company/secret")
+    wait_until(lambda: other.health()["samples"] == 1)
+    service = serve(*options, log=tmp_path / "a")
+    wait_until(lambda: service.samples() == 1)
+    wait_until(lambda: (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes())
 
 
 def test_what_is_ordered_to_be_forgotten_cannot_be_corrected(joined):
@@ -7001,32 +7061,32 @@ def test_without_nats_py_it_says_what_to_install(tmp_path):
     assert "cluster" in line and "pip install" in line
 
 
-def test_bookings_under_way_are_answered_before_a_node_stops(
-    serve, servers, stream, tmp_path
-):
-    """Also if all stop, and start again."""
+def test_bookings_under_way_are_answered_before_a_node_stops(serve, servers, stream, tmp_path):
+    """And the other goes on; also if all stop, and start again."""
     options = ["--stream", servers.address(stream)]
     nodes = [serve(*options, log=tmp_path / name) for name in "ab"]
     wait_until(lambda: all(node.get("/ready")[0] == 200 for node in nodes))
-    answered = []
+    answered, refused = [], []
 
     def send(number):
-        for i in itertools.count():
-            batch = bookings(2, seed=100 * number + i)
-            with suppress(OSError, HTTPException):
+        with suppress(OSError, HTTPException):
+            for i in itertools.count():
+                batch = bookings(2, seed=100 * number + i)
                 status, answer = nodes[number % 2].post("/sample", batch)
-                if status == 200:
-                    answered.append((answer["first"], batch))
-                    continue
-            return
+                if status != 200:
+                    return refused.append((number, answer))
+                answered.append((answer["first"], batch))
 
     threads = [threading.Thread(target=send, args=[number]) for number in range(4)]
     for thread in threads:
         thread.start()
     wait_until(lambda: len(answered) > 40)
-    assert nodes[0].stop() == 0
-    wait_until(lambda: len(answered) > 80)
-    assert nodes[1].stop() == 0
+    names = [node.get("/health")[1]["stream"]["node"] for node in nodes]
+    writes = names.index(min(names))
+    assert nodes[writes].stop() == 0
+    wait_until(lambda so_far=len(answered): len(answered) > so_far + 40)
+    assert [number for number, _ in refused if number % 2 != writes] == []
+    assert nodes[1 - writes].stop() == 0
     for thread in threads:
         thread.join()
     nodes = [serve(*options, log=tmp_path / name) for name in "ab"]
