@@ -700,9 +700,9 @@ class Node(Bookkeeper):
         looked = -math.inf
         while not self._ended.is_set():
             if time.monotonic() - looked > 1:
-                looked = time.monotonic()
+                looked, passed = time.monotonic(), self._sequence
                 state = self._stream.state()
-                if state is None or state.last_seq < self._sequence:
+                if state is None or state.last_seq < passed:
                     raise Foreign(LOST)
                 self._quorum = self._stream.quorum
                 if state.last_seq == self._sequence:
