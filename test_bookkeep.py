@@ -6912,6 +6912,24 @@ def has_messages(servers, stream):
         return servers.do(lambda js: js.stream_info(stream)).state.messages > 0
 
 
+def test_what_is_booked_while_the_stream_is_looked_at_is_not_missed(joined):
+    node = joined("a")
+    looked, state = threading.Event(), node._stream.state
+
+    def slow():
+        found = state()
+        if threading.current_thread().name == "_keep_up":
+            node.book(bookings(1))
+            looked.set()
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(node._stream, "state", slow)
+        assert looked.wait(30)
+        time.sleep(0.1)
+        assert stands(node) == "ok"
+
+
 @pytest.mark.parametrize("again", ["never", "with as many messages"])
 def test_a_stream_that_is_gone_is_noticed(servers, stream, joined, again):
     a, b = joined("a"), joined("b")
@@ -7072,7 +7090,8 @@ def test_bookings_under_way_are_answered_before_a_node_stops(serve, servers, str
         with suppress(OSError, HTTPException):
             for i in itertools.count():
                 batch = bookings(2, seed=100 * number + i)
-                status, answer = nodes[number % 2].post("/sample", batch)
+                key = {"Idempotency-Key": f"{number}-{i}"}
+                status, _, answer = nodes[number % 2].ask("POST", "/sample", batch, headers=key)
                 if status != 200:
                     return refused.append((number, answer))
                 answered.append((answer["first"], batch))
@@ -7084,8 +7103,9 @@ def test_bookings_under_way_are_answered_before_a_node_stops(serve, servers, str
     names = [node.get("/health")[1]["stream"]["node"] for node in nodes]
     writes = names.index(min(names))
     assert nodes[writes].stop() == 0
-    wait_until(lambda so_far=len(answered): len(answered) > so_far + 40)
-    assert [number for number, _ in refused if number % 2 != writes] == []
+    so_far = len(answered)
+    wait_until(lambda: len(answered) > so_far + 40 or refused)
+    assert [each for each in refused if each[0] % 2 != writes] == []
     assert nodes[1 - writes].stop() == 0
     for thread in threads:
         thread.join()
