@@ -3438,6 +3438,7 @@ def test_what_comes_while_a_company_is_forgotten_is_forgotten_too(path, monkeypa
         booking_on = threading.Thread(target=book)
         booking_on.start()
         for _ in range(10):
+            bookkeeper.book([booking()])  # whatever the other thread has done
             bookkeeper.forget("A")
         stop.set()
         booking_on.join()
