@@ -1285,15 +1285,19 @@ class History:
 
     def last_named(self, companies: np.ndarray, accounts: np.ndarray) -> np.ndarray:
         """(n,) the seqs of the last bookings in which n companies named n accounts, -1 if none."""
-        companies, company = np.unique(companies, return_inverse=True)
-        accounts, account = np.unique(accounts, return_inverse=True)
-        rows = self.rows
-        at = np.isin(rows["named"], accounts).nonzero()[0]
-        at = at[np.isin(rows["company"][at], companies)]
-        cell = companies.searchsorted(rows["company"][at]), accounts.searchsorted(rows["named"][at])
-        seqs = np.full((len(companies), len(accounts)), -1)
-        seqs[cell] = rows["seq"][at]  # of those in one cell, the last one stays
-        return seqs[company, account]
+        seqs = np.full(len(companies), -1)
+        rest, size = self.rows, 1 << 14
+        while len(rest) and (missing := seqs < 0).any():  # most are found among the last rows
+            rest, rows = rest[:-size], rest[-size:]
+            whose, company = np.unique(companies[missing], return_inverse=True)
+            which, account = np.unique(accounts[missing], return_inverse=True)
+            at = np.isin(rows["named"], which).nonzero()[0]
+            at = at[np.isin(rows["company"][at], whose)]
+            cell = whose.searchsorted(rows["company"][at]), which.searchsorted(rows["named"][at])
+            last = np.full((len(whose), len(which)), -1)
+            last[cell] = rows["seq"][at]  # of those in one cell, the last one stays
+            seqs[missing], size = last[company, account], 2 * size
+        return seqs
 
     def correct(self, seq: int, account: str, rank: int) -> None:
         """Has a person book an account, which had that rank, in the row of that seq."""

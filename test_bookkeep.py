@@ -1670,6 +1670,8 @@ def test_a_history_knows_who_named_an_account_last():
     companies = np.array([history.companies[company] for company, _ in pairs])
     accounts = np.array([history.accounts[account] for _, account in pairs])
     assert history.last_named(companies, accounts).tolist() == [8, 4, 2, -1, 8]
+    add_rows(history, [{"seq": 9 + i, "company": "C"} for i in range(99_999)])
+    assert history.last_named(companies, accounts).tolist() == [8, 4, 2, -1, 8]
     history.forget("A")
     assert history.last_named(companies, accounts).tolist() == [-1, 4, -1, -1, -1]
 
