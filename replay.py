@@ -79,7 +79,6 @@ logger = logging.getLogger("replay")
 
 # ------------------------------------------------------------------------------------------- Client
 
-
 MAX_SUGGESTED = 300  # suggestions with reasons that the service gives in one answer
 LARGE = 1000  # samples in one request, where it takes long lists
 BUSY = {429, 502, 503, 504}  # what the service, or a proxy before it, says for the moment
@@ -99,12 +98,17 @@ class ServiceError(Failed):
     """
 
     def __init__(
-        self, where: str, sentence: str, status: int | None = None, temporary: bool = False
+        self,
+        where: str,
+        sentence: str,
+        status: int | None = None,
+        wait: float | None = None,
+        lost: bool = False,
     ) -> None:
+        """`wait` is after how many seconds the same may help; `lost` says that it may be done."""
         super().__init__(f"{where}: {f'{status}, ' if status else ''}{sentence}")
-        self.sentence, self.status, self.temporary = sentence, status, temporary
-        self.wait: float | None = None  # seconds until it makes sense to send it again
-        self.lost = False  # it may have been done all the same
+        self.sentence, self.status, self.wait, self.lost = sentence, status, wait, lost
+        self.temporary = wait is not None or status in TEMPORARY
 
 
 class Client:
@@ -166,38 +170,28 @@ class Client:
 
     def predict(self, samples: Sample | Sequence[Sample]) -> str | list[str]:
         """The account of a sample, or of each in a list of any length."""
-        found = self._of_each("/predict", samples, LARGE)
-        return found[0] if isinstance(samples, dict) else found
+        if isinstance(samples, dict):
+            return self.ask("POST", "/predict", samples)[0]
+        return self._of_each("/predict", samples, LARGE)
 
     @overload
-    def suggest(
-        self, samples: Sample, top: int = 3, book_from: float | None = None, reasons: bool = True
-    ) -> dict: ...
+    def suggest(self, samples: Sample, top: int = 3, book_from: float | None = None) -> dict: ...
     @overload
     def suggest(
-        self,
-        samples: Sequence[Sample],
-        top: int = 3,
-        book_from: float | None = None,
-        reasons: bool = True,
+        self, samples: Sequence[Sample], top: int = 3, book_from: float | None = None
     ) -> list[dict]: ...
 
     def suggest(
-        self,
-        samples: Sample | Sequence[Sample],
-        top: int = 3,
-        book_from: float | None = None,
-        reasons: bool = True,
+        self, samples: Sample | Sequence[Sample], top: int = 3, book_from: float | None = None
     ) -> dict | list[dict]:
         """Up to `top` accounts for a sample, or for each in a list of any length, and how sure.
 
-        With `book_from`, each answer has the decision, `book`, `check` or `review`. Without reasons
-        it takes a fraction of the time.
+        With `book_from`, each answer has the decision, `book`, `check` or `review`.
         """
-        asked = {"top": top, "book_from": book_from, "reasons": None if reasons else "no"}
-        size = max(1, MAX_SUGGESTED // top) if reasons else LARGE
-        found = self._of_each(_query("/suggest", asked), samples, size)
-        return found[0] if isinstance(samples, dict) else found
+        path = _query("/suggest", {"top": top, "book_from": book_from})
+        if isinstance(samples, dict):
+            return self.ask("POST", path, samples)
+        return self._of_each(path, samples, max(1, MAX_SUGGESTED // max(1, top)))
 
     def correct(self, seq: int, account: str) -> dict:
         """Books the booking with this seq to another account, or confirms its own.
@@ -294,9 +288,7 @@ class Client:
             reason = f"no answer: {error!r}"
             if isinstance(error, ConnectionRefusedError):
                 reason = f"connection refused: start it with {START}, or give replay.py --serve"
-            failed = ServiceError(where, reason, temporary=True)
-            failed.wait, failed.lost = 0, sent
-            raise failed from None
+            raise ServiceError(where, reason, wait=0, lost=sent) from None
         try:
             content = json.loads(answer)
         except ValueError:
@@ -320,24 +312,21 @@ class Client:
     @staticmethod
     def _refusal(where: str, response: HTTPResponse, content: object) -> ServiceError:
         """The error that an answer other than the one wanted means."""
-        status = response.status
+        status, after = response.status, response.headers.get("Retry-After", "")
         said = content.get("error") if isinstance(content, dict) else None
         if status == 200:
             return ServiceError(where, "this is no bookkeep service")
-        error = ServiceError(where, said or response.reason, status, status in TEMPORARY)
-        after = response.headers.get("Retry-After", "")
-        # A 503 of the service's own without it says that there is nothing to answer with yet.
+        wait = None
+        # A 503 of the service's own without a time says that there is nothing to answer with yet.
         if status in BUSY and (status != 503 or after or not said):
-            error.wait = int(after) if after.isdecimal() and len(after) < 6 else 0
-            error.lost = status in (502, 504)  # a proxy's, which may not know
-        return error
+            wait = int(after) if re.fullmatch("[0-9]{1,5}", after) else 0
+        lost = status in (502, 504)  # a proxy's, which may not know
+        return ServiceError(where, said or response.reason, status, wait, lost)
 
-    def _of_each(self, path: str, samples: Sample | Sequence[Sample], size: int) -> list:
+    def _of_each(self, path: str, samples: Sequence[Sample], size: int) -> list:
         """What the path answers to each of the samples, in requests of that size."""
-        samples = [samples] if isinstance(samples, dict) else samples
-        return [
-            answer for chunk in chunks(samples, size) for answer in self.ask("POST", path, chunk)
-        ]
+        asked = chunks(samples, size)
+        return [answer for chunk in asked for answer in self.ask("POST", path, chunk)]
 
     def _printable(self, what: str, pattern: str, text: str) -> str:
         if not re.fullmatch(pattern, text):
@@ -360,7 +349,6 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 # -------------------------------------------------------------------------------------------- Files
 
-
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)  # encrypted is the last
 CURRENCY = re.compile("[A-Z]{3}|[A-Z]{0,2}[$€£¥₩₪₫₴₸₹₺₽]|[Kk]r[.]?|Fr[.]?|zł|Kč|Ft")
 SPELLING = str.maketrans({"'": None, "’": None, "−": "-", "–": "-"})
@@ -375,7 +363,7 @@ NUMBER = {  # by its decimal mark: what stands before that, and after it
 DAY_OR_MONTH = re.compile(  # that a date begins with
     r"([0-9]{1,2})([./-])([0-9]{1,2})\2([0-9]{4}|(?<=[./])[0-9]{2})(?![0-9])"
 )
-AS_IT_STANDS = "replay.py --order file needs none, and sends rows as they stand"
+AS_IT_STANDS = "replay.py --order file needs no dates, and sends rows as they stand"
 
 
 class Record(NamedTuple):
@@ -405,7 +393,10 @@ class Table:
         self.path = path
         named = {FIELDS[field]: column for field, column in (columns or {}).items()}
         self._fixed = {} if company is None else {"CompanyId": company}
+        self._booked = booked
         self._needed = COLUMNS if booked else COLUMNS[:-1]
+        if not booked:
+            named.pop(TARGET, None)  # so that the same names will do before and after
         wanted = [named.get(key, key) for key in self._needed if key not in self._fixed]
         wanted = list(dict.fromkeys([*wanted, *named.values()]))
         with _reading(path):
@@ -441,8 +432,8 @@ class Table:
         return sample
 
     def takes(self, sample: Sample) -> bool:
-        """Whether the service would: nothing that it needs is empty or too long."""
-        return all(0 < len(sample[key]) <= LONGEST[key] for key in self._needed)
+        """Whether the service would: nothing that it needs is missing, empty or too long."""
+        return all(0 < len(sample.get(key, "")) <= LONGEST[key] for key in self._needed)
 
     def samples(self) -> Iterator[Sample]:
         """The rows that the service takes, as samples."""
@@ -460,12 +451,13 @@ class Table:
         """The text of a row with more values, written as the header is."""
         separator, quote = self._dialect
         row = text.rstrip("\r\n")
+        end = text[len(row) :]
         always = self.header.startswith(quote)
         for value in values:
             if always or any(mark in value for mark in (separator, quote, "\r", "\n")):
                 value = quote + value.replace(quote, 2 * quote) + quote
             row += separator + value
-        return (row + text[len(text.rstrip("\r\n")) :]).encode()
+        return (row + end).encode()
 
     def _as_written(self, values: list[str]) -> Sample:
         return {key: values[index] for key, index in self._keys} | self._fixed
@@ -488,7 +480,7 @@ class Table:
             if len(values) != len(self._columns):
                 raise Failed(f"{where}: there must be {len(self._columns)} values")
             sample = self._as_written(values)
-            if sample.get(BOOKED_BY, "person") not in WHO:
+            if self._booked and sample.get(BOOKED_BY, "person") not in WHO:
                 raise Failed(
                     f"{where}: {BOOKED_BY} must be one of {', '.join(WHO)}; if the column says "
                     "something else, give it another name"
@@ -687,7 +679,8 @@ def by_date(rows: Iterable[Sample]) -> list[Sample]:
     try:
         when = _sortable({row["BankEntryDate"] for row in rows})
     except KeyError:
-        raise Failed(f"there is no column BankEntryDate to sort by; {AS_IT_STANDS}") from None
+        no_date = "there is no column BankEntryDate to sort by: --map date=COLUMN names another"
+        raise Failed(f"{no_date}; {AS_IT_STANDS}") from None
     return sorted(rows, key=lambda row: (when[row["BankEntryDate"]], row["CompanyId"]))
 
 
@@ -807,7 +800,6 @@ def _in_short(report: dict | None) -> str:
 
 
 # ------------------------------------------------------------------------------------------- Replay
-
 
 LAST = 1000  # predictions that the report is about
 WINDOWS = (100, LAST, 10_000)  # the n of the /metrics/<n> in it
@@ -1176,19 +1168,17 @@ def suggest(client: Client, options: argparse.Namespace) -> None:
         out, done = sys.stdout.buffer, 0
         out.write(table.extended(table.header, "account", "confidence"))
         for records in chunks(table.records(), LARGE):
-            samples = [table.sample(record.values) for record in records if record.values]
-            found = iter(client.suggest([*map(_features, filter(table.takes, samples))], top=1))
-            rest = iter(samples)
-            for record in records:
-                added = ()  # to an empty line
-                if record.values:
-                    added = ("", "")
-                    if table.takes(next(rest)):
-                        [best] = next(found)["suggestions"]
-                        added = best["account"], str(best["confidence"])
+            samples = [table.sample(record.values) if record.values else {} for record in records]
+            taken = [_features(sample) for sample in samples if table.takes(sample)]
+            answers = iter(client.suggest(taken, top=1))
+            for record, sample in zip(records, samples, strict=True):
+                added = ["", ""] if sample else []  # an empty line stays one
+                if table.takes(sample):
+                    [best] = next(answers)["suggestions"]
+                    added = [best["account"], str(best["confidence"])]
                 out.write(table.extended(record.text, *added))
             out.flush()
-            done += len(samples)
+            done += sum(map(bool, samples))
             show(done, None)
 
 
@@ -1198,7 +1188,6 @@ def _features(sample: Sample) -> Sample:
 
 
 # ------------------------------------------------------------------------------------- Command line
-
 
 EXAMPLES = """\
 the demo, all in one:
@@ -1335,8 +1324,8 @@ def _add_file(parser: argparse.ArgumentParser) -> None:
         "and AccountNumber (but for --suggest), or columns that --map names; to sort by date\n"
         "BankEntryDate, too. AccountName is shown, others are sent along. Commas, semicolons,\n"
         "tabs or bars separate values; it is in UTF-8, UTF-16 or Windows-1252. Amounts are words\n"
-        "as > -1000, or numbers as 1,200.00, 1.200,00, (12.50) or € 12.50; all of the column shows\n"
-        "what its commas mean. Dates are as 2016-02-29, 29.02.2016 or 2/29/2016. Rows in which\n"
+        "as > -1000, or numbers as 1,200.00, 1.200,00, (12.50) or € 12.50. What a comma means\n"
+        "all of the column shows. Dates are as 2016-02-29, 29.02.2016 or 2/29/2016. Rows in which\n"
         "something is empty are left out.",
     ).add_argument
     option(
