@@ -442,10 +442,12 @@ class Table:
                 yield sample
 
     def lack(self) -> str:
-        """What is wrong with the rows that it does not take."""
-        needed = " or ".join(field for field, key in FIELDS.items() if key in self._needed)
-        first = f"the first in line {self.lacking[0]}"
-        return f"in {len(self.lacking):,} rows, {first}, {needed} is empty or too long"
+        """Why it does not take some rows, and how many these are."""
+        *needed, last = [field for field, key in FIELDS.items() if key in self._needed]
+        return (
+            f"as {', '.join(needed)} or {last} is empty or too long: {len(self.lacking):,} of "
+            f"{self.rows:,}, the first in line {self.lacking[0]}"
+        )
 
     def extended(self, text: str, *values: str) -> bytes:
         """The text of a row with more values, written as the header is."""
@@ -586,7 +588,7 @@ def read_rows(
     """
     with open_table(path, columns, company) as table:
         if table.lacking:
-            logger.warning("%s: %s; they are left out", path, table.lack())
+            logger.warning("%s: rows left out, %s", path, table.lack())
         yield from table.samples()
 
 
@@ -1164,7 +1166,7 @@ def suggest(client: Client, options: argparse.Namespace) -> None:
         _progress(table.rows) as show,
     ):
         if table.lacking:
-            logger.warning("%s: %s; they get no suggestion", options.file, table.lack())
+            logger.warning("%s: rows without a suggestion, %s", options.file, table.lack())
         out, done = sys.stdout.buffer, 0
         out.write(table.extended(table.header, "account", "confidence"))
         for records in chunks(table.records(), LARGE):
