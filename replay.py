@@ -577,16 +577,20 @@ class Amounts:
 
 
 def read_rows(
-    path: Path, columns: Mapping[str, str] | None = None, company: str | None = None
+    path: Path,
+    columns: Mapping[str, str] | None = None,
+    company: str | None = None,
+    booked: bool = True,
 ) -> Iterator[Sample]:
     """The bookings in a CSV file, or in the one in a zip, one by one.
 
     `columns` says which column is which, as {"text": "Description"}, by the keys of FIELDS; others
-    keep their names. The company may be the same for all rows. Amounts become plain decimal numbers
-    if they are numbers. Rows that the service cannot take, as something is empty, are left out with
-    a warning. Raises Failed if it is no such file.
+    keep their names. The company may be the same for all rows. Unless they are `booked`, they need
+    no account. Amounts become plain decimal numbers if they are numbers. Rows that the service
+    cannot take, as something is empty, are left out, with a warning. Raises Failed if it is no such
+    file.
     """
-    with open_table(path, columns, company) as table:
+    with open_table(path, columns, company, booked) as table:
         if table.lacking:
             logger.warning("%s: rows left out, %s", path, table.lack())
         yield from table.samples()
@@ -595,14 +599,11 @@ def read_rows(
 @contextmanager
 def open_table(
     path: Path,
-    columns: Mapping[str, str] | None = None,
-    company: str | None = None,
-    booked: bool = True,
+    columns: Mapping[str, str] | None,
+    company: str | None,
+    booked: bool,
 ) -> Iterator[Table]:
-    """The CSV file, or the one in a zip, as a table that must have accounts only if it is `booked`.
-
-    Columns and company are as for read_rows. Raises Failed.
-    """
+    """The CSV file, or the one in a zip, as read_rows understands it. Raises Failed."""
     with ExitStack() as opened:
         with _reading(path):
             file = opened.enter_context(_open(path))

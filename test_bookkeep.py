@@ -6691,7 +6691,7 @@ def test_it_says_once_and_at_once_that_it_waits(serve):
 
 def test_a_service_that_does_not_come_is_given_up():
     client = replay.Client("http://127.0.0.1:9")
-    client._patience = 0.3
+    client.patience = 0.3
     with pytest.raises(replay.Failed, match="start it with python bookkeep"):
         client.ask("GET", "/health")
 
@@ -6724,7 +6724,7 @@ def test_it_says_how_to_resume_only_where_that_can_help(status):
         answering = threading.Thread(target=server.serve_forever)
         answering.start()
         client = replay.Client(f"http://127.0.0.1:{server.server_port}")
-        client._patience = 0.3
+        client.patience = 0.3
         with pytest.raises(replay.Failed) as failed:
             replay.replay(client, options, replay._rows(options))
         server.shutdown()
@@ -7077,6 +7077,51 @@ def test_who_has_seen_enough_ends_a_suggestion_quietly(service, tmp_path):
             process.stdout.read()
         said = process.stderr.read()
         assert (process.wait(30), said.count(b"Traceback"), said[:7]) == (status, 0, b"")
+
+
+def test_the_recipes_do_what_they_say(serve, tmp_path):
+    """Each block of docs/recipes.md is run as it stands, but for the port."""
+    service = serve()
+    text = (HERE / "docs" / "recipes.md").read_text().replace("8080", f"{service.port}")
+    programs = re.findall("```python\n(.*?)```", text, re.DOTALL)
+    [commands] = re.findall("```sh\n(.*?)```", text, re.DOTALL)
+    shutil.copy(HERE / "replay.py", tmp_path)
+    shutil.copy(SERVICE, tmp_path)
+
+    def runs(program, *files):
+        status, out, said = run("-c", programs[program], *files, cwd=tmp_path)
+        assert (status, said) == (0, "")
+        return out
+
+    account, decision, _, forgotten = runs(0).splitlines()
+    assert (account, decision, forgotten) == ("6300", "review", "2")
+    row = {"Date": "17.05.2026", "Description": "", "Amount": "-1.200,00 €", "Category": "6300"}
+    shops = [(f"shop{i % 9} {i}", f"{3000 + i % 9}") for i in range(2400)]
+    rows = [row | {"Description": text, "Category": account} for text, account in shops]
+    write_csv(tmp_path / "BOOKED.csv", rows, "cp1252", delimiter=";")
+    before = service.samples()
+    for _ in range(2):  # the second time changes nothing
+        assert [line.split()[0] for line in runs(1, "BOOKED.csv").splitlines()] == [
+            *("1000", "1000", "400"),
+        ]
+        assert service.samples() == before + 2400
+    stored = read_lines(tmp_path / "log.jsonl")[-1]["sample"]
+    assert (stored["BankEntryAmount"], stored["BankEntryDate"]) == ("-1200.00", "17.05.2026")
+    new = [{key: row[key] for key in row if key != "Category"} for row in rows[:300]]
+    new.append(new[0] | {"Description": "never seen"})
+    write_csv(tmp_path / "NEW.csv", new, "cp1252", delimiter=";")
+    out = runs(2, "NEW.csv", "DESK.csv")
+    unseen, rest = map(int, re.findall("[0-9]+", out))
+    assert unseen + rest == 301
+    assert unseen > 200
+    assert service.get("/health")[1]["unseen"] == unseen
+    assert runs(3, "DESK.csv") == f"{rest} sent\n"
+    assert service.get("/health")[1]["checks"] == rest - 1 > 5  # and the one never seen
+    commands = f'python() {{ "{sys.executable}" "$@"; }}\n{commands}'
+    subprocess.run(["bash", "-ec", commands], cwd=tmp_path, check=True, capture_output=True)
+    with open(tmp_path / "SUGGESTED.csv", encoding="utf-8") as file:
+        suggested = list(csv.DictReader(file, delimiter=";"))
+    assert [row["account"] for row in suggested[:300]] == [account for _, account in shops[:300]]
 
 
 @pytest.mark.parametrize(
