@@ -175,23 +175,36 @@ class Client:
         return self._of_each("/predict", samples, LARGE)
 
     @overload
-    def suggest(self, samples: Sample, top: int = 3, book_from: float | None = None) -> dict: ...
+    def suggest(
+        self, samples: Sample, top: int = 3, book_from: float | None = None, reasons: bool = True
+    ) -> dict: ...
     @overload
     def suggest(
-        self, samples: Sequence[Sample], top: int = 3, book_from: float | None = None
+        self,
+        samples: Sequence[Sample],
+        top: int = 3,
+        book_from: float | None = None,
+        reasons: bool = True,
     ) -> list[dict]: ...
 
     def suggest(
-        self, samples: Sample | Sequence[Sample], top: int = 3, book_from: float | None = None
+        self,
+        samples: Sample | Sequence[Sample],
+        top: int = 3,
+        book_from: float | None = None,
+        reasons: bool = True,
     ) -> dict | list[dict]:
         """Up to `top` accounts for a sample, or for each in a list of any length, and how sure.
 
-        With `book_from`, each answer has the decision, `book`, `check` or `review`.
+        With `book_from`, each answer has the decision, `book`, `check` or `review`. Without reasons
+        it takes a fraction of the time.
         """
-        path = _query("/suggest", {"top": top, "book_from": book_from})
+        given = {"top": top, "book_from": book_from, "reasons": None if reasons else "no"}
+        path = _query("/suggest", given)
         if isinstance(samples, dict):
             return self.ask("POST", path, samples)
-        return self._of_each(path, samples, max(1, MAX_SUGGESTED // max(1, top)))
+        size = max(1, MAX_SUGGESTED // max(1, top)) if reasons else LARGE
+        return self._of_each(path, samples, size)
 
     def correct(self, seq: int, account: str) -> dict:
         """Books the booking with this seq to another account, or confirms its own.
@@ -962,7 +975,7 @@ class Integrator:
         booked = []
         for chunk in chunks(rows, MAX_SUGGESTED):
             asked = [without_account(row) for row in chunk]
-            answers = self.client.suggest(asked, 1, self.book_from)
+            answers = self.client.suggest(asked, 1, self.book_from, reasons=False)
             for row, sample, answer in zip(chunk, asked, answers, strict=True):
                 [suggestion] = answer["suggestions"]
                 account, who = suggestion["account"], BOOKED_AFTER[answer["decision"]]
@@ -1173,7 +1186,7 @@ def suggest(client: Client, options: argparse.Namespace) -> None:
         for records in chunks(table.records(), LARGE):
             samples = [table.sample(record.values) if record.values else {} for record in records]
             taken = [_features(sample) for sample in samples if table.takes(sample)]
-            answers = iter(client.suggest(taken, top=1))
+            answers = iter(client.suggest(taken, top=1, reasons=False))
             for record, sample in zip(records, samples, strict=True):
                 added = ["", ""] if sample else []  # an empty line stays one
                 if table.takes(sample):
