@@ -404,21 +404,27 @@ class Table:
     ) -> None:
         """As open_table. Raises Failed if a row cannot be used."""
         self.path = path
-        named = {FIELDS[field]: column for field, column in (columns or {}).items()}
+        named = {FIELDS[field]: names.split("+") for field, names in (columns or {}).items()}
         self._fixed = {} if company is None else {"CompanyId": company}
         self._booked = booked
         self._needed = COLUMNS if booked else COLUMNS[:-1]
         if not booked:
             named.pop(TARGET, None)  # so that the same names will do before and after
-        wanted = [named.get(key, key) for key in self._needed if key not in self._fixed]
-        wanted = list(dict.fromkeys([*wanted, *named.values()]))
+        keys = [key for key in self._needed if key not in self._fixed] + list(named)
+        wanted = list(dict.fromkeys(itertools.chain(*(named.get(key, [key]) for key in keys))))
         with _reading(path):
             self._text = io.TextIOWrapper(file, newline="", encoding=_encoding(file))
             self.header = self._text.readline()
             self._dialect = _dialect(self.header, wanted)
             [self._columns] = _csv([self.header], *self._dialect)
         self._check_columns(wanted)
-        self._keys = list(self._places(named))
+        self._places = {  # in a row, of what each key of a sample is made of
+            column: [place]
+            for place, column in enumerate(self._columns)
+            if column not in named and column not in itertools.chain(*named.values())
+        }
+        for key, names in named.items():
+            self._places[key] = [self._columns.index(name) for name in names]
         self._amounts = Amounts()
         self.rows = 0
         self.lacking: list[int] = []  # the lines of rows that the service cannot take
@@ -475,15 +481,11 @@ class Table:
         return (row + end).encode()
 
     def _as_written(self, values: list[str]) -> Sample:
-        return {key: values[index] for key, index in self._keys} | self._fixed
-
-    def _places(self, named: Mapping[str, str]) -> Iterator[tuple[str, int]]:
-        """The keys of a sample, and where their values stand in a row."""
-        for index, column in enumerate(self._columns):
-            keys = [key for key, name in named.items() if name == column]
-            if not keys and column not in named:  # else another column has taken its place
-                keys = [column]
-            yield from ((key, index) for key in keys)
+        sample = {
+            key: values[at[0]] if len(at) == 1 else " ".join(values[i] for i in at if values[i])
+            for key, at in self._places.items()
+        }
+        return sample | self._fixed
 
     def _survey(self) -> None:
         """Looks at all rows. Raises Failed if one cannot be used."""
@@ -597,11 +599,11 @@ def read_rows(
 ) -> Iterator[Sample]:
     """The bookings in a CSV file, or in the one in a zip, one by one.
 
-    `columns` says which column is which, as {"text": "Description"}, by the keys of FIELDS; others
-    keep their names. The company may be the same for all rows. Unless they are `booked`, they need
-    no account. Amounts become plain decimal numbers if they are numbers. Rows that the service
-    cannot take, as something is empty, are left out, with a warning. Raises Failed if it is no such
-    file.
+    `columns` says which column is which, as {"text": "Payee+Purpose", "amount": "Amount"}, by the
+    keys of FIELDS; others keep their names. The company may be the same for all rows. Unless they
+    are `booked`, they need no account. Amounts become plain decimal numbers if they are numbers.
+    Rows that the service cannot take, as something is empty, are left out, with a warning. Raises
+    Failed if it is no such file.
     """
     with open_table(path, columns, company, booked) as table:
         if table.lacking:
@@ -1208,12 +1210,10 @@ def _features(sample: Sample) -> Sample:
 EXAMPLES = """\
 the demo, all in one:
   replay.py --serve
-your own bookings, to see how well they are predicted:
-  replay.py BANK.csv --serve --company acme \\
-    --map text=Payee,amount=Amount,date=Date,account=Category
-teach a service that runs, then have it suggest what is new:
-  replay.py OLD.csv --samples all --map text=Payee,amount=Amount,account=Category,company=Firm
-  replay.py NEW.csv --suggest --map text=Payee,amount=Amount,company=Firm > SUGGESTED.csv
+see how well your own bookings are predicted, teach a service that runs, and let it suggest:
+  replay.py OLD.csv --serve --company acme --map text=Payee+Purpose,amount=Sum,date=Day,account=To
+  replay.py OLD.csv --samples all --company acme --map (the same)
+  replay.py NEW.csv --suggest --company acme --map (the same) > SUGGESTED.csv
 from Python:
   from replay import Client
   Client("http://127.0.0.1:8080").predict({...})"""
@@ -1358,7 +1358,8 @@ def _add_file(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FIELD=COLUMN,...",
-        help=f"which of its columns is which; the fields are {', '.join(FIELDS)}",
+        help=f"which of its columns is which; the fields are {', '.join(FIELDS)}; text=A+B joins "
+        "the columns A and B",
     )
     option("--company", help="the company of all of its rows")
     option(

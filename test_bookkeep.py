@@ -7182,14 +7182,14 @@ def test_it_says_what_it_assumed_of_amounts_or_that_it_cannot_tell(tmp_path, cap
 
 
 GERMAN = (
-    "Buchungstag;Empfänger;Betrag;Konto;AccountNumber;Ledger\r\n"
-    '02.01.2024;"Müller; Söhne";-1.200,50 €;6300;DE12 3456;A\r\n'
-    "01.02.2024;Café Ü;7,00 €;7140;DE12 3456;A\r\n"
+    "Buchungstag;Zweck;Empfänger;Betrag;Konto;AccountNumber;Ledger\r\n"
+    '02.01.2024;Miete;"Müller; Söhne";-1.200,50 €;6300;DE12 3456;A\r\n'
+    "01.02.2024;;Café Ü;7,00 €;7140;DE12 3456;A\r\n"
     "\r\n"
-    "31.12.2023;Bäcker;12,00- €;4650;DE12 3456;A\r\n"
-    "03.02.2024;;-1,00 €;4650;DE12 3456;A\r\n"
+    "31.12.2023;;Bäcker;12,00- €;4650;DE12 3456;A\r\n"
+    "03.02.2024;;;-1,00 €;4650;DE12 3456;A\r\n"
 )
-MAPPED = "--map=text=Empfänger,amount=Betrag,account=Konto,date=Buchungstag"
+MAPPED = "--map=text=Empfänger+Zweck,amount=Betrag,account=Konto,date=Buchungstag"
 
 
 def test_an_export_of_your_own_bank_is_sent_by_date(tmp_path):
@@ -7205,7 +7205,7 @@ def test_an_export_of_your_own_bank_is_sent_by_date(tmp_path):
         sent = [record["sample"] for record in scanned(log)][-3:]
         assert [(s["BankEntryDate"], s["BankEntryText"], s["BankEntryAmount"]) for s in sent] == [
             ("31.12.2023", "Bäcker", "-12.00"),
-            ("02.01.2024", "Müller; Söhne", "-1200.50"),
+            ("02.01.2024", "Müller; Söhne Miete", "-1200.50"),
             ("01.02.2024", "Café Ü", "7.00"),
         ]
         assert {sample["CompanyId"] for sample in sent} == {company}
@@ -7277,7 +7277,7 @@ def test_a_file_is_written_with_what_is_suggested_and_nothing_is_learned(serve, 
     assert done.stderr.decode() == f"replay: {path}: rows without a suggestion, as {why}\n"
     rows = GERMAN.split("\r\n")
     asked = [
-        booking("A", "Müller; Söhne", "-1200.50"),
+        booking("A", "Müller; Söhne Miete", "-1200.50"),
         booking("A", "Café Ü", "7.00"),
         booking("A", "Bäcker", "-12.00"),
     ]
