@@ -21,7 +21,7 @@ import logging
 import os
 import random
 import re
-import selectors
+import select
 import shutil
 import signal
 import socket
@@ -316,9 +316,8 @@ class Client:
         if connection is None:
             connection = self._own.connection = self._connect()
         elif connection.sock:
-            with selectors.DefaultSelector() as waiting:
-                waiting.register(connection.sock, selectors.EVENT_READ)
-                if waiting.select(0):  # nothing that was asked for
+            with suppress(ValueError):  # too many files are open to look
+                if select.select([connection.sock], [], [], 0)[0]:
                     connection.close()
         return connection
 
@@ -1184,11 +1183,13 @@ def suggest(client: Client, options: argparse.Namespace) -> None:
         if table.lacking:
             logger.warning("%s: rows without a suggestion, %s", options.file, table.lack())
         out, done = sys.stdout.buffer, 0
-        out.write(table.extended(table.header, "account", "confidence"))
+        header = table.extended(table.header, "account", "confidence")
         for records in chunks(table.records(), LARGE):
             samples = [table.sample(record.values) if record.values else {} for record in records]
             taken = [_features(sample) for sample in samples if table.takes(sample)]
             answers = iter(client.suggest(taken, top=1, reasons=False))
+            out.write(header)
+            header = b""  # it is written once, and not before there is an answer
             for record, sample in zip(records, samples, strict=True):
                 added = ["", ""] if sample else []  # an empty line stays one
                 if table.takes(sample):
@@ -1198,6 +1199,7 @@ def suggest(client: Client, options: argparse.Namespace) -> None:
             out.flush()
             done += sum(map(bool, samples))
             show(done, None)
+        out.write(header)
 
 
 def _features(sample: Sample) -> Sample:
