@@ -77,6 +77,13 @@ SHORT = ("CompanyId", "BankEntryAmount", TARGET)  # of at most MAX_SHORT charact
 MAX_SHORT = 100
 MAX_WORDS = 100  # words of a text that become tokens: its first ones
 
+BOUNDS = [-10000, -1000, -100, -10, 0, 10, 100, 1000, 10000]  # each the last of its range
+RANGES = (  # of amounts
+    "big negative",
+    *("> -10000", "> -1000", "> -100", "> -10", "< 10", "< 100", "< 1000", "< 10000"),
+    "big positive",
+)
+
 KINDS = (  # of tokens, in a person's words
     "company",
     "amount",
@@ -162,7 +169,8 @@ def check_sample(sample: object, required: Sequence[str], short: Sequence[str] =
         text = "".join(chain(sample, sample.values()))
     except TypeError:
         key = next(key for key, value in sample.items() if not isinstance(value, str))
-        raise BadRequest(f"{_shown(key)} must be a string") from None
+        hint = ": put the number in quotes" if isinstance(sample[key], float) else ""
+        raise BadRequest(f"{_shown(key)} must be a string{hint}") from None
     if len(text) > MAX_VALUE:
         for key, value in sample.items():
             if max(len(key), len(value)) > MAX_VALUE:
@@ -238,9 +246,22 @@ def wordings(sample: Sample) -> list[tuple[str, str]]:
 
 
 def _parts(sample: Sample) -> tuple[str, list[str], str]:
-    """The sample's company, the words of its text that count, and its amount."""
+    """The sample's company, the words of its text that count, and its amount, or the range."""
     words = sample["BankEntryText"].split(maxsplit=MAX_WORDS)[:MAX_WORDS]
-    return sample["CompanyId"], words, sample["BankEntryAmount"]
+    return sample["CompanyId"], words, amount_range(sample["BankEntryAmount"])
+
+
+def amount_range(amount: str) -> str:
+    """The range that a plain decimal number is in; any other amount is one of its own.
+
+    -9875.50 -> > -10000, -1000 -> > -10000, 0 -> > -10, 10 -> < 10, 1,200.00 -> 1,200.00
+    """
+    if _is_decimal(amount):
+        return RANGES[bisect_left(BOUNDS, float(amount))]
+    return amount
+
+
+_is_decimal = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?").fullmatch
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -2282,7 +2303,8 @@ class Snapshot:
         self.lines = 0
 
     def _version(self) -> list[int]:
-        return [FORMAT, *tokens(dict.fromkeys(FEATURES, "a b c"))]
+        sample = dict.fromkeys(FEATURES, "a b c") | {"BankEntryAmount": "-1000"}
+        return [FORMAT, *tokens(sample)]
 
 
 # ----------------------------------------------------------------------------------------- Writer
@@ -2597,28 +2619,28 @@ class Bookkeeper:
             scores = model.joint_log_likelihood(documents)
             best = model.top(scores, max(top, 2))
             scores = np.take_along_axis(scores, best, axis=1).tolist()
-            accounts = [[model.names[account] for account in row] for row in best.tolist()]
             known = model.specificity(documents).tolist()
-            made = [
-                {
-                    "sample": {"CompanyId": sample["CompanyId"]},  # the rest may be anything
-                    "predicted": names[0],
-                    "margin": highest[0] - highest[1] if len(highest) > 1 else None,
-                    "known": most,
-                }
-                for sample, names, highest, most in zip(
-                    samples, accounts, scores, known, strict=True
-                )
-            ]
-            rows = self._rows(made, documents)
-            confidence = self._calibration.shared(self._calibration.confidence(rows))
-            records = self._calibration.record(rows)
-            sizes = [self._history.size(sample["CompanyId"]) for sample in samples]
             terms = [
                 model.terms(document, row) if with_reasons else None
                 for document, row in zip(documents, best, strict=True)
             ]
             self._predictions += len(samples)
+
+        accounts = [[model.names[account] for account in row] for row in best.tolist()]
+        made = [
+            {
+                "sample": {"CompanyId": sample["CompanyId"]},  # the rest may be anything
+                "predicted": names[0],
+                "margin": highest[0] - highest[1] if len(highest) > 1 else None,
+                "known": most,
+            }
+            for sample, names, highest, most in zip(samples, accounts, scores, known, strict=True)
+        ]
+        rows = self._rows(made, documents)
+        with self._changing:
+            confidence = self._calibration.shared(self._calibration.confidence(rows))
+            records = self._calibration.record(rows)
+            sizes = [self._history.size(sample["CompanyId"]) for sample in samples]
 
         confidence = confidence.round(4).tolist()
         for i, sample in enumerate(samples):
@@ -3270,6 +3292,11 @@ def openapi(max_batch: int) -> dict:
     filled = text | {"minLength": 1}
     short = filled | {"maxLength": MAX_SHORT}
     features = {key: short if key in SHORT else filled for key in FEATURES}
+    features["BankEntryAmount"] = short | {
+        "description": "a plain decimal number, which counts as the range that it is in, or a "
+        f"range: {', '.join(RANGES)}; any other text is a range of its own",
+        "examples": ["-9875.50", *RANGES],
+    }
     count = {"type": "integer", "minimum": 0}
     share = {"type": "number", "minimum": 0, "maximum": 1}
     seq = count | {"maximum": MAX_NUMBER}

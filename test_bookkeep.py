@@ -626,6 +626,39 @@ def test_only_features_make_tokens():
     assert tokens(plain) == tokens(plain | {"AccountNumber": "1", "BankEntryDate": "x", "": "7"})
 
 
+@pytest.mark.parametrize(
+    ("amounts", "range_"),
+    [
+        (["-123456.78", "-10000.01", "-10000"], "big negative"),
+        (["-9999.99", "-9875.50", "-1000.00"], "> -10000"),
+        (["-999.99", "-100"], "> -1000"),
+        (["-99.99", "-010"], "> -100"),
+        (["-9.99", "-0.01", "-0", "0", "0.00"], "> -10"),
+        (["0.01", "+9.99", "10", "10.00"], "< 10"),
+        (["10.01", "100"], "< 100"),
+        (["100.01", "1000.0"], "< 1000"),
+        (["1000.01", "10000"], "< 10000"),
+        (["10000.01", "9" * 100], "big positive"),
+    ],
+)
+def test_a_plain_decimal_number_counts_as_the_range_that_it_is_in(amounts, range_):
+    expected = booking(amount=range_)
+    for amount in amounts:
+        assert tokens(booking(amount=amount)) == tokens(expected)
+        assert bookkeep.wordings(booking(amount=amount)) == bookkeep.wordings(expected)
+
+
+@pytest.mark.parametrize(
+    "amount",
+    ["1,200.00", "1200,00", "1e3", "12.50 EUR", ".5", "5.", " 5", "5\n", "--5", "٣", "nan", "x"],
+)
+def test_any_other_amount_is_one_of_its_own(amount):
+    own = bookkeep.wordings(booking(amount=amount))[1]
+    assert own == ("amount", amount)
+    ranges = {tokens(booking(amount=range_))[1] for range_ in bookkeep.RANGES}
+    assert len(ranges | {tokens(booking(amount=amount))[1]}) == 11
+
+
 def test_a_value_in_one_place_is_never_the_token_of_another():
     kinds = [
         tokens(booking(company="x", text="t", amount="a"))[0],
@@ -685,6 +718,10 @@ BAD_BODIES = {
         "sample 1: AccountName must be a string",
     ),
     "null as value": (json.dumps([booking(text=None)]).encode(), "sample 0: BankEntryText must be"),
+    "an amount that is a number": (
+        b'[{"CompanyId": "A", "BankEntryAmount": -9875.50}]',
+        "sample 0: BankEntryAmount must be a string: put the number in quotes",
+    ),
     "an object as value": (json.dumps([booking(x={})]).encode(), "sample 0: x must be a string"),
     "no company": (
         json.dumps([{k: v for k, v in booking().items() if k != "CompanyId"}]).encode(),
@@ -2207,6 +2244,28 @@ def test_a_snapshot_of_other_tokens_is_not_used(path, monkeypatch, caplog):
     assert "another version" in caplog.text
 
 
+def test_amounts_that_were_learned_as_words_are_learned_as_their_ranges(path, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        patch.setattr(bookkeep, "amount_range", str)  # as up to version 0.3
+        with bookkeeping(path, unsaved=1) as bookkeeper:
+            bookkeeper.book([booking(amount="-5.00", account="1"), booking(amount="7")])
+        assert (path.parent / "log.jsonl.snapshot.npz").exists()
+    with bookkeeping(path) as bookkeeper:
+        assert "another version" in caplog.text
+        in_range = booking(amount="> -10", account="1"), booking(amount="< 10")
+        asked = [booking("B", "", "-3.20"), booking("B", "", "< 10")]
+        assert bookkeeper.predict(asked) == ["1", "3115"]
+        lessons = [
+            Lesson(line["sample"]["AccountNumber"], line["weight"], line["against"])
+            for line in read_lines(path)
+        ]
+        assert counts(bookkeeper._model) == counts(
+            taught(zip(map(tokens, in_range), lessons, strict=True))
+        )
+        stored = [line["sample"]["BankEntryAmount"] for line in read_lines(path)]
+        assert stored == ["-5.00", "7"]
+
+
 def test_a_flipped_byte_in_a_snapshot_does_no_harm(path):
     asked, known = grown(path)
     whole = snapshot_of(path).read_bytes()
@@ -3138,6 +3197,22 @@ def test_a_decision_is_by_confidence_and_check(path):
         assert bookkeeper.suggest(sample, 1, place, confidence)["decision"] != "review"
 
 
+def test_without_reasons_suggestions_are_the_same_however_many(path):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking(account=account) for account in "4213"])  # alike, but for names
+        asked = [booking("C", "new"), booking("D", "")]
+        bookkeeper.book(bookings(500))
+        asked += bookings(300, seed=1)
+        for top in (1, 3, 20):
+            expected = [bookkeeper.suggest(sample, top, i, 0.5) for i, sample in enumerate(asked)]
+            assert bookkeeper.suggest_all(asked, top, 0.5) == expected
+            for answer in expected:
+                for suggestion in answer["suggestions"]:
+                    del suggestion["prior"], suggestion["reasons"]
+            assert bookkeeper.suggest_all(asked, top, 0.5, with_reasons=False) == expected
+        assert bookkeeper.suggest_all([], 3) == []
+
+
 def test_a_correction_unlearns_the_old_and_learns_the_new(path):
     samples = bookings(400)
     with bookkeeping(path) as bookkeeper:
@@ -3922,6 +3997,15 @@ def test_one_sample_gets_suggestions_and_a_list_a_list(service):
     assert service.post("/suggest", [asked] * 101)[0] == 400
     assert service.post("/suggest?top=20", [asked] * 15)[0] == 200
     assert service.post("/suggest?top=20", [asked] * 16)[0] == 400
+    assert service.post("/suggest", [asked] * 101)[1]["error"] == (
+        "with reasons, send at most 100 samples in one request, not 101; "
+        "?reasons=no leaves them out"
+    )
+    assert len(service.post("/suggest?reasons=no&top=20", [asked] * 400)[1]) == 400
+    assert service.post("/suggest?reasons=no", asked)[1]["suggestions"] == [
+        {"account": "1", "confidence": suggestion["confidence"], "over": None, "margin": None}
+    ]
+    assert service.post("/suggest?reasons=maybe", asked)[0] == 400
     assert service.post("/suggest", {"CompanyId": "A"})[0] == 400
     assert service.post("/suggest", asked | {"BookedBy": "nobody yet"}) == (200, answer)
     decided = service.post("/suggest?book_from=0", [asked] * 100)[1]
