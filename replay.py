@@ -10,6 +10,14 @@ The module needs nothing but Python, and reads from top to bottom: Client, Files
 Replay, Report, Suggest, Command line.
 """
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "bookkeep-replay":
+    # Quiet from the start: to import all that follows takes a moment. It is main's afterwards.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import codecs
 import csv
@@ -18,15 +26,12 @@ import io
 import itertools
 import json
 import logging
-import os
 import random
 import re
 import select
 import shutil
-import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -1219,6 +1224,7 @@ see how well your own bookings are predicted, teach a service that runs, and let
 from Python:
   from replay import Client
   Client("http://127.0.0.1:8080").predict({...})"""
+STOPS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 DATA = HERE / "data" if CHECKED_OUT else Path("data")
 DATA_SETS = [  # a real one first, if the user has put it there
     DATA / "bank_expenses_obfuscated.csv.zip",
@@ -1229,11 +1235,11 @@ DATA_SETS = [  # a real one first, if the user has put it there
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Does what the options say and prints what came of it; the exit status."""
-    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C, so that a service is stopped, too
-        signal.signal(number, signal.default_int_handler)
     options = _options(arguments)
     logger.handlers, logger.propagate = [_Sayer()], False
     try:
+        for number in STOPS:  # each as Ctrl-C, so that a service is stopped, too
+            signal.signal(number, signal.default_int_handler)
         options.file = options.file or _default_file()
         token = _token(options.token_file)
         rows = None if options.suggest else _rows(options)  # before a service is started in vain
