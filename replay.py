@@ -553,7 +553,7 @@ class Amounts:
             return
         self._number = self._number or where
         if len(read) == 1:
-            self._only.setdefault(*read, where)
+            self._only.setdefault(next(iter(read)), where)
         elif read["."] != read[","]:
             self._either.setdefault("." if "." in amount else ",", where)
 
@@ -858,10 +858,7 @@ def replay(
         "samples_per_second": round(run.sent / seconds),
         "accounts": None,
         "metrics": {},
-        "report": None,
-        "unseen": None,
-        "booked_unseen": None,
-        "prediction": None,
+        **dict.fromkeys(("report", "unseen", "booked_unseen", "prediction")),
         "interrupted": interrupted,
         "resume": run.start if run.resumable else None,
     }
@@ -1327,7 +1324,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.suggest:
         if not options.file:
             parser.error("--suggest needs a FILE")
-        for name, usual in replays.items():
+        for name, usual in (replays | {"stay": False}).items():
             if getattr(options, name) != usual:
                 parser.error(f"--{name.replace('_', '-')} does not go with --suggest")
     if options.log and not options.serve:
@@ -1418,11 +1415,6 @@ def _add_replay(parser: argparse.ArgumentParser) -> dict[str, object]:
         "given): what is stored is not stored again",
     )
     option("--json", action="store_true", help="print the report as a JSON object")
-    option(
-        "--stay",
-        action="store_true",
-        help="with --serve: keep it running at the end, to look at its page, until Ctrl-C",
-    )
     return {action.dest: action.default for action in group._group_actions}
 
 
@@ -1434,6 +1426,11 @@ def _add_service(parser: argparse.ArgumentParser) -> None:
         "--url", default="http://127.0.0.1:8080", help="where it is (default: %(default)s)"
     )
     url_or_serve("--serve", action="store_true", help="start it, and stop it at the end")
+    option(
+        "--stay",
+        action="store_true",
+        help="with --serve: keep it running at the end, to look at its page, until Ctrl-C",
+    )
     option(
         "--log",
         type=Path,
