@@ -30,7 +30,7 @@ import wsgiref.validate
 import zipfile
 import zlib
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from decimal import ROUND_HALF_UP, Decimal
 from functools import partial
 from http.client import HTTPConnection, HTTPException
@@ -7031,7 +7031,7 @@ def test_it_says_once_and_at_once_that_it_waits(serve):
 
 def test_a_service_that_does_not_come_is_given_up():
     client = replay.Client("http://127.0.0.1:9")
-    client._patience = 0.3
+    client.patience = 0.3
     with pytest.raises(replay.Failed, match="start it with python bookkeep"):
         client.ask("GET", "/health")
 
@@ -7064,13 +7064,408 @@ def test_it_says_how_to_resume_only_where_that_can_help(status):
         answering = threading.Thread(target=server.serve_forever)
         answering.start()
         client = replay.Client(f"http://127.0.0.1:{server.server_port}")
-        client._patience = 0.3
+        client.patience = 0.3
         with pytest.raises(replay.Failed) as failed:
             replay.replay(client, options, replay._rows(options))
         server.shutdown()
         answering.join()
     helps = status in (None, 503, 507)
     assert str(failed.value).endswith("; the same command goes on with --resume 3") == helps
+
+
+def test_the_client_says_what_the_service_says(serve):
+    service = serve()
+    client = replay.Client(f"http://127.0.0.1:{service.port}/")
+    first = client.sample(bookings(400), key="may")
+    assert first == {"received": 400, "total": 400, "first": 0, "last": 399}
+    assert client.sample(bookings(400), key="may") == first
+    assert client.sample(bookings(400, seed=1))["first"] == 400  # each call has a key of its own
+    asked = [replay.without_account(row) for row in bookings(350, seed=2)]  # more than one answer
+    accounts = service.post("/predict", asked)[1]
+    assert client.predict(asked) == accounts
+    assert client.predict(asked[0]) == accounts[0]
+    suggested = client.suggest(asked, top=2, book_from=0.5)
+    assert [each["suggestions"][0]["account"] for each in suggested] == accounts
+    assert suggested[0] == service.post("/suggest?top=2&book_from=0.5", asked[0])[1]
+    assert client.suggest(asked[0], top=2, book_from=0.5) == suggested[0]
+    assert (client.predict([]), client.suggest([])) == ([], [])
+    assert client.metrics(100) == service.get("/metrics/100")[1]
+    assert client.report(100) == service.get("/report/100")[1]
+    one = client.report(100, company="company1", book_from=0.7)
+    assert one == service.get("/report/100?company=company1&book_from=0.7")[1]
+    assert client.correct(3, "77") | {"before": ""} == {
+        "seq": 3,
+        "AccountNumber": "77",
+        "before": "",
+    }
+    odd = "Smørrebrød & Sons/../#1?"
+    client.sample([booking(company=odd)])
+    assert client.forget(odd) == 1
+    assert client.health()["samples"] == service.samples() == 800
+
+
+def test_an_error_has_the_status_and_the_sentence_of_the_service(serve, monkeypatch):
+    monkeypatch.setenv("BOOKKEEP_TOKEN", "s3cret")
+    url = f"http://127.0.0.1:{serve().port}"
+    client = replay.Client(url, "s3cret", patience=0)
+    unbooked = replay.without_account(booking())
+    for asked, status, sentence in (
+        (lambda: client.sample([unbooked]), 400, "sample 0: AccountNumber is missing"),
+        (lambda: client.predict(unbooked), 503, "there is no model yet"),
+        (lambda: client.forget("nobody"), 404, "there is no booking of this company"),
+        (lambda: replay.Client(url).metrics(), 401, "send the token, with the header"),
+        (lambda: replay.Client(f"{url}/x", "s3cret").metrics(), 404, "there is nothing here"),
+        (lambda: client.sample([], key="Büro"), None, "a key must be printable ASCII"),
+        (lambda: replay.Client(url, "two\nlines"), None, "a token must be printable ASCII"),
+    ):
+        with pytest.raises(replay.ServiceError) as raised:
+            asked()
+        assert raised.value.status == status
+        assert sentence in raised.value.sentence
+        assert raised.value.sentence in str(raised.value)
+
+
+class Script(BaseHTTPRequestHandler):
+    """Answers its server's `answers` in turn: a status with a Retry-After, or None for a loss."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.asked.append(self.headers["Idempotency-Key"])
+        answer = self.server.answers.pop(0)
+        if answer is None:
+            self.close_connection = True
+            return
+        status, after, body = answer
+        self.send_response(status)
+        if after:
+            self.send_header("Retry-After", after)
+        self.send_header("Content-Length", len(body))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_DELETE = do_POST
+
+
+OK = (200, None, b'{"forgotten": 1}')
+NOT_YET = (503, None, b'{"error": "there is no model yet"}')
+
+
+@pytest.mark.parametrize(
+    ("answers", "call", "times", "status"),
+    [
+        ([None, OK], "sample", 2, 200),
+        ([None, OK], "forget", 1, None),  # it may have been done, and who sent more would go, too
+        ([(503, "0", b'{"error": "busy"}'), OK], "forget", 2, 200),
+        ([(503, "1", b'{"error": "busy"}'), OK], "sample", 2, 200),
+        ([(503, "99", b'{"error": "busy"}'), OK], "sample", 1, 503),  # that would be too long
+        ([NOT_YET, OK], "sample", 1, 503),
+        ([(502, None, b"<html>"), (503, None, b"<html>"), OK], "sample", 3, 200),
+        ([(502, None, b"<html>"), OK], "forget", 1, 502),
+        ([(507, None, b'{"error": "full"}'), OK], "sample", 1, 507),
+        ([(422, None, b'{"error": "other"}'), OK], "sample", 1, 422),
+    ],
+)
+def test_what_can_help_and_do_no_harm_is_sent_again(answers, call, times, status):
+    with HTTPServer(("127.0.0.1", 0), Script) as server:
+        server.answers, server.asked = list(answers), []
+        answering = threading.Thread(target=server.serve_forever)
+        answering.start()
+        client = replay.Client(f"http://127.0.0.1:{server.server_port}", patience=5)
+        started = time.monotonic()
+        with pytest.raises(replay.ServiceError) if status != 200 else nullcontext() as raised:
+            client.sample([]) if call == "sample" else client.forget("A")
+        waited = time.monotonic() - started
+        client.close()
+        server.shutdown()
+        answering.join()
+    if raised:
+        assert (raised.value.status, raised.value.temporary) == (status, status != 422)
+    assert len(server.asked) == times
+    assert len(set(server.asked)) == 1
+    if call == "sample":
+        assert server.asked[0]
+    after = sum(int(answer[1] or 0) for answer in answers[: times - 1] if answer)
+    assert after <= waited < after + 2
+
+
+def test_a_client_that_was_idle_over_a_restart_does_not_mistake_it_for_a_lost_answer(serve):
+    service = serve()
+    client = replay.Client(f"http://127.0.0.1:{service.port}")
+    client.sample([booking()])
+    service.stop()
+    serve(port=service.port)
+    assert client.forget("A") == 1
+
+
+def test_threads_may_share_a_client(serve):
+    service = serve()
+    client = replay.Client(f"http://127.0.0.1:{service.port}")
+    client.sample([booking(text=f"shop{i}", account=f"{i}") for i in range(8)])
+    wrong = []
+
+    def work(i):
+        for _ in range(30):
+            stored = client.sample([booking(text=f"shop{i}", account=f"{i}")])
+            answer = client.predict(replay.without_account(booking(text=f"shop{i}")))
+            if (stored["received"], answer) != (1, f"{i}"):
+                wrong.append((i, stored, answer))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert service.samples() == 8 + 8 * 30
+
+
+def test_the_client_is_one_file_that_needs_nothing_but_python(service, tmp_path):
+    shutil.copy(HERE / "replay.py", tmp_path)
+    code = f"import replay; print(replay.Client('http://127.0.0.1:{service.port}').predict([]))"
+    assert run("-S", "-c", code, cwd=tmp_path) == (0, "[]\n", "")
+
+
+AMOUNTS = [
+    (["> -1000", "< 10", "big negative"], None),  # the buckets
+    (["-9875.50", "12", "0.5"], None),
+    (["1,200.00", "-12.5", "1,234,567.00"], ["1200.00", "-12.5", "1234567.00"]),
+    (["1.200,00", "-12,5", "1.234.567"], ["1200.00", "-12.5", "1234567"]),
+    (["1 200,00", "1\u202f200", "−7"], ["1200.00", "1200", "-7"]),
+    (["CHF 1'200.50", "Fr. 3.20", "1’000.-"], ["1200.50", "3.20", "1’000.-"]),
+    (["(12.50)", "$1,200.00", "-$3.00", "US$ 5"], ["-12.50", "1200.00", "-3.00", "5"]),
+    (["€ 12.50", "12.50 EUR", "£.50", "+1"], ["12.50", "12.50", "0.50", "1"]),
+    (["12,50-", "kr 1.200,00", "3,00 kr."], ["-12.50", "1200.00", "3.00"]),
+    (["1.200", "12,50"], ["1200", "12.50"]),  # what the first is, the second shows
+    (["1,200", "12.50", "n/a", "31.12.2024"], ["1200", "12.50", "n/a", "31.12.2024"]),
+    (["1,00,000.00", "0.125", "1234.567"], ["100000.00", "0.125", "1234.567"]),
+    (["1.200", "3"], ["1200", "3"]),
+]
+
+
+@pytest.mark.parametrize(("written", "read"), AMOUNTS, ids=str)
+def test_amounts_become_plain_numbers_by_what_all_of_the_column_shows(tmp_path, written, read):
+    path = write_csv(tmp_path / "bank.csv", [booking(amount=amount) for amount in written])
+    assert [row["BankEntryAmount"] for row in replay.read_rows(path)] == (read or written)
+
+
+def test_it_says_what_it_assumed_of_amounts_or_that_it_cannot_tell(tmp_path, caplog):
+    def read(*amounts):
+        caplog.clear()
+        replay.logger.propagate = True
+        path = write_csv(tmp_path / "bank.csv", [booking(amount=amount) for amount in amounts])
+        assert len(list(replay.read_rows(path))) == len(amounts)
+        return caplog.text
+
+    assert "amounts such as 1.200 in line 3 are taken for thousands" in read("3", "1.200")
+    assert "amounts such as n/a in line 2 are no numbers" in read("n/a", "1.20")
+    assert read("1.20", "1,200.00") == read("< 10", "> -10") == ""
+    for one, other in (("1.20", "1,20"), ("1.200", "1,200"), ("1.200,00", "1,200.00")):
+        with pytest.raises(replay.Failed, match=f"in two ways: {one} in line 2 and {other} in lin"):
+            read(one, other)
+
+
+GERMAN = (
+    "Buchungstag;Zweck;Empfänger;Betrag;Konto;AccountNumber;Ledger\r\n"
+    '02.01.2024;Miete;"Müller; Söhne";-1.200,50 €;6300;DE12 3456;A\r\n'
+    "01.02.2024;;Café Ü;7,00 €;7140;DE12 3456;A\r\n"
+    "\r\n"
+    "31.12.2023;;Bäcker;12,00- €;4650;DE12 3456;A\r\n"
+    "03.02.2024;;;-1,00 €;4650;DE12 3456;A\r\n"
+)
+MAPPED = "--map=text=Empfänger+Zweck,amount=Betrag,account=Konto,date=Buchungstag"
+
+
+def test_an_export_of_your_own_bank_is_sent_by_date(tmp_path):
+    path = tmp_path / "bank.csv"
+    path.write_text(GERMAN, encoding="cp1252", newline="")
+    log = tmp_path / "log.jsonl"
+    for company, options in (
+        ("A", [f"{MAPPED},company=Ledger"]),
+        ("B", [MAPPED, "--company=B", "--resume=0"]),  # other bookings, under keys of their own
+    ):
+        command = (HERE / "replay.py", path, "--serve", f"--log={log}", "--json", *options)
+        status, _, said = run(*command)
+        assert status == 0, said
+        why = "company, text, amount or account is empty or too long: 1 of 4, the first in line 6"
+        assert said == f"replay: {path}: rows left out, as {why}\n"
+        sent = [record["sample"] for record in scanned(log)][-3:]
+        assert [(s["BankEntryDate"], s["BankEntryText"], s["BankEntryAmount"]) for s in sent] == [
+            ("31.12.2023", "Bäcker", "-12.00"),
+            ("02.01.2024", "Müller; Söhne Miete", "-1200.50"),
+            ("01.02.2024", "Café Ü", "7.00"),
+        ]
+        assert {sample["CompanyId"] for sample in sent} == {company}
+        assert sent[0]["AccountNumber"] == "4650"  # the column of this name is another's
+        assert "Konto" not in sent[0]
+
+
+@pytest.mark.parametrize(
+    ("dates", "order"),
+    [
+        (["2016-02-29", "2015-12-01T10:00", ""], [2, 1, 0]),
+        (["29.02.2016", "1.3.2016", "02.01.2017"], [0, 1, 2]),
+        (["2/29/2016", "12/1/2015", "1/3/2016"], [1, 2, 0]),
+        (["29/02/16", "01/03/16", "02/01/17", ""], [3, 0, 1, 2]),
+        (["16-02-29", "15-12-01"], [1, 0]),
+        (["01/02/2016", "03/04/2016"], "what is the day in 01/02/2016 is not clear"),
+        (["13/02/2016", "02/13/2016"], "in two ways, as 02/13/2016 and 13/02/2016"),
+        (["2016-02-29", "1.3.2016"], "in two ways, as 2016-02-29 and 1.3.2016"),
+    ],
+)
+def test_rows_are_sorted_by_dates_as_they_are_written(dates, order):
+    rows = [booking(BankEntryDate=date) for date in dates]
+    if isinstance(order, str):
+        with pytest.raises(replay.Failed, match=f"{order}; replay.py --order file "):
+            replay.by_date(rows)
+    else:
+        assert replay.by_date(rows) == [rows[i] for i in order]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--map=text=Payee"], "the column Payee, BankEntryAmount in its first line, which has "),
+        (["--map=text=Amount,amount=Twice"], "has the column Twice more than once: CompanyId, "),
+        (["--map=words=Payee"], "words=Payee is not FIELD=COLUMN, with one of company, text, am"),
+        (["--map=company=A", "--company=B"], "give --company, or a company= in --map, not both"),
+        (["--suggest", "--samples=9"], "--samples does not go with --suggest"),
+        (["--suggest", "--book-from=0.9"], "--book-from does not go with --suggest"),
+        (
+            ["--map=text=Amount,amount=Amount"],
+            "line 3: BookedBy must be one of check, person, suggestion; if the column says somethi",
+        ),
+    ],
+)
+def test_what_does_not_fit_a_file_is_one_sentence(tmp_path, options, message):
+    path = tmp_path / "bank.csv"
+    columns = "CompanyId,Amount,Twice,Twice,AccountNumber,BookedBy"
+    path.write_text(f"{columns}\nA,1,2,2,3,person\nA,1,2,2,3,Anna\n")
+    order = [] if "--suggest" in options else ["--order=file"]
+    status, out, said = run(HERE / "replay.py", path, *order, *options)
+    assert out == ""
+    assert message in said.splitlines()[-1]
+    assert status == (1 if said.startswith("replay: ") else 2)
+    if "--map=text=Payee" in options:
+        assert "CompanyId, Amount, Twice, Twice, AccountNumber, BookedBy; say with --map" in said
+
+
+def test_a_file_is_written_with_what_is_suggested_and_nothing_is_learned(serve, tmp_path):
+    service = serve()
+    service.post("/sample", [booking("A", "Café Ü", "12.00", '47"11;x')] * 3)
+    path = tmp_path / "new.csv"
+    export = GERMAN.replace("Konto", "IBAN")  # it has no accounts yet
+    path.write_text(export, encoding="cp1252", newline="")
+    before = service.get("/health")[1]["lines"]
+    url = f"--url=http://127.0.0.1:{service.port}"
+    command = [sys.executable, HERE / "replay.py", path, "--suggest", url]
+    done = subprocess.run([*command, f"{MAPPED},company=Ledger"], capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    why = "company, text or amount is empty or too long: 1 of 4, the first in line 6"
+    assert done.stderr.decode() == f"replay: {path}: rows without a suggestion, as {why}\n"
+    rows = export.split("\r\n")
+    asked = [
+        booking("A", "Müller; Söhne Miete", "-1200.50"),
+        booking("A", "Café Ü", "7.00"),
+        booking("A", "Bäcker", "-12.00"),
+    ]
+    sure = [each["suggestions"][0]["confidence"] for each in service.post("/suggest", asked)[1]]
+    account = '"47""11;x"'
+    assert done.stdout.decode().split("\r\n") == [
+        f"{rows[0]};account;confidence",
+        f"{rows[1]};{account};{sure[0]}",
+        f"{rows[2]};{account};{sure[1]}",
+        "",
+        f"{rows[4]};{account};{sure[2]}",
+        f"{rows[5]};;",
+        "",
+    ]
+    assert service.get("/health")[1]["lines"] == before
+
+
+def test_a_file_of_quoted_values_gets_quoted_ones(service, tmp_path):
+    rows = [booking(company=f"{i}", text='two\r\nlines, "quoted"') for i in range(2500)]
+    path = write_csv(tmp_path / "new.csv", rows, "utf-16", quoting=csv.QUOTE_ALL, delimiter="\t")
+    url = f"--url=http://127.0.0.1:{service.port}"
+    done = subprocess.run(
+        [sys.executable, HERE / "replay.py", path, "--suggest", url],
+        capture_output=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    written = done.stdout.decode()
+    old = path.read_bytes().decode("utf-16").split("\r\n")
+    for new, line in zip(written.split("\r\n"), old, strict=True):
+        assert new.startswith(line)
+    read = list(csv.DictReader(written.splitlines(keepends=True), delimiter="\t"))
+    assert [row["BankEntryText"] for row in read] == [row["BankEntryText"] for row in rows]
+    assert {row["account"] for row in read} == {"1"}
+    assert written.count('"1"\t"0.') + written.count('"1"\t"1.') == 2500
+
+
+def test_who_has_seen_enough_ends_a_suggestion_quietly(service, tmp_path):
+    path = write_csv(tmp_path / "new.csv", [booking(text=f"rent {i}") for i in range(20_000)])
+    url = f"--url=http://127.0.0.1:{service.port}"
+    command = [sys.executable, HERE / "replay.py", path, "--suggest", url]
+    for end, status in (("pipe", 141), ("interrupt", 130)):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert process.stdout.readline().endswith(b"account,confidence\r\n")
+        if end == "pipe":
+            process.stdout.close()
+        else:
+            process.send_signal(signal.SIGINT)
+            process.stdout.read()
+        said = process.stderr.read()
+        assert (process.wait(30), said.count(b"Traceback"), said[:7]) == (status, 0, b"")
+
+
+def test_the_recipes_do_what_they_say(serve, tmp_path):
+    """Each block of docs/recipes.md is run as it stands, but for the port."""
+    service = serve()
+    text = (HERE / "docs" / "recipes.md").read_text().replace("8080", f"{service.port}")
+    programs = re.findall("```python\n(.*?)```", text, re.DOTALL)
+    [commands] = re.findall("```sh\n(.*?)```", text, re.DOTALL)
+    shutil.copy(HERE / "replay.py", tmp_path)
+    shutil.copy(SERVICE, tmp_path)
+
+    def runs(program, *files):
+        status, out, said = run("-c", programs[program], *files, cwd=tmp_path)
+        assert (status, said) == (0, "")
+        return out
+
+    account, decision, _, forgotten = runs(0).splitlines()
+    assert (account, decision, forgotten) == ("6300", "review", "2")
+    row = {"Date": "17.05.2026", "Description": "", "Amount": "-1.200,00 €", "Category": "6300"}
+    shops = [(f"shop{i % 9} {i}", f"{3000 + i % 9}") for i in range(2400)]
+    rows = [row | {"Description": text, "Category": account} for text, account in shops]
+    write_csv(tmp_path / "BOOKED.csv", rows, "cp1252", delimiter=";")
+    before = service.samples()
+    for _ in range(2):  # the second time changes nothing
+        assert [line.split()[0] for line in runs(1, "BOOKED.csv").splitlines()] == [
+            *("1000", "1000", "400"),
+        ]
+        assert service.samples() == before + 2400
+    stored = read_lines(tmp_path / "log.jsonl")[-1]["sample"]
+    assert (stored["BankEntryAmount"], stored["BankEntryDate"]) == ("-1200.00", "17.05.2026")
+    new = [{key: row[key] for key in row if key != "Category"} for row in rows[:300]]
+    new.append(new[0] | {"Description": "never seen"})
+    write_csv(tmp_path / "NEW.csv", new, "cp1252", delimiter=";")
+    out = runs(2, "NEW.csv", "DESK.csv")
+    unseen, rest = map(int, re.findall("[0-9]+", out))
+    assert unseen + rest == 301
+    assert unseen > 200
+    assert service.get("/health")[1]["unseen"] == unseen
+    assert runs(3, "DESK.csv") == f"{rest} sent\n"
+    assert service.get("/health")[1]["checks"] == rest - 1 > 5  # and the one never seen
+    commands = f'python() {{ "{sys.executable}" "$@"; }}\n{commands}'
+    subprocess.run(["bash", "-ec", commands], cwd=tmp_path, check=True, capture_output=True)
+    with open(tmp_path / "SUGGESTED.csv", encoding="utf-8") as file:
+        suggested = list(csv.DictReader(file, delimiter=";"))
+    assert [row["account"] for row in suggested[:300]] == [account for _, account in shops[:300]]
 
 
 @pytest.mark.parametrize(
