@@ -473,7 +473,7 @@ def add_rows(history, rows):
     for name in numbers:
         table[name] = [row[name] for row in rows]
     table["reviewed"] = table["times"] > 0
-    names = [(row["company"], row["booked"], row["predicted"]) for row in rows]
+    names = [(row["company"], row["booked"], row.get("named"), row["predicted"]) for row in rows]
     history.append(table, names)
     return history.rows[-len(rows) :] if rows else history.rows[:0]
 
@@ -4063,8 +4063,8 @@ def test_what_is_no_http_gets_a_json_error_too(service, sent, version):
 @pytest.mark.parametrize(
     ("method", "path", "names"),
     [
-        ("GET", "/samples?company=x", "only from, limit,"),
-        ("GET", "/samples?from=1&from=2", "only from, limit,"),
+        ("GET", "/samples?below=1", "only company, from, limit,"),
+        ("GET", "/samples?from=1&from=2", "only company, from, limit,"),
         ("GET", "/report/1?from=1", "only company,"),
         ("POST", "/suggest?tip=1", "only top,"),
         ("POST", "/sample?company=A", "nothing"),
