@@ -4299,27 +4299,22 @@ PAGE = r"""<!doctype html>
   --ink: #e5e9ec; --accent: #74bce6; --on-accent: #0c1a23; --good: #6cc79b; --bad: #f2907c;
   --accuracy: #74bce6; --precision: #f0a05a; --recall: #62c9a4;
 } }
-* { box-sizing: border-box; margin: 0; padding: 0; }
-[hidden] { display: none !important; }
+* { box-sizing: border-box; margin: 0; padding: 0; } [hidden] { display: none !important; }
 body { max-width: 84rem; margin: 0 auto; padding: 0 1rem; background: var(--page);
   color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
   font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 h1 { font-size: 1.25rem; line-height: 1.2; font-weight: 650; letter-spacing: -.01em; }
 h2 { font-size: 1.0625rem; line-height: 1.35; font-weight: 600; }
 .muted, label, dt, th { color: var(--muted); font-size: .8125rem; font-weight: 400; }
-.error { color: var(--bad); }
-.good { color: var(--good); }
-a { color: var(--accent); }
+.error { color: var(--bad); } .good { color: var(--good); } a { color: var(--accent); }
 ul, ol { list-style: none; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-
 header, footer, .buttons { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem 1rem; }
-header { padding: 1rem 0; }
-footer { border-top: 1px solid var(--rule); padding: 1rem 0 2rem; }
+header { padding: 1rem 0; } footer { border-top: 1px solid var(--rule); padding: 1rem 0 2rem; }
 h1 svg { width: 1em; height: 1em; margin-right: .4em; vertical-align: -.1em; color: var(--accent); }
 #state { margin-left: auto; font-size: .875rem; color: inherit; }
-#state::before { content: ""; display: inline-block; width: .6em; height: .6em;
-  margin-right: .5em; border: 2px solid var(--muted); }
+#state::before { content: ""; display: inline-block; width: .6em; height: .6em; margin-right: .5em;
+  border: 2px solid var(--muted); }
 #state.good::before { background: var(--good); border-color: var(--good); border-radius: 50%; }
 #state.bad, #state.bad::before { color: var(--bad); border-color: var(--bad); }
 .part { display: grid; grid-template-columns: 17rem minmax(0, 1fr); gap: 1rem 2.5rem;
@@ -4327,9 +4322,7 @@ h1 svg { width: 1em; height: 1em; margin-right: .4em; vertical-align: -.1em; col
 .lead > * + *, .suggestions > * + *, dialog * + p, dialog * + label { margin-top: .5rem; }
 pre { font: .8125rem/1.6 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap;
   background: var(--tint); padding: .75rem 1rem; user-select: all; }
-
-form { display: grid; gap: .75rem; }
-label { display: grid; gap: .2rem; }
+form { display: grid; gap: .75rem; } label { display: grid; gap: .2rem; }
 input, select, button { font: inherit; line-height: 1.4; border: 1px solid var(--edge);
   border-radius: 3px; padding: .35rem .6rem; background: var(--page); }
 input, select { color: var(--ink); width: 100%; height: 2.2rem; }
@@ -4339,8 +4332,7 @@ button:hover:enabled { border-color: var(--accent); text-decoration: underline; 
 button:disabled { color: var(--muted); border-color: var(--rule); cursor: default; }
 button:is([type=submit], #confirm):enabled { color: var(--on-accent); background: var(--accent); }
 #try button, #access button { justify-self: start; align-self: end; }
-#access form { max-width: 20rem; }
-::placeholder { color: var(--muted); opacity: 1; }
+#access form { max-width: 20rem; } ::placeholder { color: var(--muted); opacity: 1; }
 kbd { font: .75rem/1.4 ui-monospace, Menlo, Consolas, monospace; border: 1px solid currentColor;
   border-radius: 3px; padding: 0 .35em; align-self: center; }
 .combo { position: relative; }
@@ -4350,38 +4342,30 @@ kbd { font: .75rem/1.4 ui-monospace, Menlo, Consolas, monospace; border: 1px sol
 .combo li { display: flex; justify-content: space-between; gap: 1rem; padding: .3rem .6rem;
   color: var(--ink); font-size: .9375rem; cursor: pointer; }
 .combo [aria-selected=true] { background: var(--tint); box-shadow: inset 3px 0 var(--accent); }
-dialog { margin: auto; width: 30rem; max-width: calc(100% - 2rem); padding: 1.25rem;
-  color: inherit; background: var(--page); border: 1px solid var(--edge); border-radius: 4px; }
-
+dialog { margin: auto; width: 30rem; max-width: calc(100% - 2rem); padding: 1.25rem; color: inherit;
+  background: var(--page); border: 1px solid var(--edge); border-radius: 4px; }
 table { border-collapse: collapse; width: 100%; }
 caption { text-align: left; padding-bottom: .25rem; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .5rem; }
 th { vertical-align: bottom; line-height: 1.3; overflow-wrap: normal; }
 tr + tr > *, thead + tbody > :first-child > * { border-top: 1px solid var(--rule); }
-td.number, th.number { text-align: right; white-space: nowrap; }
-.clip { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2;
-  overflow: hidden; }
+td.number, th.number { text-align: right; } td.number { white-space: nowrap; }
+.clip { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden;
+  }
 .whole { white-space: nowrap; display: inline-block; max-width: 100%; overflow: hidden;
   text-overflow: ellipsis; vertical-align: bottom; }
-
 #bar { display: flex; flex-wrap: wrap; align-items: end; gap: .5rem 1rem; padding: .75rem 0;
   border-top: 2px solid var(--ink); }
-#bar h2 { font-size: 1.25rem; margin-right: auto; }
-#bar label { flex: 0 1 11rem; }
+#bar h2 { font-size: 1.25rem; margin-right: auto; } #bar label { flex: 0 1 11rem; }
 #desk { display: grid; grid-template-columns: minmax(0, 1fr) 21rem; gap: 1.25rem;
   padding-bottom: 2rem; }
-#more, #fresh { margin-top: .75rem; }
-.bookings { table-layout: fixed; }
-.bookings th:nth-child(1) { width: 6.25rem; }
-.bookings th:nth-child(2) { width: 14%; }
-.bookings th:nth-child(4) { width: 6.75rem; }
-.bookings th:nth-child(n + 5) { width: 20%; }
-.bookings th:nth-child(6) { width: 16%; }
+#more, #fresh { margin-top: .75rem; } .bookings { table-layout: fixed; }
+.bookings th:nth-child(1) { width: 6.25rem; } .bookings th:nth-child(2) { width: 14%; }
+.bookings th:nth-child(4) { width: 6.75rem; } .bookings th:nth-child(n + 5) { width: 18%; }
 .bookings th:nth-child(7) { width: 5.75rem; }
 .bookings tbody th { padding-top: .8rem; font-weight: 600; }
 .bookings td:first-child, .bookings .number .clip { white-space: nowrap; }
-.bookings.one tr > :nth-child(2) { display: none; }
-.bookings tbody tr { cursor: pointer; }
+.bookings.one tr > :nth-child(2) { display: none; } .bookings tbody tr { cursor: pointer; }
 .bookings tr.done { color: var(--muted); }
 .bookings [aria-current] { background: var(--tint); box-shadow: inset 3px 0 var(--accent); }
 button.pick { width: 100%; border: 0; padding: 0; color: inherit; background: none;
@@ -4394,65 +4378,55 @@ button.pick { width: 100%; border: 0; padding: 0; color: inherit; background: no
 #facts { display: grid; grid-template-columns: 5rem minmax(0, 1fr); align-items: baseline; }
 #facts dd { overflow: hidden; white-space: nowrap; text-overflow: ellipsis; }
 #buttons { display: grid; grid-template-columns: 1fr 1fr; gap: .4rem; }
-#buttons button { display: flex; justify-content: space-between; }
-#said { min-height: 3em; }
+#buttons button { display: flex; justify-content: space-between; } #said { min-height: 3em; }
 #session li, .suggestions li { border-top: 1px solid var(--rule); padding: .35rem 0; }
 #session li { display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: .5rem; }
 #own-figures dd { margin-bottom: .4rem; }
 #own-tables { display: grid; grid-template-columns: 2fr 3fr; gap: 1rem 2rem; align-items: start; }
 #own-tables > div { max-height: 26rem; overflow: auto; scrollbar-width: thin; }
-
 #curve { position: relative; height: 100%; min-height: 19rem; }
 #curve svg { position: absolute; width: 100%; height: 100%; }
-#curve text { font-size: .75rem; fill: var(--muted); }
-.grid { stroke: var(--rule); }
+#curve text { font-size: .75rem; fill: var(--muted); } .grid { stroke: var(--rule); }
 .axis { stroke: var(--edge); }
 .line { fill: none; stroke: var(--accuracy); stroke-width: 2; stroke-linejoin: round; }
 .line.precision { stroke: var(--precision); stroke-dasharray: 8 4; }
 .line.recall { stroke: var(--recall); stroke-dasharray: 2 3; }
-#legend div { display: grid; grid-template-columns: 1fr auto; margin: .5rem 0; }
+#legend { display: grid; grid-template-columns: 1fr auto; }
 #legend dt { color: inherit; font-size: inherit; text-transform: capitalize; }
 #legend svg { width: 2rem; height: .75rem; margin-right: .75rem; }
-#legend .muted { grid-column: 1 / -1; padding-left: 2.75rem; }
-.suggestions summary { display: grid; grid-template-columns: .7rem minmax(0, 3fr) minmax(0, 4fr) 3.5rem;
-  gap: .6rem; align-items: center; cursor: pointer; }
+.suggestions summary { display: grid; gap: .6rem; align-items: center; cursor: pointer;
+  grid-template-columns: .7rem minmax(0, 3fr) minmax(0, 4fr) 3.5rem; }
 .suggestions summary::before { content: "+"; color: var(--muted); }
-.suggestions [open] > summary::before { content: "–"; }
-summary .number { text-align: right; }
+.suggestions [open] > summary::before { content: "–"; } summary .number { text-align: right; }
 .bar { display: block; position: relative; height: .5rem; background: var(--tint); }
 .bar span { position: absolute; height: 100%; background: var(--accent); }
 .zero { background: none; margin-top: .5rem; }
 .zero::after { content: ""; position: absolute; inset: -.55rem auto -.55rem 50%;
   border-left: 1px solid var(--edge); }
 .zero .against { background: var(--precision); }
-.reasons { table-layout: fixed; margin-top: .35rem; }
-.reasons td:nth-child(2) { width: 30%; }
+.reasons { table-layout: fixed; margin-top: .35rem; } .reasons td:nth-child(2) { width: 30%; }
 .reasons td:nth-child(3) { width: 4.5rem; }
 .reasons tr:last-child td { border-top-color: var(--edge); font-weight: 600; }
-
 @media (max-width: 62rem) {
-  html { scroll-padding-bottom: 17rem; }
-  .part, #desk { grid-template-columns: minmax(0, 1fr); }
+  html { scroll-padding-bottom: 17rem; } .part, #desk { grid-template-columns: minmax(0, 1fr); }
   #panel { top: auto; bottom: 0; max-height: 65vh; margin: 0 -1rem; border-width: 1px 0 0;
     box-shadow: 0 -4px 12px #0002; }
   #text { min-height: 1.5em; -webkit-line-clamp: 1; }
-  #buttons { grid-template-columns: repeat(3, 1fr); }
-  #said { min-height: 1.5em; }
+  #buttons { grid-template-columns: repeat(3, 1fr); } #said { min-height: 1.5em; }
 }
 @media (max-width: 44rem) {
-  #state { margin-left: 0; }
-  #bar label { flex: 1 1 40%; }
-  kbd { display: none; }
-  #own-tables { grid-template-columns: minmax(0, 1fr); }
+  #state { margin-left: 0; } #bar label { flex: 1 1 40%; } kbd { display: none; }
+  #steps :is(th, td) { padding: .3rem 0 .3rem .35rem; font-size: .8125rem; }
+  #latest-of td:nth-child(2) { width: 45%; } #own-tables { grid-template-columns: minmax(0, 1fr); }
   .bookings thead { position: absolute; width: 1px; height: 1px; overflow: hidden; display: block;
     clip-path: inset(50%); }
   .bookings, .bookings tbody { display: block; }
   .bookings tr { display: grid; grid-template-columns: 1fr 1fr 5.5rem; padding: .4rem 0;
     border-top: 1px solid var(--rule); }
   .bookings tbody > tr > * { padding: 0 .5rem; border: 0; min-width: 0; }
-  .bookings tr > :is(th, :nth-child(3)) { grid-column: 1 / -1; }
-  .bookings tr > :is(:nth-child(1), :nth-child(2), :nth-child(4)) { order: -1; grid-column: auto; }
-  .bookings tr > :nth-child(4) { grid-column: 3; }
+  .bookings tbody tr > :is(th, :nth-child(3)) { grid-column: 1 / -1; width: auto; }
+  .bookings td:is(:nth-child(1), :nth-child(2), :nth-child(4)) { order: -1; }
+  .bookings td:nth-child(4) { grid-column: 3; }
 }
 @media (prefers-reduced-motion: no-preference) { html { scroll-behavior: smooth; } }
 </style>
@@ -4478,7 +4452,12 @@ summary .number { text-align: right; }
   <div class="lead"><h2 id="start-title">Send the first bookings</h2>
     <p class="muted">Nothing has been booked yet. Run this in a terminal, or send your own bookings
       the same way. This page then comes to life by itself.</p></div>
-  <pre id="command"></pre>
+  <pre id="command">curl <span id="origin"></span>/sample -H 'Content-Type: application/json'<span
+    class="locked"> -H 'Authorization: Bearer &lt;token>'</span> -d '[
+{"CompanyId": "acme", "BankEntryText": "Office rent May", "BankEntryAmount": "> -10000",
+  "AccountNumber": "6300"},
+{"CompanyId": "acme", "BankEntryText": "Train to Oslo", "BankEntryAmount": "> -100",
+  "AccountNumber": "7140"}]'</pre>
 </section>
 <div id="report" hidden>
 <section id="review" aria-labelledby="review-title">
@@ -4533,10 +4512,11 @@ summary .number { text-align: right; }
     <p><b id="samples"></b> bookings to <b id="accounts"></b> accounts, of <b id="companies"></b>
       companies. <span id="unseen"></span></p>
     <dl id="legend"></dl>
-    <p class="muted">Over the last 1,000 predictions. Each booking is predicted before it is
-      learned. Precision and recall are means over the accounts: a rare one counts as much as a
-      common one.</p></div>
-  <div><p class="none" data-of="curve">Nothing has been predicted yet. The next bookings will be.</p>
+    <p class="muted">Of the last 1,000 predictions, each made before its booking was learned.
+      Accuracy: how many were right. Precision: of an account’s suggestions, how many were right.
+      Recall: of an account’s bookings, how many were suggested. Both are means over the accounts:
+      a rare one counts as much as a common one.</p></div>
+  <div><p class="none" data-of="curve">Nothing is predicted yet. The next bookings will be.</p>
     <div id="curve" data-of="curve"><svg role="img"></svg></div></div>
 </section>
 <section class="part" aria-labelledby="coverage-title">
@@ -4581,10 +4561,8 @@ summary .number { text-align: right; }
     </label></p>
   <p><button type="button" data-close>Close</button></p></dialog>
 </main>
-<footer class="muted">
-  <span>For programs: <a href="openapi.json">openapi.json</a><span id="locked" hidden>, with the
-    token</span></span>
-  <span id="engine"></span>
+<footer class="muted">For programs: <a href="openapi.json">openapi.json</a>
+  <span class="locked" hidden>with the token</span>
 </footer>
 <script>
 'use strict';
@@ -4597,17 +4575,12 @@ const CHECKED = 16; // bookings that a check stands for
 const REASONS = 13; // shown for one suggestion: a long text has hundreds
 const AT_ONCE = 500, TIMES = 20; // bookings in one answer, and answers, to look for names
 const FIRST = 10, MORE = 25, LATEST = 12; // bookings in a list
-const MEANINGS = {
-  accuracy: 'of all suggestions, how many were right',
-  precision: 'of an account’s suggestions, how many were right',
-  recall: 'of an account’s bookings, how many were suggested',
-};
-const SCORES = Object.keys(MEANINGS);
+const SCORES = ['accuracy', 'precision', 'recall'];
 const KEYS = { // what each presses, how that is called, and what it does
   c: ['confirm', 'Confirm', 'confirm it: the account is right'],
-  a: ['other', 'Change', 'book it to another account'], k: ['previous', 'Previous', 'go one back'],
-  j: ['next', 'Next', 'go to the next one'], w: ['ask', 'Why', 'say why this was suggested'],
-  u: ['undo', 'Undo', 'take the last change back'],
+  a: ['other', 'Change', 'book it to another account'],
+  w: ['ask', 'Why', 'say why this was suggested'], u: ['undo', 'Undo', 'take the last change back'],
+  k: ['previous', 'Previous', 'go to the one before'], j: ['next', 'Next', 'go to the next one'],
   '/': ['company', '', 'choose a company'], '?': ['help', '', 'show these keys'],
 };
 const HEADS = { // of tables, those with a # over figures
@@ -4627,79 +4600,56 @@ const percent = (share, digits = 1) => share == null ? '–' : `${(100 * share).
 const signed = (number) => `${number < 0 ? '−' : '+'}${Math.abs(number).toFixed(2)}`;
 const asQuery = (filters) =>
   new URLSearchParams(Object.entries(filters).filter(([, text]) => text)).toString();
-
 // What the service says gets into the page as text, by the next three only.
 
-function put(node, text) {
-  if (node.textContent !== text) node.textContent = text;
-}
-
-function make(tag, properties, ...children) {
-  const node = Object.assign(document.createElement(tag), properties);
-  node.append(...children);
-  return node;
-}
-
-function shape(tag, attributes, ...children) {
+const put = (node, text) => { if (node.textContent !== text) node.textContent = text; };
+const holding = (node, children) => { node.append(...children); return node; };
+const make = (tag, properties, ...children) =>
+  holding(Object.assign(document.createElement(tag), properties), children);
+const shape = (tag, attributes, ...children) => {
   const node = document.createElementNS('http://www.w3.org/2000/svg', tag);
   Object.entries(attributes).forEach((each) => node.setAttribute(...each));
-  node.append(...children);
-  return node;
-}
-
-function value(text, most = 150) { // characters: laying out 10,000 of them takes seconds
-  return make('bdi', { title: text }, text.length > most ? `${text.slice(0, most)}…` : text);
-}
-
+  return holding(node, children);
+};
+const value = (text, most = 150) => // characters: laying out 10,000 of them takes seconds
+  make('bdi', { title: text }, text.length > most ? `${text.slice(0, most)}…` : text);
 const clip = (...children) => make('span', { className: 'clip' }, ...children);
 const cell = (...children) => make('td', { role: 'cell' }, ...children);
 const number = (...children) => make('td', { role: 'cell', className: 'number' }, ...children);
 const quiet = (...children) => make('span', { className: 'muted' }, ...children);
 const whole = (...children) => make('span', { className: 'whole' }, ...children); // in one line
 const row = (...cells) => make('tr', { role: 'row' }, ...cells);
-const button = (properties, ...children) => make('button', { type: 'button', ...properties }, ...children);
+const button = (how, ...children) => make('button', { type: 'button', ...how }, ...children);
 const day = ({ BankEntryDate: date }) => date?.slice(0, 10) || '–';
-
 const names = new Map(); // of accounts
-
-function account(id) { // with its name
-  return [whole(value(id, 40)), ...names.has(id) ? [' ', quiet(value(names.get(id)))] : []];
-}
-
+const account = (id) => // with its name
+  [whole(value(id, 40)), ...names.has(id) ? [' ', quiet(value(names.get(id)))] : []];
 const filled = new Map();
 
-function fill(id, items, show) { // unless it shows them
+function fill(id, items, line) { // a table, unless it shows these
   const state = JSON.stringify(items);
-  if (filled.get(id) !== state) show(items);
+  if (filled.get(id) !== state) $(id).tBodies[0].replaceChildren(...items.map(line));
   filled.set(id, state);
 }
 
-function fillTable(id, items, line) {
-  fill(id, items, () => $(id).tBodies[0].replaceChildren(...items.map(line)));
-}
-
 // ------------------------------------------------------------------------------------ The service
-
-class Refused extends Error {}
+class Refused extends Error {} // its cause is the status, 0 without an answer
 
 async function call(path, { body, method, text = false, timeout = TIMEOUT } = {}) {
   const token = sessionStorage.getItem('token');
-  const headers = token ? { Authorization: `Bearer ${token}` } : {};
-  const options = { method, headers, signal: AbortSignal.timeout(timeout) };
-  if (body) {
-    headers['Content-Type'] = 'application/json';
-    Object.assign(options, { method: 'POST', body: JSON.stringify(body) });
-  }
+  const headers = { ...token && { Authorization: `Bearer ${token}` },
+    ...body && { 'Content-Type': 'application/json' } };
+  const options = { method: method ?? (body ? 'POST' : 'GET'), headers,
+    body: body && JSON.stringify(body), signal: AbortSignal.timeout(timeout) };
   let response, answer;
   try {
     response = await fetch(path, options);
     answer = await (response.ok && text ? response.text() : response.json());
   } catch ({ name }) {
-    if (name === 'SyntaxError') { // a proxy's own answer
-      throw new Refused(`something answered ${response.status}, not the service`, { cause: 502 });
-    }
-    throw new Refused(name === 'TimeoutError' ? 'the service took too long to answer'
-      : 'the service is not reachable', { cause: 0 });
+    const odd = name === 'SyntaxError'; // a proxy's own answer
+    throw new Refused(odd ? `something answered ${response.status}, not the service`
+      : name === 'TimeoutError' ? 'the service took too long to answer'
+        : 'the service is not reachable', { cause: odd ? response.status : 0 });
   }
   if (response.status === 401) askForToken(token);
   if (!response.ok) throw new Refused(answer.error, { cause: response.status });
@@ -4710,16 +4660,10 @@ function sentence(error) {
   if (!(error instanceof Refused)) throw error;
   return `${error.message[0].toUpperCase()}${error.message.slice(1)}.`;
 }
-
 async function telling(node, first, act) { // and then what comes of it
   put(node, first);
-  try {
-    put(node, await act());
-  } catch (error) {
-    put(node, sentence(error));
-  }
+  put(node, await act().catch(sentence));
 }
-
 function askForToken(refused) {
   // A newer token may have been entered while this request was on its way.
   if (sessionStorage.getItem('token') !== refused) return;
@@ -4729,7 +4673,6 @@ function askForToken(refused) {
   $('access').hidden = false;
   if ($('report').hidden) $('token').focus();
 }
-
 on('access', 'submit', (event) => {
   event.preventDefault();
   sessionStorage.setItem('token', $('token').value);
@@ -4737,17 +4680,11 @@ on('access', 'submit', (event) => {
   put($('wanted'), 'Asking the service.');
   refresh();
 });
-
 let busy = false, pause = PAUSE, timer, seen, company = '';
-
-async function overview() {
-  try {
-    return await call(company ? `overview?${asQuery({ company })}` : 'overview');
-  } catch (error) {
-    if (error.cause !== 404) throw error;
-    return { ...await call('overview'), confidence: [], unknown: sentence(error) };
-  }
-}
+const overview = () => call(`overview?${asQuery({ company })}`).catch(async (error) => {
+  if (error.cause !== 404) throw error;
+  return { ...await call('overview'), confidence: [], unknown: sentence(error) };
+});
 
 async function refresh() {
   const waiting = !$('access').hidden && sessionStorage.getItem('token') === null;
@@ -4780,9 +4717,7 @@ async function refresh() {
 document.addEventListener('visibilitychange', refresh);
 
 // -------------------------------------------------------------------------------------- The curve
-
 let points = [];
-
 function ticks(end, most) {
   const power = 10 ** Math.floor(Math.log10(end / most));
   const step = power * [1, 2, 5, 10].find((times) => times * power * most >= end);
@@ -4794,41 +4729,39 @@ function draw() {
   if (!width || !points.length) return;
   const start = 30, stop = width - 26, top = 8, bottom = height - 44, end = points.at(-1).bookings;
   const across = (x) => start + (stop - start) * x / end, down = (y) => bottom - (bottom - top) * y;
-  const parts = [shape('text', { x: stop, y: height - 4, 'text-anchor': 'end' }, 'bookings')];
+  const text = (x, y, anchor, words) => shape('text', { x, y, 'text-anchor': anchor }, words);
+  const path = (name, d) => shape('path', { class: name, d });
+  const parts = [text(stop, height - 4, 'end', 'bookings')];
   for (const y of [0, 0.2, 0.4, 0.6, 0.8, 1]) {
-    parts.push(shape('path', { class: y ? 'grid' : 'axis', d: `M${start} ${down(y)}H${stop}` }),
-      shape('text', { x: start - 8, y: down(y) + 4, 'text-anchor': 'end' }, y.toFixed(1)));
+    parts.push(path(y ? 'grid' : 'axis', `M${start} ${down(y)}H${stop}`),
+      text(start - 8, down(y) + 4, 'end', y.toFixed(1)));
   }
   for (const x of ticks(end, Math.floor((stop - start) / 70)).filter(Number.isInteger)) {
-    parts.push(shape('path', { class: 'axis', d: `M${across(x)} ${bottom}v5` }),
-      shape('text', { x: across(x), y: bottom + 19, 'text-anchor': 'middle' }, count(x)));
+    parts.push(path('axis', `M${across(x)} ${bottom}v5`),
+      text(across(x), bottom + 19, 'middle', count(x)));
   }
-  for (const name of SCORES) {
-    const way = points.map((point) => `${across(point.bookings)} ${down(point[name])}`);
-    parts.push(shape('path', { class: `line ${name}`, d: `M${way.join('L')}` }));
-  }
-  $('curve').firstElementChild.replaceChildren(...parts);
-  const words = SCORES.map((name) => `${name} from ${score(points[0][name])} to `
-    + score(points.at(-1)[name]));
-  $('curve').firstElementChild.ariaLabel = `Over ${count(end)} bookings: ${words.join(', ')}.`;
+  const way = (name) => points.map((each) => `${across(each.bookings)} ${down(each[name])}`);
+  parts.push(...SCORES.map((name) => path(`line ${name}`, `M${way(name).join('L')}`)));
+  const [svg] = $('curve').children, words = SCORES.map((name) =>
+    `${name} from ${score(points[0][name])} to ${score(points.at(-1)[name])}`);
+  svg.replaceChildren(...parts);
+  svg.ariaLabel = `Over ${count(end)} bookings: ${words.join(', ')}.`;
 }
 
 new ResizeObserver(draw).observe($('curve'));
-for (const [name, meaning] of Object.entries(MEANINGS)) {
+for (const name of SCORES) {
   const sample = shape('svg', { viewBox: '0 0 32 12', 'aria-hidden': true },
     shape('path', { class: `line ${name}`, d: 'M0 6h32' }));
-  $('legend').append(make('div', {}, make('dt', {}, sample, name), make('dd', { id: name }),
-    make('dd', { className: 'muted' }, meaning)));
+  $('legend').append(make('dt', {}, sample, name), make('dd', { id: name }));
 }
 
 // --------------------------------------------------------------------------------- The completion
-
 /* A field with completion. `found(text)` gives what fits, best first: [choice, ...what is shown of
    it]; `choose` takes a choice; `reset` is for Escape; `leave` takes the text that is left. */
 class Completion {
-  constructor(id, name, does) {
+  constructor(id, ariaLabel, does) {
     Object.assign(this, { field: $(id), leave() {} }, does);
-    this.list = make('ul', { id: `${id}-list`, role: 'listbox', hidden: true, ariaLabel: name });
+    this.list = make('ul', { id: `${id}-list`, role: 'listbox', ariaLabel });
     this.list.addEventListener('pointerdown', (event) => event.preventDefault()); // keeps the focus
     this.field.after(this.list);
     this.field.setAttribute('aria-controls', this.list.id);
@@ -4840,9 +4773,7 @@ class Completion {
     this.show([]);
   }
 
-  open(at = 0) {
-    this.show(this.found(this.field.value), at);
-  }
+  open(at = 0) { this.show(this.found(this.field.value), at); }
 
   show(choices, at = 0) {
     this.at = Math.max(0, Math.min(at, choices.length - 1));
@@ -4856,11 +4787,7 @@ class Completion {
     this.list.children[this.at]?.scrollIntoView({ block: 'nearest' });
   }
 
-  take(choice) {
-    this.show([]);
-    this.choose(choice);
-  }
-
+  take(choice) { this.show([]); this.choose(choice); }
   press(event) {
     const way = { ArrowDown: 1, ArrowUp: -1 }[event.key];
     if (event.key === 'Enter') this.take(this.choice ?? this.field.value);
@@ -4883,7 +4810,6 @@ function fitting(items, text, words) {
 }
 
 // -------------------------------------------------------------------------------- The suggestions
-
 const turns = new WeakMap();
 let checked = false;
 
@@ -4900,7 +4826,8 @@ async function suggest(box, sample) {
     } else {
       ({ suggestions } = found);
       verdict = [isNew ? 'Nothing is known of this company yet. By what others book, m' : 'M',
-        'ost likely ', make('b', {}, ...account(first)), `, with ${percent(confidence)} confidence.`];
+        'ost likely ', make('b', {}, ...account(first)), `, with ${percent(confidence)} `,
+        'confidence.'];
       basis = rests(sample.CompanyId, first, record, isNew);
     }
   } catch (error) {
@@ -4921,7 +4848,6 @@ function rests(name, first, { known, own, all }, isNew) {
   const note = checked && all.suggestions ? ` A check counts as ${CHECKED} of these.` : '';
   return [...its, ...ofAll, note];
 }
-
 function tally(whose, which, { suggestions, right }) {
   const [start, end] = suggestions === 0 ? ['There are none yet of ', '.']
     : suggestions === 1 ? ['The only one of ', right ? ' was right.' : ' was wrong.']
@@ -4929,7 +4855,6 @@ function tally(whose, which, { suggestions, right }) {
   return [start, whose, suggestions > 1 ? ` ${count(suggestions)}` : '', ' suggestions ', ...which,
     end];
 }
-
 function suggestion({ account: id, confidence, over, margin, prior, reasons }, rank) {
   const sure = make('span', { className: 'bar' }, make('span', {}));
   sure.firstChild.style.width = percent(confidence);
@@ -4960,49 +4885,44 @@ function weights(over, margin, prior, reasons) {
 
 function weightBar(part) {
   const bar = make('span', { className: part < 0 ? 'against' : '' });
-  bar.style.left = percent(0.5 + Math.min(0, part) / 2);
-  bar.style.width = percent(Math.abs(part) / 2);
+  Object.assign(bar.style,
+    { left: percent(0.5 + Math.min(0, part) / 2), width: percent(Math.abs(part) / 2) });
   return make('span', { className: 'bar zero' }, bar);
 }
-
 on('try', 'submit', (event) => {
   event.preventDefault();
   suggest($('suggestions'), Object.fromEntries(new FormData($('try'))));
 });
 
 // ------------------------------------------------------------------------------------- The review
-
 const bookings = new Map(); // by seq, as last heard of
 const companies = new Set(); // that were heard of
 const ledgers = new Map(); // by company: what its last bookings say
 let session = JSON.parse(sessionStorage.getItem('session') ?? '[]'); // changes, the oldest first
 let health, queue, current, storing = false;
-
 const changeOf = (seq) => session.findLast((change) => change.seq === seq);
 const lineOf = (seq) => $('list').querySelector(`[data-seq="${seq}"]`);
 const pickOf = (seq) => lineOf(seq)?.querySelector('button');
-
-function say(text, bad = false) {
+const say = (text, bad = false) => {
   put($('said'), text);
   $('said').classList.toggle('error', bad);
-}
-
+};
 function hear(booking) {
-  bookings.set(booking.seq, booking);
-  companies.add(booking.sample.CompanyId);
-  if (booking.name) names.set(booking.account, booking.name);
-  if (booking.predicted_name) names.set(booking.predicted, booking.predicted_name);
+  const { seq, sample, account: id, name, predicted, predicted_name: other, reviewed } = booking;
+  const before = bookings.get(seq);
+  bookings.set(seq, booking);
+  companies.add(sample.CompanyId);
+  if (name) names.set(id, name);
+  if (other) names.set(predicted, other);
+  if (before && (before.account !== id || before.reviewed !== reviewed)) redraw(seq);
   return booking;
 }
-
-function hearAnew(booking) {
-  const { seq } = hear(booking), focused = pickOf(seq) === document.activeElement;
-  lineOf(seq)?.replaceWith(line(booking));
-  if (focused) pickOf(seq).focus();
+function redraw(seq) {
+  const focused = pickOf(seq) === document.activeElement;
+  lineOf(seq)?.replaceWith(line(bookings.get(seq)));
+  if (focused) pickOf(seq)?.focus();
   if (seq === current) showChosen();
-  return booking;
 }
-
 function standing({ seq, account: id, reviewed, corrected, booked_by: by }) {
   const change = changeOf(seq), from = (change ?? corrected)?.from;
   const words = !reviewed ? ['unseen'] : from && from !== id ? ['was ', value(from, 40)]
@@ -5016,9 +4936,10 @@ function line(booking) {
   const pick = button({ className: 'pick', onfocus: () => select(seq),
     tabIndex: chosen ? 0 : -1 }, clip(value(sample.BankEntryText)));
   pick.setAttribute('aria-describedby', 'when facts');
-  const suggested = predicted === id ? [quiet('the same')] : predicted ? account(predicted) : ['–'];
+  const suggested = changeOf(seq) ? standing(booking)
+    : predicted === id ? [quiet('the same')] : predicted ? account(predicted) : ['–'];
   const made = row(cell(day(sample)), cell(clip(value(sample.CompanyId))), cell(pick),
-    number(clip(value(sample.BankEntryAmount))), cell(clip(...account(id), ...standing(booking))),
+    number(clip(value(sample.BankEntryAmount))), cell(clip(...account(id))),
     cell(clip(...suggested)), number(percent(confidence)));
   made.dataset.seq = seq;
   return Object.assign(made, { className: changeOf(seq) ? 'done' : '',
@@ -5026,13 +4947,13 @@ function line(booking) {
 }
 
 function select(seq) {
-  if (seq === current) return;
-  for (const [each, chosen] of [[current, false], [seq, true]]) {
-    if (!lineOf(each)) continue;
-    lineOf(each).ariaCurrent = chosen ? 'true' : null;
-    pickOf(each).tabIndex = chosen ? 0 : -1;
-  }
+  const before = current;
+  if (seq === before) return;
   current = seq;
+  for (const each of [before, seq].filter(lineOf)) {
+    lineOf(each).ariaCurrent = each === seq ? 'true' : null;
+    pickOf(each).tabIndex = each === seq ? 0 : -1;
+  }
   showChooser(false);
   showChosen();
   explain();
@@ -5056,11 +4977,8 @@ function showChosen() {
 function explain() {
   const booking = bookings.get(current), open = $('ask').ariaExpanded === 'true' && booking;
   $('why').hidden = !open;
-  if (!open) return;
-  const { CompanyId, BankEntryText, BankEntryAmount } = booking.sample;
-  suggest($('why'), { CompanyId, BankEntryText, BankEntryAmount });
+  if (open) suggest($('why'), booking.sample);
 }
-
 function load() {
   const filters = { company, below: $('below').value, order: $('order').value };
   queue = { filters, phases: $('reviewed').value.split(' '), seqs: [], samples: health.samples };
@@ -5082,7 +5000,8 @@ async function more(most = MORE) {
         .filter(({ seq }) => !changeOf(seq) && !asked.seqs.includes(seq));
       if (found.length && asked.group !== phase) {
         asked.group = phase;
-        lines.push(row(make('th', { scope: 'rowgroup', role: 'rowheader', colSpan: 7 },
+        lines.push(row(make('th', { scope: 'rowgroup', role: 'rowheader',
+          colSpan: filters.company ? 6 : 7 },
           phase === 'no' ? 'Booked unseen, not looked at yet' : 'Booked or seen by a person')));
       }
       asked.seqs.push(...found.map(({ seq }) => seq));
@@ -5102,10 +5021,9 @@ async function more(most = MORE) {
   $('list').classList.toggle('one', Boolean(asked.filters.company));
   $('list').hidden = none;
   $('more').hidden = none || !asked.phases.length;
-  put($('empty'), !none ? '' : asked.failed ? sentence(asked.failed) : 'There is nothing to review.');
-  if (!isFirst) return;
-  select(asked.seqs.includes(current) ? current : asked.seqs[0]);
-  if (!none) pickOf(current).tabIndex = 0;
+  put($('empty'), !none ? ''
+    : asked.failed ? sentence(asked.failed) : 'There is nothing to review.');
+  if (isFirst && !asked.seqs.includes(current)) select(asked.seqs[0]);
 }
 
 function keepUp(now) {
@@ -5140,13 +5058,13 @@ async function store(seq, check, to, tell) {
   storing = queue.used = true;
   const slow = setTimeout(() => say('Storing …'), 400);
   try {
-    const now = hearAnew(await call(`bookings/${seq}`)), objection = check(now);
+    const now = hear(await call(`bookings/${seq}`)), objection = check(now);
     if (objection) return say(`${objection} Nothing was changed.`, true);
     const { before } = await call('correct', { body: { seq, AccountNumber: to } });
     ledgers.delete(now.sample.CompanyId);
     hear({ ...now, account: to, name: names.get(to) ?? null, reviewed: true });
     const words = tell(now, before);
-    hearAnew(bookings.get(seq));
+    redraw(seq);
     say(words + (changeOf(seq) ? await move(1, changeOf) : ''));
   } catch (error) {
     say(sentence(error), true);
@@ -5172,7 +5090,7 @@ function takeBack(change) {
   return store(seq, (now) => now.account === to ? '' : `Meanwhile it was booked to ${now.account}.`,
     from, () => {
       remember(session.filter((each) => each !== change));
-      current = undefined;
+      if ($('list').contains(document.activeElement)) pickOf(seq)?.focus();
       select(seq);
       return from !== to ? `Back to ${from}.` : unseen
         ? `Back on the desk, but learned as ${to} until it is booked to another account.`
@@ -5186,7 +5104,8 @@ function remember(changes) {
   const confirmed = session.filter(({ from, to }) => from === to).length;
   $('session').hidden = $('undo').disabled = !session.length;
   const [told, list] = $('session').children;
-  put(told, `This session: ${count(confirmed)} confirmed, ${count(session.length - confirmed)} changed`);
+  put(told, `This session: ${count(confirmed)} confirmed, `
+    + `${count(session.length - confirmed)} changed`);
   list.replaceChildren(...session.slice(-LATEST).reverse().map((change) => {
     const what = change.from === change.to ? ['confirmed ', value(change.to, 40)]
       : [value(change.from, 40), ' → ', value(change.to, 40)];
@@ -5195,22 +5114,15 @@ function remember(changes) {
   }));
 }
 
-function showChooser(open) {
-  $('choose').hidden = !open;
-  $('other').ariaExpanded = String(open);
-}
-
-function leaveChooser() {
-  showChooser(false);
-  (pickOf(current) ?? $('other')).focus();
-}
-
+const showChooser = (open) => { $('other').ariaExpanded = String(!($('choose').hidden = !open)); };
+const leaveChooser = () => { showChooser(false); (pickOf(current) ?? $('other')).focus(); };
 const chooser = new Completion('account', 'Accounts', {
   found(text) {
     const { sample, account: id, predicted, confidence } = bookings.get(current);
     const { accounts } = ledger(sample.CompanyId), typed = text.trim();
-    const often = [...accounts.keys()].sort((a, b) => accounts.get(b).times - accounts.get(a).times);
-    const ids = [...new Set([...predicted === null ? [] : [predicted], id, ...often])];
+    const often = [...accounts.keys()]
+      .sort((one, other) => accounts.get(other).times - accounts.get(one).times);
+    const ids = [...new Set([predicted ?? id, id, ...often])];
     const note = (each) => each === id ? 'now' : each === predicted ? `${percent(confidence)} sure`
       : `${count(accounts.get(each).times)} ×`;
     const found = fitting(ids, text, (each) => [each, names.get(each) ?? '']);
@@ -5229,10 +5141,7 @@ const ACTIONS = {
   more: () => { queue.used = true; more(); },
   fresh: load,
   help: () => $('keys').showModal(),
-  ask() {
-    $('ask').ariaExpanded = String($('ask').ariaExpanded !== 'true');
-    explain();
-  },
+  ask: () => { $('ask').ariaExpanded = String($('ask').ariaExpanded !== 'true'); explain(); },
   async other() {
     if (!$('choose').hidden) return leaveChooser();
     showChooser(true);
@@ -5245,15 +5154,14 @@ const ACTIONS = {
 for (const id of ['reviewed', 'below', 'order']) on(id, 'change', load);
 
 document.addEventListener('keydown', (event) => {
-  const { key, target } = event, arrow = target.closest('#list') && { ArrowDown: 'j', ArrowUp: 'k' }[key];
-  const [id] = (arrow || $('keys-on').checked) && KEYS[arrow || key] || [];
-  if (!id || event.ctrlKey || event.metaKey || event.altKey || $('report').hidden
-    || target.closest('input, select, [role=slider], dialog') || event.repeat && 'cau'.includes(key)) {
-    return;
-  }
+  const arrow = event.target.closest('#list') && { ArrowDown: 'j', ArrowUp: 'k' }[event.key];
+  const key = arrow || event.key, typing = event.target.closest('input, select, dialog');
+  if (!Object.hasOwn(KEYS, key) || typing || event.ctrlKey || event.metaKey || event.altKey
+    || $('report').hidden || !arrow && !$('keys-on').checked) return;
   event.preventDefault();
+  const [id] = KEYS[key];
   if (id === 'company') $(id).focus();
-  else $(id).click();
+  else if (!event.repeat || 'jk'.includes(key)) $(id).click();
 });
 
 for (const [id, heads] of Object.entries(HEADS)) {
@@ -5274,9 +5182,7 @@ remember(session);
 showChosen();
 
 // --------------------------------------------------------------------------- A company's own view
-
 const own = { lines: null, at: 0 }; // of the log, and when, that it shows
-
 /* Asks for the last bookings until `take` has enough of them. */
 async function readBack(filters, take) {
   for (let times = 0, before; times < TIMES; times++) {
@@ -5322,8 +5228,8 @@ async function showOwn() {
     const { support, accuracy, precision, recall, confidence } = report;
     figures.push([`Right, of the last ${count(support)} suggestions`, percent(accuracy),
       `precision ${score(precision)}, recall ${score(recall)}`]);
-    for (const { at_least: from, share, accuracy: right, error } of confidence) {
-      if (!near(from, 0.9) && !near(from, 0.95)) continue;
+    const levels = confidence.filter((each) => [0.9, 0.95].includes(each.at_least));
+    for (const { at_least: from, share, accuracy: right, error } of levels) {
       figures.push([`Could be booked unseen from ${percent(from, 0)} confidence on`, percent(share),
         right === null ? '' : `${percent(right)} ± ${percent(error)} of them right`]);
     }
@@ -5331,32 +5237,29 @@ async function showOwn() {
   $('own-figures').replaceChildren(...figures.flatMap(([what, figure, more]) =>
     [make('dt', {}, what), make('dd', {}, figure, ' ', quiet(more))]));
   const often = [...made.accounts].sort(([, a], [, b]) => b.times - a.times);
-  fillTable('accounts-of', often.map(([id, more]) => [id, more, names.get(id)]), ([id, { times, last }]) =>
-    row(cell(clip(...account(id))), number(count(times)), cell(whole(last))));
-  fillTable('latest-of', made.latest, ({ sample, account: id }) => row(cell(whole(day(sample))),
+  fill('accounts-of', often.map(([id, { times, last }]) => [id, count(times), last, names.get(id)]),
+    ([id, times, last]) => row(cell(clip(...account(id))), number(times), cell(whole(last))));
+  fill('latest-of', made.latest, ({ sample, account: id }) => row(cell(whole(day(sample))),
     cell(clip(value(sample.BankEntryText))), number(value(sample.BankEntryAmount, 40)),
     cell(clip(...account(id)))));
 }
 
 /* A cell of a CSV file. A spreadsheet runs what begins so as a formula, but for a number. */
 function csvCell(what) {
-  const text = String(what ?? ''), runs = /^[=+\-@\t\r]/.test(text) && !/^[-+]?\d[\d.,]*$/.test(text);
-  return `"${runs ? '\'' : ''}${text.replaceAll('"', '""')}"`;
+  const text = String(what ?? ''), isNumber = /^[-+]?\d[\d.,]*$/.test(text);
+  return `"${/^[=+\-@\t\r]/.test(text) && !isNumber ? '\'' : ''}${text.replaceAll('"', '""')}"`;
 }
 
 function asCsv(log) {
-  const rows = new Map(), last = new Map(); // by seq; what was last said of an account
-  const said = ({ AccountName, AccountTypeName } = {}) => ({ AccountName, AccountTypeName });
+  const rows = new Map(); // by seq
   for (const text of log.split('\n').filter(Boolean)) {
-    const { seq, sample, predicted, confidence, reviewed = true, ...more } = JSON.parse(text);
-    if (sample) {
-      rows.set(seq, { ...sample, Seq: seq, Predicted: predicted, Confidence: confidence,
-        Reviewed: reviewed });
-      last.set(sample.AccountNumber, said(sample));
-    } else if (rows.has(more.corrects)) {
-      const of = rows.get(more.corrects), was = of.AccountNumber, is = more.AccountNumber;
-      if (is !== was) Object.assign(of, said(), last.get(is));
-      Object.assign(of, { AccountNumber: is, Reviewed: true });
+    const { seq, sample, predicted: Predicted, confidence: Confidence, reviewed: Reviewed = true,
+      corrects, AccountNumber } = JSON.parse(text), row = rows.get(corrects);
+    if (sample) rows.set(seq, { ...sample, Seq: seq, Predicted, Confidence, Reviewed });
+    else if (row?.AccountNumber === AccountNumber) row.Reviewed = true;
+    else if (row) {
+      const AccountName = names.get(AccountNumber);
+      Object.assign(row, { AccountNumber, AccountName, AccountTypeName: '', Reviewed: true });
     }
   }
   const columns = [...new Set([...rows.values()].flatMap(Object.keys))];
@@ -5372,7 +5275,6 @@ on('download', 'click', () => telling($('own-said'), 'Asking for its bookings.',
   URL.revokeObjectURL(href);
   return `${file} is among your downloads.`;
 }));
-
 const typeable = (name) => name.replace(/[\s\p{C}]+/gu, ' ').trim() || 'forget';
 const [, forgetIt] = $('forgetting').querySelectorAll('input, button');
 
@@ -5384,9 +5286,8 @@ on('forget', 'click', () => {
   put($('forget-said'), '');
   $('forgetting').showModal();
 });
-on('typed', 'input', () => {
-  forgetIt.disabled = typeable($('typed').value) !== typeable(company) || !$('typed').value;
-});
+const isTyped = () => $('typed').value && typeable($('typed').value) === typeable(company);
+on('typed', 'input', () => { forgetIt.disabled = !isTyped(); });
 on('forgetting', 'submit', (event) => {
   event.preventDefault();
   telling($('forget-said'), 'Forgetting it.', async () => {
@@ -5400,14 +5301,9 @@ on('forgetting', 'submit', (event) => {
     return '';
   });
 });
-for (const each of document.querySelectorAll('[data-close]')) {
-  each.addEventListener('click', () => each.closest('dialog').close());
-}
-
-function goTo(name) {
-  location.hash = asQuery({ company: name });
-  follow();
-}
+document.addEventListener('click', ({ target }) =>
+  target.closest('[data-close]')?.closest('dialog').close());
+const goTo = (name) => { location.hash = asQuery({ company: name }); follow(); };
 
 function follow() {
   const name = new URLSearchParams(location.hash.slice(1)).get('company') ?? '';
@@ -5426,54 +5322,47 @@ function follow() {
 addEventListener('hashchange', follow);
 on('all', 'click', () => goTo(''));
 
-const asShown = (name) => name.replace(/[\r\n]/g, ''); // as a field drops line ends
+let searched; // for companies, in the last bookings
 const finder = new Completion('company', 'Companies', {
   found(text) {
+    searched ??= readBack({}, () => {
+      if (document.activeElement === $('company')) finder.open(finder.at);
+      return companies.size >= health.companies;
+    }).catch(() => { searched = null; });
     const found = fitting([...companies].sort(), text, (each) => [each]);
     return [...text ? [] : [['', 'all companies']], ...found.map((each) => [each, value(each)]),
       ...!text || companies.has(text) ? [] : [[text, value(text)]]];
   },
   choose: goTo,
   reset: () => { $('company').value = company; },
-  leave: (text) => { if (text !== asShown(company)) goTo(text); },
-});
-let searched; // for companies, in the last bookings
-
-on('company', 'focus', () => {
-  searched ??= readBack({}, () => {
-    if (document.activeElement === $('company')) finder.open();
-    return companies.size >= health.companies;
-  }).catch(() => { searched = null; });
+  leave: (text) => { if (text !== company.replace(/[\r\n]/g, '')) goTo(text); },
 });
 
 // --------------------------------------------------------------------------------------- The page
-
 function show({ health: now, metrics, curve, scored, confidence: all, unknown }) {
   const confidence = now.samples < ENOUGH ? [] : all;
   showTrust(now, scored, confidence, unknown);
   for (const name of ['samples', 'accounts', 'companies']) put($(name), count(now[name]));
   for (const name of SCORES) put($(name), score(metrics?.[name]));
+  put($('origin'), location.origin);
   const locked = sessionStorage.getItem('token') !== null;
-  $('locked').hidden = !locked;
-  put($('engine'), `${count(now.tokens)} tokens in the model`);
-  put($('command'), command(locked));
+  for (const node of document.querySelectorAll('.locked')) node.hidden = !locked;
   $('start').hidden = now.samples > 0;
   $('report').hidden = now.samples === 0;
-  for (const [id, list] of Object.entries({ curve, confidence })) {
-    for (const node of document.querySelectorAll(`[data-of=${id}]`)) {
-      node.hidden = (list.length === 0) !== node.matches('.none');
-    }
+  for (const node of document.querySelectorAll('[data-of]')) {
+    node.hidden = !{ curve, confidence }[node.dataset.of].length !== node.matches('.none');
   }
-  fillTable('steps', confidence.filter((level) => STEPS.some((from) => near(from, level.at_least))), level);
-  fill('curve', curve, () => { points = curve; draw(); });
+  const isStep = ({ at_least: from }) => STEPS.some((step) => near(step, from));
+  fill('steps', confidence.filter(isStep), level);
+  draw(points = curve);
   keepUp(now);
 }
 
 function level({ at_least: from, share, accuracy, error }) {
-  const within = accuracy == null ? '' : ` ± ${percent(error)}`;
-  return make('tr', {}, make('th', { scope: 'row' }, percent(from, 0)), number(percent(share)),
-    number(percent(accuracy), quiet(within)),
-    number(accuracy == null ? '–' : count(Math.round(1000 * share * (1 - accuracy)))));
+  const wrong = accuracy == null ? '–' : count(Math.round(1000 * share * (1 - accuracy)));
+  const within = quiet(accuracy == null ? '' : ` ± ${percent(error)}`);
+  return row(make('th', { scope: 'row', role: 'rowheader' }, percent(from, 0)),
+    number(percent(share)), number(percent(accuracy), within), number(wrong));
 }
 
 function showTrust({ samples, unseen, checks: allChecks }, scored, confidence, unknown) {
@@ -5493,15 +5382,6 @@ function showTrust({ samples, unseen, checks: allChecks }, scored, confidence, u
   $('unseen').hidden = unseen === 0;
   put($('unseen'), `Nobody has looked at ${count(unseen)} of the bookings yet: `
     + `${unseen === 1 ? 'it is' : 'they are'} not learned.`);
-}
-
-function command(locked) {
-  const key = locked ? " -H 'Authorization: Bearer <token>'" : '';
-  const lines = [['Office rent May', '> -10000', '6300'], ['Train to Oslo', '> -100', '7140']].map(
-    ([BankEntryText, BankEntryAmount, AccountNumber]) =>
-      JSON.stringify({ CompanyId: 'acme', BankEntryText, BankEntryAmount, AccountNumber }));
-  return `curl ${location.origin}/sample -H 'Content-Type: application/json'${key} -d '[
-${lines.join(',\n')}]'`;
 }
 
 follow();
