@@ -4288,16 +4288,14 @@ PAGE = r"""<!doctype html>
   viewBox='0 0 16 16'%3E%3Cpath d='M1 3h14M8 3v12' stroke='%232f86b5' stroke-width='3'/%3E
   %3C/svg%3E">
 <style>
-:root {
-  color-scheme: light dark;
+:root { color-scheme: light dark;
   --page: #fff; --tint: #f2f5f7; --rule: #dce1e5; --edge: #818c95; --muted: #56626b; --ink: #192026;
-  --accent: #0b5f8a; --on-accent: #fff; --good: #11734b; --bad: #ab2f1c;
-  --accuracy: #0b5f8a; --precision: #b84c00; --recall: #00765a;
-}
+  --accent: #0b5f8a; --on-accent: #fff; --good: #11734b; --bad: #ab2f1c; --precision: #b84c00;
+  --recall: #00765a; }
 @media (prefers-color-scheme: dark) { :root {
   --page: #14181b; --tint: #20272c; --rule: #2c3439; --edge: #717d86; --muted: #9da9b1;
   --ink: #e5e9ec; --accent: #74bce6; --on-accent: #0c1a23; --good: #6cc79b; --bad: #f2907c;
-  --accuracy: #74bce6; --precision: #f0a05a; --recall: #62c9a4;
+  --precision: #f0a05a; --recall: #62c9a4;
 } }
 * { box-sizing: border-box; margin: 0; padding: 0; } [hidden] { display: none !important; }
 body { max-width: 84rem; margin: 0 auto; padding: 0 1rem; background: var(--page);
@@ -4345,8 +4343,7 @@ kbd { font: .75rem/1.4 ui-monospace, Menlo, Consolas, monospace; border: 1px sol
 dialog { margin: auto; width: 30rem; max-width: calc(100% - 2rem); padding: 1.25rem; color: inherit;
   background: var(--page); border: 1px solid var(--edge); border-radius: 4px; }
 table { border-collapse: collapse; width: 100%; }
-caption { text-align: left; padding-bottom: .25rem; }
-th, td { text-align: left; vertical-align: top; padding: .3rem .5rem; }
+th, td, caption { text-align: left; vertical-align: top; padding: .3rem .5rem; }
 th { vertical-align: bottom; line-height: 1.3; overflow-wrap: normal; }
 tr + tr > *, thead + tbody > :first-child > * { border-top: 1px solid var(--rule); }
 td.number, th.number { text-align: right; } td.number { white-space: nowrap; }
@@ -4362,13 +4359,13 @@ td.number, th.number { text-align: right; } td.number { white-space: nowrap; }
 #more, #fresh { margin-top: .75rem; } .bookings { table-layout: fixed; }
 .bookings th:nth-child(1) { width: 6.25rem; } .bookings th:nth-child(2) { width: 14%; }
 .bookings th:nth-child(4) { width: 6.75rem; } .bookings th:nth-child(n + 5) { width: 18%; }
-.bookings th:nth-child(7) { width: 5.75rem; }
+.bookings th:nth-child(6) { width: 14%; } .bookings th:nth-child(7) { width: 5.75rem; }
 .bookings tbody th { padding-top: .8rem; font-weight: 600; }
 .bookings td:first-child, .bookings .number .clip { white-space: nowrap; }
 .bookings.one tr > :nth-child(2) { display: none; } .bookings tbody tr { cursor: pointer; }
 .bookings tr.done { color: var(--muted); }
 .bookings [aria-current] { background: var(--tint); box-shadow: inset 3px 0 var(--accent); }
-button.pick { width: 100%; border: 0; padding: 0; color: inherit; background: none;
+button.pick { display: block; width: 100%; border: 0; padding: 0; color: inherit; background: none;
   text-align: left; line-height: inherit; text-decoration: none !important; }
 #panel { position: sticky; top: .75rem; align-self: start; max-height: calc(100vh - 1.5rem);
   overflow: auto; border: 1px solid var(--edge); border-radius: 4px; background: var(--page);
@@ -4388,7 +4385,7 @@ button.pick { width: 100%; border: 0; padding: 0; color: inherit; background: no
 #curve svg { position: absolute; width: 100%; height: 100%; }
 #curve text { font-size: .75rem; fill: var(--muted); } .grid { stroke: var(--rule); }
 .axis { stroke: var(--edge); }
-.line { fill: none; stroke: var(--accuracy); stroke-width: 2; stroke-linejoin: round; }
+.line { fill: none; stroke: var(--accent); stroke-width: 2; stroke-linejoin: round; }
 .line.precision { stroke: var(--precision); stroke-dasharray: 8 4; }
 .line.recall { stroke: var(--recall); stroke-dasharray: 2 3; }
 #legend { display: grid; grid-template-columns: 1fr auto; }
@@ -4414,7 +4411,7 @@ button.pick { width: 100%; border: 0; padding: 0; color: inherit; background: no
   #text { min-height: 1.5em; -webkit-line-clamp: 1; }
   #buttons { grid-template-columns: repeat(3, 1fr); } #said { min-height: 1.5em; }
 }
-@media (max-width: 44rem) {
+@media (max-width: 52rem) {
   #state { margin-left: 0; } #bar label { flex: 1 1 40%; } kbd { display: none; }
   #steps :is(th, td) { padding: .3rem 0 .3rem .35rem; font-size: .8125rem; }
   #latest-of td:nth-child(2) { width: 45%; } #own-tables { grid-template-columns: minmax(0, 1fr); }
@@ -4509,8 +4506,8 @@ button.pick { width: 100%; border: 0; padding: 0; color: inherit; background: no
 </section>
 <section class="part" aria-labelledby="curve-title">
   <div class="lead"><h2 id="curve-title">How well it has learned</h2>
-    <p><b id="samples"></b> bookings to <b id="accounts"></b> accounts, of <b id="companies"></b>
-      companies. <span id="unseen"></span></p>
+    <p>Bookings: <b id="samples"></b>, accounts: <b id="accounts"></b>,
+      companies: <b id="companies"></b>. <span id="unseen"></span></p>
     <dl id="legend"></dl>
     <p class="muted">Of the last 1,000 predictions, each made before its booking was learned.
       Accuracy: how many were right. Precision: of an account’s suggestions, how many were right.
@@ -4530,9 +4527,8 @@ button.pick { width: 100%; border: 0; padding: 0; color: inherit; background: no
 </section>
 <section class="part" aria-labelledby="try-title">
   <div class="lead"><h2 id="try-title">Try a sample</h2>
-    <p class="muted">It only asks. Nothing is booked or learned. Confidence is how often past
-      suggestions like the first were right: the company’s own and, while these are few, those of
-      all companies. The other suggestions share the rest.</p>
+    <p class="muted">It only asks. Confidence is how often past suggestions like the first were
+      right: the company’s own and, while these are few, those of all. Others share the rest.</p>
     <form id="try">
       <label>Company <input name="CompanyId" required autocomplete="off"></label>
       <label>Text <input name="BankEntryText" required autocomplete="off"></label>
@@ -4557,16 +4553,14 @@ button.pick { width: 100%; border: 0; padding: 0; color: inherit; background: no
 <dialog id="keys" aria-labelledby="keys-title">
   <h2 id="keys-title">Keys</h2>
   <table id="shortcuts"></table>
-  <p><input id="keys-on" type="checkbox"> <label for="keys-on">They work while no field is in use
-    </label></p>
-  <p><button type="button" data-close>Close</button></p></dialog>
+  <p class="buttons"><input id="keys-on" type="checkbox"> <label for="keys-on">They work outside of
+    fields</label> <button type="button" data-close>Close</button></p></dialog>
 </main>
 <footer class="muted">For programs: <a href="openapi.json">openapi.json</a>
   <span class="locked" hidden>with the token</span>
 </footer>
 <script>
 'use strict';
-
 const PAUSE = 2000, LONGEST_PAUSE = 10000, TIMEOUT = 10000, LONG = 600000; // milliseconds
 const REREAD = 10000; // milliseconds after which a company's own view is asked for anew
 const STEPS = [0, 0.5, 0.8, 0.9, 0.95, 0.99]; // confidences with a row
@@ -4634,7 +4628,6 @@ function fill(id, items, line) { // a table, unless it shows these
 
 // ------------------------------------------------------------------------------------ The service
 class Refused extends Error {} // its cause is the status, 0 without an answer
-
 async function call(path, { body, method, text = false, timeout = TIMEOUT } = {}) {
   const token = sessionStorage.getItem('token');
   const headers = { ...token && { Authorization: `Bearer ${token}` },
@@ -4713,7 +4706,6 @@ async function refresh() {
     timer = setTimeout(refresh, asked === company ? pause : 0);
   }
 }
-
 document.addEventListener('visibilitychange', refresh);
 
 // -------------------------------------------------------------------------------------- The curve
@@ -4772,7 +4764,6 @@ class Completion {
     on(id, 'keydown', (event) => this.press(event));
     this.show([]);
   }
-
   open(at = 0) { this.show(this.found(this.field.value), at); }
 
   show(choices, at = 0) {
@@ -4786,7 +4777,6 @@ class Completion {
     this.field.setAttribute('aria-activedescendant', this.list.children[this.at]?.id ?? '');
     this.list.children[this.at]?.scrollIntoView({ block: 'nearest' });
   }
-
   take(choice) { this.show([]); this.choose(choice); }
   press(event) {
     const way = { ArrowDown: 1, ArrowUp: -1 }[event.key];
@@ -4819,9 +4809,9 @@ async function suggest(box, sample) {
   let suggestions = [], verdict, basis = [];
   try {
     const { record, ...found } = await call('suggest?top=5', { body: sample });
-    const [{ account: first, confidence, reasons }] = found.suggestions;
+    const [{ account: first, confidence, over, reasons }] = found.suggestions;
     const isNew = record.known === 'nothing of the company';
-    if (isNew && reasons.every(({ kind }) => kind === 'amount')) {
+    if (isNew && over && reasons.every(({ kind }) => kind === 'amount')) {
       verdict = ['Nothing is known of this company yet, nor of these words.'];
     } else {
       ({ suggestions } = found);
@@ -5179,6 +5169,7 @@ on('keys-on', 'change', () => localStorage.setItem('keys', $('keys-on').checked 
 $('below').append(...STEPS.slice(1).reverse().map((level) =>
   make('option', { value: level }, `below ${percent(level, 0)}`)));
 remember(session);
+$('session').open = innerWidth > 1000;
 showChosen();
 
 // --------------------------------------------------------------------------- A company's own view
@@ -5203,10 +5194,7 @@ function ledger(name) {
     made.bookings += found.length;
     made.latest.push(...found.slice(0, LATEST - made.latest.length));
     made.goesOn = next;
-  }).catch((error) => {
-    ledgers.delete(name);
-    made.failed = error;
-  });
+  }).catch((error) => { ledgers.delete(name); made.failed = error; });
   ledgers.set(name, made);
   return made;
 }
@@ -5318,7 +5306,6 @@ function follow() {
   showOwn();
   refresh();
 }
-
 addEventListener('hashchange', follow);
 on('all', 'click', () => goTo(''));
 
@@ -5369,18 +5356,20 @@ function showTrust({ samples, unseen, checks: allChecks }, scored, confidence, u
   const checks = confidence[0]?.checks, each = checks > 1 ? 'checks, each of' : 'a check,';
   put($('checks'), `${count(scored)} bookings by a person`
     + (checks ? `, ${count(checks)} of them ${each} which stands for ${CHECKED}` : ''));
-  const usual = confidence.find(({ at_least: from }) => near(from, 0.9));
-  put($('sentence'), usual?.accuracy == null ? '' : `If it books by itself from 90% confidence on: `
-    + `${percent(usual.share)} of the bookings, ${percent(usual.accuracy)} ± `
-    + `${percent(usual.error)} of them right.`);
+  const far = ({ at_least: from }) => Math.abs(from - 0.9);
+  const [usual] = confidence.filter((x) => x.accuracy !== null).sort((x, y) => far(x) - far(y));
+  if (usual) {
+    put($('sentence'), `If it books by itself from ${percent(usual.at_least, 0)} confidence on: `
+      + `${percent(usual.share)} of the bookings, ${percent(usual.accuracy)} ± `
+      + `${percent(usual.error)} of them right.`);
+  }
   checked = allChecks > 0;
   put($('none'), unknown ?? (samples < ENOUGH ? `Too early to say: this takes ${ENOUGH} bookings.`
     : `No prediction ${company && 'for this company '}could be compared with a person’s `
       + 'booking yet.'));
   $('none').classList.toggle('error', Boolean(unknown));
   put($('of-whom'), company ? `Of ${company.slice(0, 60)} only. ` : '');
-  $('unseen').hidden = unseen === 0;
-  put($('unseen'), `Nobody has looked at ${count(unseen)} of the bookings yet: `
+  put($('unseen'), !unseen ? '' : `Nobody has looked at ${count(unseen)} of the bookings yet: `
     + `${unseen === 1 ? 'it is' : 'they are'} not learned.`);
 }
 

@@ -6102,11 +6102,14 @@ def test_how_much_can_be_booked_unseen_of_all_companies_or_of_one(learned, visit
             expect(rows.nth(row).locator("td").nth(1)).to_have_text(accuracy)
         checks = f"{levels[0]['checks']} of them checks, each of which stands for"
         expect(part).to_contain_text(f"{checks} {bookkeep.CHECKS}.")
-        [usual] = [level for level in levels if level["at_least"] == 0.9]
+        usual = min(
+            (level for level in levels if level["accuracy"] is not None),
+            key=lambda level: abs(level["at_least"] - 0.9),
+        )
         share, accuracy, error = (shown(usual[name]) for name in ("share", "accuracy", "error"))
         expect(page.locator("#sentence")).to_have_text(
-            f"If it books by itself from 90% confidence on: {share} of the bookings, "
-            f"{accuracy} ± {error} of them right."
+            f"If it books by itself from {usual['at_least']:.0%} confidence on: {share} of the "
+            f"bookings, {accuracy} ± {error} of them right."
         )
         return figures
 
@@ -6162,7 +6165,7 @@ def test_the_page_tells_what_was_booked_unseen(serve, visit):
     service = serve()
     service.post("/sample", [booking()])
     service.post("/sample", [booking()] * 98)
-    page = visit(service)
+    page = visit(service, expected=["status of 503"])
     expect(page.locator("#samples")).to_have_text("99")
     assert page.locator("#unseen").is_hidden()
     assert page.get_by_text("checks").count() == 0
@@ -6174,6 +6177,7 @@ def test_the_page_tells_what_was_booked_unseen(serve, visit):
     )
     expect(page.locator("#list tbody th").first).to_have_text("Booked unseen, not looked at yet")
     expect(page.locator("#list tbody tr").nth(1)).to_contain_text("B")
+    page.locator("#list tbody tr").nth(1).click()
     expect(page.locator("#booked")).to_have_text("7 · unseen")
     expect(page.locator("#steps")).to_be_visible()
     page.fill("#company", "B")
@@ -6276,7 +6280,7 @@ def test_what_is_hostile_stays_text(learned, visit):
     for key in bookkeep.FEATURES:
         page.fill(f"#try [name={key}]", HOSTILE)
     page.click("#try button")
-    expect(page.locator("#suggestions ol")).to_contain_text("<b>1</b>")
+    expect(page.locator("#suggestions ol")).to_contain_text(HOSTILE)
     page.click("#forget")
     expect(page.locator("#to-type")).to_have_text(HOSTILE)
     page.wait_for_timeout(100)
@@ -6302,7 +6306,7 @@ def test_the_page_is_as_wide_as_the_window_in_light_and_dark(learned, visit):
         for key, value in zip(bookkeep.FEATURES, ("W" * 100, HOSTILE, HOSTILE), strict=True):
             page.fill(f"#try [name={key}]", value)
         page.click("#try button")
-        expect(page.locator("#suggestions > p").nth(1)).to_contain_text("suggestions")
+        expect(page.locator("#suggestions > p").first).to_contain_text("Nothing is known")
         page.click("#ask")
         expect(page.locator("#why summary").first).to_contain_text(LONG_ACCOUNT)
         assert page.evaluate("document.documentElement.scrollWidth") == width
@@ -6329,7 +6333,7 @@ def test_an_empty_service_says_what_to_do_first(serve, visit):
     expect(page.locator("#precision")).to_have_text("–")
     assert service.post("/sample", json.loads(body))[0] == 200
     expect(page.locator("#precision")).to_have_text("1.000")
-    expect(page.locator("#list tbody td").nth(2)).to_have_text("Office rent May")
+    expect(page.locator("#list tbody")).to_contain_text("Office rent May")
     expect(page.locator("#steps")).to_be_hidden()
     assert service.post("/sample", [booking()] * 100)[0] == 200
     expect(page.locator("#steps")).to_be_visible()
@@ -6643,7 +6647,6 @@ def test_what_the_service_refuses_is_said_in_a_sentence(desk, visit, tmp_path, s
 def test_reviewing_works_with_a_token(desk, visit, serve, monkeypatch):
     desk.stop()
     monkeypatch.setenv("BOOKKEEP_TOKEN", "s3cret")
-    monkeypatch.setattr(Service, "answers", lambda self: socket_answers(self))
     service = serve()
     page = visit(service, expected=["status of 401"])
     page.fill("#token", "s3cret")
