@@ -77,6 +77,13 @@ SHORT = ("CompanyId", "BankEntryAmount", TARGET)  # of at most MAX_SHORT charact
 MAX_SHORT = 100
 MAX_WORDS = 100  # words of a text that become tokens: its first ones
 
+BOUNDS = [-10000, -1000, -100, -10, 0, 10, 100, 1000, 10000]  # each the last of its range
+RANGES = (  # of amounts
+    "big negative",
+    *("> -10000", "> -1000", "> -100", "> -10", "< 10", "< 100", "< 1000", "< 10000"),
+    "big positive",
+)
+
 KINDS = (  # of tokens, in a person's words
     "company",
     "amount",
@@ -162,7 +169,8 @@ def check_sample(sample: object, required: Sequence[str], short: Sequence[str] =
         text = "".join(chain(sample, sample.values()))
     except TypeError:
         key = next(key for key, value in sample.items() if not isinstance(value, str))
-        raise BadRequest(f"{_shown(key)} must be a string") from None
+        hint = ": put the number in quotes" if isinstance(sample[key], float) else ""
+        raise BadRequest(f"{_shown(key)} must be a string{hint}") from None
     if len(text) > MAX_VALUE:
         for key, value in sample.items():
             if max(len(key), len(value)) > MAX_VALUE:
@@ -238,9 +246,22 @@ def wordings(sample: Sample) -> list[tuple[str, str]]:
 
 
 def _parts(sample: Sample) -> tuple[str, list[str], str]:
-    """The sample's company, the words of its text that count, and its amount."""
+    """The sample's company, the words of its text that count, and its amount, or the range."""
     words = sample["BankEntryText"].split(maxsplit=MAX_WORDS)[:MAX_WORDS]
-    return sample["CompanyId"], words, sample["BankEntryAmount"]
+    return sample["CompanyId"], words, amount_range(sample["BankEntryAmount"])
+
+
+def amount_range(amount: str) -> str:
+    """The range that a plain decimal number is in; any other amount is one of its own.
+
+    -9875.50 -> > -10000, -1000 -> > -10000, 0 -> > -10, 10 -> < 10, 1,200.00 -> 1,200.00
+    """
+    if _is_decimal(amount):
+        return RANGES[bisect_left(BOUNDS, float(amount))]
+    return amount
+
+
+_is_decimal = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?").fullmatch
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -886,13 +907,18 @@ class NaiveBayes:
         return best, lead
 
     def top(self, scores: np.ndarray, most: int) -> np.ndarray:
-        """(k,) the accounts of the highest of (A,) scores, best first; of equals, by name."""
-        known = np.flatnonzero(scores > -np.inf)
-        if len(known) > most:
-            least = np.partition(scores[known], -most)[-most]
-            known = known[scores[known] >= least]
-        best = sorted(known.tolist(), key=lambda account: (-scores[account], self.names[account]))
-        return np.array(best[:most], dtype=np.int64)
+        """(n, k) the accounts of the highest of (n, A) scores, best first; of equals, by name."""
+        each, left = np.arange(len(scores)), scores.copy()
+        best = np.zeros((len(scores), min(most, self.known)), dtype=np.int64)
+        for rank in range(best.shape[1]):
+            best[:, rank] = left.argmax(axis=1)
+            left[each, best[:, rank]] = -np.inf
+        highest = np.column_stack([np.take_along_axis(scores, best, axis=1), left.max(axis=1)])
+        for i in (highest[:, 1:] == highest[:, :-1]).any(axis=1).nonzero()[0]:
+            high = np.flatnonzero(scores[i] >= highest[i, -2]).tolist()
+            high.sort(key=lambda account, of=scores[i]: (-of[account], self.names[account]))
+            best[i] = high[: best.shape[1]]
+        return best
 
     def assess(self, documents: Sequence[Sequence[int]], labels: Sequence[str]) -> list[Assessment]:
         """Predictions for documents whose accounts, the labels, are known."""
@@ -1400,24 +1426,33 @@ class Calibration:
             share = (hits + self.OWN * share) / (suggestions + self.OWN + self.OWN_DOUBT)
         return share
 
-    def shared(self, confidence: float) -> np.ndarray:
-        """(RANKS,) the confidence of the first suggestion and of the others, best first.
+    def shared(self, confidence: np.ndarray) -> np.ndarray:
+        """(n, RANKS) the confidence of n first suggestions and of the others, best first.
 
         These share what it leaves as the ranks of wrongly predicted accounts have been.
         """
-        others = (1 - confidence) * self._ranks[2:] / (self._ranks.sum() + self.DOUBT)
-        return np.minimum.accumulate([confidence, *others])
+        counted = self._ranks.sum() + self.DOUBT
+        others = np.multiply.outer(1 - confidence, self._ranks[2:]) / counted
+        return np.minimum.accumulate(np.column_stack([confidence, others]), axis=1)
 
-    def record(self, row: np.ndarray) -> dict[str, dict[str, int]]:
-        """What the confidence of a suggestion (1,) rests on, with about as much evidence."""
-        _, own = self._own_of(row)[0].tolist()
-        known, wide = int(row["known"][0]), int(row["bin"][0]) // self.WIDE
-        near = slice(max(0, wide - 1) * self.WIDE, (wide + 2) * self.WIDE)
-        everybodys = [int(counts[known, near].sum()) for counts in (self._all, self._right)]
-        return {
-            name: dict(zip(("suggestions", "right"), counts, strict=True))
-            for name, counts in (("own", own), ("all", everybodys))
-        }
+    def record(self, rows: np.ndarray) -> list[dict[str, dict[str, int]]]:
+        """What the confidences of n suggestions rest on, with about as much evidence."""
+        wide = rows["bin"] // self.WIDE
+        first, end = np.maximum(wide - 1, 0) * self.WIDE, (wide + 2) * self.WIDE
+        sums = np.zeros((2, len(KNOWN), self.BINS + self.WIDE + 1), dtype=np.int64)
+        sums[:, :, 1:] = np.pad([self._all, self._right], [(0, 0), (0, 0), (0, self.WIDE)]).cumsum(
+            -1
+        )
+        everybodys = sums[:, rows["known"], end] - sums[:, rows["known"], first]
+        return [
+            {
+                "own": {"suggestions": own[0], "right": own[1]},
+                "all": {"suggestions": all_[0], "right": all_[1]},
+            }
+            for own, all_ in zip(
+                self._own_of(rows)[:, 1].tolist(), everybodys.T.tolist(), strict=True
+            )
+        ]
 
     @classmethod
     def bins(cls, margins: Sequence[float]) -> np.ndarray:
@@ -2268,7 +2303,8 @@ class Snapshot:
         self.lines = 0
 
     def _version(self) -> list[int]:
-        return [FORMAT, *tokens(dict.fromkeys(FEATURES, "a b c"))]
+        sample = dict.fromkeys(FEATURES, "a b c") | {"BankEntryAmount": "-1000"}
+        return [FORMAT, *tokens(sample)]
 
 
 # ----------------------------------------------------------------------------------------- Writer
@@ -2540,7 +2576,18 @@ class Bookkeeper:
     def suggest(
         self, sample: Sample, top: int, place: int = 0, book_from: float | None = None
     ) -> dict[str, object]:
-        """The most probable accounts, best first, each with its confidence and its reasons.
+        """What suggest_all says of a sample in that place of the request, with the reasons."""
+        [answer] = self._suggest([sample], place, top, book_from, True)
+        return answer
+
+    def suggest_all(
+        self,
+        samples: Sequence[Sample],
+        top: int,
+        book_from: float | None = None,
+        with_reasons: bool = True,
+    ) -> list[dict[str, object]]:
+        """The most probable accounts of each, best first, with their confidence and the reasons.
 
         The first is compared with the second, the others are with the first. The log-odds of what
         the sample says, its `reasons`, and the `prior` add up to the `margin`. The `record` says
@@ -2548,37 +2595,68 @@ class Bookkeeper:
         even if it is sure enough, which depends on its place in the request, too. Whether it is,
         from a confidence on, is the `decision`. Raises NotReady.
         """
-        document = tokens(sample)
-        with self._model_at_rest() as model:
-            [scores] = model.joint_log_likelihood([document])
-            best = model.top(scores, max(top, 2))
-            accounts = [model.names[account] for account in best.tolist()]
-            terms = model.terms(document, best)
-            margin = round(scores[best[0]] - scores[best[1]], 4) if len(best) > 1 else None
-            [known] = model.specificity([document]).tolist()
-            whose = {
-                "CompanyId": sample["CompanyId"]
-            }  # the rest may be anything, as it is not booked
-            made = {"sample": whose, "predicted": accounts[0], "margin": margin, "known": known}
-            row = self._rows([made], [document])
-            [sure] = self._calibration.confidence(row).tolist()
-            confidence = self._calibration.shared(sure).round(4).tolist()
-            record = self._calibration.record(row)
-            check = is_check(sample, self._history.size(sample["CompanyId"]), place)
-            self._predictions += 1
+        # Reasons take long, and others wait for the model, too.
+        step = 1 if with_reasons else self._model.at_once
+        return [
+            answer
+            for place in range(0, len(samples), step)
+            for answer in self._suggest(
+                samples[place : place + step], place, top, book_from, with_reasons
+            )
+        ]
 
-        answer = {
-            "suggestions": [
-                _suggestion(sample, accounts, terms, rank, confidence[rank])
-                for rank in range(min(top, len(accounts)))
-            ],
-            "record": {"known": KNOWN[known], **record},
-            "check": check,
-        }
-        if book_from is not None:
-            sure_enough = "check" if check else "book"
-            answer["decision"] = sure_enough if confidence[0] >= book_from else "review"
-        return answer
+    def _suggest(
+        self,
+        samples: Sequence[Sample],
+        place: int,
+        top: int,
+        book_from: float | None,
+        with_reasons: bool,
+    ) -> Iterator[dict[str, object]]:
+        """What suggest_all says of samples that follow in a request from that place on."""
+        documents = [tokens(sample) for sample in samples]
+        with self._model_at_rest() as model:
+            scores = model.joint_log_likelihood(documents)
+            best = model.top(scores, max(top, 2))
+            scores = np.take_along_axis(scores, best, axis=1).tolist()
+            known = model.specificity(documents).tolist()
+            terms = [
+                model.terms(document, row) if with_reasons else None
+                for document, row in zip(documents, best, strict=True)
+            ]
+            self._predictions += len(samples)
+
+        accounts = [[model.names[account] for account in row] for row in best.tolist()]
+        made = [
+            {
+                "sample": {"CompanyId": sample["CompanyId"]},  # the rest may be anything
+                "predicted": names[0],
+                "margin": highest[0] - highest[1] if len(highest) > 1 else None,
+                "known": most,
+            }
+            for sample, names, highest, most in zip(samples, accounts, scores, known, strict=True)
+        ]
+        rows = self._rows(made, documents)
+        with self._changing:
+            confidence = self._calibration.shared(self._calibration.confidence(rows))
+            records = self._calibration.record(rows)
+            sizes = [self._history.size(sample["CompanyId"]) for sample in samples]
+
+        confidence = confidence.round(4).tolist()
+        for i, sample in enumerate(samples):
+            check = is_check(sample, sizes[i], place + i)
+            answer = {
+                "suggestions": [
+                    _suggestion(sample, accounts[i], scores[i], rank, confidence[i][rank], terms[i])
+                    for rank in range(min(top, len(accounts[i])))
+                ],
+                "record": {"known": KNOWN[known[i]], **records[i]},
+                "check": check,
+            }
+            if book_from is not None:
+                sure_enough = "check" if check else "book"
+                answer["decision"] = sure_enough if confidence[i][0] >= book_from else "review"
+            yield answer
 
     def metrics(self, n: int) -> dict[str, float]:
         """Macro precision and recall of the last n (or fewer) predictions. Raises NotReady."""
@@ -3124,20 +3202,28 @@ def _in_ranks(rank: int | None) -> int:
 
 
 def _suggestion(
-    sample: Sample, accounts: Sequence[str], terms: np.ndarray, rank: int, confidence: float
+    sample: Sample,
+    accounts: Sequence[str],
+    scores: Sequence[float],
+    rank: int,
+    confidence: float,
+    terms: np.ndarray | None,
 ) -> dict[str, object]:
-    """One of the accounts, and what speaks for it over another; terms are (k, 1 + T)."""
-    suggestion = {"account": accounts[rank], "confidence": confidence, "over": None}
-    if len(accounts) == 1:
-        return suggestion | {"margin": None, "prior": None, "reasons": []}
+    """One of k accounts, and what speaks for it over another, by the terms (k, 1 + T)."""
     other = int(rank == 0)
-    prior, *weights = (terms[rank] - terms[other]).tolist()
-    return suggestion | {
-        "over": accounts[other],
-        "margin": round(math.fsum([prior, *weights]), 4),
-        "prior": round(prior, 4),
-        "reasons": _reasons(sample, weights),
+    alone = len(accounts) == 1
+    suggestion = {
+        "account": accounts[rank],
+        "confidence": confidence,
+        "over": None if alone else accounts[other],
+        "margin": None if alone else round(scores[rank] - scores[other], 4),
     }
+    if terms is None:
+        return suggestion
+    if alone:
+        return suggestion | {"prior": None, "reasons": []}
+    prior, *weights = (terms[rank] - terms[other]).tolist()
+    return suggestion | {"prior": round(prior, 4), "reasons": _reasons(sample, weights)}
 
 
 def _reasons(sample: Sample, weights: list[float]) -> list[dict[str, str | float]]:
@@ -3206,6 +3292,11 @@ def openapi(max_batch: int) -> dict:
     filled = text | {"minLength": 1}
     short = filled | {"maxLength": MAX_SHORT}
     features = {key: short if key in SHORT else filled for key in FEATURES}
+    features["BankEntryAmount"] = short | {
+        "description": "a plain decimal number, which counts as the range that it is in, or a "
+        f"range: {', '.join(RANGES)}; any other text is a range of its own",
+        "examples": ["-9875.50", *RANGES],
+    }
     count = {"type": "integer", "minimum": 0}
     share = {"type": "number", "minimum": 0, "maximum": 1}
     seq = count | {"maximum": MAX_NUMBER}
@@ -3242,9 +3333,9 @@ def openapi(max_batch: int) -> dict:
                             "confidence": share,
                             "over": maybe_text,
                             "margin": log_odds,
-                            "prior": log_odds,
-                            "reasons": a_list(reason),
-                        }
+                        },
+                        prior=log_odds,
+                        reasons=a_list(reason),
                     )
                 ),
                 "record": record({"known": {"enum": [*KNOWN]}, "own": tally, "all": tally}),
@@ -3333,10 +3424,17 @@ def openapi(max_batch: int) -> dict:
         ),
         "/suggest": post(
             "suggest accounts for one sample, or for each of a list, and say why",
-            {"anyOf": [a_sample, a_list(a_sample, maxItems=min(max_batch, MAX_SUGGESTED // 3))]},
+            {"anyOf": [a_sample, a_list(a_sample, maxItems=max_batch)]},
             answers({"anyOf": [a_suggestion, a_list(a_suggestion)]}, 400, 413, 415, 503),
             top,
             book_from,
+            parameter(
+                "query",
+                "reasons",
+                {"enum": ["yes", "no"], "default": "yes"},
+                f"no leaves out the reasons; with them, an answer has at most {MAX_SUGGESTED} "
+                "suggestions",
+            ),
         ),
         "/correct": post(
             "book a booking to another account",
@@ -3617,10 +3715,17 @@ def create_app(
     @app.post("/suggest")
     def suggest() -> dict | list[dict]:
         top = number("top", request.query.get("top", "3"), 1, Calibration.RANKS)
+        level, reasons = share_asked("book_from"), choice_asked("reasons", yes=True, no=False)
         asked = received(parse_json)
-        samples = check_samples(asked, False, min(max_batch, MAX_SUGGESTED // top))
-        level = share_asked("book_from")
-        answers = [bookkeeper.suggest(s, top, place, level) for place, s in enumerate(samples)]
+        with_reasons = reasons is not False
+        most = MAX_SUGGESTED // top
+        if with_reasons and isinstance(asked, list) and len(asked) > most:
+            raise BadRequest(
+                f"with reasons, send at most {most} samples in one request, not {len(asked)}; "
+                "?reasons=no leaves them out"
+            )
+        samples = check_samples(asked, False, max_batch)
+        answers = bookkeeper.suggest_all(samples, top, level, with_reasons)
         return answers if isinstance(asked, list) else answers[0]
 
     @app.post("/correct")
@@ -3760,7 +3865,12 @@ def _in_json(callback: Callable) -> Callable:
         if not isinstance(answer, dict | list):
             return answer
         response.content_type = "application/json"
-        return json.dumps(answer, ensure_ascii=False)  # which would make six times as much of it
+        if isinstance(
+            answer, list
+        ):  # a part at a time: while JSON is made, no other thread goes on
+            parts = (_encode(part)[1:-1] for part in chunks(answer, CHUNK))
+            return f"[{', '.join(parts)}]"
+        return _encode(answer)
 
     return route
 
