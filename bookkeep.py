@@ -4528,7 +4528,7 @@ button.pick { display: block; width: 100%; border: 0; padding: 0; color: inherit
   .bookings thead { position: absolute; width: 1px; height: 1px; overflow: hidden; display: block;
     clip-path: inset(50%); }
   .bookings, .bookings tbody { display: block; }
-  .bookings tr { display: grid; grid-template-columns: 1fr 1fr 5.5rem; padding: .4rem 0;
+  .bookings tr { display: grid; grid-template-columns: 1fr 1fr 7rem; padding: .4rem 0;
     border-top: 1px solid var(--rule); }
   .bookings tbody > tr > * { padding: 0 .5rem; border: 0; min-width: 0; }
   .bookings tbody tr > :is(th, :nth-child(3)) { grid-column: 1 / -1; width: auto; }
@@ -4729,7 +4729,6 @@ const names = new Map(); // of accounts
 const account = (id) => // with its name
   [whole(value(id, 40)), ...names.has(id) ? [' ', quiet(value(names.get(id)))] : []];
 const filled = new Map();
-
 function fill(id, items, line) { // a table, unless it shows these
   const state = JSON.stringify(items);
   if (filled.get(id) !== state) $(id).tBodies[0].replaceChildren(...items.map(line));
@@ -4825,7 +4824,6 @@ function ticks(end, most) {
   const step = power * [1, 2, 5, 10].find((times) => times * power * most >= end);
   return Array.from({ length: Math.floor(end / step + 1e-6) + 1 }, (_, index) => index * step);
 }
-
 function draw() {
   const { clientWidth: width, clientHeight: height } = $('curve');
   if (!width || !points.length) return;
@@ -4982,7 +4980,6 @@ function weights(over, margin, prior, reasons) {
   return make('table', { className: 'reasons' },
     make('caption', {}, 'For it, and against ', value(over, 40)), make('tbody', {}, ...body, sum));
 }
-
 function weightBar(part) {
   const bar = make('span', { className: part < 0 ? 'against' : '' });
   Object.assign(bar.style,
@@ -5184,7 +5181,6 @@ function book(to) {
     return from === to ? `Confirmed ${to}.` : `Booked to ${to}, no longer to ${from}.`;
   });
 }
-
 function takeBack(change) {
   const { seq, from, to, unseen } = change;
   return store(seq, (now) => now.account === to ? '' : `Meanwhile it was booked to ${now.account}.`,
@@ -5224,7 +5220,7 @@ const chooser = new Completion('account', 'Accounts', {
       .sort((one, other) => accounts.get(other).times - accounts.get(one).times);
     const ids = [...new Set([predicted ?? id, id, ...often])];
     const note = (each) => each === id ? 'now' : each === predicted ? `${percent(confidence)} sure`
-      : `${count(accounts.get(each).times)} ×`;
+      : count(accounts.get(each).times);
     const found = fitting(ids, text, (each) => [each, names.get(each) ?? '']);
     return [...found.map((each) => [each, make('span', {}, ...account(each)), quiet(note(each))]),
       ...!typed || ids.includes(typed) ? [] : [[typed, value(typed), quiet('new here')]]];
@@ -5347,7 +5343,6 @@ function csvCell(what) {
   const text = String(what ?? ''), isNumber = /^[-+]?\d[\d.,]*$/.test(text);
   return `"${/^[=+\-@\t\r]/.test(text) && !isNumber ? '\'' : ''}${text.replaceAll('"', '""')}"`;
 }
-
 function asCsv(log) {
   const rows = new Map(); // by seq
   for (const text of log.split('\n').filter(Boolean)) {
@@ -5389,7 +5384,8 @@ on('typed', 'input', () => { forgetIt.disabled = !isTyped(); });
 on('forgetting', 'submit', (event) => {
   event.preventDefault();
   telling($('forget-said'), 'Forgetting it.', async () => {
-    const name = company, path = `company/${encodeURIComponent(name)}`;
+    const name = company, at = /^\.\.?$/.test(name) ? '?id=' : '/'; // else it would leave the path
+    const path = `company${at}${encodeURIComponent(name)}`;
     const { forgotten } = await call(path, { method: 'DELETE', timeout: LONG });
     companies.delete(name);
     remember(session.filter((change) => change.company !== name));
@@ -5454,14 +5450,12 @@ function show({ health: now, metrics, curve, scored, confidence: all, unknown })
   draw(points = curve);
   keepUp(now);
 }
-
 function level({ at_least: from, share, accuracy, error }) {
   const wrong = accuracy == null ? '–' : count(Math.round(1000 * share * (1 - accuracy)));
   const within = quiet(accuracy == null ? '' : ` ± ${percent(error)}`);
   return row(make('th', { scope: 'row', role: 'rowheader' }, percent(from, 0)),
     number(percent(share)), number(percent(accuracy), within), number(wrong));
 }
-
 function showTrust({ samples, unseen, checks: allChecks }, scored, confidence, unknown) {
   const checks = confidence[0]?.checks, each = checks > 1 ? 'checks, each of' : 'a check,';
   put($('checks'), `${count(scored)} bookings by a person`
