@@ -5251,8 +5251,8 @@ for (const id of ['reviewed', 'below', 'order']) on(id, 'change', load);
 
 document.addEventListener('keydown', (event) => {
   const arrow = event.target.closest('#list') && { ArrowDown: 'j', ArrowUp: 'k' }[event.key];
-  const key = arrow || event.key, typing = event.target.closest('input, select, dialog');
-  if (!Object.hasOwn(KEYS, key) || typing || event.ctrlKey || event.metaKey || event.altKey
+  const key = arrow || event.key, elsewhere = event.target.closest('input, select, dialog, .part');
+  if (!Object.hasOwn(KEYS, key) || elsewhere || event.ctrlKey || event.metaKey || event.altKey
     || $('report').hidden || !arrow && !$('keys-on').checked) return;
   event.preventDefault();
   const [id] = KEYS[key];

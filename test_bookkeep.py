@@ -7015,6 +7015,9 @@ def test_the_keys_are_shown_and_can_be_turned_off(desk, visit):
     page.check("#keys-on")
     page.keyboard.press("c")  # within the dialog
     page.keyboard.press("Escape")
+    page.focus("#try button")
+    page.keyboard.press("c")  # far from the list
+    page.evaluate("document.activeElement.blur()")
     assert (chosen(page), corrections_of(desk)) == (first, [])
     page.keyboard.press("Control+c")
     page.keyboard.press("j")
