@@ -4443,7 +4443,7 @@ button:is([type=submit], #confirm):enabled { color: var(--on-accent); background
 #access form { max-width: 20rem; } ::placeholder { color: var(--muted); opacity: 1; }
 kbd { font: .75rem/1.4 ui-monospace, Menlo, Consolas, monospace; border: 1px solid currentColor;
   border-radius: 3px; padding: 0 .35em; align-self: center; }
-.combo { position: relative; }
+li button { padding: .1rem .5rem; font-size: .8125rem; } .combo { position: relative; }
 .combo ul { position: absolute; z-index: 1; top: 100%; left: 0; right: 0; max-height: 17rem;
   overflow: auto; background: var(--page); border: 1px solid var(--edge); }
 #panel .combo ul { position: static; }
@@ -4487,7 +4487,7 @@ button.pick { display: block; width: 100%; border: 0; padding: 0; color: inherit
 #buttons { display: grid; grid-template-columns: 1fr 1fr; gap: .4rem; }
 #buttons button { display: flex; justify-content: space-between; } #said { min-height: 3em; }
 #session li, .suggestions li { border-top: 1px solid var(--rule); padding: .35rem 0; }
-#session li { display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: .5rem; }
+#session li { display: grid; grid-template-columns: minmax(0, 1fr) auto; align-items: center; }
 #own-figures dd { margin-bottom: .4rem; }
 #own-tables { display: grid; grid-template-columns: 2fr 3fr; gap: 1rem 2rem; align-items: start; }
 #own-tables > div { max-height: 26rem; overflow: auto; scrollbar-width: thin; }
