@@ -4522,7 +4522,7 @@ button.pick { display: block; width: 100%; border: 0; padding: 0; color: inherit
   #buttons { grid-template-columns: repeat(3, 1fr); } #said { min-height: 1.5em; }
 }
 @media (max-width: 52rem) {
-  #state { margin-left: 0; } #bar label { flex: 1 1 40%; } kbd { display: none; }
+  #state { margin-left: 0; } #bar label { flex: 1 1 40%; } button kbd { display: none; }
   #steps :is(th, td) { padding: .3rem 0 .3rem .35rem; font-size: .8125rem; }
   #latest-of td:nth-child(2) { width: 45%; } #own-tables { grid-template-columns: minmax(0, 1fr); }
   .bookings thead { position: absolute; width: 1px; height: 1px; overflow: hidden; display: block;
@@ -4663,7 +4663,7 @@ button.pick { display: block; width: 100%; border: 0; padding: 0; color: inherit
 <dialog id="keys" aria-labelledby="keys-title">
   <h2 id="keys-title">Keys</h2>
   <table id="shortcuts"></table>
-  <p class="buttons"><input id="keys-on" type="checkbox"> <label for="keys-on">They work outside of
+  <p class="buttons"><input id="keys-on" type="checkbox"> <label for="keys-on">Keys work outside of
     fields</label> <button type="button" data-close>Close</button></p></dialog>
 </main>
 <footer class="muted">For programs: <a href="openapi.json">openapi.json</a>
