@@ -1671,6 +1671,8 @@ def test_a_history_knows_who_named_an_account_last():
     companies = np.array([history.companies[company] for company, _ in pairs])
     accounts = np.array([history.accounts[account] for _, account in pairs])
     assert history.last_named(companies, accounts).tolist() == [8, 4, 2, -1, 8]
+    add_rows(history, [{"seq": 9 + i, "company": "C"} for i in range(99_999)])
+    assert history.last_named(companies, accounts).tolist() == [8, 4, 2, -1, 8]
     history.forget("A")
     assert history.last_named(companies, accounts).tolist() == [-1, 4, -1, -1, -1]
 
@@ -3439,6 +3441,7 @@ def test_what_comes_while_a_company_is_forgotten_is_forgotten_too(path, monkeypa
         booking_on = threading.Thread(target=book)
         booking_on.start()
         for _ in range(10):
+            bookkeeper.book([booking()])  # whatever the other thread has done
             bookkeeper.forget("A")
         stop.set()
         booking_on.join()
