@@ -4455,167 +4455,142 @@ PAGE = r"""<!doctype html>
   viewBox='0 0 16 16'%3E%3Cpath d='M1 3h14M8 3v12' stroke='%232f86b5' stroke-width='3'/%3E
   %3C/svg%3E">
 <style>
-:root {
-  color-scheme: light dark;
+:root { color-scheme: light dark;
   --page: #fff; --tint: #f2f5f7; --rule: #dce1e5; --edge: #818c95; --muted: #56626b; --ink: #192026;
-  --accent: #0b5f8a; --on-accent: #fff; --good: #11734b; --bad: #ab2f1c;
-  --accuracy: #0b5f8a; --precision: #b84c00; --recall: #00765a;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #14181b; --tint: #20272c; --rule: #2c3439; --edge: #717d86; --muted: #9da9b1;
-    --ink: #e5e9ec; --accent: #74bce6; --on-accent: #0c1a23; --good: #6cc79b; --bad: #f2907c;
-    --accuracy: #74bce6; --precision: #f0a05a; --recall: #62c9a4;
-  }
-}
-* { box-sizing: border-box; margin: 0; padding: 0; }
-[hidden] { display: none !important; }
-body {
-  max-width: 78rem; margin: 0 auto; padding: 0 1rem; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
-  font-variant-numeric: tabular-nums; overflow-wrap: anywhere;
-}
+  --accent: #0b5f8a; --on-accent: #fff; --good: #11734b; --bad: #ab2f1c; --precision: #b84c00;
+  --recall: #00765a; }
+@media (prefers-color-scheme: dark) { :root {
+  --page: #14181b; --tint: #20272c; --rule: #2c3439; --edge: #717d86; --muted: #9da9b1;
+  --ink: #e5e9ec; --accent: #74bce6; --on-accent: #0c1a23; --good: #6cc79b; --bad: #f2907c;
+  --precision: #f0a05a; --recall: #62c9a4;
+} }
+* { box-sizing: border-box; margin: 0; padding: 0; } [hidden] { display: none !important; }
+body { max-width: 84rem; margin: 0 auto; padding: 0 1rem; background: var(--page);
+  color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
+  font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 h1 { font-size: 1.25rem; line-height: 1.2; font-weight: 650; letter-spacing: -.01em; }
 h2 { font-size: 1.0625rem; line-height: 1.35; font-weight: 600; }
-.muted, label, dt, thead th { color: var(--muted); font-size: .8125rem; font-weight: 400; }
-.error { color: var(--bad); }
-a { color: var(--accent); }
+.muted, label, dt, th { color: var(--muted); font-size: .8125rem; font-weight: 400; }
+.error { color: var(--bad); } .good { color: var(--good); } a { color: var(--accent); }
+ul, ol { list-style: none; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-
-header, footer { display: flex; flex-wrap: wrap; align-items: center; gap: .25rem 1rem; }
-header { padding: 1.25rem 0; }
-footer { border-top: 1px solid var(--rule); padding: 1rem 0 2rem; }
+header, footer, .buttons { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem 1rem; }
+header { padding: 1rem 0; } footer { border-top: 1px solid var(--rule); padding: 1rem 0 2rem; }
 h1 svg { width: 1em; height: 1em; margin-right: .4em; vertical-align: -.1em; color: var(--accent); }
-#state { margin-left: auto; font-size: .875rem; }
-#state::before { content: ""; display: inline-block; width: .6em; height: .6em;
-  margin-right: .5em; border: 2px solid var(--muted); }
+#state { margin-left: auto; font-size: .875rem; color: inherit; }
+#state::before { content: ""; display: inline-block; width: .6em; height: .6em; margin-right: .5em;
+  border: 2px solid var(--muted); }
 #state.good::before { background: var(--good); border-color: var(--good); border-radius: 50%; }
-#state.bad { color: var(--bad); }
-#state.bad::before { border-color: var(--bad); }
-
-#figures { display: grid; grid-template-columns: 1fr 1fr; border-top: 2px solid var(--ink); }
-#figures > div { padding: .75rem 0 1.25rem; }
-#figures > div + div { padding-left: 2rem; border-left: 1px solid var(--rule); }
-#figures dl { display: flex; flex-wrap: wrap; gap: 0 1rem; }
-#figures dl div { flex: 1 1 28%; margin-top: .5rem; }
-#unseen { margin-top: .25rem; }
-#figures dd { font-size: 1.75rem; line-height: 1.2; font-weight: 500; white-space: nowrap; }
-
+#state.bad, #state.bad::before { color: var(--bad); border-color: var(--bad); }
 .part { display: grid; grid-template-columns: 17rem minmax(0, 1fr); gap: 1rem 2.5rem;
   border-top: 1px solid var(--rule); padding: 1.5rem 0 2rem; }
-.lead { position: relative; }
-.lead > * + * { margin-top: .5rem; }
-#sentence { font-size: 1.0625rem; line-height: 1.45; }
+.lead > * + *, .suggestions > * + *, dialog * + p, dialog * + label { margin-top: .5rem; }
 pre { font: .8125rem/1.6 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap;
-  background: var(--tint); padding: .75rem 1rem; margin-bottom: .75rem; }
-
-.chart { position: relative; height: 100%; min-height: 19rem; }
-.chart > * { position: absolute; inset: 0; width: 100%; height: 100%; }
-.chart div { cursor: crosshair; touch-action: pan-y; }
-.chart text { font-size: .75rem; fill: var(--muted); }
-.chart .name { fill: var(--ink); }
-.grid { stroke: var(--rule); }
+  background: var(--tint); padding: .75rem 1rem; user-select: all; }
+form { display: grid; gap: .75rem; } label { display: grid; gap: .2rem; }
+input, select, button { font: inherit; line-height: 1.4; border: 1px solid var(--edge);
+  border-radius: 3px; padding: .35rem .6rem; background: var(--page); }
+input, select { color: var(--ink); width: 100%; height: 2.2rem; }
+input[type=checkbox] { width: auto; height: auto; }
+button { color: var(--accent); cursor: pointer; }
+button:hover:enabled { border-color: var(--accent); text-decoration: underline; }
+button:disabled { color: var(--muted); border-color: var(--rule); cursor: default; }
+button:is([type=submit], #confirm):enabled { color: var(--on-accent); background: var(--accent); }
+#try button, #access button { justify-self: start; align-self: end; }
+#access form { max-width: 20rem; } ::placeholder { color: var(--muted); opacity: 1; }
+kbd { font: .75rem/1.4 ui-monospace, Menlo, Consolas, monospace; border: 1px solid currentColor;
+  border-radius: 3px; padding: 0 .35em; align-self: center; }
+li button { padding: .1rem .5rem; font-size: .8125rem; } .combo { position: relative; }
+.combo ul { position: absolute; z-index: 1; top: 100%; left: 0; right: 0; max-height: 17rem;
+  overflow: auto; background: var(--page); border: 1px solid var(--edge); }
+#panel .combo ul { position: static; }
+.combo li { display: flex; justify-content: space-between; gap: 1rem; padding: .3rem .6rem;
+  color: var(--ink); font-size: .9375rem; cursor: pointer; }
+.combo [aria-selected=true] { background: var(--tint); box-shadow: inset 3px 0 var(--accent); }
+dialog { margin: auto; width: 30rem; max-width: calc(100% - 2rem); padding: 1.25rem; color: inherit;
+  background: var(--page); border: 1px solid var(--edge); border-radius: 4px; }
+table { border-collapse: collapse; width: 100%; }
+th, td, caption { text-align: left; vertical-align: top; padding: .3rem .5rem; }
+th { vertical-align: bottom; line-height: 1.3; overflow-wrap: normal; }
+tr + tr > *, thead + tbody > :first-child > * { border-top: 1px solid var(--rule); }
+td.number, th.number { text-align: right; } td.number { white-space: nowrap; }
+.clip { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden;
+  }
+.whole { white-space: nowrap; display: inline-block; max-width: 100%; overflow: hidden;
+  text-overflow: ellipsis; vertical-align: bottom; }
+#bar { display: flex; flex-wrap: wrap; align-items: end; gap: .5rem 1rem; padding: .75rem 0;
+  border-top: 2px solid var(--ink); }
+#bar h2 { font-size: 1.25rem; margin-right: auto; } #bar label { flex: 0 1 11rem; }
+#desk { display: grid; grid-template-columns: minmax(0, 1fr) 21rem; gap: 1.25rem;
+  padding-bottom: 2rem; }
+#more, #fresh { margin-top: .75rem; } .bookings { table-layout: fixed; }
+.bookings th:nth-child(1) { width: 6.25rem; } .bookings th:nth-child(2) { width: 14%; }
+.bookings th:nth-child(4) { width: 6.75rem; } .bookings th:nth-child(n + 5) { width: 18%; }
+.bookings th:nth-child(6) { width: 14%; } .bookings th:nth-child(7) { width: 5.75rem; }
+.bookings tbody th { padding-top: .8rem; font-weight: 600; }
+.bookings td:first-child, .bookings .number .clip { white-space: nowrap; }
+.bookings.one tr > :nth-child(2) { display: none; } .bookings tbody tr { cursor: pointer; }
+.bookings tr.done { color: var(--muted); }
+.bookings [aria-current] { background: var(--tint); box-shadow: inset 3px 0 var(--accent); }
+button.pick { display: block; width: 100%; border: 0; padding: 0; color: inherit; background: none;
+  text-align: left; line-height: inherit; text-decoration: none !important; }
+#panel { position: sticky; top: .75rem; align-self: start; max-height: calc(100vh - 1.5rem);
+  overflow: auto; border: 1px solid var(--edge); border-radius: 4px; background: var(--page);
+  padding: .75rem 1rem 1rem; scrollbar-width: thin; }
+#panel > * + * { margin-top: .5rem; }
+#text { font-weight: 600; min-height: 4.5em; -webkit-line-clamp: 3; }
+#facts { display: grid; grid-template-columns: 5rem minmax(0, 1fr); align-items: baseline; }
+#facts dd { overflow: hidden; white-space: nowrap; text-overflow: ellipsis; }
+#buttons { display: grid; grid-template-columns: 1fr 1fr; gap: .4rem; }
+#buttons button { display: flex; justify-content: space-between; } #said { min-height: 3em; }
+#session li, .suggestions li { border-top: 1px solid var(--rule); padding: .35rem 0; }
+#session li { display: grid; grid-template-columns: minmax(0, 1fr) auto; align-items: center; }
+#own-figures dd { margin-bottom: .4rem; }
+#own-tables { display: grid; grid-template-columns: 2fr 3fr; gap: 1rem 2rem; align-items: start; }
+#own-tables > div { max-height: 26rem; overflow: auto; scrollbar-width: thin; }
+#curve { position: relative; height: 100%; min-height: 19rem; }
+#curve svg { position: absolute; width: 100%; height: 100%; }
+#curve text { font-size: .75rem; fill: var(--muted); } .grid { stroke: var(--rule); }
 .axis { stroke: var(--edge); }
-.line { fill: none; stroke: currentColor; stroke-width: 2; stroke-linejoin: round; }
-.mark { fill: currentColor; stroke: var(--page); stroke-width: 1.5; }
-.error-bar { stroke: currentColor; stroke-width: 1.5; opacity: .6; }
-.accuracy { color: var(--accuracy); }
-.precision { color: var(--precision); }
-.recall { color: var(--recall); }
-.line.precision { stroke-dasharray: 8 4; }
-.line.recall { stroke-dasharray: 2 3; }
-#legend { display: grid; gap: .5rem 2rem; margin: .75rem 0; }
-#legend div { display: grid; grid-template-columns: 1fr auto; }
+.line { fill: none; stroke: var(--accent); stroke-width: 2; stroke-linejoin: round; }
+.line.precision { stroke: var(--precision); stroke-dasharray: 8 4; }
+.line.recall { stroke: var(--recall); stroke-dasharray: 2 3; }
+#legend { display: grid; grid-template-columns: 1fr auto; }
 #legend dt { color: inherit; font-size: inherit; text-transform: capitalize; }
 #legend svg { width: 2rem; height: .75rem; margin-right: .75rem; }
-#legend .muted { grid-column: 1 / -1; padding-left: 2.75rem; }
-.coverage { display: grid; grid-template-columns: minmax(0, 1fr) 23.5rem; gap: 1rem 2rem; }
-
-table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; vertical-align: top; padding: .3rem 0 .3rem 1rem; font-weight: 400; }
-th:first-child, td:first-child { padding-left: 0; }
-thead th { vertical-align: bottom; line-height: 1.3; overflow-wrap: normal;
-  border-bottom: 1px solid var(--edge); }
-tbody tr + tr > * { border-top: 1px solid var(--rule); }
-caption { text-align: left; }
-td.number, th.number { text-align: right; }
-td.number { white-space: nowrap; }
-#steps { align-self: start; }
-#steps th + th, #steps td { padding-left: .75rem; }
-#steps .chosen > * { background: var(--tint); }
-.clip { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2;
-  overflow: hidden; }
-.bookings { table-layout: fixed; }
-.bookings th:nth-child(n + 4) { width: 11.5%; }
-.bookings th:nth-child(odd) { width: 14%; }
-.bookings th:nth-child(5) { width: 11.5%; }
-.bookings th:nth-child(7) { width: 4.25rem; }
-.held { visibility: hidden; }
-.part:has(tbody:hover, tbody:focus-within) .held { visibility: visible; }
-
-form { display: grid; gap: .75rem; }
-label { display: grid; gap: .2rem; }
-input, button { font: inherit; border: 1px solid var(--edge); border-radius: 3px;
-  padding: .4rem .75rem; background: none; }
-input { color: var(--ink); width: 100%; }
-button { color: var(--accent); cursor: pointer; }
-button:hover { border-color: var(--accent); text-decoration: underline; }
-button[type=submit] { color: var(--on-accent); background: var(--accent); justify-self: start;
-  align-self: end; border-color: transparent; font-weight: 500; }
-td button { padding: 0 .6rem; font-size: .8125rem; line-height: 1.4rem; }
-#access form, #company { max-width: 20rem; }
-::placeholder { color: var(--muted); opacity: 1; }
-
-#suggestions > * + * { margin-top: .5rem; }
-#ranking { list-style: none; }
-#ranking li { border-top: 1px solid var(--rule); }
-summary { display: grid; grid-template-columns: 1rem minmax(0, 1fr) minmax(0, 2fr) 4rem;
-  gap: .75rem; align-items: center; padding: .4rem 0; cursor: pointer; }
-summary::before { content: "+"; color: var(--muted); text-align: center; }
-[open] > summary::before { content: "–"; }
-summary .clip { font-weight: 600; }
-summary .number { text-align: right; }
-details > div { padding: 0 0 1rem 1.75rem; }
+.suggestions summary { display: grid; gap: .6rem; align-items: center; cursor: pointer;
+  grid-template-columns: .7rem minmax(0, 3fr) minmax(0, 4fr) 3.5rem; }
+.suggestions summary::before { content: "+"; color: var(--muted); }
+.suggestions [open] > summary::before { content: "–"; } summary .number { text-align: right; }
 .bar { display: block; position: relative; height: .5rem; background: var(--tint); }
 .bar span { position: absolute; height: 100%; background: var(--accent); }
 .zero { background: none; margin-top: .5rem; }
 .zero::after { content: ""; position: absolute; inset: -.55rem auto -.55rem 50%;
   border-left: 1px solid var(--edge); }
 .zero .against { background: var(--precision); }
-.reasons { table-layout: fixed; }
-.reasons .clip { -webkit-line-clamp: 3; }
-.reasons td:nth-child(2) { width: 34%; }
-.reasons td:nth-child(3) { width: 5rem; }
+.reasons { table-layout: fixed; margin-top: .35rem; } .reasons td:nth-child(2) { width: 30%; }
+.reasons td:nth-child(3) { width: 4.5rem; }
 .reasons tr:last-child td { border-top-color: var(--edge); font-weight: 600; }
-
-@media (max-width: 72rem) { .coverage { grid-template-columns: minmax(0, 1fr); } }
-@media (max-width: 60rem) { .part { grid-template-columns: minmax(0, 1fr); } }
-@media (min-width: 44rem) and (max-width: 60rem) {
-  #legend { grid-template-columns: repeat(3, 1fr); }
-  #try { grid-template-columns: 1fr 2fr 1fr auto; }
+@media (max-width: 62rem) {
+  html { scroll-padding-bottom: 17rem; } .part, #desk { grid-template-columns: minmax(0, 1fr); }
+  #panel { top: auto; bottom: 0; max-height: 65vh; margin: 0 -1rem; border-width: 1px 0 0;
+    box-shadow: 0 -4px 12px #0002; }
+  #text { min-height: 1.5em; -webkit-line-clamp: 1; }
+  #buttons { grid-template-columns: repeat(3, 1fr); } #said { min-height: 1.5em; }
 }
-@media (max-width: 44rem) {
-  #state { margin-left: 0; flex-basis: 100%; }
-  #figures { grid-template-columns: 1fr; }
-  #figures > div { padding-bottom: .75rem; }
-  #figures > div + div { padding-left: 0; border-left: 0; border-top: 1px solid var(--rule); }
-  #figures dd { font-size: 1.5rem; }
-  .chart { min-height: 16rem; }
-  details > div { padding-left: 0; }
-  #steps { font-size: .875rem; }
-  #steps th + th, #steps td { padding-left: .35rem; }
-  .reasons td:nth-child(2) { width: 25%; }
-  .bookings thead { position: absolute; width: 1px; height: 1px; overflow: hidden;
-    clip-path: inset(50%); display: block; }
+@media (max-width: 52rem) {
+  #state { margin-left: 0; } #bar label { flex: 1 1 40%; } button kbd { display: none; }
+  #steps :is(th, td) { padding: .3rem 0 .3rem .35rem; font-size: .8125rem; }
+  #latest-of td:nth-child(2) { width: 45%; } #own-tables { grid-template-columns: minmax(0, 1fr); }
+  .bookings thead { position: absolute; width: 1px; height: 1px; overflow: hidden; display: block;
+    clip-path: inset(50%); }
   .bookings, .bookings tbody { display: block; }
-  .bookings tr { display: grid; grid-template-columns: 1.4fr 1fr 1fr 4.5rem; gap: 0 .75rem;
-    position: relative; padding: .6rem 0; border-bottom: 1px solid var(--rule); }
-  .bookings tbody td { padding: 0; border: 0; text-align: left; min-width: 0; }
-  .bookings tbody td:nth-child(-n + 2) { grid-column: 1 / -1; padding-right: 4.25rem; }
-  .bookings td:nth-child(1) { color: var(--muted); }
-  .bookings td:nth-child(n + 3)::before { content: attr(data-name); display: block;
-    color: var(--muted); font-size: .75rem; white-space: nowrap; }
-  .bookings td:nth-child(7) { position: absolute; top: .6rem; right: 0; }
+  .bookings tr { display: grid; grid-template-columns: 1fr 1fr 7rem; padding: .4rem 0;
+    border-top: 1px solid var(--rule); }
+  .bookings tbody > tr > * { padding: 0 .5rem; border: 0; min-width: 0; }
+  .bookings tbody tr > :is(th, :nth-child(3)) { grid-column: 1 / -1; width: auto; }
+  .bookings td:is(:nth-child(1), :nth-child(2), :nth-child(4)) { order: -1; }
+  .bookings td:nth-child(4) { grid-column: 3; }
 }
 @media (prefers-reduced-motion: no-preference) { html { scroll-behavior: smooth; } }
 </style>
@@ -4629,261 +4604,246 @@ details > div { padding: 0 0 1rem 1.75rem; }
 </header>
 <main>
 <noscript><p class="error">This page needs JavaScript.</p></noscript>
-
-<section id="figures" aria-label="Key figures">
-  <div>
-    <p class="muted">Learned so far</p>
-    <dl>
-      <div><dt>Bookings</dt><dd id="samples">–</dd></div>
-      <div><dt>Accounts</dt><dd id="accounts">–</dd></div>
-      <div><dt>Companies</dt><dd id="companies">–</dd></div>
-    </dl>
-    <p id="unseen" class="muted" hidden></p>
-  </div>
-  <div>
-    <p class="muted">Over the last 1,000 predictions</p>
-    <dl>
-      <div><dt>Accuracy</dt><dd id="accuracy">–</dd></div>
-      <div><dt>Precision</dt><dd id="precision">–</dd></div>
-      <div><dt>Recall</dt><dd id="recall">–</dd></div>
-    </dl>
-  </div>
-</section>
-
 <section id="access" class="part" aria-labelledby="access-title" hidden>
-  <div class="lead">
-    <h2 id="access-title">Token needed</h2>
-    <p id="why" role="status"></p>
-    <p class="muted">This tab keeps the token until you close it.</p>
-  </div>
-  <form>
-    <label>Token <input id="token" type="password" autocomplete="off" required pattern="[!-~]+"
+  <div class="lead"><h2 id="access-title">Token needed</h2>
+    <p id="wanted" role="status"></p>
+    <p class="muted">This tab keeps the token until you close it.</p></div>
+  <form><label>Token <input id="token" type="password" autocomplete="off" required pattern="[!-~]+"
       title="letters, digits and signs of a US keyboard, no spaces"></label>
-    <button type="submit">Use this token</button>
-  </form>
+    <button type="submit">Use this token</button></form>
 </section>
-
 <section id="start" class="part" aria-labelledby="start-title" hidden>
-  <div class="lead">
-    <h2 id="start-title">Send the first bookings</h2>
+  <div class="lead"><h2 id="start-title">Send the first bookings</h2>
     <p class="muted">Nothing has been booked yet. Run this in a terminal, or send your own bookings
-      the same way. This page then comes to life by itself.</p>
-  </div>
-  <div>
-    <pre id="command"></pre>
-    <button id="copy" type="button">Copy</button>
-    <span id="copied" class="muted" role="status"></span>
-  </div>
+      the same way. This page then comes to life by itself.</p></div>
+  <pre id="command">curl <span id="origin"></span>/sample -H 'Content-Type: application/json'<span
+    class="locked"> -H 'Authorization: Bearer &lt;token>'</span> -d '[
+{"CompanyId": "acme", "BankEntryText": "Office rent May", "BankEntryAmount": "> -10000",
+  "AccountNumber": "6300"},
+{"CompanyId": "acme", "BankEntryText": "Train to Oslo", "BankEntryAmount": "> -100",
+  "AccountNumber": "7140"}]'</pre>
 </section>
-
 <div id="report" hidden>
+<section id="review" aria-labelledby="review-title">
+  <div id="bar">
+    <h2 id="review-title">Review</h2>
+    <label>Company <span class="combo"><input id="company" autocomplete="off" maxlength="100"
+      placeholder="all"></span></label>
+    <label>Show <select id="reviewed"><option value="no yes">unseen ones first
+      <option value="no">unseen ones only<option value="yes">others only</select></label>
+    <label>Confidence <select id="below"><option value="">any</select></label>
+    <label>Order <select id="order"><option value="confidence">least sure first
+      <option value="newest">newest first</select></label>
+    <button id="help" type="button">Keys</button>
+  </div>
+  <div id="desk">
+    <div>
+      <p id="empty" role="status"></p>
+      <table id="list" class="bookings" role="table" aria-labelledby="review-title"></table>
+      <p class="buttons"><button id="more" type="button">More</button>
+        <button id="fresh" type="button">Show what has come since</button></p>
+    </div>
+    <aside id="panel" aria-label="The chosen booking">
+      <p id="when" class="muted"></p>
+      <p id="text" class="clip"></p>
+      <dl id="facts"><dt>Amount</dt><dd id="amount"></dd><dt>Booked to</dt><dd id="booked"></dd>
+        <dt>Suggested</dt><dd id="suggested"></dd></dl>
+      <div id="buttons"></div>
+      <label id="choose" hidden>Account, by number or name
+        <span class="combo"><input id="account" autocomplete="off" maxlength="100"></span></label>
+      <p id="said" role="status"></p>
+      <div id="why" class="suggestions" hidden><p></p><p></p><p class="muted">By what is learned
+        by now, from this booking too unless it is unseen.</p><ol></ol></div>
+      <details id="session" hidden><summary></summary><ul></ul></details>
+    </aside>
+  </div>
+</section>
+<section id="own" class="part" aria-labelledby="own-title" hidden>
+  <div class="lead"><h2 id="own-title"></h2>
+    <dl id="own-figures"></dl>
+    <p class="buttons"><button id="download" type="button">Download as CSV</button>
+      <button id="forget" type="button">Forget …</button>
+      <button id="all" type="button">All companies</button></p>
+    <p id="own-said" role="status"></p></div>
+  <div id="own-tables">
+    <div tabindex="0" role="region" aria-label="Its accounts"><table id="accounts-of"></table></div>
+    <div tabindex="0" role="region" aria-label="Its latest bookings"><table id="latest-of"></table>
+    </div>
+  </div>
+</section>
 <section class="part" aria-labelledby="curve-title">
-  <div class="lead">
-    <h2 id="curve-title">How well it has learned</h2>
-    <p class="muted">Each booking is predicted before it is learned. A point covers the 1,000
-      bookings before it.</p>
-    <div data-of="curve">
-      <p id="when"></p>
-      <dl id="legend"></dl>
-      <p class="muted">Precision and recall are means over the accounts: a rare one counts as much
-        as a common one.</p>
-    </div>
-  </div>
-  <div>
-    <p class="none" data-of="curve">Nothing has been predicted yet. The next bookings will be.</p>
-    <div id="curve" class="chart" data-of="curve">
-      <svg role="img"></svg>
-      <div role="slider" tabindex="0" aria-label="Point of the learning curve"></div>
-    </div>
-  </div>
+  <div class="lead"><h2 id="curve-title">How well it has learned</h2>
+    <p>Bookings: <b id="samples"></b>, accounts: <b id="accounts"></b>,
+      companies: <b id="companies"></b>. <span id="unseen"></span></p>
+    <dl id="legend"></dl>
+    <p class="muted">Of the last 1,000 predictions, each made before its booking was learned.
+      Accuracy: how many were right. Precision: of an account’s suggestions, how many were right.
+      Recall: of an account’s bookings, how many were suggested. Both are means over the accounts:
+      a rare one counts as much as a common one.</p></div>
+  <div><p class="none" data-of="curve">Nothing is predicted yet. The next bookings will be.</p>
+    <div id="curve" data-of="curve"><svg role="img"></svg></div></div>
 </section>
-
 <section class="part" aria-labelledby="coverage-title">
-  <div class="lead">
-    <h2 id="coverage-title">How much can be booked unseen</h2>
+  <div class="lead"><h2 id="coverage-title">How much can be booked unseen</h2>
     <p id="sentence" data-of="confidence"></p>
-    <p class="muted" data-of="confidence">Rests on the last <span id="checks"></span>.
-      The dots are the confidence a suggestion must have to be booked unseen:
-      the higher, the fewer but the surer. ± and the lines through the dots: one standard error.</p>
-    <label>Company <input id="company" autocomplete="off" maxlength="100" placeholder="all"></label>
-  </div>
-  <div>
-    <p id="none" class="none" data-of="confidence" role="status"></p>
-    <div class="coverage" data-of="confidence">
-      <div id="coverage" class="chart">
-        <svg role="img"></svg>
-        <div role="slider" tabindex="0" aria-label="Confidence to book unseen"></div>
-      </div>
-      <table id="steps">
-        <thead><tr><th scope="col">Confidence from</th>
-          <th scope="col" class="number">Booked unseen</th>
-          <th scope="col" class="number">Right of these</th>
-          <th scope="col" class="number">Wrong in 1,000 bookings</th></tr></thead>
-        <tbody></tbody>
-      </table>
-    </div>
-  </div>
+    <p class="muted" data-of="confidence"><span id="of-whom"></span>Rests on the last
+      <span id="checks"></span>. The more confidence a suggestion must have, the fewer are booked
+      unseen, and the surer. ±: one standard error.</p></div>
+  <div><p id="none" class="none" data-of="confidence" role="status"></p>
+    <table id="steps" data-of="confidence"></table></div>
 </section>
-
 <section class="part" aria-labelledby="try-title">
-  <div class="lead">
-    <h2 id="try-title">Try a sample</h2>
-    <p class="muted">It only asks. Nothing is booked or learned. Confidence is how often past
-      suggestions like the first were right: the company’s own and, while these are few, those of
-      all companies. The other suggestions share the rest.</p>
+  <div class="lead"><h2 id="try-title">Try a sample</h2>
+    <p class="muted">It only asks. Confidence is how often past suggestions like the first were
+      right: the company’s own and, while these are few, those of all. Others share the rest.</p>
     <form id="try">
       <label>Company <input name="CompanyId" required autocomplete="off"></label>
       <label>Text <input name="BankEntryText" required autocomplete="off"></label>
       <label>Amount <input name="BankEntryAmount" required autocomplete="off"></label>
       <button type="submit">Suggest an account</button>
-    </form>
-  </div>
-  <div id="suggestions">
-    <p id="verdict" role="status">The suggestions appear here, with the reasons for each.</p>
-    <p id="record" role="status"></p>
-    <p id="weights" class="muted" hidden>A weight above zero speaks for the account, one below zero
-      for the account it is compared with. Each 0.7 doubles the odds; the weights add up.</p>
-    <ol id="ranking"></ol>
-  </div>
-</section>
-
-<section class="part" aria-labelledby="wrong-title">
-  <div class="lead">
-    <h2 id="wrong-title">Latest wrong ones</h2>
-    <p class="muted">Booked otherwise than predicted, newest first. They are learned by now, but
-      for those booked unseen: try them again.</p>
-    <p class="muted held">Held still while you use it.</p>
-  </div>
-  <div>
-    <p class="none" data-of="wrong">None yet.</p>
-    <table id="wrong" class="bookings" role="table" aria-labelledby="wrong-title"
-      data-of="wrong"></table>
-  </div>
-</section>
-
-<section class="part" aria-labelledby="unsure-title">
-  <div class="lead">
-    <h2 id="unsure-title">Least sure ones</h2>
-    <p class="muted">Of the last 1,000 predictions, those to look at first, right or wrong.</p>
-    <p class="muted held">Held still while you use it.</p>
-  </div>
-  <div>
-    <p class="none" data-of="unsure">None yet.</p>
-    <table id="unsure" class="bookings" role="table" aria-labelledby="unsure-title"
-      data-of="unsure"></table>
-  </div>
+    </form></div>
+  <div id="suggestions" class="suggestions">
+    <p role="status">The suggestions appear here, with the reasons for each.</p>
+    <p role="status"></p>
+    <p class="muted" hidden>A weight above zero speaks for the account, one below zero for the
+      account it is compared with. Each 0.7 doubles the odds; the weights add up.</p><ol></ol></div>
 </section>
 </div>
+<dialog id="forgetting" aria-labelledby="forgetting-title"><form>
+  <h2 id="forgetting-title"></h2>
+  <p>Its bookings leave the log, and what they taught leaves the model. This cannot be undone.
+    Backups are yours to delete.</p>
+  <label><span>Type <b id="to-type"></b></span><input id="typed" autocomplete="off"></label>
+  <p class="buttons"><button type="submit">Forget it</button>
+    <button type="button" data-close>Cancel</button></p>
+  <p id="forget-said" role="status"></p></form></dialog>
+<dialog id="keys" aria-labelledby="keys-title">
+  <h2 id="keys-title">Keys</h2>
+  <table id="shortcuts"></table>
+  <p class="buttons"><input id="keys-on" type="checkbox"> <label for="keys-on">Keys work outside of
+    fields</label> <button type="button" data-close>Close</button></p></dialog>
 </main>
-<footer class="muted">
-  <span>For programs: <a href="openapi.json">openapi.json</a><span id="locked" hidden>, with the
-    token</span></span>
-  <span id="engine"></span>
+<footer class="muted">For programs: <a href="openapi.json">openapi.json</a>
+  <span class="locked" hidden>with the token</span>
 </footer>
 <script>
 'use strict';
-
-const PAUSE = 2000, LONGEST_PAUSE = 10000, TIMEOUT = 10000; // milliseconds
-const STEPS = [0, 0.5, 0.8, 0.9, 0.95, 0.99]; // confidences with a row, and most with a dot
-const USUAL = 0.9; // the confidence shown while none is pointed at
+const PAUSE = 2000, LONGEST_PAUSE = 10000, TIMEOUT = 10000, LONG = 600000; // milliseconds
+const REREAD = 10000; // milliseconds after which a company's own view is asked for anew
+const STEPS = [0, 0.5, 0.8, 0.9, 0.95, 0.99]; // confidences with a row
 const ENOUGH = 100; // bookings, to say what can be booked unseen
 const CHECKED = 16; // bookings that a check stands for
 const REASONS = 13; // shown for one suggestion: a long text has hundreds
-const EXAMPLES = [
-  ['acme', 'Office rent May', '> -10000', '6300'],
-  ['acme', 'Train to Oslo', '> -100', '7140'],
-];
-const MEANINGS = {
-  accuracy: 'of all suggestions, how many were right',
-  precision: 'of an account’s suggestions, how many were right',
-  recall: 'of an account’s bookings, how many were suggested',
+const AT_ONCE = 500, TIMES = 20; // bookings in one answer, and answers, to look for names
+const FIRST = 10, MORE = 25, LATEST = 12; // bookings in a list
+const SCORES = ['accuracy', 'precision', 'recall'];
+const KEYS = { // what each presses, how that is called, and what it does
+  c: ['confirm', 'Confirm', 'confirm it: the account is right'],
+  a: ['other', 'Change', 'book it to another account'],
+  w: ['ask', 'Why', 'say why this was suggested'], u: ['undo', 'Undo', 'take the last change back'],
+  k: ['previous', 'Previous', 'go to the one before'], j: ['next', 'Next', 'go to the next one'],
+  '/': ['company', '', 'choose a company'], '?': ['help', '', 'show these keys'],
 };
-const SCORES = Object.keys(MEANINGS);
-const COLUMNS = ['Company', 'Text', 'Amount', 'Booked', 'Predicted', 'Confidence'];
+const HEADS = { // of tables, those with a # over figures
+  list: ['Date', 'Company', 'Text', '#Amount', 'Booked to', 'Suggested', '#Confidence'],
+  'accounts-of': ['Its accounts', '#Bookings', 'Last one'],
+  'latest-of': ['Its latest', 'Text', '#Amount', 'Booked to'],
+  steps: ['Confidence from', '#Booked unseen', '#Right of these', '#Wrong in 1,000 bookings'],
+  shortcuts: ['Key', 'What it does'],
+};
 
 const $ = (id) => document.getElementById(id);
+const on = (id, event, act) => $(id).addEventListener(event, act);
 const near = (a, b) => Math.abs(a - b) < 1e-6;
-const isStep = (point) => STEPS.some((step) => near(step, point.at_least));
 const count = (number) => number.toLocaleString('en');
 const score = (number) => number == null ? '–' : number.toFixed(3);
 const percent = (share, digits = 1) => share == null ? '–' : `${(100 * share).toFixed(digits)}%`;
 const signed = (number) => `${number < 0 ? '−' : '+'}${Math.abs(number).toFixed(2)}`;
-
+const asQuery = (filters) =>
+  new URLSearchParams(Object.entries(filters).filter(([, text]) => text)).toString();
 // What the service says gets into the page as text, by the next three only.
 
-function put(node, text) {
-  if (node.textContent !== text) node.textContent = text;
-}
-
-function make(tag, properties, ...children) {
-  const node = Object.assign(document.createElement(tag), properties);
-  node.append(...children);
-  return node;
-}
-
-function shape(tag, attributes, ...children) {
+const put = (node, text) => { if (node.textContent !== text) node.textContent = text; };
+const holding = (node, children) => { node.append(...children); return node; };
+const make = (tag, properties, ...children) =>
+  holding(Object.assign(document.createElement(tag), properties), children);
+const shape = (tag, attributes, ...children) => {
   const node = document.createElementNS('http://www.w3.org/2000/svg', tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
-
-function value(text, most = 150) { // characters: laying out 10,000 of them takes seconds
-  return make('bdi', { title: text }, text.length > most ? `${text.slice(0, most)}…` : text);
-}
-
+  Object.entries(attributes).forEach((each) => node.setAttribute(...each));
+  return holding(node, children);
+};
+const value = (text, most = 150) => // characters: laying out 10,000 of them takes seconds
+  make('bdi', { title: text }, text.length > most ? `${text.slice(0, most)}…` : text);
 const clip = (...children) => make('span', { className: 'clip' }, ...children);
 const cell = (...children) => make('td', { role: 'cell' }, ...children);
 const number = (...children) => make('td', { role: 'cell', className: 'number' }, ...children);
-const quiet = (text) => make('span', { className: 'muted' }, text);
+const quiet = (...children) => make('span', { className: 'muted' }, ...children);
+const whole = (...children) => make('span', { className: 'whole' }, ...children); // in one line
+const row = (...cells) => make('tr', { role: 'row' }, ...cells);
+const button = (how, ...children) => make('button', { type: 'button', ...how }, ...children);
+const day = ({ BankEntryDate: date }) => date?.slice(0, 10) || '–';
+const names = new Map(); // of accounts
+const account = (id) => // with its name
+  [whole(value(id, 40)), ...names.has(id) ? [' ', quiet(value(names.get(id)))] : []];
+const filled = new Map();
+function fill(id, items, line) { // a table, unless it shows these
+  const state = JSON.stringify(items);
+  if (filled.get(id) !== state) $(id).tBodies[0].replaceChildren(...items.map(line));
+  filled.set(id, state);
+}
 
 // ------------------------------------------------------------------------------------ The service
-
-class Refused extends Error {}
-
-async function call(path, body) {
+class Refused extends Error {} // its cause is the status, 0 without an answer
+async function call(path, { body, method, text = false, timeout = TIMEOUT } = {}) {
   const token = sessionStorage.getItem('token');
-  const headers = token ? { Authorization: `Bearer ${token}` } : {};
-  const options = { headers, signal: AbortSignal.timeout(TIMEOUT) };
-  if (body) {
-    headers['Content-Type'] = 'application/json';
-    Object.assign(options, { method: 'POST', body: JSON.stringify(body) });
+  const headers = { ...token && { Authorization: `Bearer ${token}` },
+    ...body && { 'Content-Type': 'application/json' } };
+  const options = { method: method ?? (body ? 'POST' : 'GET'), headers,
+    body: body && JSON.stringify(body), signal: AbortSignal.timeout(timeout) };
+  let response, answer;
+  try {
+    response = await fetch(path, options);
+    answer = await (response.ok && text ? response.text() : response.json());
+  } catch ({ name }) {
+    const odd = name === 'SyntaxError'; // a proxy's own answer
+    throw new Refused(odd ? `something answered ${response.status}, not the service`
+      : name === 'TimeoutError' ? 'the service took too long to answer'
+        : 'the service is not reachable', { cause: odd ? response.status : 0 });
   }
-  const response = await fetch(path, options);
-  const answer = await response.json();
   if (response.status === 401) askForToken(token);
   if (!response.ok) throw new Refused(answer.error, { cause: response.status });
   return answer;
 }
 
+function sentence(error) {
+  if (!(error instanceof Refused)) throw error;
+  return `${error.message[0].toUpperCase()}${error.message.slice(1)}.`;
+}
+async function telling(node, first, act) { // and then what comes of it
+  put(node, first);
+  put(node, await act().catch(sentence));
+}
 function askForToken(refused) {
   // A newer token may have been entered while this request was on its way.
   if (sessionStorage.getItem('token') !== refused) return;
   sessionStorage.removeItem('token');
-  put($('why'), refused ? 'The service refused this token. Enter another one.'
+  put($('wanted'), refused ? 'The service refused this token. Enter another one.'
     : 'This service answers only those who send its token.');
   $('access').hidden = false;
   if ($('report').hidden) $('token').focus();
 }
-
-$('access').addEventListener('submit', (event) => {
+on('access', 'submit', (event) => {
   event.preventDefault();
   sessionStorage.setItem('token', $('token').value);
   $('token').value = '';
-  put($('why'), 'Asking the service.');
+  put($('wanted'), 'Asking the service.');
   refresh();
 });
-
 let busy = false, pause = PAUSE, timer, seen, company = '';
-
-async function overview() {
-  try {
-    return await call(company ? `overview?${new URLSearchParams({ company })}` : 'overview');
-  } catch (error) {
-    if (error.cause !== 404) throw error;
-    return { ...await call('overview'), confidence: [], unknown: error.message };
-  }
-}
+const overview = () => call(`overview?${asQuery({ company })}`).catch(async (error) => {
+  if (error.cause !== 404) throw error;
+  return { ...await call('overview'), confidence: [], unknown: sentence(error) };
+});
 
 async function refresh() {
   const waiting = !$('access').hidden && sessionStorage.getItem('token') === null;
@@ -4902,277 +4862,147 @@ async function refresh() {
     put($('state'), status === 'ok' ? 'Connected' : `Connected, but ${status}`);
   } catch (error) {
     pause = Math.min(2 * pause, LONGEST_PAUSE);
-    const why = !(error instanceof Refused) ? 'Not reachable'
-      : error.cause === 401 ? 'Token needed' : `Not answering: ${error.message}`;
+    const why = error.cause === 0 ? 'Not reachable' : error.cause === 401 ? 'Token needed'
+      : `Not answering: ${error.message}`;
     $('state').className = 'bad';
     put($('state'), seen ? `${why}; last figures from ${seen}` : why);
+    if (!(error instanceof Refused)) throw error;
+  } finally {
+    busy = false;
+    timer = setTimeout(refresh, asked === company ? pause : 0);
   }
-  busy = false;
-  timer = setTimeout(refresh, asked === company ? pause : 0);
 }
-
 document.addEventListener('visibilitychange', refresh);
 
-$('company').addEventListener('change', () => {
-  company = $('company').value;
-  refresh();
-});
-
-// ------------------------------------------------------------------------------------- The charts
-
-const MARKS = { // around 0 0
-  accuracy: 'M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0-9 0z',
-  precision: 'M-4-4h8v8h-8z',
-  recall: 'M0-5.5l5.5 5.5l-5.5 5.5l-5.5-5.5z',
-};
-
-function closest(points, distance) {
-  return points.reduce((best, point) => distance(point) <= distance(best) ? point : best);
-}
-
+// -------------------------------------------------------------------------------------- The curve
+let points = [];
 function ticks(end, most) {
   const power = 10 ** Math.floor(Math.log10(end / most));
   const step = power * [1, 2, 5, 10].find((times) => times * power * most >= end);
   return Array.from({ length: Math.floor(end / step + 1e-6) + 1 }, (_, index) => index * step);
 }
-
-/* A line chart whose cursor follows the pointer and the arrow keys. Its design:
-   names, of the values; key, what names a point; usual, the key to show without a cursor;
-   x(point) and end(points), where the axis ends; floors, where the other axis may start;
-   xName, yName, xText, yText, of the axes; label(point), of one that gets a dot;
-   tell(point), which shows it elsewhere on the page too, and returns it in words. */
-class Chart {
-  constructor(box, design) {
-    Object.assign(this, design, { box, points: [], cursor: null });
-    [this.svg, this.handle] = box.children;
-    const follow = (event) => this.moveTo(
-      closest(this.points, (point) => Math.abs(this.left(point) - event.offsetX)));
-    this.handle.addEventListener('pointermove', follow);
-    this.handle.addEventListener('pointerdown', follow);
-    this.handle.addEventListener('pointerleave', (event) => {
-      if (event.pointerType === 'mouse') this.moveTo(null);
-    });
-    this.handle.addEventListener('focus', () => this.moveTo(this.current()));
-    this.handle.addEventListener('blur', () => this.moveTo(null));
-    this.handle.addEventListener('keydown', (event) => this.press(event));
-    new ResizeObserver(() => this.draw()).observe(box);
+function draw() {
+  const { clientWidth: width, clientHeight: height } = $('curve');
+  if (!width || !points.length) return;
+  const start = 30, stop = width - 26, top = 8, bottom = height - 44, end = points.at(-1).bookings;
+  const across = (x) => start + (stop - start) * x / end, down = (y) => bottom - (bottom - top) * y;
+  const text = (x, y, anchor, words) => shape('text', { x, y, 'text-anchor': anchor }, words);
+  const path = (name, d) => shape('path', { class: name, d });
+  const parts = [text(stop, height - 4, 'end', 'bookings')];
+  for (const y of [0, 0.2, 0.4, 0.6, 0.8, 1]) {
+    parts.push(path(y ? 'grid' : 'axis', `M${start} ${down(y)}H${stop}`),
+      text(start - 8, down(y) + 4, 'end', y.toFixed(1)));
   }
-
-  show(points) {
-    if (!changed(this, points) || !points.length) return; // without points it is hidden
-    this.points = points;
-    this.draw();
+  for (const x of ticks(end, Math.floor((stop - start) / 70)).filter(Number.isInteger)) {
+    parts.push(path('axis', `M${across(x)} ${bottom}v5`),
+      text(across(x), bottom + 19, 'middle', count(x)));
   }
+  const way = (name) => points.map((each) => `${across(each.bookings)} ${down(each[name])}`);
+  parts.push(...SCORES.map((name) => path(`line ${name}`, `M${way(name).join('L')}`)));
+  const [svg] = $('curve').children, words = SCORES.map((name) =>
+    `${name} from ${score(points[0][name])} to ${score(points.at(-1)[name])}`);
+  svg.replaceChildren(...parts);
+  svg.ariaLabel = `Over ${count(end)} bookings: ${words.join(', ')}.`;
+}
 
-  current() {
-    const wanted = this.cursor ?? this.usual;
-    return closest(this.points, (point) => Math.abs(point[this.key] - wanted));
+new ResizeObserver(draw).observe($('curve'));
+for (const name of SCORES) {
+  const sample = shape('svg', { viewBox: '0 0 32 12', 'aria-hidden': true },
+    shape('path', { class: `line ${name}`, d: 'M0 6h32' }));
+  $('legend').append(make('dt', {}, sample, name), make('dd', { id: name }));
+}
+
+// --------------------------------------------------------------------------------- The completion
+/* A field with completion. `found(text)` gives what fits, best first: [choice, ...what is shown of
+   it]; `choose` takes a choice; `reset` is for Escape; `leave` takes the text that is left. */
+class Completion {
+  constructor(id, ariaLabel, does) {
+    Object.assign(this, { field: $(id), leave() {} }, does);
+    this.list = make('ul', { id: `${id}-list`, role: 'listbox', ariaLabel });
+    this.list.addEventListener('pointerdown', (event) => event.preventDefault()); // keeps the focus
+    this.field.after(this.list);
+    this.field.setAttribute('aria-controls', this.list.id);
+    Object.assign(this.field, { role: 'combobox', ariaAutoComplete: 'list' });
+    on(id, 'input', () => this.open());
+    on(id, 'focus', () => { this.field.select(); this.open(); });
+    on(id, 'blur', () => { this.show([]); this.leave(this.field.value); });
+    on(id, 'keydown', (event) => this.press(event));
+    this.show([]);
   }
+  open(at = 0) { this.show(this.found(this.field.value), at); }
 
-  moveTo(point) {
-    this.cursor = point && point[this.key];
-    this.mark();
+  show(choices, at = 0) {
+    this.at = Math.max(0, Math.min(at, choices.length - 1));
+    this.choice = choices[this.at]?.[0] ?? null;
+    this.list.replaceChildren(...choices.map(([choice, ...shown], place) => make('li', {
+      role: 'option', id: `${this.list.id}-${place}`, ariaSelected: String(place === this.at),
+      onclick: () => this.take(choice) }, ...shown)));
+    this.list.hidden = !choices.length;
+    this.field.ariaExpanded = String(!this.list.hidden);
+    this.field.setAttribute('aria-activedescendant', this.list.children[this.at]?.id ?? '');
+    this.list.children[this.at]?.scrollIntoView({ block: 'nearest' });
   }
-
+  take(choice) { this.show([]); this.choose(choice); }
   press(event) {
-    const index = this.points.indexOf(this.current()), last = this.points.length - 1;
-    const target = {
-      ArrowLeft: index - 1, ArrowDown: index - 1, PageDown: index - 10, Home: 0,
-      ArrowRight: index + 1, ArrowUp: index + 1, PageUp: index + 10, End: last,
-    }[event.key];
-    if (target === undefined) return;
+    const way = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+    if (event.key === 'Enter') this.take(this.choice ?? this.field.value);
+    else if (event.key === 'Escape') { this.show([]); this.reset(); }
+    else if (way) this.open(this.list.hidden ? 0 : this.at + way);
+    else return;
     event.preventDefault();
-    this.moveTo(this.points[Math.max(0, Math.min(last, target))]);
-  }
-
-  draw() {
-    const width = this.box.clientWidth, height = this.box.clientHeight;
-    if (!width || !this.points.length) return;
-    const start = 44, stop = width - 26, top = 40, bottom = height - 44;
-    const end = this.end(this.points);
-    const lowest = Math.min(...this.points.flatMap((p) => this.names.map((name) => p[name])));
-    const floor = this.floors.find((each) => each <= lowest);
-    const across = (x) => start + (stop - start) * x / end;
-    const down = (y) => bottom - (bottom - top) * (y - floor) / (1 - floor);
-    this.left = (point) => across(this.x(point));
-    const within = (y) => down(Math.max(floor, Math.min(1, y)));
-    this.dot = (name, point) => {
-      const [x, y, error = 0] = [this.left(point), point[name], point.error];
-      return shape('g', { class: name },
-        shape('path', { class: 'error-bar', d: `M${x} ${within(y - error)}V${within(y + error)}` }),
-        shape('path', { class: 'mark', d: MARKS[name], transform: `translate(${x} ${down(y)})` }));
-    };
-    this.rod = (point) =>
-      shape('path', { class: 'axis', d: `M${this.left(point)} ${top}V${bottom}` });
-
-    const parts = [shape('text', { x: 0, y: 12 }, this.yName),
-      shape('text', { x: stop, y: height - 4, 'text-anchor': 'end' }, this.xName)];
-    for (const y of [0, 1, 2, 3, 4, 5].map((step) => floor + (1 - floor) * step / 5)) {
-      parts.push(
-        shape('path', { class: y === floor ? 'axis' : 'grid', d: `M${start} ${down(y)}H${stop}` }),
-        shape('text', { x: start - 8, y: down(y) + 4, 'text-anchor': 'end' }, this.yText(y)));
-    }
-    for (const x of ticks(end, Math.floor((stop - start) / 70))) {
-      parts.push(shape('path', { class: 'axis', d: `M${across(x)} ${bottom}v5` }),
-        shape('text', { x: across(x), y: bottom + 19, 'text-anchor': 'middle' }, this.xText(x)));
-    }
-    for (const name of this.names) {
-      const way = this.points.map((point) => `${this.left(point)} ${down(point[name])}`);
-      parts.push(shape('path', { class: `line ${name}`, d: `M${way.join('L')}` }));
-    }
-    let above = width + 6, below = width; // where the label to the right begins
-    for (const point of this.points.filter(this.label).reverse()) {
-      const x = this.left(point), y = down(point[this.names[0]]), text = this.label(point);
-      parts.push(this.dot(this.names[0], point));
-      if (x + 34 <= above) {
-        above = x;
-        parts.push(shape('text', { class: 'name', x: x + 6, y: y - 8 }, text));
-      } else if (x <= below && x - 34 > start) {
-        below = x - 34;
-        const place = { class: 'name', x: x - 6, y: y + 16, 'text-anchor': 'end' };
-        parts.push(shape('text', place, text));
-      }
-    }
-    this.pointer = shape('g', {});
-    this.svg.replaceChildren(...parts, this.pointer);
-    this.mark();
-  }
-
-  mark() {
-    const point = this.current();
-    this.pointer.replaceChildren(...this.cursor === null ? [] : [this.rod(point)],
-      ...this.names.map((name) => this.dot(name, point)));
-    const words = this.tell(point);
-    if (this.cursor === null) this.svg.setAttribute('aria-label', words);
-    Object.assign(this.handle, { ariaValueMin: 0, ariaValueMax: this.points.length - 1,
-      ariaValueNow: this.points.indexOf(point), ariaValueText: words });
   }
 }
 
-for (const [name, meaning] of Object.entries(MEANINGS)) {
-  const sample = shape('svg', { viewBox: '-16 -6 32 12', 'aria-hidden': true },
-    shape('path', { class: `line ${name}`, d: 'M-16 0h32' }),
-    shape('path', { class: `mark ${name}`, d: MARKS[name] }));
-  $('legend').append(make('div', {}, make('dt', {}, sample, name),
-    make('dd', { id: `at-${name}` }), make('dd', { className: 'muted' }, meaning)));
-}
-
-const curve = new Chart($('curve'), {
-  names: SCORES, key: 'bookings', usual: Infinity, floors: [0], label: () => null,
-  x: (point) => point.bookings, end: (points) => points.at(-1).bookings,
-  xName: 'bookings', xText: (x) => Number.isInteger(x) ? count(x) : '',
-  yName: 'score', yText: (y) => y.toFixed(1),
-  tell(point) {
-    const when = `After ${count(point.bookings)} bookings`;
-    put($('when'), when);
-    for (const name of SCORES) put($(`at-${name}`), score(point[name]));
-    return `${when}: ${SCORES.map((name) => `${name} ${score(point[name])}`).join(', ')}.`;
-  },
-});
-
-const coverage = new Chart($('coverage'), {
-  names: ['accuracy'], key: 'at_least', usual: USUAL, floors: [0.9, 0.5, 0],
-  label: (point) => point.at_least > 0 && isStep(point) ? percent(point.at_least, 0) : null,
-  x: (point) => point.share, end: () => 1,
-  xName: 'booked unseen, of all', xText: (x) => percent(x, 0),
-  yName: 'right, of those booked unseen', yText: (y) => percent(y, 0),
-  tell(point) {
-    const words = `If it books by itself from ${percent(point.at_least, 0)} confidence on: `
-      + `${percent(point.share)} of the bookings, ${percent(point.accuracy)} ± `
-      + `${percent(point.error)} of them right.`;
-    put($('sentence'), words);
-    for (const row of $('steps').tBodies[0].rows) {
-      row.classList.toggle('chosen', near(row.dataset.from, point.at_least));
-    }
-    return words;
-  },
-});
-
-// ------------------------------------------------------------------------------------- The tables
-
-const states = new Map();
-
-function changed(key, what) {
-  const state = JSON.stringify(what);
-  return states.get(key) !== state && Boolean(states.set(key, state));
-}
-
-function fill(table, items, row) {
-  const body = table.tBodies[0], selection = getSelection();
-  const held = body.matches('.bookings :hover, .bookings :focus-within')
-    || selection.type === 'Range' && selection.containsNode(body, true);
-  if (body.rows.length && held || !changed(table, items)) return;
-  body.replaceChildren(...items.map(row));
-}
-
-function step({ at_least: from, share, accuracy, error }) {
-  const [wrong, within] = accuracy == null ? ['–', '']
-    : [count(Math.round(1000 * share * (1 - accuracy))), ` ± ${percent(error)}`];
-  const row = make('tr', {}, make('th', { scope: 'row' }, percent(from, 0)),
-    number(percent(share)), number(percent(accuracy), quiet(within)), number(wrong));
-  row.dataset.from = from;
-  return row;
-}
-
-function booking({ seq, company, text, amount, booked, predicted, confidence, reviewed }) {
-  const again = () => {
-    const sample = { CompanyId: company, BankEntryText: text, BankEntryAmount: amount };
-    for (const [name, what] of Object.entries(sample)) {
-      // A field drops line ends, and the words around them would become one.
-      $('try').elements[name].value = what.replaceAll('\n', ' ');
-    }
-    $('try').closest('section').scrollIntoView();
-    $('try').elements.CompanyId.focus({ preventScroll: true });
-    suggest(sample);
-  };
-  const texts = [company, text, amount, booked, predicted];
-  const cells = [...texts.map((what) => cell(clip(value(what)))), number(percent(confidence))];
-  cells.forEach((each, index) => { each.dataset.name = COLUMNS[index]; });
-  if (!reviewed) cells[3].append(quiet('unseen'));
-  const button = { type: 'button', onclick: again, ariaLabel: `Try booking ${seq}` };
-  return make('tr', { role: 'row' }, ...cells, cell(make('button', button, 'Try')));
-}
-
-for (const table of [$('wrong'), $('unsure')]) {
-  const names = [...COLUMNS, ''].map((name) => make('th', { scope: 'col', role: 'columnheader',
-    className: name === 'Confidence' ? 'number' : '' }, name));
-  table.append(make('thead', { role: 'rowgroup' }, make('tr', { role: 'row' }, ...names)),
-    make('tbody', { role: 'rowgroup' }));
+// What fits a text: first what is equal to it, then what begins with it, then what holds it.
+function fitting(items, text, words) {
+  const wanted = text.trim().toLowerCase();
+  const rank = (item) => Math.min(...words(item).map((word) => {
+    const at = word.toLowerCase().indexOf(wanted);
+    return at < 0 ? 3 : word.length === wanted.length ? 0 : Math.min(at, 1) + 1;
+  }));
+  return items.map((item) => [rank(item), item]).filter(([place]) => place < 3)
+    .sort(([x], [y]) => x - y).slice(0, 50).map(([, item]) => item);
 }
 
 // -------------------------------------------------------------------------------- The suggestions
+const turns = new WeakMap();
+let checked = false;
 
-let asked = 0, checked = false;
-
-async function suggest(sample) {
-  const turn = ++asked;
-  let suggestions = [], record, verdict, basis = [];
+async function suggest(box, sample) {
+  const turn = {}, [told, rest, note, ranking] = box.children;
+  turns.set(box, turn);
+  let suggestions = [], verdict, basis = [];
   try {
-    ({ suggestions, record } = await call('suggest?top=5', sample));
-    const { account, confidence } = suggestions[0];
-    basis = rests(sample.CompanyId, account, record);
-    verdict = ['Most likely ', make('b', {}, value(account, 40)),
-      `, with ${percent(confidence)} confidence.`];
+    const { record, ...found } = await call('suggest?top=5', { body: sample });
+    const [{ account: first, confidence, over, reasons }] = found.suggestions;
+    const isNew = record.known === 'nothing of the company';
+    if (isNew && over && reasons.every(({ kind }) => kind === 'amount')) {
+      verdict = ['Nothing is known of this company yet, nor of these words.'];
+    } else {
+      ({ suggestions } = found);
+      verdict = [isNew ? 'Nothing is known of this company yet. By what others book, m' : 'M',
+        'ost likely ', make('b', {}, ...account(first)), `, with ${percent(confidence)} `,
+        'confidence.'];
+      basis = rests(sample.CompanyId, first, record, isNew);
+    }
   } catch (error) {
-    const why = error instanceof Refused ? error.message : 'The service is not reachable.';
-    verdict = [make('span', { className: 'error' }, why)];
+    verdict = [make('span', { className: 'error' }, sentence(error))];
   }
-  if (turn !== asked) return;
-  $('verdict').replaceChildren(...verdict);
-  $('record').replaceChildren(...basis);
-  $('ranking').replaceChildren(...suggestions.map(suggestion));
-  $('weights').hidden = suggestions.length < 2;
+  if (turn !== turns.get(box)) return;
+  told.replaceChildren(...verdict);
+  rest.replaceChildren(...basis);
+  ranking.replaceChildren(...suggestions.map(suggestion));
+  note.hidden = suggestions.length < 2;
 }
 
-function rests(company, account, { known, own, all }) {
-  const whose = value(company, 40), evidence = 'with about as much evidence';
-  const its = known === 'nothing of the company' ? ['Nothing is known of ', whose, ' yet.']
-    : tally(make('span', {}, whose, '’s own'), ['of ', value(account, 40), ` ${evidence}`], own);
+function rests(name, first, { known, own, all }, isNew) {
+  const evidence = 'with about as much evidence';
+  const its = isNew ? [] : [...tally(make('span', {}, value(name, 40), '’s own'),
+    ['of ', value(first, 40), ` ${evidence}`], own), ' '];
   const ofAll = tally('all companies’', [`of any account ${evidence} and ${known} known`], all);
   const note = checked && all.suggestions ? ` A check counts as ${CHECKED} of these.` : '';
-  return [...its, ' ', ...ofAll, note];
+  return [...its, ...ofAll, note];
 }
-
 function tally(whose, which, { suggestions, right }) {
   const [start, end] = suggestions === 0 ? ['There are none yet of ', '.']
     : suggestions === 1 ? ['The only one of ', right ? ' was right.' : ' was wrong.']
@@ -5180,13 +5010,12 @@ function tally(whose, which, { suggestions, right }) {
   return [start, whose, suggestions > 1 ? ` ${count(suggestions)}` : '', ' suggestions ', ...which,
     end];
 }
-
-function suggestion({ account, confidence, over, margin, prior, reasons }, rank) {
+function suggestion({ account: id, confidence, over, margin, prior, reasons }, rank) {
   const sure = make('span', { className: 'bar' }, make('span', {}));
   sure.firstChild.style.width = percent(confidence);
   const why = make('div', {}, over === null ? 'There is no other account yet to compare it with.'
     : weights(over, margin, prior, reasons));
-  const summary = make('summary', {}, clip(value(account)), sure,
+  const summary = make('summary', {}, clip(...account(id)), sure,
     make('span', { className: 'number' }, percent(confidence)));
   return make('li', {}, make('details', { open: rank === 0 }, summary, why));
 }
@@ -5200,93 +5029,512 @@ function weights(over, margin, prior, reasons) {
     const weight = others.reduce((sum, reason) => sum + reason.weight, 0);
     rows.push({ token: `${count(others.length)} more`, kind: '', weight });
   }
-  const most = Math.max(...rows.map((row) => Math.abs(row.weight)));
+  const most = Math.max(...rows.map((each) => Math.abs(each.weight)));
   const body = rows.map(({ token, kind, weight }) => make('tr', {},
     make('td', {}, clip(value(token, 40), ' ', quiet(kind))),
     make('td', {}, weightBar(weight / most)), number(signed(weight))));
   const sum = make('tr', {}, make('td', {}, 'Together'), make('td', {}), number(signed(margin)));
   return make('table', { className: 'reasons' },
-    make('caption', {}, 'For it, and against ', value(over, 40)),
-    make('tbody', {}, ...body, sum));
+    make('caption', {}, 'For it, and against ', value(over, 40)), make('tbody', {}, ...body, sum));
 }
-
 function weightBar(part) {
   const bar = make('span', { className: part < 0 ? 'against' : '' });
-  bar.style.left = percent(0.5 + Math.min(0, part) / 2);
-  bar.style.width = percent(Math.abs(part) / 2);
+  Object.assign(bar.style,
+    { left: percent(0.5 + Math.min(0, part) / 2), width: percent(Math.abs(part) / 2) });
   return make('span', { className: 'bar zero' }, bar);
 }
-
-$('try').addEventListener('submit', (event) => {
+on('try', 'submit', (event) => {
   event.preventDefault();
-  suggest(Object.fromEntries(new FormData($('try'))));
+  suggest($('suggestions'), Object.fromEntries(new FormData($('try'))));
+});
+
+// ------------------------------------------------------------------------------------- The review
+const bookings = new Map(); // by seq, as last heard of
+const companies = new Set(); // that were heard of
+const ledgers = new Map(); // by company: what its last bookings say
+let session = JSON.parse(sessionStorage.getItem('session') ?? '[]'); // changes, the oldest first
+let health, queue, current, storing = false;
+const changeOf = (seq) => session.findLast((change) => change.seq === seq);
+const lineOf = (seq) => $('list').querySelector(`[data-seq="${seq}"]`);
+const pickOf = (seq) => lineOf(seq)?.querySelector('button');
+const say = (text, bad = false) => {
+  put($('said'), text);
+  $('said').classList.toggle('error', bad);
+};
+function hear(booking) {
+  const { seq, sample, account: id, name, predicted, predicted_name: other, reviewed } = booking;
+  const before = bookings.get(seq);
+  bookings.set(seq, booking);
+  companies.add(sample.CompanyId);
+  if (name) names.set(id, name);
+  if (other) names.set(predicted, other);
+  if (before && (before.account !== id || before.reviewed !== reviewed)) redraw(seq);
+  return booking;
+}
+function redraw(seq) {
+  const focused = pickOf(seq) === document.activeElement;
+  lineOf(seq)?.replaceWith(line(bookings.get(seq)));
+  if (focused) pickOf(seq)?.focus();
+  if (seq === current) showChosen();
+}
+function standing({ seq, account: id, reviewed, corrected, booked_by: by }) {
+  const change = changeOf(seq), from = (change ?? corrected)?.from;
+  const words = !reviewed ? ['unseen'] : from && from !== id ? ['was ', value(from, 40)]
+    : from ? ['confirmed'] : by === 'check' ? ['checked'] : null;
+  const className = change ? 'good' : 'muted';
+  return words ? [' ', make('span', { className }, change ? '✓ ' : '· ', ...words)] : [];
+}
+
+function line(booking) {
+  const { seq, sample, account: id, predicted, confidence } = booking, chosen = seq === current;
+  const pick = button({ className: 'pick', onfocus: () => select(seq),
+    tabIndex: chosen ? 0 : -1 }, clip(value(sample.BankEntryText)));
+  pick.setAttribute('aria-describedby', 'when facts');
+  const suggested = changeOf(seq) ? standing(booking)
+    : predicted === id ? [quiet('the same')] : predicted ? account(predicted) : ['–'];
+  const made = row(cell(day(sample)), cell(clip(value(sample.CompanyId))), cell(pick),
+    number(clip(value(sample.BankEntryAmount))), cell(clip(...account(id))),
+    cell(clip(...suggested)), number(percent(confidence)));
+  made.dataset.seq = seq;
+  return Object.assign(made, { className: changeOf(seq) ? 'done' : '',
+    ariaCurrent: chosen ? 'true' : null, onclick: () => pick.focus() });
+}
+
+function select(seq) {
+  const before = current;
+  if (seq === before) return;
+  current = seq;
+  for (const each of [before, seq].filter(lineOf)) {
+    lineOf(each).ariaCurrent = each === seq ? 'true' : null;
+    pickOf(each).tabIndex = each === seq ? 0 : -1;
+  }
+  showChooser(false);
+  showChosen();
+  explain();
+}
+
+function showChosen() {
+  const booking = bookings.get(current);
+  for (const id of ['confirm', 'other', 'ask']) $(id).disabled = !booking;
+  $('panel').hidden = !booking && !session.length;
+  if (!booking) return;
+  const { sample, account: id, predicted, confidence } = booking;
+  const href = `#${asQuery({ company: sample.CompanyId })}`;
+  $('when').replaceChildren(make('a', { href }, value(sample.CompanyId, 60)), ` · ${day(sample)}`);
+  $('text').replaceChildren(value(sample.BankEntryText, 400));
+  $('amount').replaceChildren(value(sample.BankEntryAmount));
+  $('booked').replaceChildren(...account(id), ...standing(booking));
+  $('suggested').replaceChildren(...predicted === null ? ['nothing']
+    : [...predicted === id ? ['the same'] : account(predicted), `, ${percent(confidence)} sure`]);
+}
+
+function explain() {
+  const booking = bookings.get(current), open = $('ask').ariaExpanded === 'true' && booking;
+  $('why').hidden = !open;
+  if (open) suggest($('why'), booking.sample);
+}
+function load() {
+  const filters = { company, below: $('below').value, order: $('order').value };
+  queue = { filters, phases: $('reviewed').value.split(' '), seqs: [], samples: health.samples };
+  return more(FIRST);
+}
+
+async function more(most = MORE) {
+  const asked = queue, isFirst = !asked.seqs.length, lines = [];
+  asked.loading = true;
+  try {
+    for (let missing = most; asked.phases.length && missing > 0;) {
+      const [phase] = asked.phases, { filters, before } = asked;
+      const query = asQuery({ ...filters, reviewed: phase, limit: missing, before });
+      const answer = await call(`bookings?${query}`);
+      if (asked !== queue) return;
+      asked.before = answer.next;
+      if (!answer.next) asked.phases.shift();
+      const found = answer.bookings.map(hear)
+        .filter(({ seq }) => !changeOf(seq) && !asked.seqs.includes(seq));
+      if (found.length && asked.group !== phase) {
+        asked.group = phase;
+        lines.push(row(make('th', { scope: 'rowgroup', role: 'rowheader',
+          colSpan: filters.company ? 6 : 7 },
+          phase === 'no' ? 'Booked unseen, not looked at yet' : 'Booked or seen by a person')));
+      }
+      asked.seqs.push(...found.map(({ seq }) => seq));
+      lines.push(...found.map(line));
+      missing -= found.length;
+    }
+    asked.failed = null;
+  } catch (error) {
+    if (asked !== queue) return;
+    asked.failed = error;
+    if (!isFirst) say(sentence(error), true);
+  } finally {
+    asked.loading = false;
+  }
+  const [body] = $('list').tBodies, none = !asked.seqs.length;
+  body.replaceChildren(...isFirst ? lines : [...body.children, ...lines]);
+  $('list').classList.toggle('one', Boolean(asked.filters.company));
+  $('list').hidden = none;
+  $('more').hidden = none || !asked.phases.length;
+  put($('empty'), !none ? ''
+    : asked.failed ? sentence(asked.failed) : 'There is nothing to review.');
+  if (isFirst && !asked.seqs.includes(current)) select(asked.seqs[0]);
+}
+
+function keepUp(now) {
+  health = now;
+  const failed = queue?.failed && queue.failed.cause !== 404;
+  const stale = !queue || failed || queue.samples !== health.samples;
+  const used = queue?.seqs.length && (queue.used || $('review').matches(':hover, :focus-within'));
+  $('fresh').hidden = !stale || !used;
+  if (stale && !used && !queue?.loading && health.samples) load();
+  if (health.lines !== own.lines && Date.now() - own.at > REREAD) showOwn();
+}
+
+/* Goes to the next booking of the list, or the one before, that it does not skip, if there is one.
+   The focus goes along, unless it is on one of the buttons beside. */
+async function move(way, skip = () => false) {
+  queue.used = true;
+  let at = queue.seqs.indexOf(current) + way;
+  while (skip(queue.seqs[at])) at += way;
+  if (at >= queue.seqs.length && queue.phases.length && !queue.loading) await more();
+  const seq = queue.seqs[at];
+  if (seq === undefined) return ` That was the ${way > 0 ? 'last' : 'first'} one.`;
+  if ($('buttons').contains(document.activeElement)) select(seq);
+  else pickOf(seq).focus();
+  lineOf(seq).scrollIntoView({ block: 'nearest' });
+  return '';
+}
+
+/* Changes a booking, unless one is being changed: looks how it stands now, then sends it to an
+   account if `check` finds nothing to say, and `tell`s what came of it. */
+async function store(seq, check, to, tell) {
+  if (storing || seq === undefined) return;
+  storing = queue.used = true;
+  const slow = setTimeout(() => say('Storing …'), 400);
+  try {
+    const now = hear(await call(`bookings/${seq}`)), objection = check(now);
+    if (objection) return say(`${objection} Nothing was changed.`, true);
+    const { before } = await call('correct', { body: { seq, AccountNumber: to } });
+    ledgers.delete(now.sample.CompanyId);
+    hear({ ...now, account: to, name: names.get(to) ?? null, reviewed: true });
+    const words = tell(now, before);
+    redraw(seq);
+    say(words + (changeOf(seq) ? await move(1, changeOf) : ''));
+  } catch (error) {
+    say(sentence(error), true);
+    if (error.cause === 404) load(); // it was forgotten
+  } finally {
+    clearTimeout(slow);
+    storing = false;
+  }
+}
+
+function book(to) {
+  const seq = current, { account: shown, reviewed } = bookings.get(seq);
+  return store(seq, (now) => now.account !== shown ? `Meanwhile it was booked to ${now.account}.`
+    : now.reviewed !== reviewed ? 'Meanwhile it was confirmed.' : '', to, ({ sample }, from) => {
+    const { CompanyId, BankEntryText } = sample, text = BankEntryText.slice(0, 150);
+    remember([...session, { seq, from, to, unseen: !reviewed, company: CompanyId, text }]);
+    return from === to ? `Confirmed ${to}.` : `Booked to ${to}, no longer to ${from}.`;
+  });
+}
+function takeBack(change) {
+  const { seq, from, to, unseen } = change;
+  return store(seq, (now) => now.account === to ? '' : `Meanwhile it was booked to ${now.account}.`,
+    from, () => {
+      remember(session.filter((each) => each !== change));
+      if ($('list').contains(document.activeElement)) pickOf(seq)?.focus();
+      select(seq);
+      return from !== to ? `Back to ${from}.` : unseen
+        ? `Back on the desk, but learned as ${to} until it is booked to another account.`
+        : 'Back on the desk.';
+    });
+}
+
+function remember(changes) {
+  session = changes;
+  sessionStorage.setItem('session', JSON.stringify(session));
+  const confirmed = session.filter(({ from, to }) => from === to).length;
+  $('session').hidden = $('undo').disabled = !session.length;
+  const [told, list] = $('session').children;
+  put(told, `This session: ${count(confirmed)} confirmed, `
+    + `${count(session.length - confirmed)} changed`);
+  list.replaceChildren(...session.slice(-LATEST).reverse().map((change) => {
+    const what = change.from === change.to ? ['confirmed ', value(change.to, 40)]
+      : [value(change.from, 40), ' → ', value(change.to, 40)];
+    return make('li', {}, make('span', {}, clip(value(change.text)), quiet(...what)),
+      button({ onclick: () => takeBack(change), ariaLabel: `Undo: ${change.text}` }, 'Undo'));
+  }));
+}
+
+const showChooser = (open) => { $('other').ariaExpanded = String(!($('choose').hidden = !open)); };
+const leaveChooser = () => { showChooser(false); (pickOf(current) ?? $('other')).focus(); };
+const chooser = new Completion('account', 'Accounts', {
+  found(text) {
+    const { sample, account: id, predicted, confidence } = bookings.get(current);
+    const { accounts } = ledger(sample.CompanyId), typed = text.trim();
+    const often = [...accounts.keys()]
+      .sort((one, other) => accounts.get(other).times - accounts.get(one).times);
+    const ids = [...new Set([predicted ?? id, id, ...often])];
+    const note = (each) => each === id ? 'now' : each === predicted ? `${percent(confidence)} sure`
+      : count(accounts.get(each).times);
+    const found = fitting(ids, text, (each) => [each, names.get(each) ?? '']);
+    return [...found.map((each) => [each, make('span', {}, ...account(each)), quiet(note(each))]),
+      ...!typed || ids.includes(typed) ? [] : [[typed, value(typed), quiet('new here')]]];
+  },
+  choose(id) { leaveChooser(); if (id) book(id); },
+  reset: leaveChooser,
+});
+
+const ACTIONS = {
+  next: async () => say(await move(1)),
+  previous: async () => say(await move(-1)),
+  confirm: () => book(bookings.get(current).account),
+  undo: () => takeBack(session.at(-1)),
+  more: () => { queue.used = true; more(); },
+  fresh: load,
+  help: () => $('keys').showModal(),
+  ask: () => { $('ask').ariaExpanded = String($('ask').ariaExpanded !== 'true'); explain(); },
+  async other() {
+    if (!$('choose').hidden) return leaveChooser();
+    showChooser(true);
+    $('account').value = '';
+    $('account').focus();
+    await ledger(bookings.get(current).sample.CompanyId).read;
+    if (document.activeElement === $('account')) chooser.open();
+  },
+};
+for (const id of ['reviewed', 'below', 'order']) on(id, 'change', load);
+
+document.addEventListener('keydown', (event) => {
+  const arrow = event.target.closest('#list') && { ArrowDown: 'j', ArrowUp: 'k' }[event.key];
+  const key = arrow || event.key, elsewhere = event.target.closest('input, select, dialog, .part');
+  if (!Object.hasOwn(KEYS, key) || elsewhere || event.ctrlKey || event.metaKey || event.altKey
+    || $('report').hidden || !arrow && !$('keys-on').checked) return;
+  event.preventDefault();
+  const [id] = KEYS[key];
+  if (id === 'company') $(id).focus();
+  else if (!event.repeat || 'jk'.includes(key)) $(id).click();
+});
+
+for (const [id, heads] of Object.entries(HEADS)) {
+  $(id).append(make('thead', { role: 'rowgroup' }, row(...heads.map((name) => make('th', {
+    scope: 'col', role: 'columnheader', className: name[0] === '#' ? 'number' : '',
+  }, name.replace('#', ''))))), make('tbody', { role: 'rowgroup' }));
+}
+for (const [key, [id, label, words]] of Object.entries(KEYS)) {
+  if (label) $('buttons').append(button({ id }, label, make('kbd', {}, key)));
+  $('shortcuts').tBodies[0].append(row(cell(make('kbd', {}, key)), cell(words)));
+}
+for (const [id, act] of Object.entries(ACTIONS)) on(id, 'click', act);
+$('keys-on').checked = localStorage.getItem('keys') !== 'off';
+on('keys-on', 'change', () => localStorage.setItem('keys', $('keys-on').checked ? 'on' : 'off'));
+$('below').append(...STEPS.slice(1).reverse().map((level) =>
+  make('option', { value: level }, `below ${percent(level, 0)}`)));
+remember(session);
+$('session').open = innerWidth > 1000;
+showChosen();
+
+// --------------------------------------------------------------------------- A company's own view
+const own = { lines: null, at: 0 }; // of the log, and when, that it shows
+/* Asks for the last bookings until `take` has enough of them. */
+async function readBack(filters, take) {
+  for (let times = 0, before; times < TIMES; times++) {
+    const answer = await call(`bookings?${asQuery({ ...filters, limit: AT_ONCE, before })}`);
+    before = answer.next;
+    if (take(answer.bookings.map(hear), before) || !before) return;
+  }
+}
+
+function ledger(name) {
+  if (ledgers.has(name)) return ledgers.get(name);
+  const made = { accounts: new Map(), bookings: 0, latest: [] };
+  made.read = readBack({ company: name }, (found, next) => {
+    for (const { account: id, sample } of found) {
+      const { times = 0, last = day(sample) } = made.accounts.get(id) ?? {};
+      made.accounts.set(id, { times: times + 1, last });
+    }
+    made.bookings += found.length;
+    made.latest.push(...found.slice(0, LATEST - made.latest.length));
+    made.goesOn = next;
+  }).catch((error) => { ledgers.delete(name); made.failed = error; });
+  ledgers.set(name, made);
+  return made;
+}
+
+async function showOwn() {
+  const name = company;
+  Object.assign(own, { lines: health.lines, at: Date.now() });
+  if (!name) return;
+  ledgers.delete(name);
+  const made = ledger(name);
+  const report = await call(`report/1000?${asQuery({ company: name })}`).catch(() => null);
+  await made.read;
+  if (name !== company) return;
+  $('own').hidden = Boolean(made.failed);
+  if (made.failed) return;
+  $('own-title').replaceChildren(value(name, 60));
+  const figures = [['Bookings', count(made.bookings), made.goesOn ? 'the last ones' : '']];
+  if (report) {
+    const { support, accuracy, precision, recall, confidence } = report;
+    figures.push([`Right, of the last ${count(support)} suggestions`, percent(accuracy),
+      `precision ${score(precision)}, recall ${score(recall)}`]);
+    const levels = confidence.filter((each) => [0.9, 0.95].includes(each.at_least));
+    for (const { at_least: from, share, accuracy: right, error } of levels) {
+      figures.push([`Could be booked unseen from ${percent(from, 0)} confidence on`, percent(share),
+        right === null ? '' : `${percent(right)} ± ${percent(error)} of them right`]);
+    }
+  } else figures.push(['Suggestions', '–', 'none that a person has seen yet']);
+  $('own-figures').replaceChildren(...figures.flatMap(([what, figure, more]) =>
+    [make('dt', {}, what), make('dd', {}, figure, ' ', quiet(more))]));
+  const often = [...made.accounts].sort(([, a], [, b]) => b.times - a.times);
+  fill('accounts-of', often.map(([id, { times, last }]) => [id, count(times), last, names.get(id)]),
+    ([id, times, last]) => row(cell(clip(...account(id))), number(times), cell(whole(last))));
+  fill('latest-of', made.latest, ({ sample, account: id }) => row(cell(whole(day(sample))),
+    cell(clip(value(sample.BankEntryText))), number(value(sample.BankEntryAmount, 40)),
+    cell(clip(...account(id)))));
+}
+
+/* A cell of a CSV file. A spreadsheet runs what begins so as a formula, but for a number. */
+function csvCell(what) {
+  const text = String(what ?? ''), isNumber = /^[-+]?\d[\d.,]*$/.test(text);
+  return `"${/^[=+\-@\t\r]/.test(text) && !isNumber ? '\'' : ''}${text.replaceAll('"', '""')}"`;
+}
+function asCsv(log) {
+  const rows = new Map(); // by seq
+  for (const text of log.split('\n').filter(Boolean)) {
+    const { seq, sample, predicted: Predicted, confidence: Confidence, reviewed: Reviewed = true,
+      corrects, AccountNumber } = JSON.parse(text), row = rows.get(corrects);
+    if (sample) rows.set(seq, { ...sample, Seq: seq, Predicted, Confidence, Reviewed });
+    else if (row?.AccountNumber === AccountNumber) row.Reviewed = true;
+    else if (row) {
+      const AccountName = names.get(AccountNumber);
+      Object.assign(row, { AccountNumber, AccountName, AccountTypeName: '', Reviewed: true });
+    }
+  }
+  const columns = [...new Set([...rows.values()].flatMap(Object.keys))];
+  const table = [...rows.values()].map((each) => columns.map((name) => each[name]));
+  return [columns, ...table].map((each) => `${each.map(csvCell).join(',')}\r\n`);
+}
+
+on('download', 'click', () => telling($('own-said'), 'Asking for its bookings.', async () => {
+  const name = company, file = `${name.replace(/[^\p{L}\p{N}_-]+/gu, '-').slice(0, 60)}.csv`;
+  const log = await call(`samples?${asQuery({ company: name })}`, { text: true, timeout: LONG });
+  const href = URL.createObjectURL(new Blob(['\ufeff', ...asCsv(log)], { type: 'text/csv' }));
+  make('a', { href, download: file }).click();
+  URL.revokeObjectURL(href);
+  return `${file} is among your downloads.`;
+}));
+const typeable = (name) => name.replace(/[\s\p{C}]+/gu, ' ').trim() || 'forget';
+const [, forgetIt] = $('forgetting').querySelectorAll('input, button');
+
+on('forget', 'click', () => {
+  $('forgetting-title').replaceChildren('Forget ', value(company, 60), '?');
+  $('to-type').replaceChildren(value(typeable(company)));
+  $('typed').value = '';
+  forgetIt.disabled = true;
+  put($('forget-said'), '');
+  $('forgetting').showModal();
+});
+const isTyped = () => $('typed').value && typeable($('typed').value) === typeable(company);
+on('typed', 'input', () => { forgetIt.disabled = !isTyped(); });
+on('forgetting', 'submit', (event) => {
+  event.preventDefault();
+  telling($('forget-said'), 'Forgetting it.', async () => {
+    const name = company, at = /^\.\.?$/.test(name) ? '?id=' : '/'; // else it would leave the path
+    const path = `company${at}${encodeURIComponent(name)}`;
+    const { forgotten } = await call(path, { method: 'DELETE', timeout: LONG });
+    companies.delete(name);
+    remember(session.filter((change) => change.company !== name));
+    $('forgetting').close();
+    goTo('');
+    say(`${count(forgotten)} bookings are forgotten.`);
+    return '';
+  });
+});
+document.addEventListener('click', ({ target }) =>
+  target.closest('[data-close]')?.closest('dialog').close());
+const goTo = (name) => { location.hash = asQuery({ company: name }); follow(); };
+
+function follow() {
+  const name = new URLSearchParams(location.hash.slice(1)).get('company') ?? '';
+  $('company').value = name;
+  if (name === company) return;
+  company = name;
+  $('forgetting').close();
+  $('own').hidden = true;
+  put($('own-said'), '');
+  if (!health?.samples) return;
+  load();
+  showOwn();
+  refresh();
+}
+addEventListener('hashchange', follow);
+on('all', 'click', () => goTo(''));
+
+let searched; // for companies, in the last bookings
+const finder = new Completion('company', 'Companies', {
+  found(text) {
+    searched ??= readBack({}, () => {
+      if (document.activeElement === $('company')) finder.open(finder.at);
+      return companies.size >= health.companies;
+    }).catch(() => { searched = null; });
+    const found = fitting([...companies].sort(), text, (each) => [each]);
+    return [...text ? [] : [['', 'all companies']], ...found.map((each) => [each, value(each)]),
+      ...!text || companies.has(text) ? [] : [[text, value(text)]]];
+  },
+  choose: goTo,
+  reset: () => { $('company').value = company; },
+  leave: (text) => { if (text !== company.replace(/[\r\n]/g, '')) goTo(text); },
 });
 
 // --------------------------------------------------------------------------------------- The page
-
-function show({ health, metrics, curve: points, scored, confidence: all, wrong, unsure,
-  unknown }) {
-  const confidence = health.samples < ENOUGH ? [] : all;
-  showTrust(health, scored, confidence, unknown);
-  for (const name of ['samples', 'accounts', 'companies']) put($(name), count(health[name]));
+function show({ health: now, metrics, curve, scored, confidence: all, unknown }) {
+  const confidence = now.samples < ENOUGH ? [] : all;
+  showTrust(now, scored, confidence, unknown);
+  for (const name of ['samples', 'accounts', 'companies']) put($(name), count(now[name]));
   for (const name of SCORES) put($(name), score(metrics?.[name]));
+  put($('origin'), location.origin);
   const locked = sessionStorage.getItem('token') !== null;
-  $('locked').hidden = !locked;
-  put($('engine'), `${count(health.tokens)} tokens in the model, running for `
-    + duration(health.uptime));
-  put($('command'), command(locked));
-  $('start').hidden = health.samples > 0;
-  $('report').hidden = health.samples === 0;
-  for (const [id, list] of Object.entries({ curve: points, confidence, wrong, unsure })) {
-    for (const node of document.querySelectorAll(`[data-of=${id}]`)) {
-      node.hidden = (list.length === 0) !== node.matches('.none');
-    }
+  for (const node of document.querySelectorAll('.locked')) node.hidden = !locked;
+  $('start').hidden = now.samples > 0;
+  $('report').hidden = now.samples === 0;
+  for (const node of document.querySelectorAll('[data-of]')) {
+    node.hidden = !{ curve, confidence }[node.dataset.of].length !== node.matches('.none');
   }
-  fill($('steps'), confidence.filter(isStep), step);
-  fill($('wrong'), wrong, booking);
-  fill($('unsure'), unsure, booking);
-  curve.show(points);
-  coverage.show(confidence.filter((point) => point.accuracy !== null).reverse());
+  const isStep = ({ at_least: from }) => STEPS.some((step) => near(step, from));
+  fill('steps', confidence.filter(isStep), level);
+  draw(points = curve);
+  keepUp(now);
 }
-
+function level({ at_least: from, share, accuracy, error }) {
+  const wrong = accuracy == null ? '–' : count(Math.round(1000 * share * (1 - accuracy)));
+  const within = quiet(accuracy == null ? '' : ` ± ${percent(error)}`);
+  return row(make('th', { scope: 'row', role: 'rowheader' }, percent(from, 0)),
+    number(percent(share)), number(percent(accuracy), within), number(wrong));
+}
 function showTrust({ samples, unseen, checks: allChecks }, scored, confidence, unknown) {
   const checks = confidence[0]?.checks, each = checks > 1 ? 'checks, each of' : 'a check,';
   put($('checks'), `${count(scored)} bookings by a person`
     + (checks ? `, ${count(checks)} of them ${each} which stands for ${CHECKED}` : ''));
+  const far = ({ at_least: from }) => Math.abs(from - 0.9);
+  const [usual] = confidence.filter((x) => x.accuracy !== null).sort((x, y) => far(x) - far(y));
+  if (usual) {
+    put($('sentence'), `If it books by itself from ${percent(usual.at_least, 0)} confidence on: `
+      + `${percent(usual.share)} of the bookings, ${percent(usual.accuracy)} ± `
+      + `${percent(usual.error)} of them right.`);
+  }
   checked = allChecks > 0;
   put($('none'), unknown ?? (samples < ENOUGH ? `Too early to say: this takes ${ENOUGH} bookings.`
     : `No prediction ${company && 'for this company '}could be compared with a person’s `
       + 'booking yet.'));
   $('none').classList.toggle('error', Boolean(unknown));
-  $('unseen').hidden = unseen === 0;
-  put($('unseen'), `Nobody has looked at ${count(unseen)} of the bookings yet: `
+  put($('of-whom'), company ? `Of ${company.slice(0, 60)} only. ` : '');
+  put($('unseen'), !unseen ? '' : `Nobody has looked at ${count(unseen)} of the bookings yet: `
     + `${unseen === 1 ? 'it is' : 'they are'} not learned.`);
 }
 
-function duration(seconds) {
-  const [size, unit] = [[86400, 'd'], [3600, 'h'], [60, 'min'], [1, 's']]
-    .find(([each]) => seconds >= 2 * each || each === 1);
-  return `${count(Math.floor(seconds / size))} ${unit}`;
-}
-
-function command(locked) {
-  const key = locked ? " -H 'Authorization: Bearer <token>'" : '';
-  const bookings = EXAMPLES.map(([CompanyId, BankEntryText, BankEntryAmount, AccountNumber]) =>
-    JSON.stringify({ CompanyId, BankEntryText, BankEntryAmount, AccountNumber }));
-  return `curl ${location.origin}/sample -H 'Content-Type: application/json'${key} -d '[
-${bookings.join(',\n')}]'`;
-}
-
-$('copy').addEventListener('click', async () => {
-  try {
-    await navigator.clipboard.writeText($('command').textContent);
-    put($('copied'), 'Copied');
-  } catch {
-    getSelection().selectAllChildren($('command'));
-    put($('copied'), 'Selected: copy it with the keyboard');
-  }
-});
-
+follow();
 refresh();
 </script>
 </body>
