@@ -2624,12 +2624,7 @@ class Bookkeeper:
         ]
 
     def _suggest(
-        self,
-        samples: Sequence[Sample],
-        place: int,
-        top: int,
-        book_from: float | None,
-        with_reasons: bool,
+        self, samples: Sequence[Sample], place: int, top: int, book_from: float | None, why: bool
     ) -> Iterator[dict[str, object]]:
         """What suggest_all says of samples that follow in a request from that place on."""
         documents = [tokens(sample) for sample in samples]
@@ -2638,10 +2633,8 @@ class Bookkeeper:
             best = model.top(scores, max(top, 2))
             scores = np.take_along_axis(scores, best, axis=1).tolist()
             known = model.specificity(documents).tolist()
-            terms = [
-                model.terms(document, row) if with_reasons else None
-                for document, row in zip(documents, best, strict=True)
-            ]
+            pairs = zip(documents, best, strict=True)
+            terms = [model.terms(*pair) if why else None for pair in pairs]
             self._predictions += len(samples)
 
         accounts = [[model.names[account] for account in row] for row in best.tolist()]
