@@ -4322,7 +4322,10 @@ def serve(options: argparse.Namespace) -> None:
     started = time.monotonic()
     if options.stream:
         sys.modules.setdefault("bookkeep", sys.modules[__name__])  # which may be "__main__"
-        import cluster
+        try:
+            import cluster
+        except ImportError:
+            raise OSError("--stream needs nats-py: pip install 'bookkeep[cluster]'") from None
 
         keeper = partial(cluster.Node, options.stream)
     else:

@@ -44,13 +44,14 @@ import nats
 import numpy as np
 from nats.aio.msg import Msg
 from nats.errors import NoRespondersError
-from nats.js.api import RetentionPolicy, StorageType, StreamConfig, StreamState
+from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig, StreamState
 from nats.js.errors import APIError, NotFoundError
 
 import bookkeep
 from bookkeep import (
     CHUNK,
     LINES,
+    RESTART,
     UNSURE,
     Batch,
     Booking,
@@ -72,11 +73,14 @@ from bookkeep import (
 LATE = 5  # seconds that a request may wait for lines that others have booked
 WAITS = 4  # requests that may, as they keep threads from others
 PATIENCE = 10  # seconds that an append may take until it is given up
+ARRIVED = 64  # messages that others sent, and that are kept until they are taken over
 GATHER = 0.02  # seconds in which what others append gathers, unless somebody waits for it
+SILENT = 3  # seconds after which a server of the stream is taken for dead
 RECENT = 3  # seconds for which the others forward to a node that wrote
 MOST_LAG = 10_000  # lines that a node may lack and still be ready
 SEEDED = 1 << 18  # bytes of a log in one message, when it becomes the stream's
-WRONG_SEQUENCE, NOT_THERE = 10071, 10057  # JetStream's codes: another is the last; no message
+WRONG_SEQUENCE = 10071  # JetStream's code for an append at a position that is taken
+NOT_THERE = {10043, 10057}  # its codes for a message that is not there
 LOST = "the stream is gone, or has lost lines that this log has; docs/cluster.md says what to do"
 NONSENSE = "the stream holds what no bookkeep has written"
 BEHIND = (
@@ -133,7 +137,9 @@ class Stream:
 
     def __init__(self, address: str) -> None:
         """Reads an address. Raises OSError if it is none, or names no file."""
-        found = re.fullmatch(r"(nats|tls)://(.*@)?([^/@]+)/([\w-]+)(\?.*)?", address)
+        host = r"(?:[\w.-]+|\[[\w:.]+\])(?::\d{1,5})?"
+        pattern = rf"(nats|tls)://(.*@)?({host}(?:,{host})*)/([\w-]+)(\?.*)?"
+        found = re.fullmatch(pattern, address)
         options = parse_qs(found[5][1:], keep_blank_values=True) if found and found[5] else {}
         if not found or options.keys() - {"credentials", "ca", "monitor"}:
             example = "nats://a:4222,b:4222,c:4222/bookkeep"
@@ -238,6 +244,7 @@ class Stream:
             (config.storage == StorageType.FILE, "be stored in files"),
             ((config.num_replicas or 0) >= 3, "have three replicas or more"),
             (config.retention == RetentionPolicy.LIMITS, "keep what was read (retention: limits)"),
+            (config.discard == DiscardPolicy.OLD, "make room if it is bounded (discard: old)"),
             (config.allow_direct, "allow direct gets"),
             (not config.no_ack, "acknowledge"),
             (config.max_msg_size in (None, -1, 0), "take messages of any size"),
@@ -246,6 +253,9 @@ class Stream:
         ):
             if not right:
                 raise Unreachable(f"it must {must}")
+        others = found.cluster.replicas or []
+        there = [each for each in others if not each.offline and each.active < SILENT * 1e9]
+        self.quorum = 2 * (1 + len(there)) > 1 + len(others)
         return found.state
 
     def unsynced(self) -> list[str]:
@@ -331,7 +341,7 @@ class Stream:
             try:
                 await self._stream.delete_msg(self.name, sequence)
             except APIError as error:
-                if error.err_code != NOT_THERE:
+                if error.err_code not in NOT_THERE:
                     raise
 
         self._do(delete())
@@ -364,7 +374,7 @@ class Stream:
             await asyncio.sleep(1)
             found = [(await answers.next_msg()).data for _ in range(answers.pending_msgs)]
             await answers.unsubscribe()
-            return found
+            return [*filter(None, found)]  # NATS answers with nothing, if nobody is there
 
         return self._do(ask())
 
@@ -484,6 +494,7 @@ class Node(Bookkeeper):
 
     def close(self) -> None:
         """As Bookkeeper's; leaves the stream."""
+        self._trouble = "it stops"
         self._ended.set()
         self._news.set()
         self._to_forget.put(None)
@@ -512,13 +523,16 @@ class Node(Bookkeeper):
         def order() -> np.ndarray:
             self._be_current()
             lines, _ = self._lines_of(company)
+            lines = lines[~np.isin(lines, [*self._ordered])]
+            if not len(lines):
+                raise NotFound("this company is being forgotten")
             self._append("orders", 0, json.dumps(np.diff(lines, prepend=0).tolist()).encode())
             return lines
 
         lines = self._in_order(order)
         self._ordered.update(lines.tolist())
         self._to_forget.put(lines)  # if this node dies, or cannot do it now
-        return lines, len(self._history.of(company))
+        return lines, int(np.isin(self._history.of(company)["seq"], lines).sum())
 
     def _in_order(self, change: Callable[[], T]) -> T:
         """What comes of a change that appends, behind all that others have appended."""
@@ -561,6 +575,7 @@ class Node(Bookkeeper):
             while (state := self._stream.state()) and state.last_seq > self._sequence:
                 self._catch_up()
         except (Unreachable, Foreign) as error:
+            self._writable = False
             raise Busy(f"nothing was changed ({error}); send this again") from None
 
     def _catch_up(self) -> None:
@@ -689,7 +704,7 @@ class Node(Bookkeeper):
                 state = self._stream.state()
                 if state is None or state.last_seq < self._sequence:
                     raise Foreign(LOST)
-                self._quorum = True
+                self._quorum = self._stream.quorum
                 if state.last_seq == self._sequence:
                     self._heard = len(self.log)
                 if not self._writable:  # a group of no lines tells whether it is again
@@ -756,7 +771,7 @@ class Node(Bookkeeper):
                 self._forget_lines(lines)
                 self._ordered.difference_update(lines.tolist())
                 self._erase(lines)
-            except (Unreachable, NotReady, NotStored) as error:
+            except Exception as error:
                 logger.warning("not all that was forgotten is erased yet: %s", error)
                 self._to_forget.put(lines)
                 if self._ended.wait(1):
@@ -803,6 +818,8 @@ class Node(Bookkeeper):
             if again or not gone.asked:
                 return None
             raise Busy(f"the node that was to book this is gone; {UNSURE}") from None
+        if answer.get("reason") == RESTART:  # it was not done; this node can do it
+            return None
         if "error" in answer:
             raise ERRORS.get(answer["error"], Busy)(answer["reason"])
         self._counted["forwarded"] += 1
@@ -816,6 +833,8 @@ class Node(Bookkeeper):
         try:
             if what == "sequence":
                 made: object = math.inf if self._trouble else self._sequence  # else all would wait
+            elif self._reason():
+                raise NotReady(RESTART)
             elif what == "correct":
                 made = [super().correct(*arguments)]
             else:
@@ -832,7 +851,7 @@ class Node(Bookkeeper):
 
     def _hear(self, message: Message) -> None:
         self._heard = max(self._heard, message.base + message.lines)
-        if self._passed is not None and len(self._arrived) < LINES:
+        if self._passed is not None and len(self._arrived) < ARRIVED:
             self._arrived[message.sequence] = message
         self._news.set()
 
