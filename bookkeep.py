@@ -2980,219 +2980,306 @@ JSON_LINES = "application/jsonl"
 MAX_NUMBER = 999_999_999
 MAX_SUGGESTED = 300  # suggestions in one answer, each of which is long
 OPEN = {"/", "/health"}  # to all, as there is nothing to learn from them
+TAGS = {
+    "bookings": "what is learned: store, correct, read and forget it",
+    "suggestions": "what is likely to be booked, how sure that is, and why",
+    "quality": "how good the predictions were",
+    "service": "how the service is, and what describes it",
+}
+REFUSALS = {  # status -> when, and a sentence that comes with it
+    400: ("the request makes no sense, or is too much", "sample 0: AccountNumber is missing"),
+    401: ("no token", "send the token, with the header Authorization: Bearer <token>"),
+    404: ("no such booking or company", "there is no booking 1203"),
+    413: ("the body is too long", "send at most 67108864 bytes in one request"),
+    415: ("not JSON", "send JSON, with the header Content-Type: application/json"),
+    422: ("a known key", "this Idempotency-Key was used for other bookings; take a new one"),
+    503: ("not yet, or no longer", "there is no model yet; send bookings to /sample first"),
+    507: (
+        "nothing was changed",
+        "the log could not be written (No space left on device); try later",
+    ),
+    "default": ("refused, with one sentence that says what to change", "there is nothing here"),
+}
+_TEXT = {"type": "string", "maxLength": MAX_VALUE}
+_FILLED = _TEXT | {"minLength": 1}
+_BRIEF = _FILLED | {"maxLength": MAX_SHORT}
+_COUNT = {"type": "integer", "format": "int64", "minimum": 0}
+_SEQ = _COUNT | {"maximum": MAX_NUMBER}
+_ODDS = {"type": "number", "format": "double"}
+_SHARE = _ODDS | {"minimum": 0, "maximum": 1}
+_YES = {"type": "boolean"}
 
 
-def openapi(max_batch: int) -> dict:
-    """The description of this API, in OpenAPI 3.1."""
+def _or_null(schema: dict) -> dict:
+    return schema | {"type": [schema["type"], "null"]}
 
-    def of(section: str, name: str) -> dict:
-        return {"$ref": f"#/components/{section}/{name}"}
 
-    def answers(schema: dict, *refusals: int, media: str = "application/json") -> dict:
-        success = {"description": "done", "content": {media: {"schema": schema}}}
-        refused = dict.fromkeys(map(str, (*refusals, 401)), of("responses", "Refusal"))
-        return {"200": success, **refused, "default": of("responses", "Refusal")}
+def _one_of(words: Iterable[str]) -> dict:
+    return {"type": "string", "enum": list(words)}
 
-    def get(summary: str, parameters: list[dict], responses: dict) -> dict:
-        return {"get": {"summary": summary, "parameters": parameters, "responses": responses}}
 
-    def post(summary: str, schema: dict, responses: dict, *parameters: dict) -> dict:
-        return {
-            "post": {
-                "summary": summary,
-                "parameters": list(parameters),
-                "requestBody": {
-                    "required": True,
-                    "content": {"application/json": {"schema": schema}},
-                },
-                "responses": responses,
-            }
-        }
+def _of(name: object, section: str = "schemas") -> dict:
+    return {"$ref": f"#/components/{section}/{name}"}
 
-    def parameter(place: str, name: str, schema: dict, description: str) -> dict:
-        required = place == "path"
-        described = {"name": name, "in": place, "required": required, "schema": schema}
-        return described | {"description": description}
 
-    def a_list(items: dict, **more: object) -> dict:
-        return {"type": "array", "items": items, **more}
+def _list(name: str, **limits: int) -> dict:
+    return {"type": "array", "items": _of(name), **limits}
 
-    def record(properties: dict, others: object = False, **optional: dict) -> dict:
-        required = list(properties)
-        shape = {"type": "object", "required": required, "properties": properties | optional}
-        return shape | {"additionalProperties": others}
 
-    text = {"type": "string", "maxLength": MAX_VALUE}
-    filled = text | {"minLength": 1}
-    short = filled | {"maxLength": MAX_SHORT}
-    features = {key: short if key in SHORT else filled for key in FEATURES}
-    count = {"type": "integer", "minimum": 0}
-    share = {"type": "number", "minimum": 0, "maximum": 1}
-    seq = count | {"maximum": MAX_NUMBER}
-    log_odds = {"type": ["number", "null"]}
-    maybe_text = {"type": ["string", "null"]}
-    place = {"type": ["integer", "null"], "minimum": 0}
-    totals = ("samples", "unseen", "checks", "lines", "accounts", "companies", "tokens")
-    health = dict.fromkeys(totals, count)
-    reason = record({"token": filled, "kind": {"enum": list(KINDS)}, "weight": {"type": "number"}})
-    figures = {"accuracy": share, "precision": share, "recall": share}
-    maybe_share = share | {"type": ["number", "null"]}
-    sureness = record(
-        dict.fromkeys(("at_least", "share"), share)
-        | dict.fromkeys(("accuracy", "error"), maybe_share)
-        | {"checks": count}
-    )
-    tally = record({"suggestions": count, "right": count})
-    confusion = record({"booked": filled, "predicted": filled, "count": count})
-    listed = record(
-        {"seq": seq}
-        | dict.fromkeys(("company", "text", "amount", "booked", "predicted"), filled)
-        | {"confidence": share, "reviewed": {"type": "boolean"}}
-    )
-    schemas = {
-        "Sample": record(features, text),
-        "Booking": record(features | {TARGET: short}, text, **{BOOKED_BY: {"enum": [*TIMES]}}),
-        "Stored": record({"received": count, "total": count, "first": place, "last": place}),
-        "Suggestions": record(
-            {
-                "suggestions": a_list(
-                    record(
-                        {
-                            "account": filled,
-                            "confidence": share,
-                            "over": maybe_text,
-                            "margin": log_odds,
-                            "prior": log_odds,
-                            "reasons": a_list(reason),
-                        }
-                    )
-                ),
-                "record": record({"known": {"enum": [*KNOWN]}, "own": tally, "all": tally}),
-                "check": {"type": "boolean"},
-            },
-            decision={"enum": ["book", "check", "review"]},
-        ),
-        "Correction": record({"seq": seq, TARGET: short}),
-        "Corrected": record({"seq": seq, TARGET: short, "before": filled}),
-        "Forgotten": record({"company": filled, "forgotten": count | {"minimum": 1}}),
-        "Metrics": record({"precision": share, "recall": share}),
-        "Report": record(
-            {"support": count | {"minimum": 1}, "unseen": count, "checks": count}
-            | figures
-            | {"confused": a_list(confusion), "confidence": a_list(sureness)}
-        ),
-        "Overview": record(
-            {
-                "health": of("schemas", "Health"),
-                "metrics": {"anyOf": [record(figures), {"type": "null"}]},
-                "curve": a_list(record({"bookings": count} | figures)),
-                "scored": count,
-                "confidence": a_list(sureness),
-                "wrong": a_list(listed),
-                "unsure": a_list(listed),
-            }
-        ),
-        "Health": record(
-            {"status": filled | {"description": "ok, or why bookings cannot be stored now"}}
-            | health
-            | {"uptime": {"type": "number", "minimum": 0}}
-        ),
-        "Error": record({"error": {"type": "string", "minLength": 1}}),
-    }
-    refusal = {
-        "description": "refused, with one sentence that says what to change",
-        "content": {"application/json": {"schema": of("schemas", "Error")}},
-    }
-    a_sample, a_suggestion = of("schemas", "Sample"), of("schemas", "Suggestions")
-    n = parameter("path", "n", count | {"minimum": 1, "maximum": MAX_NUMBER}, "how many, the last")
-    key = parameter(
-        "header",
-        "Idempotency-Key",
+FIELDS = {  # of records and parameters: the schema, what it says, an example
+    "CompanyId": (_BRIEF, "whose booking it is", "acme"),
+    "BankEntryText": (_FILLED, "what the bank statement says", "Office rent June"),
+    "BankEntryAmount": (_BRIEF, "the range of the amount, or any other word", "> -10000"),
+    "BankEntryDate": (_TEXT, "the day, which is stored, but says nothing", "2016-02-29"),
+    "AccountName": (_TEXT, "the account's name, for people", "Office costs"),
+    TARGET: (_BRIEF, "the account that it is booked to", "6300"),
+    BOOKED_BY: (_one_of(TIMES), "who booked it, a person if it is not said", "check"),
+    "received": (_COUNT, "bookings in the list", 2),
+    "total": (_COUNT, "lines that the log had with them", 15002),
+    "first": (_or_null(_COUNT), "the seq of the first one, null for an empty list", 15000),
+    "last": (_or_null(_COUNT), "the seq of the last one, null for an empty list", 15001),
+    "token": (_FILLED, "the sample's own words", "Office"),
+    "kind": (_one_of(KINDS), "what they are in it", "word"),
+    "weight": (_ODDS, "log-odds for this account over the other", 2.4137),
+    "account": (_FILLED, "the account", "6300"),
+    "confidence": (_SHARE, "of earlier suggestions like it, the share that was right", 0.94),
+    "over": (
+        _or_null(_FILLED),
+        "the account that it is compared with, null if it is alone",
+        "7140",
+    ),
+    "margin": (_or_null(_ODDS), "log-odds over that one: the prior and all reasons", 2.4445),
+    "prior": (_or_null(_ODDS), "log-odds before anything is known of the sample", 0.0308),
+    "reasons": (_list("Reason"), "what the sample says, the heaviest first"),
+    "suggestions": (_list("Suggestion", maxItems=Calibration.RANKS), "accounts, best first"),
+    "record": (_of("Record"), "what the confidence of the first rests on"),
+    "check": (_YES, "whether a person should look at it, however sure it is", False),
+    "decision": (_one_of(("book", "check", "review")), "what to do with the first one", "book"),
+    "known": (_one_of(KNOWN), "what was known of the sample", "the first word"),
+    "own": (_of("Tally"), "the company's own ones of this account"),
+    "all": (_of("Tally"), "those of all companies, with as much known"),
+    "Tally.suggestions": (_COUNT, "how many there were", 38),
+    "right": (_COUNT, "how many of them were right", 37),
+    "seq": (_SEQ, "the booking's number", 1203),
+    "before": (_FILLED, "the account that it was booked to until now", "7140"),
+    "company": (_FILLED, "a company, by its CompanyId", "acme"),
+    "forgotten": (_COUNT | {"minimum": 1}, "how many bookings it had", 312),
+    "accuracy": (_SHARE, "the share that was right", 0.72),
+    "precision": (_SHARE, "the mean of all accounts' precision", 0.51),
+    "recall": (_SHARE, "the mean of all accounts' recall", 0.52),
+    "support": (_COUNT | {"minimum": 1}, "predictions that this is about", 1000),
+    "unseen": (_COUNT, "bookings that nobody has looked at", 60),
+    "checks": (_COUNT, "bookings that were checked for all that nobody looked at", 4),
+    "confused": (_list("Confusion", maxItems=CONFUSED), "the most frequent errors"),
+    "Report.confidence": (_list("Level"), "how good they were when how sure"),
+    "at_least": (_SHARE, "the level: so sure, or surer", 0.95),
+    "share": (_SHARE, "the share of all predictions that is", 0.34),
+    "Level.accuracy": (_or_null(_SHARE), "the share of these that was right", 0.976),
+    "Level.error": (_or_null(_SHARE), "one standard error of this accuracy", 0.008),
+    "booked": (_FILLED, "the account that it is booked to", "6300"),
+    "predicted": (_FILLED, "the account that was predicted", "7140"),
+    "count": (_COUNT, "how often that was", 3),
+    "health": (_of("Health"), "how much is learned"),
+    "metrics": ({"anyOf": [_of("Figures"), {"type": "null"}]}, "of the last predictions, if any"),
+    "curve": (_list("Point", maxItems=129), "the learning curve"),
+    "bookings": (_COUNT, "how many bookings there were", 15000),
+    "scored": (_COUNT, "predictions that the confidence is about", 10000),
+    "Overview.confidence": (_list("Level"), "how good they were when how sure"),
+    "wrong": (_list("Listed", maxItems=LISTED), "the last errors"),
+    "unsure": (_list("Listed", maxItems=LISTED), "the least sure ones of the last"),
+    "text": (_FILLED, "what the bank statement says", "Office rent June"),
+    "amount": (_FILLED, "the amount", "> -10000"),
+    "reviewed": (_YES, "whether a person has looked at it", True),
+    "status": (_FILLED, "ok, or why bookings cannot be stored now", "ok"),
+    "samples": (_COUNT, "bookings, also those that nobody has looked at", 15000),
+    "lines": (_COUNT, "lines of the log", 15002),
+    "accounts": (_COUNT, "accounts that are learned", 214),
+    "companies": (_COUNT, "companies that have bookings", 50),
+    "tokens": (_COUNT, "tokens that are learned", 90210),
+    "uptime": (_ODDS | {"minimum": 0}, "seconds since the start", 86400.25),
+    "error": (_FILLED, "one sentence that says what to change", "AccountNumber is missing"),
+    "n": (_SEQ | {"minimum": 1}, "over how many predictions, the last", 1000),
+    "top": (_COUNT | {"minimum": 1, "maximum": Calibration.RANKS, "default": 3}, "how many", 1),
+    "book_from": (_SHARE, "the confidence from which on you book unseen", 0.95),
+    "from": (_SEQ | {"default": 0}, "the seq of the first line", 15000),
+    "limit": (_SEQ, "how many lines, at most; all, if it is not said", 100),
+    "id": (_FILLED, "a company, by its CompanyId", "acme"),
+    "Idempotency-Key": (
         {"type": "string", "pattern": "^[!-~]([ -~]{0,198}[!-~])?$"},
-        "the batch's name: under it, it is stored once, however often it is sent",
-    )
-    top = parameter(
-        "query",
-        "top",
-        count | {"minimum": 1, "maximum": Calibration.RANKS, "default": 3},
-        "how many suggestions, at most",
-    )
-    company = parameter("query", "company", filled, "only the predictions for this company")
-    book_from = parameter(
-        "query", "book_from", share, "the confidence from which on you book unseen"
-    )
-    paths = {
-        "/sample": post(
-            "store bookings, and learn them",
-            a_list(of("schemas", "Booking"), maxItems=max_batch),
-            answers(of("schemas", "Stored"), 400, 413, 415, 422, 503, 507),
-            key,
-        ),
-        "/predict": post(
-            "predict the account of one sample, or of each of a list",
-            {"anyOf": [a_sample, a_list(a_sample, maxItems=max_batch)]},
-            answers(a_list(filled), 400, 413, 415, 503),
-        ),
-        "/suggest": post(
-            "suggest accounts for one sample, or for each of a list, and say why",
-            {"anyOf": [a_sample, a_list(a_sample, maxItems=min(max_batch, MAX_SUGGESTED // 3))]},
-            answers({"anyOf": [a_suggestion, a_list(a_suggestion)]}, 400, 413, 415, 503),
-            top,
-            book_from,
-        ),
-        "/correct": post(
-            "book a booking to another account",
-            of("schemas", "Correction"),
-            answers(of("schemas", "Corrected"), 400, 404, 413, 415, 503, 507),
-        ),
-        "/company/{id}": {
-            "delete": {
-                "summary": "forget a company",
-                "parameters": [parameter("path", "id", filled, "its CompanyId")],
-                "responses": answers(of("schemas", "Forgotten"), 400, 404, 503, 507),
-            }
-        },
-        "/metrics/{n}": get(
-            "macro-averaged precision and recall of the last n predictions",
-            [n],
-            answers(of("schemas", "Metrics"), 400, 503),
-        ),
-        "/report/{n}": get(
-            "how good the last n predictions were, and how good when how sure",
-            [n, company, book_from],
-            answers(of("schemas", "Report"), 400, 404, 503),
-        ),
-        "/samples": get(
-            "the lines of the log",
-            [
-                parameter("query", "from", seq | {"default": 0}, "the seq of the first"),
-                parameter("query", "limit", seq, "how many, at most; without it, all"),
-            ],
-            answers({"type": "string"}, 400, media=JSON_LINES),
-        ),
-        "/overview": get(
-            "what the page shows", [company], answers(of("schemas", "Overview"), 400, 404, 503)
-        ),
-        "/metrics": get(
-            "figures for Prometheus", [], answers({"type": "string"}, media="text/plain")
-        ),
-        "/health": get("how much has been learned", [], answers(of("schemas", "Health"), 503)),
-        "/openapi.json": get("this description", [], answers({"type": "object"})),
-        "/": get("the page", [], answers({"type": "string"}, media="text/html")),
+        "the list's name: under it, it is stored once, however often it is sent",
+        "june-1",
+    ),
+}
+RECORDS = {  # what each is, its fields, and those that may be left out
+    "Sample": ("a line of a bank statement", " ".join(FEATURES), "BankEntryDate AccountName"),
+    "Booking": (
+        *("a line of a bank statement, and how it is booked", f"{' '.join(FEATURES)} {TARGET}"),
+        f"BankEntryDate AccountName {BOOKED_BY}",
+    ),
+    "Stored": ("these bookings are on disk, and learned", "received total first last"),
+    "Reason": ("what something that the sample says speaks for", "token kind weight"),
+    "Suggestion": ("an account", "account confidence over margin prior reasons"),
+    "Tally": ("earlier suggestions with about as much evidence", "suggestions right"),
+    "Record": ("what the first suggestion's confidence rests on", "known own all"),
+    "Suggestions": ("the most likely accounts", "suggestions record check", "decision"),
+    "Correction": ("a booking, and its right account", f"seq {TARGET}"),
+    "Corrected": ("it is booked so, and learned", f"seq {TARGET} before"),
+    "Forgotten": ("the company is neither in the log nor learned", "company forgotten"),
+    "Metrics": ("means over the accounts, however rare", "precision recall"),
+    "Figures": ("how good the last predictions were", "accuracy precision recall"),
+    "Point": ("the same, after so many bookings", "bookings accuracy precision recall"),
+    "Level": ("how good they were when so sure", "at_least share accuracy error checks"),
+    "Confusion": ("an error", "booked predicted count"),
+    "Report": (
+        "how good the last predictions were",
+        "support unseen checks accuracy precision recall confused confidence",
+    ),
+    "Listed": (
+        "a booking, and what was predicted",
+        "seq company text amount booked predicted confidence reviewed",
+    ),
+    "Overview": ("the page", "health metrics curve scored confidence wrong unsure"),
+    "Health": (
+        "how much is learned",
+        "status samples unseen checks lines accounts companies tokens uptime",
+    ),
+    "Error": ("why it was refused", "error"),
+}
+
+
+OTHERS = {  # answers that are no records
+    "Accounts": {
+        **{"type": "array", "items": _FILLED | {"examples": ["6300"]}},
+        "description": "an account for each sample, in order",
+    },
+    "Suggested": {
+        "anyOf": [_of("Suggestions"), _list("Suggestions")],
+        "description": "for one sample, or for each in the list",
+    },
+    "Lines": {"type": "string", "description": "JSON Lines", "examples": ['{"seq": 15000, ...}']},
+    "Text": {"type": "string", "description": "metrics", "examples": ["bookkeep_bookings 15000"]},
+    "Page": {"type": "string", "description": "HTML", "examples": ["<!doctype html>"]},
+    "Description": {"type": "object", "description": "this", "examples": [{"openapi": "3.1.0"}]},
+}
+MEDIA = {"Lines": JSON_LINES, "Text": "text/plain", "Page": "text/html"}  # else JSON
+OPERATIONS = {  # tag, id, answer and some refusals; summary; parameters
+    "POST /sample": ("bookings sample Stored 422 503 507", "book, and learn", "Idempotency-Key"),
+    "POST /predict": ("suggestions predict Accounts 503", "predict the accounts of samples"),
+    "POST /suggest": ("suggestions suggest Suggested 503", "suggest, and say why", "top book_from"),
+    "POST /correct": ("bookings correct Corrected 404 503 507", "book to another account"),
+    "DELETE /company": ("bookings forget Forgotten 404 503 507", "forget any company", "id"),
+    "DELETE /company/{id}": (
+        *("bookings forgetByPath Forgotten 404 503 507", "if a path can hold its id", "id"),
+    ),
+    "GET /metrics/{n}": ("quality metrics Metrics 503", "of the last n predictions", "n"),
+    "GET /report/{n}": ("quality report Report 404 503", "more of that", "n company book_from"),
+    "GET /samples": ("bookings samples Lines", "the lines of the log", "from limit"),
+    "GET /overview": ("quality overview Overview 404 503", "what the page shows", "company"),
+    "GET /metrics": ("service prometheus Text", "figures for Prometheus"),
+    "GET /health": ("service health Health 503", "how much is learned"),
+    "GET /openapi.json": ("service openapi Description", "this description"),
+    "GET /": ("service page Page", "the page"),
+}
+
+
+def openapi(max_batch: int, max_body: int, guarded: bool) -> dict:
+    """The description of this API, in OpenAPI 3.1; guarded if it takes a token."""
+
+    def or_one(most: int) -> dict:
+        return {"anyOf": [_of("Sample"), _list("Sample", maxItems=most)]}
+
+    bodies = {
+        "sample": _list("Booking", maxItems=max_batch),
+        "predict": or_one(max_batch),
+        "suggest": or_one(min(max_batch, MAX_SUGGESTED // 3)),
+        "correct": _of("Correction"),
     }
-    for path in OPEN:
-        paths[path]["get"]["security"] = []
+    paths: defaultdict[str, dict] = defaultdict(dict)
+    for asked, row in OPERATIONS.items():
+        method, path = asked.split()
+        paths[path][method.lower()] = _operation(path, bodies, *row)
+    learns = "Learns from every booking and suggests the account of the next."
+    info = {
+        "title": "bookkeep",
+        "version": __version__,
+        "license": {"name": "MIT", "identifier": "MIT"},
+    }
+    responses = {
+        str(status): {"description": says} | _media(_of("Error"), example={"error": sentence})
+        for status, (says, sentence) in REFUSALS.items()
+    }
     return {
         "openapi": "3.1.0",
-        "info": {"title": "bookkeep", "version": __version__, "license": {"name": "MIT"}},
-        "security": [{}, {"token": []}],  # a token, where the service has one
+        "info": info | {"description": f"{learns} A body has at most {max_body} bytes."},
+        "servers": [{"url": "/", "description": "this service"}],
+        "tags": [{"name": name, "description": says} for name, says in TAGS.items()],
+        "security": [{"token": []}] if guarded else [],
         "paths": paths,
         "components": {
-            "schemas": schemas,
-            "responses": {"Refusal": refusal},
-            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+            "schemas": {name: _record(name) for name in RECORDS} | OTHERS,
+            "responses": responses,
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}} if guarded else {},
         },
     }
+
+
+def _operation(
+    path: str, bodies: dict[str, dict], named: str, summary: str, parameters: str = ""
+) -> dict:
+    tag, name, answer, *refusals = named.split()
+    statuses = {"400", *refusals, *([] if path in OPEN else ["401"])}
+    statuses |= {"413", "415"} if name in bodies else set()
+    made = {"operationId": name, "tags": [tag], "summary": summary}
+    made["parameters"] = [_parameter(each, path) for each in parameters.split()]
+    if name in bodies:
+        made["requestBody"] = {"required": True} | _media(bodies[name])
+    done = {"description": _resolved(_of(answer))["description"]}
+    done |= _media(_of(answer), MEDIA.get(answer, "application/json"))
+    refused = {status: _of(status, "responses") for status in [*sorted(statuses), "default"]}
+    made["responses"] = {"200": done} | refused
+    return made | ({"security": []} if path in OPEN else {})
+
+
+def _parameter(name: str, path: str) -> dict:
+    in_path, header = f"{{{name}}}" in path, name == "Idempotency-Key"
+    place = "path" if in_path else "header" if header else "query"
+    schema = _field(name)
+    return {
+        **{"name": name, "in": place, "required": in_path or name == "id", "schema": schema},
+        **{"description": schema["description"], "example": _example(schema)},
+    }
+
+
+def _field(name: str, record: str = "") -> dict:
+    schema, says, *example = FIELDS.get(f"{record}.{name}") or FIELDS[name]
+    return schema | {"description": says} | ({"examples": example} if example else {})
+
+
+def _record(name: str) -> dict:
+    says, fields, *optional = RECORDS[name]
+    properties = {each: _field(each, name) for each in " ".join([fields, *optional]).split()}
+    shape = {"type": "object", "description": says, "required": fields.split()}
+    others = _TEXT if name in ("Sample", "Booking") else False
+    return shape | {"properties": properties, "additionalProperties": others}
+
+
+def _resolved(schema: dict) -> dict:
+    name = schema.get("$ref", "").rpartition("/")[2]
+    return _record(name) if name in RECORDS else OTHERS.get(name, schema)
+
+
+def _example(schema: dict) -> object:
+    """What a schema describes, made of the examples of its parts."""
+    schema = _resolved(schema)
+    if "anyOf" in schema:
+        return _example(schema["anyOf"][0])
+    if "properties" in schema:
+        return {name: _example(part) for name, part in schema["properties"].items()}
+    return schema["examples"][0] if "examples" in schema else [_example(schema["items"])]
+
+
+def _media(schema: dict, media: str = "application/json", example: object = None) -> dict:
+    return {"content": {media: {"schema": schema, "example": example or _example(schema)}}}
 
 
 # ------------------------------------------------------------------------------------------- HTTP
@@ -3258,7 +3345,7 @@ def create_app(
     app.install(_in_json)
     app.install(lambda callback: partial(checked, callback))
     app.default_error_handler = _error_in_json
-    description = openapi(max_batch)
+    description = openapi(max_batch, max_body, token is not None)
     parsing = threading.Lock()  # parsed JSON may take 20 times its bytes, so one at a time
     durations, fsyncs = Histogram(), Histogram()
     bookkeeper.log.fsynced = fsyncs.observe
@@ -3335,11 +3422,11 @@ def create_app(
             raise HTTPError(400, f"{name} must be a whole number from {least} to {most}")
         return int(text)
 
-    def company_asked() -> str | None:
-        company = request.query.getunicode("company")
-        if company is None and "company" in request.query:
-            raise HTTPError(400, "company must be UTF-8, percent-encoded")
-        return company
+    def text(name: str) -> str | None:
+        value = request.query.getunicode(name)
+        if value is None and name in request.query:
+            raise HTTPError(400, f"{name} must be UTF-8, percent-encoded")
+        return value
 
     def book_from() -> float | None:
         text = request.query.get("book_from")
@@ -3383,8 +3470,12 @@ def create_app(
                 return {"seq": int(seq), TARGET: account, "before": before}
         raise BadRequest('send {"seq": 1203, "AccountNumber": "6700"}, and nothing else')
 
+    @app.delete("/company")  # clients take .. and the like out of a path
     @app.delete("/company/<id:re:(?s:.+)>")
-    def company(id: str) -> dict:
+    def company(id: str | None = None) -> dict:
+        id = id or text("id")
+        if not id:
+            raise HTTPError(400, "say which company, as in /company?id=acme")
         return {"company": id, "forgotten": bookkeeper.forget(id)}
 
     @app.get("/metrics/<n>")
@@ -3394,7 +3485,7 @@ def create_app(
     @app.get("/report/<n>")
     def report(n: str) -> dict:
         n = number("n, after /report/,", n, 1)
-        return bookkeeper.report(n, company_asked(), book_from())
+        return bookkeeper.report(n, text("company"), book_from())
 
     @app.get("/samples")
     def samples() -> BinaryIO | str:
@@ -3415,7 +3506,7 @@ def create_app(
 
     @app.get("/overview")
     def overview() -> dict:
-        return bookkeeper.overview(company_asked())
+        return bookkeeper.overview(text("company"))
 
     @app.get("/health")
     def health() -> dict:
