@@ -3982,18 +3982,15 @@ def serve(options: argparse.Namespace) -> None:
             f"{host} can be reached from other machines: set a token in BOOKKEEP_TOKEN or with "
             "--token-file, or give --open to let anybody read and teach"
         )
-    unsaved = os.environ.get("BOOKKEEP_UNSAVED", str(UNSAVED))
-    if not re.fullmatch("[0-9]{1,18}", unsaved):
-        raise OSError(f"BOOKKEEP_UNSAVED must be a whole number of lines, not {unsaved}")
     log = Log(options.log)
     server = Server(starting_app(log), listener, options.threads, options.max_body)
     started = time.monotonic()
-    reading = _in_background(partial(Bookkeeper, log, int(unsaved)))
+    reading = _in_background(partial(Bookkeeper, log, options.unsaved))
     if server.answer(reading):
         raise KeyboardInterrupt
     bookkeeper = reading.result()
     seconds = time.monotonic() - started
-    names = {"localhost", "127.0.0.1", "[::1]", options.host.lower()}
+    names = {"localhost", "127.0.0.1", "[::1]", options.host.lower(), *options.name}
     hosts = None if token or options.open else sorted(names)
     app = create_app(bookkeeper, token, hosts, options.max_body, options.max_batch)
     server.call(app)
@@ -4051,35 +4048,69 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    def option(name: str, help: str, **more: object) -> None:
-        shown = f"{help} (default: %(default)s)" if "default" in more else help
-        parser.add_argument(f"--{name}", help=shown, **more)
+    def option(
+        name: str, help: str, type: Callable = str, default: object = None, **more: object
+    ) -> None:
+        """Adds --some-thing, which BOOKKEEP_SOME_THING sets, too, unless it is given."""
+        variable = f"BOOKKEEP_{name.upper().replace('-', '_')}"
+        found = os.environ.get(variable)
 
-    option("host", "address to listen on", default="127.0.0.1")
-    option("port", "0 for any free one", type=_whole(0, 65535), default=8080)
+        def value(text: str) -> object:
+            try:
+                return type(text)
+            except argparse.ArgumentTypeError as error:
+                where = f", as {variable} says" if text is found else ""
+                raise argparse.ArgumentTypeError(f"{error}{where}") from None
+
+        usual = f"default: {default}; " if default else ""
+        default = default if found is None else found
+        added = parser.add_argument(
+            f"--{name}", help=f"{help} ({usual}{variable})", default=default, **more
+        )
+        added.type = value  # which argparse calls with a default that is a text, too
+
+    option("host", "address to listen on", str, "127.0.0.1")
+    option("port", "0 for any free one", _whole(0, 65535), 8080)
+    option(
+        "name", "names that a proxy calls it by, with commas between", _names, [], metavar="HOST"
+    )
     kept = "file that keeps every booking; it is made, and read back at the next start"
-    option("log", kept, type=Path, default=Path("data/bookkeep.jsonl"))
+    option("log", kept, lambda path: Path(path).absolute(), "data/bookkeep.jsonl")
     token = "file with a token that all but /health and the page need; or set BOOKKEEP_TOKEN"
-    option("token-file", token, type=Path, metavar="FILE")
+    option("token-file", token, Path, metavar="FILE")
     reach = "listen without a token where other machines can reach it"
-    option("open", reach, action="store_true")
+    option("open", reach, _yes_or_no, False, action="store_true")
     lines = "write a line for each request to standard error: no body, query or name"
-    option("access-log", lines, action="store_true")
+    option("access-log", lines, _yes_or_no, False, action="store_true")
     threads = "requests at work at once: so many that book, so many questions, so many others"
-    option("threads", threads, type=_whole(1, 1000), default=16)
-    option("max-body", "bytes in one request's body", type=_whole(1, 1 << 40), default=MAX_BODY)
-    option("max-batch", "samples in one request", type=_whole(1, 10**9), default=MAX_BATCH)
+    option("threads", threads, _whole(1, 1000), 16)
+    option("max-body", "bytes in one request's body", _whole(1, 1 << 40), MAX_BODY)
+    option("max-batch", "samples in one request", _whole(1, 10**9), MAX_BATCH)
+    option("unsaved", "lines of the log that its snapshot may lack", _whole(0, 10**18), UNSAVED)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
 
 def _whole(least: int, most: int) -> Callable[[str], int]:
     def number(text: str) -> int:
-        if not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
+        if not re.fullmatch("[0-9]{1,19}", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is no whole number from {least} to {most}")
         return int(text)
 
-    number.__name__ = "whole number"  # what argparse calls it in an error
     return number
+
+
+def _yes_or_no(text: str) -> bool:
+    if text not in ("yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text} is neither yes nor no")
+    return text == "yes"
+
+
+def _names(text: str) -> list[str]:
+    names = text.lower().split(",")
+    for name in names:
+        if not re.fullmatch(r"[\w.-]+|\[[0-9a-f:.]+\]", name, re.ASCII):
+            raise argparse.ArgumentTypeError(f"{name} is no name of a host, without a port")
+    return names
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -5218,6 +5218,8 @@ def test_help_explains_each_option():
     assert {"--host", "--port", "--log", "--threads", "--token-file", "--version"} <= {*options}
     for option in options:
         assert re.search(rf"^ +(-h, )?{option}( [A-Z_]+)?\s+\w.{{9,}}", explained, re.MULTILINE)
+        variable = f"BOOKKEEP_{option[2:].upper().replace('-', '_')}"
+        assert (f"{variable})" in explained) == (option not in ("--help", "--version"))
     assert run(HERE / "bookkeep.py", "--version")[1] == f"bookkeep {bookkeep.__version__}\n"
 
 
@@ -5228,6 +5230,67 @@ def test_options_that_make_no_sense_are_refused(options):
     status, _, said = run(HERE / "bookkeep.py", *options)
     assert status == 2
     assert "Traceback" not in said
+    assert "BOOKKEEP_PORT says" not in said
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("PORT", "tcp://10.0.0.1:8080"),
+        ("THREADS", "0"),
+        ("MAX_BATCH", "1_0"),
+        ("UNSAVED", "1e4"),
+        ("OPEN", "maybe"),
+        ("NAME", "https://books.example"),
+        ("NAME", ""),
+    ],
+)
+def test_a_variable_that_makes_no_sense_is_named(monkeypatch, variable, value):
+    monkeypatch.setenv(f"BOOKKEEP_{variable}", value)
+    status, out, said = run(HERE / "bookkeep.py", "check", "/no/log")
+    assert (status, out) == (2, "")
+    assert said.endswith(f", as BOOKKEEP_{variable} says\n")
+    assert value in said
+
+
+def test_variables_set_options_that_are_not_given(serve, tmp_path, monkeypatch):
+    (tmp_path / "token").write_text("s3cret")
+    for name, value in {
+        "HOST": "::1",
+        "PORT": "1",
+        "LOG": "/dev/null/log",
+        "TOKEN_FILE": str(tmp_path / "token"),
+        "ACCESS_LOG": "yes",
+        "OPEN": "no",
+        "MAX_BATCH": "1",
+        "THREADS": "none",
+    }.items():
+        monkeypatch.setenv(f"BOOKKEEP_{name}", value)
+    service = serve("--host=127.0.0.1", "--threads=2")
+    assert service.post("/sample", [])[0] == 401
+    for samples, status in (([booking()], 200), ([booking()] * 2, 400)):
+        headers = {"Authorization": "Bearer s3cret"}
+        assert service.ask("POST", "/sample", samples, headers=headers)[0] == status
+    assert "INFO 127.0.0.1 POST /sample 400" in service.said()
+
+
+@pytest.mark.parametrize("by_variable", [False, True])
+def test_a_proxy_may_call_it_by_names_that_are_given(serve, monkeypatch, by_variable):
+    names = "Books.example,10.0.0.7"
+    if by_variable:
+        monkeypatch.setenv("BOOKKEEP_NAME", names)
+    service = serve(*([] if by_variable else [f"--name={names}"]))
+    for host in ("books.example", "BOOKS.EXAMPLE:443", "10.0.0.7", "localhost"):
+        assert service.ask("GET", "/health", headers={"Host": host})[0] == 200
+    for host in ("example", "evil.books.example", "books.example.evil", "books.example,10.0.0.7"):
+        assert service.ask("GET", "/health", headers={"Host": host})[0] == 403
+
+
+def test_it_says_at_the_start_where_its_log_is(tmp_path):
+    command = [sys.executable, SERVICE, "--port=0", "--log=kept.jsonl"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        assert f", log {tmp_path / 'kept.jsonl'}, " in process.stderr.readline()
+        process.terminate()
 
 
 def test_importing_starts_nothing(tmp_path):
@@ -5829,7 +5892,7 @@ def test_a_log_that_is_moved_under_the_service_is_not_written(serve, tmp_path, a
     assert len(read(log)) == 6
 
 
-def test_what_keeps_it_from_starting_is_said_in_one_line(serve, tmp_path, monkeypatch):
+def test_what_keeps_it_from_starting_is_said_in_one_line(serve, tmp_path):
     log = tmp_path / "log.jsonl"
     service = serve()
     service.post("/sample", [booking(), booking()])
@@ -5841,9 +5904,6 @@ def test_what_keeps_it_from_starting_is_said_in_one_line(serve, tmp_path, monkey
     assert "No such file" in refused(tmp_path / "other", "--token-file=/no/token")
     files = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (119, 119))
     assert "let it open at least 120 files" in refused(tmp_path / "other", preexec_fn=files)
-    monkeypatch.setenv("BOOKKEEP_UNSAVED", "1e4")
-    assert "BOOKKEEP_UNSAVED must be a whole number" in refused(tmp_path / "other")
-    monkeypatch.delenv("BOOKKEEP_UNSAVED")
     service.stop()
     assert "cannot open" in refused(Path("/proc/log"))  # where nobody may write
     assert "Is a directory" in refused(tmp_path)
