@@ -11,6 +11,14 @@ It does not tune itself, forgets only what it is told to forget, and does not sp
 one process owns one log, and the model is the sum of what is in it.
 """
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "bookkeep":
+    # Quiet from the start: to import all that follows takes a moment. It is main's afterwards.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import errno
 import fcntl
@@ -3956,8 +3964,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     access.disabled = not options.access_log
-    on_signals(signal.default_int_handler)  # as Ctrl-C, until it serves
     try:
+        on_signals(signal.default_int_handler)  # as Ctrl-C, until it serves
         if options.command == "check":
             return check(options.checked, options.repair)
         serve(options)

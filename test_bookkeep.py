@@ -5289,13 +5289,40 @@ def test_a_proxy_may_call_it_by_names_that_are_given(serve, monkeypatch, by_vari
 def test_it_says_at_the_start_where_its_log_is(tmp_path):
     command = [sys.executable, SERVICE, "--port=0", "--log=kept.jsonl"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
-        assert f", log {tmp_path / 'kept.jsonl'}, " in process.stderr.readline()
+        said = process.stderr.readline()
         process.terminate()
+    assert f", log {tmp_path / 'kept.jsonl'}, " in said
 
 
 def test_importing_starts_nothing(tmp_path):
     status, out, said = run("-c", "import bookkeep, replay", cwd=tmp_path, env={"PYTHONPATH": HERE})
     assert (status, out, said, list(tmp_path.iterdir())) == (0, "", "", [])
+
+
+INTERRUPTING = """
+import os, signal, sys
+class Finder:
+    def find_spec(name, path, target=None):
+        if name == "{}":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder)
+"""
+
+
+def interrupted_at(module, folder, *command):
+    """As run, if Ctrl-C comes when this module is about to be imported."""
+    (folder / "sitecustomize.py").write_text(INTERRUPTING.format(module))
+    return run(*command, env=os.environ | {"PYTHONPATH": str(folder)})
+
+
+@pytest.mark.parametrize("module", ["argparse", "numpy", "numpy.linalg", "bottle", "waitress"])
+@pytest.mark.parametrize("installed", [False, True])
+def test_ctrl_c_while_it_is_imported_is_quiet(tmp_path, module, installed):
+    program = SERVICE
+    if installed:
+        program = tmp_path / "bookkeep"  # as pip makes it
+        program.write_text(f"import sys; sys.path.insert(0, {str(HERE)!r}); import bookkeep")
+    assert interrupted_at(module, tmp_path, program, "check", "/no/log") == (130, "", "")
 
 
 READING_SLOWLY = """
@@ -6967,6 +6994,12 @@ def test_an_interrupted_replay_reports_what_was_sent(tmp_path):
     assert "1000" in report["metrics"], said
     # The service is stopped, and the batch that was under way may be in its log.
     assert len(read(log)) - report["samples"] in (0, 1)
+
+
+@pytest.mark.parametrize("module", ["argparse", "csv", "zipfile"])
+def test_ctrl_c_while_a_replay_is_imported_is_quiet(tmp_path, module):
+    command = (HERE / "replay.py", "--url=http://127.0.0.1:9")
+    assert interrupted_at(module, tmp_path, *command) == (130, "", "")
 
 
 def test_a_replay_to_a_service_that_has_forgotten_all(serve):
