@@ -24,6 +24,7 @@ import errno
 import fcntl
 import gc
 import hmac
+import io
 import ipaddress
 import json
 import logging
@@ -72,15 +73,24 @@ access = logging.getLogger("bookkeep.access")  # a line for each request
 
 FEATURES = ("CompanyId", "BankEntryText", "BankEntryAmount")
 TARGET = "AccountNumber"
+NAME = "AccountName"  # optional: what the company calls the account
 BOOKED_BY = "BookedBy"  # optional: who booked it, a person if it is not said
 CHECKS = 16  # of the suggestions that could be booked unseen, one in so many is to be checked
 TIMES = {"person": 1, "check": CHECKS, "suggestion": 0}  # that such a booking is scored
+BY_TIMES = {times: who for who, times in TIMES.items()}
 
 MAX_BATCH = 10_000  # samples in one body
 MAX_VALUE = 10_000  # characters in a key or a value
 SHORT = ("CompanyId", "BankEntryAmount", TARGET)  # of at most MAX_SHORT characters
 MAX_SHORT = 100
 MAX_WORDS = 100  # words of a text that become tokens: its first ones
+
+BOUNDS = [-10000, -1000, -100, -10, 0, 10, 100, 1000, 10000]  # each the last of its range
+RANGES = (  # of amounts
+    "big negative",
+    *("> -10000", "> -1000", "> -100", "> -10", "< 10", "< 100", "< 1000", "< 10000"),
+    "big positive",
+)
 
 KINDS = (  # of tokens, in a person's words
     "company",
@@ -167,7 +177,8 @@ def check_sample(sample: object, required: Sequence[str], short: Sequence[str] =
         text = "".join(chain(sample, sample.values()))
     except TypeError:
         key = next(key for key, value in sample.items() if not isinstance(value, str))
-        raise BadRequest(f"{_shown(key)} must be a string") from None
+        hint = ": put the number in quotes" if isinstance(sample[key], float) else ""
+        raise BadRequest(f"{_shown(key)} must be a string{hint}") from None
     if len(text) > MAX_VALUE:
         for key, value in sample.items():
             if max(len(key), len(value)) > MAX_VALUE:
@@ -243,9 +254,22 @@ def wordings(sample: Sample) -> list[tuple[str, str]]:
 
 
 def _parts(sample: Sample) -> tuple[str, list[str], str]:
-    """The sample's company, the words of its text that count, and its amount."""
+    """The sample's company, the words of its text that count, and its amount, or the range."""
     words = sample["BankEntryText"].split(maxsplit=MAX_WORDS)[:MAX_WORDS]
-    return sample["CompanyId"], words, sample["BankEntryAmount"]
+    return sample["CompanyId"], words, amount_range(sample["BankEntryAmount"])
+
+
+def amount_range(amount: str) -> str:
+    """The range that a plain decimal number is in; any other amount is one of its own.
+
+    -9875.50 -> > -10000, -1000 -> > -10000, 0 -> > -10, 10 -> < 10, 1,200.00 -> 1,200.00
+    """
+    if _is_decimal(amount):
+        return RANGES[bisect_left(BOUNDS, float(amount))]
+    return amount
+
+
+_is_decimal = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?").fullmatch
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -891,13 +915,18 @@ class NaiveBayes:
         return best, lead
 
     def top(self, scores: np.ndarray, most: int) -> np.ndarray:
-        """(k,) the accounts of the highest of (A,) scores, best first; of equals, by name."""
-        known = np.flatnonzero(scores > -np.inf)
-        if len(known) > most:
-            least = np.partition(scores[known], -most)[-most]
-            known = known[scores[known] >= least]
-        best = sorted(known.tolist(), key=lambda account: (-scores[account], self.names[account]))
-        return np.array(best[:most], dtype=np.int64)
+        """(n, k) the accounts of the highest of (n, A) scores, best first; of equals, by name."""
+        each, left = np.arange(len(scores)), scores.copy()
+        best = np.zeros((len(scores), min(most, self.known)), dtype=np.int64)
+        for rank in range(best.shape[1]):
+            best[:, rank] = left.argmax(axis=1)
+            left[each, best[:, rank]] = -np.inf
+        highest = np.column_stack([np.take_along_axis(scores, best, axis=1), left.max(axis=1)])
+        for i in (highest[:, 1:] == highest[:, :-1]).any(axis=1).nonzero()[0]:
+            high = np.flatnonzero(scores[i] >= highest[i, -2]).tolist()
+            high.sort(key=lambda account, of=scores[i]: (-of[account], self.names[account]))
+            best[i] = high[: best.shape[1]]
+        return best
 
     def assess(self, documents: Sequence[Sequence[int]], labels: Sequence[str]) -> list[Assessment]:
         """Predictions for documents whose accounts, the labels, are known."""
@@ -1095,6 +1124,7 @@ def _numbers(known: Mapping[Hashable, int] = {}) -> defaultdict:
 
 LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99)  # of confidence, in a report
 CONFUSED = 10  # pairs of accounts, in a report
+LEAST_SURE = 10_000  # bookings of which the least sure are asked for: the last ones
 WINDOW = 1000  # bookings that a point of the learning curve is over
 
 
@@ -1135,6 +1165,7 @@ class History:
             ("seq", "i8"),
             ("company", "i4"),
             ("booked", "i4"),
+            ("named", "i4"),  # the account whose name came with the booking, -1 if none did
             ("predicted", "i4"),  # -1 where there was no model
             ("confidence", "f4"),
             ("bin", "i1"),  # of the margin for each token
@@ -1169,21 +1200,22 @@ class History:
         """All rows: an array that stays as it is, but for corrections, whatever comes later."""
         return self._table[: self._end]
 
-    def append(self, rows: np.ndarray, names: Iterable[tuple[str, str, str | None]]) -> None:
-        """Adds rows, and numbers their companies, accounts booked and accounts predicted."""
-        rows["company"], rows["booked"], rows["predicted"] = (
+    def append(
+        self, rows: np.ndarray, names: Iterable[tuple[str, str, str | None, str | None]]
+    ) -> None:
+        """Adds rows, and numbers their companies, and the accounts booked, named, and predicted."""
+        rows["company"], rows["booked"], rows["named"], rows["predicted"] = (
             np.array(
                 [
                     (
                         self.companies[company],
-                        self.accounts[booked],
-                        -1 if predicted is None else self.accounts[predicted],
+                        *(-1 if each is None else self.accounts[each] for each in accounts),
                     )
-                    for company, booked, predicted in names
+                    for company, *accounts in names
                 ],
                 dtype=np.int32,
             )
-            .reshape(-1, 3)
+            .reshape(-1, 4)
             .T
         )
         end = self._end + len(rows)
@@ -1215,6 +1247,65 @@ class History:
     def find(self, seqs: np.ndarray) -> np.ndarray:
         """(m,) which rows have these seqs."""
         return self.rows["seq"].searchsorted(seqs)
+
+    def at(self, seqs: np.ndarray) -> np.ndarray:
+        """(k,) copies of the rows of m seqs, without those that there are not."""
+        found, after = self.find(np.array([seqs, seqs + 1]))
+        return self.rows[found[found < after]]
+
+    def page(
+        self,
+        limit: int,
+        company: str | None = None,
+        reviewed: bool | None = None,
+        below: float | None = None,
+        by_confidence: bool = False,
+        before: tuple[float, int] | None = None,
+    ) -> tuple[np.ndarray, tuple[float, int] | None]:
+        """(k,) seqs of bookings, newest first, or the least sure of the last LEAST_SURE that match.
+
+        They are at most `limit`, and follow the page that ended with this confidence and seq. And
+        with which this one ends, None if nothing follows. This looks at all rows, which takes less
+        than a millisecond for each column of a million.
+        """
+        rows = self.rows
+        wanted = np.ones(len(rows), dtype=bool)
+        if company is not None:
+            wanted &= rows["company"] == self.companies.get(company, -1)
+        if reviewed is not None:
+            wanted &= rows["reviewed"] == reviewed
+        if below is not None:
+            wanted &= rows["confidence"] < below
+        if below is not None or by_confidence:
+            wanted &= rows["predicted"] >= 0
+        sure, last = before or (-1, sys.maxsize)
+        if by_confidence:
+            found = rows[wanted.nonzero()[0][: -LEAST_SURE - 1 : -1]]
+            found = found[found["confidence"].argsort(kind="stable")]
+            as_sure = (found["confidence"] == sure) & (found["seq"] < last)
+            found = found[(found["confidence"] > sure) | as_sure]
+        else:
+            wanted &= rows["seq"] < last
+            found = rows[wanted.nonzero()[0][: -limit - 2 : -1]]
+        page = found[:limit]
+        end = page[["confidence", "seq"]][-1].item() if len(found) > limit else None
+        return page["seq"], end
+
+    def last_named(self, companies: np.ndarray, accounts: np.ndarray) -> np.ndarray:
+        """(n,) the seqs of the last bookings in which n companies named n accounts, -1 if none."""
+        seqs = np.full(len(companies), -1)
+        rest, size = self.rows, 1 << 14
+        while len(rest) and (missing := seqs < 0).any():  # most are found among the last rows
+            rest, rows = rest[:-size], rest[-size:]
+            whose, company = np.unique(companies[missing], return_inverse=True)
+            which, account = np.unique(accounts[missing], return_inverse=True)
+            at = np.isin(rows["named"], which).nonzero()[0]
+            at = at[np.isin(rows["company"][at], whose)]
+            cell = whose.searchsorted(rows["company"][at]), which.searchsorted(rows["named"][at])
+            last = np.full((len(whose), len(which)), -1)
+            last[cell] = rows["seq"][at]  # of those in one cell, the last one stays
+            seqs[missing], size = last[company, account], 2 * size
+        return seqs
 
     def correct(self, seq: int, account: str, rank: int) -> None:
         """Has a person book an account, which had that rank, in the row of that seq."""
@@ -1347,24 +1438,32 @@ class Calibration:
             share = (hits + self.OWN * share) / (suggestions + self.OWN + self.OWN_DOUBT)
         return share
 
-    def shared(self, confidence: float) -> np.ndarray:
-        """(RANKS,) the confidence of the first suggestion and of the others, best first.
+    def shared(self, confidence: np.ndarray) -> np.ndarray:
+        """(n, RANKS) the confidence of n first suggestions and of the others, best first.
 
         These share what it leaves as the ranks of wrongly predicted accounts have been.
         """
-        others = (1 - confidence) * self._ranks[2:] / (self._ranks.sum() + self.DOUBT)
-        return np.minimum.accumulate([confidence, *others])
+        counted = self._ranks.sum() + self.DOUBT
+        others = np.multiply.outer(1 - confidence, self._ranks[2:]) / counted
+        return np.minimum.accumulate(np.column_stack([confidence, others]), axis=1)
 
-    def record(self, row: np.ndarray) -> dict[str, dict[str, int]]:
-        """What the confidence of a suggestion (1,) rests on, with about as much evidence."""
-        _, own = self._own_of(row)[0].tolist()
-        known, wide = int(row["known"][0]), int(row["bin"][0]) // self.WIDE
-        near = slice(max(0, wide - 1) * self.WIDE, (wide + 2) * self.WIDE)
-        everybodys = [int(counts[known, near].sum()) for counts in (self._all, self._right)]
-        return {
-            name: dict(zip(("suggestions", "right"), counts, strict=True))
-            for name, counts in (("own", own), ("all", everybodys))
-        }
+    def record(self, rows: np.ndarray) -> list[dict[str, dict[str, int]]]:
+        """What the confidences of n suggestions rest on, with about as much evidence."""
+        wide = rows["bin"] // self.WIDE
+        first, end = np.maximum(wide - 1, 0) * self.WIDE, (wide + 2) * self.WIDE
+        sums = np.zeros((2, len(KNOWN), self.BINS + self.WIDE + 1), dtype=np.int64)
+        sums[:, :, 1 : self.BINS + 1] = [self._all, self._right]
+        sums = sums.cumsum(axis=-1)  # up to each bin
+        everybodys = (sums[:, rows["known"], end] - sums[:, rows["known"], first]).T
+        return [
+            {
+                "own": {"suggestions": own, "right": own_right},
+                "all": {"suggestions": suggestions, "right": right},
+            }
+            for (own, own_right), (suggestions, right) in zip(
+                self._own_of(rows)[:, 1].tolist(), everybodys.tolist(), strict=True
+            )
+        ]
 
     @classmethod
     def bins(cls, margins: Sequence[float]) -> np.ndarray:
@@ -1693,6 +1792,14 @@ class Log:
         file.seek(start)
         return file, max(0, end - start)
 
+    def export_some(self, seqs: np.ndarray) -> tuple["Lines", int]:
+        """Lines of these seqs, which exist, as a file of their own, and how many bytes it has."""
+        with self._placing:
+            starts = np.append(np.array(self._starts), self.size)
+            file = self._opened()
+        lines = Lines(file, starts[seqs], starts[seqs + 1] - starts[seqs])
+        return lines, lines.size
+
     def _opened(self) -> BinaryIO:
         """The file that is owned, whatever stands at its path by now, opened once more."""
         return open(f"/proc/self/fd/{self._file}", "rb")
@@ -1813,6 +1920,43 @@ class Copy:
         """The record of that seq. Raises ValueError or OSError if it is damaged."""
         start, end = [*self.starts[seq : seq + 2], self.size][:2]
         return _parse(os.pread(self.file, end - start, start))
+
+
+class Lines(io.RawIOBase):
+    """Some lines of a file, as a file of their own."""
+
+    def __init__(self, file: BinaryIO, starts: np.ndarray, sizes: np.ndarray) -> None:
+        self._file = file
+        self._ends = sizes.cumsum()  # of the lines, here
+        self._shifts = starts + sizes - self._ends  # from here to there
+        self._at = 0
+        self.size = int(sizes.sum())
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Where it stands now."""
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.size}[whence]
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        """At most so many bytes, or the rest."""
+        end = self.size if size < 0 else min(self._at + size, self.size)
+        pieces = []
+        line = int(self._ends.searchsorted(self._at, side="right"))
+        while self._at < end:
+            stop = min(end, int(self._ends[line]))
+            shift = int(self._shifts[line])
+            pieces.append(os.pread(self._file.fileno(), stop - self._at, self._at + shift))
+            self._at, line = stop, line + 1
+        return b"".join(pieces)
+
+    def close(self) -> None:
+        """Closes the file that has the lines, too."""
+        self._file.close()
+        super().close()
 
 
 class Batch(NamedTuple):
@@ -2110,7 +2254,7 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 # --------------------------------------------------------------------------------------- Snapshot
 
-FORMAT = 3  # of snapshots
+FORMAT = 4  # of snapshots
 
 
 class Snapshot:
@@ -2170,7 +2314,8 @@ class Snapshot:
         self.lines = 0
 
     def _version(self) -> list[int]:
-        return [FORMAT, *tokens(dict.fromkeys(FEATURES, "a b c"))]
+        sample = dict.fromkeys(FEATURES, "a b c") | {"BankEntryAmount": "-1000"}
+        return [FORMAT, *tokens(sample)]
 
 
 # ----------------------------------------------------------------------------------------- Writer
@@ -2442,7 +2587,18 @@ class Bookkeeper:
     def suggest(
         self, sample: Sample, top: int, place: int = 0, book_from: float | None = None
     ) -> dict[str, object]:
-        """The most probable accounts, best first, each with its confidence and its reasons.
+        """What suggest_all says of a sample in that place of the request, with the reasons."""
+        [answer] = self._suggest([sample], place, top, book_from, True)
+        return answer
+
+    def suggest_all(
+        self,
+        samples: Sequence[Sample],
+        top: int,
+        book_from: float | None = None,
+        with_reasons: bool = True,
+    ) -> list[dict[str, object]]:
+        """The most probable accounts of each, best first, with their confidence and the reasons.
 
         The first is compared with the second, the others are with the first. The log-odds of what
         the sample says, its `reasons`, and the `prior` add up to the `margin`. The `record` says
@@ -2450,37 +2606,68 @@ class Bookkeeper:
         even if it is sure enough, which depends on its place in the request, too. Whether it is,
         from a confidence on, is the `decision`. Raises NotReady.
         """
-        document = tokens(sample)
-        with self._model_at_rest() as model:
-            [scores] = model.joint_log_likelihood([document])
-            best = model.top(scores, max(top, 2))
-            accounts = [model.names[account] for account in best.tolist()]
-            terms = model.terms(document, best)
-            margin = round(scores[best[0]] - scores[best[1]], 4) if len(best) > 1 else None
-            [known] = model.specificity([document]).tolist()
-            whose = {
-                "CompanyId": sample["CompanyId"]
-            }  # the rest may be anything, as it is not booked
-            made = {"sample": whose, "predicted": accounts[0], "margin": margin, "known": known}
-            row = self._rows([made], [document])
-            [sure] = self._calibration.confidence(row).tolist()
-            confidence = self._calibration.shared(sure).round(4).tolist()
-            record = self._calibration.record(row)
-            check = is_check(sample, self._history.size(sample["CompanyId"]), place)
-            self._predictions += 1
+        # Reasons take long, and others wait for the model, too.
+        step = 1 if with_reasons else self._model.at_once
+        return [
+            answer
+            for place in range(0, len(samples), step)
+            for answer in self._suggest(
+                samples[place : place + step], place, top, book_from, with_reasons
+            )
+        ]
 
-        answer = {
-            "suggestions": [
-                _suggestion(sample, accounts, terms, rank, confidence[rank])
-                for rank in range(min(top, len(accounts)))
-            ],
-            "record": {"known": KNOWN[known], **record},
-            "check": check,
-        }
-        if book_from is not None:
-            sure_enough = "check" if check else "book"
-            answer["decision"] = sure_enough if confidence[0] >= book_from else "review"
-        return answer
+    def _suggest(
+        self,
+        samples: Sequence[Sample],
+        place: int,
+        top: int,
+        book_from: float | None,
+        with_reasons: bool,
+    ) -> Iterator[dict[str, object]]:
+        """What suggest_all says of samples that follow in a request from that place on."""
+        documents = [tokens(sample) for sample in samples]
+        with self._model_at_rest() as model:
+            scores = model.joint_log_likelihood(documents)
+            best = model.top(scores, max(top, 2))
+            scores = np.take_along_axis(scores, best, axis=1).tolist()
+            known = model.specificity(documents).tolist()
+            terms = [
+                model.terms(document, row) if with_reasons else None
+                for document, row in zip(documents, best, strict=True)
+            ]
+            self._predictions += len(samples)
+
+        accounts = [[model.names[account] for account in row] for row in best.tolist()]
+        made = [
+            {
+                "sample": {"CompanyId": sample["CompanyId"]},  # the rest may be anything
+                "predicted": names[0],
+                "margin": highest[0] - highest[1] if len(highest) > 1 else None,
+                "known": most,
+            }
+            for sample, names, highest, most in zip(samples, accounts, scores, known, strict=True)
+        ]
+        rows = self._rows(made, documents)
+        with self._changing:
+            confidence = self._calibration.shared(self._calibration.confidence(rows))
+            records = self._calibration.record(rows)
+            sizes = [self._history.size(sample["CompanyId"]) for sample in samples]
+
+        confidence = confidence.round(4).tolist()
+        for i, sample in enumerate(samples):
+            check = is_check(sample, sizes[i], place + i)
+            answer = {
+                "suggestions": [
+                    _suggestion(sample, accounts[i], scores[i], rank, confidence[i][rank], terms[i])
+                    for rank in range(min(top, len(accounts[i])))
+                ],
+                "record": {"known": KNOWN[known[i]], **records[i]},
+                "check": check,
+            }
+            if book_from is not None:
+                sure_enough = "check" if check else "book"
+                answer["decision"] = sure_enough if confidence[i][0] >= book_from else "review"
+            yield answer
 
     def metrics(self, n: int) -> dict[str, float]:
         """Macro precision and recall of the last n (or fewer) predictions. Raises NotReady."""
@@ -2524,6 +2711,72 @@ class Bookkeeper:
             "wrong": self._listed(newest[~right(newest)][:LISTED]),
             "unsure": self._listed(newest[unsure]),
         }
+
+    def bookings(self, limit: int, company: str | None = None, **asked: object) -> tuple:
+        """What `limit` bookings are by now, and where that page ends, as History.page says.
+
+        Raises NotFound if there is no such company.
+        """
+        with self._changing:
+            self._require(company)
+        seqs, end = self._history.page(limit, company, **asked)
+        return self._standing(seqs), end
+
+    def booking(self, seq: int) -> dict:
+        """What one booking is by now. Raises NotFound."""
+        self._booking(seq)
+        for standing in self._standing(np.array([seq])):
+            return standing
+        raise NotFound(f"there is no booking {seq}")  # it is on its way, or was just forgotten
+
+    def lines(self, company: str, first: int, limit: int) -> tuple[Lines, int]:
+        """The company's lines in the log from that seq on, as Log.export_some. Raises NotFound."""
+        seqs, _ = self._lines_of(company)
+        return self.log.export_some(seqs[seqs >= first][:limit])
+
+    def _standing(self, seqs: np.ndarray) -> list[dict]:
+        """What bookings are by now, without those that were forgotten meanwhile."""
+        with self._changing:
+            rows = self._history.at(seqs)
+            corrections = [self._corrections.get(seq) for seq in rows["seq"].tolist()]
+        names, called = [*self._history.accounts, None], self._called(rows)
+        rows = rows[["seq", "company", "booked", "predicted", "rank", "times", "reviewed"]]
+        found = []
+        for row, corrected in zip(rows.tolist(), corrections, strict=True):
+            seq, company, booked, predicted, rank, times, reviewed = row
+            record = self._record(seq)
+            if "sample" not in record:
+                continue
+            # Once a person has looked at what was booked unseen, it is the person's.
+            person = {BOOKED_BY: "person"} if reviewed and not times else {}
+            sample = record["sample"] | {TARGET: names[booked]} | person
+            found.append(
+                {
+                    "seq": seq,
+                    "sample": sample,
+                    "account": names[booked],
+                    "name": called.get((company, booked)),
+                    "predicted": names[predicted],
+                    "predicted_name": called.get((company, predicted)),
+                    "confidence": record["confidence"],
+                    "rank": 1 if booked == predicted else rank or None,
+                    "reviewed": reviewed,
+                    "booked_by": "person" if person else BY_TIMES[times],
+                    "corrected": corrected and {"from": record["sample"][TARGET]},
+                }
+            )
+        return found
+
+    def _called(self, rows: np.ndarray) -> dict[tuple[int, int], str | None]:
+        """The latest names that companies gave the accounts booked and predicted in these rows."""
+        accounts = np.concatenate([rows["booked"], rows["predicted"]])
+        companies = np.tile(rows["company"], 2)[accounts >= 0]
+        accounts = accounts[accounts >= 0]
+        seqs = self._history.last_named(companies, accounts).tolist()
+        named = {seq: self._record(seq).get("sample", {}) for seq in {*seqs} - {-1}}
+        names = (named.get(seq, {}).get(NAME) for seq in seqs)
+        pairs = zip(companies.tolist(), accounts.tolist(), strict=True)
+        return dict(zip(pairs, names, strict=True))
 
     def _listed(self, rows: np.ndarray) -> list[dict]:
         """What the page says of rows of the history."""
@@ -2592,9 +2845,12 @@ class Bookkeeper:
 
     def _scored(self, n: int, company: str | None = None) -> np.ndarray:
         with self._changing:
-            if company is not None and company not in self._history.companies:
-                raise NotFound("there is no booking of this company")
+            self._require(company)
             return self._history.last(n, company)
+
+    def _require(self, company: str | None) -> None:
+        if company is not None and company not in self._history.companies:
+            raise NotFound("there is no booking of this company")
 
     def _last(self, n: int, company: str | None = None) -> np.ndarray:
         rows = self._scored(n, company)
@@ -2711,6 +2967,7 @@ class Bookkeeper:
                     -1,
                     companies.get(record["sample"]["CompanyId"], -1),
                     -1,
+                    -1,
                     accounts.get(record["predicted"], -1),
                     record.get("confidence") or 0,
                     0,
@@ -2730,7 +2987,11 @@ class Bookkeeper:
     def _score(self, records: list[dict], rows: np.ndarray) -> None:
         """Adds what the log says of bookings, as rows, to the history and the calibration."""
         rows["seq"] = [record["seq"] for record in records]
-        names = ((r["sample"]["CompanyId"], r["sample"][TARGET], r["predicted"]) for r in records)
+        names = [
+            (s["CompanyId"], s[TARGET], s[TARGET] if s.get(NAME) else None, record["predicted"])
+            for record in records
+            for s in [record["sample"]]
+        ]
         self._history.append(rows, names)
         self._calibration.add(rows)
 
@@ -2784,13 +3045,12 @@ class Bookkeeper:
     def _lines_of(self, company: str) -> tuple[np.ndarray, int]:
         """(m,) the seqs of a company's bookings and corrections, and how many lines there are.
 
-        Raises NotFound. Only the writer knows: between a line and its row is a moment.
+        Raises NotFound. Only the writer knows all: between a line and its row is a moment.
         """
         seqs = self._history.of(company)["seq"]
         if not len(seqs):
             raise NotFound("there is no booking of this company")
-        corrected = self._corrections.keys() & seqs.tolist()
-        corrections = chain.from_iterable(self._corrections[seq] for seq in corrected)
+        corrections = chain.from_iterable(self._corrections.get(seq, ()) for seq in seqs.tolist())
         lines = np.concatenate([seqs, np.fromiter(corrections, dtype=np.int64)])
         return np.sort(lines), len(self.log)
 
@@ -2953,20 +3213,28 @@ def _in_ranks(rank: int | None) -> int:
 
 
 def _suggestion(
-    sample: Sample, accounts: Sequence[str], terms: np.ndarray, rank: int, confidence: float
+    sample: Sample,
+    accounts: Sequence[str],
+    scores: Sequence[float],
+    rank: int,
+    confidence: float,
+    terms: np.ndarray | None,
 ) -> dict[str, object]:
-    """One of the accounts, and what speaks for it over another; terms are (k, 1 + T)."""
-    suggestion = {"account": accounts[rank], "confidence": confidence, "over": None}
-    if len(accounts) == 1:
-        return suggestion | {"margin": None, "prior": None, "reasons": []}
+    """One of k accounts, and what speaks for it over another, by the terms (k, 1 + T)."""
     other = int(rank == 0)
-    prior, *weights = (terms[rank] - terms[other]).tolist()
-    return suggestion | {
-        "over": accounts[other],
-        "margin": round(math.fsum([prior, *weights]), 4),
-        "prior": round(prior, 4),
-        "reasons": _reasons(sample, weights),
+    alone = len(accounts) == 1
+    suggestion = {
+        "account": accounts[rank],
+        "confidence": confidence,
+        "over": None if alone else accounts[other],
+        "margin": None if alone else round(scores[rank] - scores[other], 4),
     }
+    if terms is None:
+        return suggestion
+    if alone:
+        return suggestion | {"prior": None, "reasons": []}
+    prior, *weights = (terms[rank] - terms[other]).tolist()
+    return suggestion | {"prior": round(prior, 4), "reasons": _reasons(sample, weights)}
 
 
 def _reasons(sample: Sample, weights: list[float]) -> list[dict[str, str | float]]:
@@ -2986,6 +3254,7 @@ def _reasons(sample: Sample, weights: list[float]) -> list[dict[str, str | float
 
 JSON_LINES = "application/jsonl"
 MAX_NUMBER = 999_999_999
+MAX_PAGE = 500  # bookings in one answer
 MAX_SUGGESTED = 300  # suggestions in one answer, each of which is long
 OPEN = {"/", "/health"}  # to all, as there is nothing to learn from them
 TAGS = {
@@ -3037,7 +3306,12 @@ def _list(name: str, **limits: int) -> dict:
 FIELDS = {  # of records and parameters: the schema, what it says, an example
     "CompanyId": (_BRIEF, "whose booking it is", "acme"),
     "BankEntryText": (_FILLED, "what the bank statement says", "Office rent June"),
-    "BankEntryAmount": (_BRIEF, "the range of the amount, or any other word", "> -10000"),
+    "BankEntryAmount": (
+        _BRIEF,
+        "a plain decimal number, which counts as the range that it is in, or a range: "
+        f"{', '.join(RANGES)}; any other text is a range of its own",
+        *("-9875.50", *RANGES),
+    ),
     "BankEntryDate": (_TEXT, "the day, which is stored, but says nothing", "2016-02-29"),
     "AccountName": (_TEXT, "the account's name, for people", "Office costs"),
     TARGET: (_BRIEF, "the account that it is booked to", "6300"),
@@ -3060,6 +3334,11 @@ FIELDS = {  # of records and parameters: the schema, what it says, an example
     "prior": (_or_null(_ODDS), "log-odds before anything is known of the sample", 0.0308),
     "reasons": (_list("Reason"), "what the sample says, the heaviest first"),
     "suggestions": (_list("Suggestion", maxItems=Calibration.RANKS), "accounts, best first"),
+    "suggest.reasons": (
+        _one_of(("yes", "no")) | {"default": "yes"},
+        f"no leaves them out; with them, an answer has at most {MAX_SUGGESTED} suggestions",
+        "no",
+    ),
     "record": (_of("Record"), "what the confidence of the first rests on"),
     "check": (_YES, "whether a person should look at it, however sure it is", False),
     "decision": (_one_of(("book", "check", "review")), "what to do with the first one", "book"),
@@ -3098,6 +3377,37 @@ FIELDS = {  # of records and parameters: the schema, what it says, an example
     "text": (_FILLED, "what the bank statement says", "Office rent June"),
     "amount": (_FILLED, "the amount", "> -10000"),
     "reviewed": (_YES, "whether a person has looked at it", True),
+    "sample": (_of("Booked"), "the booking as it was sent, but as it is booked now"),
+    "Booked.AccountNumber": (_FILLED, "the account that it is booked to", "6300"),
+    "name": (_or_null(_FILLED), "the latest name of the account, if it has any", "Office costs"),
+    "Standing.predicted": (_or_null(_FILLED), "the account that was predicted, if any", "7140"),
+    "predicted_name": (_or_null(_FILLED), "the latest name of that, if it has any", "Travel"),
+    "Standing.confidence": (_or_null(_SHARE), "how sure that was", 0.62),
+    "rank": (_or_null(_COUNT | {"minimum": 1}), "the place of its account among all", 2),
+    "booked_by": (_one_of(TIMES), "who booked it", "person"),
+    "corrected": ({"anyOf": [_of("Change"), {"type": "null"}]}, "whether it was booked anew"),
+    "Change.from": (_FILLED, "the account before", "7140"),
+    "Bookings.bookings": (_list("Standing", maxItems=MAX_PAGE), "the page"),
+    "next": (
+        _or_null(_FILLED),
+        "what to ask for the next page with, null if it is the last",
+        "0.62:14950",
+    ),
+    "bookings.reviewed": (_one_of(("yes", "no")), "only what somebody, or nobody, saw", "no"),
+    "below": (_SHARE, "only those predicted with less confidence", 0.9),
+    "order": (
+        _one_of(("newest", "confidence")) | {"default": "newest"},
+        f"newest first, or the least sure of the last {LEAST_SURE} that match",
+        "confidence",
+    ),
+    "bookings.limit": (
+        *(_COUNT | {"minimum": 1, "maximum": MAX_PAGE, "default": 50}, "how many, at most", 20),
+    ),
+    "bookings.before": (
+        {"type": "string", "pattern": "^[0-9]\\.[0-9]{1,20}:[0-9]{1,18}$"},
+        "next of the page before",
+        "0.62:14950",
+    ),
     "status": (_FILLED, "ok, or why bookings cannot be stored now", "ok"),
     "samples": (_COUNT, "bookings, also those that nobody has looked at", 15000),
     "lines": (_COUNT, "lines of the log", 15002),
@@ -3126,7 +3436,7 @@ RECORDS = {  # what each is, its fields, and those that may be left out
     ),
     "Stored": ("these bookings are on disk, and learned", "received total first last"),
     "Reason": ("what something that the sample says speaks for", "token kind weight"),
-    "Suggestion": ("an account", "account confidence over margin prior reasons"),
+    "Suggestion": ("an account", "account confidence over margin", "prior reasons"),
     "Tally": ("earlier suggestions with about as much evidence", "suggestions right"),
     "Record": ("what the first suggestion's confidence rests on", "known own all"),
     "Suggestions": ("the most likely accounts", "suggestions record check", "decision"),
@@ -3146,6 +3456,16 @@ RECORDS = {  # what each is, its fields, and those that may be left out
         "a booking, and what was predicted",
         "seq company text amount booked predicted confidence reviewed",
     ),
+    "Booked": (
+        *("a line of a bank statement, as it is booked now", f"{' '.join(FEATURES)} {TARGET}"),
+    ),
+    "Change": ("from what it was booked to before", "from"),
+    "Standing": (
+        "a booking as it stands now",
+        "seq sample account name predicted predicted_name confidence rank reviewed booked_by "
+        "corrected",
+    ),
+    "Bookings": ("a page of bookings", "bookings next"),
     "Overview": ("the page", "health metrics curve scored confidence wrong unsure"),
     "Health": (
         "how much is learned",
@@ -3173,7 +3493,7 @@ MEDIA = {"Lines": JSON_LINES, "Text": "text/plain", "Page": "text/html"}  # else
 OPERATIONS = {  # tag, id, answer and some refusals; summary; parameters
     "POST /sample": ("bookings sample Stored 422 503 507", "book, and learn", "Idempotency-Key"),
     "POST /predict": ("suggestions predict Accounts 503", "predict the accounts of samples"),
-    "POST /suggest": ("suggestions suggest Suggested 503", "suggest, and say why", "top book_from"),
+    "POST /suggest": ("suggestions suggest Suggested 503", "and why", "top book_from reasons"),
     "POST /correct": ("bookings correct Corrected 404 503 507", "book to another account"),
     "DELETE /company": ("bookings forget Forgotten 404 503 507", "forget any company", "id"),
     "DELETE /company/{id}": (
@@ -3181,7 +3501,12 @@ OPERATIONS = {  # tag, id, answer and some refusals; summary; parameters
     ),
     "GET /metrics/{n}": ("quality metrics Metrics 503", "of the last n predictions", "n"),
     "GET /report/{n}": ("quality report Report 404 503", "more of that", "n company book_from"),
-    "GET /samples": ("bookings samples Lines", "the lines of the log", "from limit"),
+    "GET /bookings": (
+        *("bookings bookings Bookings 404 507", "bookings as they stand now, a page at a time"),
+        "company reviewed below order limit before",
+    ),
+    "GET /bookings/{seq}": ("bookings booking Standing 404 507", "one of them", "seq"),
+    "GET /samples": ("bookings samples Lines 404", "lines of the log", "company from limit"),
     "GET /overview": ("quality overview Overview 404 503", "what the page shows", "company"),
     "GET /metrics": ("service prometheus Text", "figures for Prometheus"),
     "GET /health": ("service health Health 503", "how much is learned"),
@@ -3199,7 +3524,7 @@ def openapi(max_batch: int, max_body: int, guarded: bool) -> dict:
     bodies = {
         "sample": _list("Booking", maxItems=max_batch),
         "predict": or_one(max_batch),
-        "suggest": or_one(min(max_batch, MAX_SUGGESTED // 3)),
+        "suggest": or_one(max_batch),
         "correct": _of("Correction"),
     }
     paths: defaultdict[str, dict] = defaultdict(dict)
@@ -3238,7 +3563,7 @@ def _operation(
     statuses = {"400", *refusals, *([] if path in OPEN else ["401"])}
     statuses |= {"413", "415"} if name in bodies else set()
     made = {"operationId": name, "tags": [tag], "summary": summary}
-    made["parameters"] = [_parameter(each, path) for each in parameters.split()]
+    made["parameters"] = [_parameter(each, name, path) for each in parameters.split()]
     if name in bodies:
         made["requestBody"] = {"required": True} | _media(bodies[name])
     done = {"description": _resolved(_of(answer))["description"]}
@@ -3248,26 +3573,27 @@ def _operation(
     return made | ({"security": []} if path in OPEN else {})
 
 
-def _parameter(name: str, path: str) -> dict:
+def _parameter(name: str, operation: str, path: str) -> dict:
     in_path, header = f"{{{name}}}" in path, name == "Idempotency-Key"
     place = "path" if in_path else "header" if header else "query"
-    schema = _field(name)
+    schema = _field(name, operation)
     return {
         **{"name": name, "in": place, "required": in_path or name == "id", "schema": schema},
         **{"description": schema["description"], "example": _example(schema)},
     }
 
 
-def _field(name: str, record: str = "") -> dict:
-    schema, says, *example = FIELDS.get(f"{record}.{name}") or FIELDS[name]
-    return schema | {"description": says} | ({"examples": example} if example else {})
+def _field(name: str, of: str) -> dict:
+    """A field of a record, or a parameter of an operation."""
+    schema, says, *examples = FIELDS.get(f"{of}.{name}") or FIELDS[name]
+    return schema | {"description": says} | ({"examples": examples} if examples else {})
 
 
 def _record(name: str) -> dict:
     says, fields, *optional = RECORDS[name]
     properties = {each: _field(each, name) for each in " ".join([fields, *optional]).split()}
     shape = {"type": "object", "description": says, "required": fields.split()}
-    others = _TEXT if name in ("Sample", "Booking") else False
+    others = _TEXT if fields.startswith(FEATURES[0]) else False
     return shape | {"properties": properties, "additionalProperties": others}
 
 
@@ -3430,20 +3756,35 @@ def create_app(
             raise HTTPError(400, f"{name} must be a whole number from {least} to {most}")
         return int(text)
 
-    def text(name: str) -> str | None:
+    def text_asked(name: str) -> str | None:
         value = request.query.getunicode(name)
         if value is None and name in request.query:
             raise HTTPError(400, f"{name} must be UTF-8, percent-encoded")
         return value
 
-    def book_from() -> float | None:
-        text = request.query.get("book_from")
+    def share_asked(name: str) -> float | None:
+        text = request.query.get(name)
         with suppress(ValueError):
             if text is None:
                 return None
             if re.fullmatch("[0-9.e-]+", text) and 0 <= float(text) <= 1:
                 return float(text)
-        raise HTTPError(400, "book_from must be a number from 0 to 1, such as 0.95")
+        raise HTTPError(400, f"{name} must be a number from 0 to 1, such as 0.95")
+
+    def choice_asked(name: str, **choices: bool) -> bool | None:
+        text = request.query.get(name)
+        if text is not None and text not in choices:
+            raise HTTPError(400, f"{name} must be {' or '.join(choices)}")
+        return choices.get(text)
+
+    def page_before() -> tuple[float, int] | None:
+        text = request.query.get("before")
+        with suppress(ValueError):
+            if text is None:
+                return None
+            if found := re.fullmatch("([0-9.e-]+):([0-9]{1,18})", text):
+                return float(found[1]), int(found[2])
+        raise HTTPError(400, "before must be what the page before says is `next`")
 
     @app.post("/sample")
     def sample() -> dict:
@@ -3461,10 +3802,17 @@ def create_app(
     @app.post("/suggest")
     def suggest() -> dict | list[dict]:
         top = number("top", request.query.get("top", "3"), 1, Calibration.RANKS)
+        level = share_asked("book_from")
+        with_reasons = choice_asked("reasons", yes=True, no=False) is not False
         asked = received(parse_json)
-        samples = check_samples(asked, False, min(max_batch, MAX_SUGGESTED // top))
-        level = book_from()
-        answers = [bookkeeper.suggest(s, top, place, level) for place, s in enumerate(samples)]
+        most = MAX_SUGGESTED // top
+        if with_reasons and isinstance(asked, list) and len(asked) > most:
+            raise BadRequest(
+                f"with reasons, send at most {most} samples in one request, not {len(asked)}; "
+                "?reasons=no leaves them out"
+            )
+        samples = check_samples(asked, False, max_batch)
+        answers = bookkeeper.suggest_all(samples, top, level, with_reasons)
         return answers if isinstance(asked, list) else answers[0]
 
     @app.post("/correct")
@@ -3481,7 +3829,7 @@ def create_app(
     @app.delete("/company")  # clients take .. and the like out of a path
     @app.delete("/company/<id:re:(?s:.+)>")
     def company(id: str | None = None) -> dict:
-        id = id or text("id")
+        id = id or text_asked("id")
         if not id:
             raise HTTPError(400, "say which company, as in /company?id=acme")
         return {"company": id, "forgotten": bookkeeper.forget(id)}
@@ -3493,13 +3841,34 @@ def create_app(
     @app.get("/report/<n>")
     def report(n: str) -> dict:
         n = number("n, after /report/,", n, 1)
-        return bookkeeper.report(n, text("company"), book_from())
+        return bookkeeper.report(n, text_asked("company"), share_asked("book_from"))
+
+    @app.get("/bookings")
+    def bookings() -> dict:
+        limit = number("limit", request.query.get("limit", "50"), 1, MAX_PAGE)
+        found, end = bookkeeper.bookings(
+            limit,
+            text_asked("company"),
+            reviewed=choice_asked("reviewed", yes=True, no=False),
+            below=share_asked("below"),
+            by_confidence=choice_asked("order", newest=False, confidence=True),
+            before=page_before(),
+        )
+        return {"bookings": found, "next": end and "{}:{}".format(*end)}
+
+    @app.get("/bookings/<seq>")
+    def one_booking(seq: str) -> dict:
+        return bookkeeper.booking(number("seq, after /bookings/,", seq, 0))
 
     @app.get("/samples")
     def samples() -> BinaryIO | str:
         first = number("from", request.query.get("from", "0"), 0)
         limit = number("limit", request.query.get("limit", str(MAX_NUMBER)), 0)
-        lines, size = bookkeeper.log.export(range(first, first + limit))
+        company = text_asked("company")
+        if company is None:
+            lines, size = bookkeeper.log.export(range(first, first + limit))
+        else:
+            lines, size = bookkeeper.lines(company, first, limit)
         response.content_type = JSON_LINES
         response.content_length = size
         if not size:
@@ -3514,7 +3883,7 @@ def create_app(
 
     @app.get("/overview")
     def overview() -> dict:
-        return bookkeeper.overview(text("company"))
+        return bookkeeper.overview(text_asked("company"))
 
     @app.get("/health")
     def health() -> dict:
@@ -3587,7 +3956,10 @@ def _in_json(callback: Callable) -> Callable:
         if not isinstance(answer, dict | list):
             return answer
         response.content_type = "application/json"
-        return json.dumps(answer, ensure_ascii=False)  # which would make six times as much of it
+        if isinstance(answer, list):  # in parts: while one is made, all other threads wait
+            parts = (_encode(part)[1:-1] for part in chunks(answer, CHUNK))
+            return f"[{', '.join(parts)}]"
+        return _encode(answer)
 
     return route
 

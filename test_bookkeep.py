@@ -475,7 +475,7 @@ def add_rows(history, rows):
     for name in numbers:
         table[name] = [row[name] for row in rows]
     table["reviewed"] = table["times"] > 0
-    names = [(row["company"], row["booked"], row["predicted"]) for row in rows]
+    names = [(row["company"], row["booked"], row.get("named"), row["predicted"]) for row in rows]
     history.append(table, names)
     return history.rows[-len(rows) :] if rows else history.rows[:0]
 
@@ -628,6 +628,39 @@ def test_only_features_make_tokens():
     assert tokens(plain) == tokens(plain | {"AccountNumber": "1", "BankEntryDate": "x", "": "7"})
 
 
+@pytest.mark.parametrize(
+    ("amounts", "range_"),
+    [
+        (["-123456.78", "-10000.01", "-10000"], "big negative"),
+        (["-9999.99", "-9875.50", "-1000.00"], "> -10000"),
+        (["-999.99", "-100"], "> -1000"),
+        (["-99.99", "-010"], "> -100"),
+        (["-9.99", "-0.01", "-0", "0", "0.00"], "> -10"),
+        (["0.01", "+9.99", "10", "10.00"], "< 10"),
+        (["10.01", "100"], "< 100"),
+        (["100.01", "1000.0"], "< 1000"),
+        (["1000.01", "10000"], "< 10000"),
+        (["10000.01", "9" * 100], "big positive"),
+    ],
+)
+def test_a_plain_decimal_number_counts_as_the_range_that_it_is_in(amounts, range_):
+    expected = booking(amount=range_)
+    for amount in amounts:
+        assert tokens(booking(amount=amount)) == tokens(expected)
+        assert bookkeep.wordings(booking(amount=amount)) == bookkeep.wordings(expected)
+
+
+@pytest.mark.parametrize(
+    "amount",
+    ["1,200.00", "1200,00", "1e3", "12.50 EUR", ".5", "5.", " 5", "5\n", "--5", "٣", "nan", "x"],
+)
+def test_any_other_amount_is_one_of_its_own(amount):
+    own = bookkeep.wordings(booking(amount=amount))[1]
+    assert own == ("amount", amount)
+    ranges = {tokens(booking(amount=range_))[1] for range_ in bookkeep.RANGES}
+    assert len(ranges | {tokens(booking(amount=amount))[1]}) == 11
+
+
 def test_a_value_in_one_place_is_never_the_token_of_another():
     kinds = [
         tokens(booking(company="x", text="t", amount="a"))[0],
@@ -687,6 +720,10 @@ BAD_BODIES = {
         "sample 1: AccountName must be a string",
     ),
     "null as value": (json.dumps([booking(text=None)]).encode(), "sample 0: BankEntryText must be"),
+    "an amount that is a number": (
+        b'[{"CompanyId": "A", "BankEntryAmount": -9875.50}]',
+        "sample 0: BankEntryAmount must be a string: put the number in quotes",
+    ),
     "an object as value": (json.dumps([booking(x={})]).encode(), "sample 0: x must be a string"),
     "no company": (
         json.dumps([{k: v for k, v in booking().items() if k != "CompanyId"}]).encode(),
@@ -1283,8 +1320,10 @@ def test_predictions_are_the_same_in_whatever_order_was_learned(bookings, docume
         known = booked(bookings)
         ordered = sorted(known, key=lambda name: (-scores[model.accounts[name]], name))
         for most in (1, 2, 9):
-            top = [model.names[account] for account in model.top(scores, most)]
-            assert top == [other.names[account] for account in other.top(others, most)]
+            top = [model.names[account] for account in model.top(scores[np.newaxis], most)[0]]
+            assert top == [
+                other.names[account] for account in other.top(others[np.newaxis], most)[0]
+            ]
             assert top == ordered[:most]
         assert model.predict([document]) == ordered[:1]
 
@@ -1437,7 +1476,7 @@ def test_confidence_narrows_down_from_everybodys_record_to_ones_own(rows, asked)
             for other in known
             if other["known"] == row["known"] and abs(other["bin"] // 4 - row["bin"] // 4) <= 1
         ]
-        assert calibration.record(asked_rows[i : i + 1]) == {
+        assert calibration.record(asked_rows)[i] == {
             "own": tally_by_hand(own_by_hand(known, row, "predicted")),
             "all": {
                 "suggestions": sum(times for times, _ in everybodys),
@@ -1470,13 +1509,13 @@ def test_a_calibration_keeps_no_room_for_what_was_taken_away():
         calibration.add(rows, times=-1)
     assert len(calibration._own) <= 2048
     calibration.add(rows)
-    assert calibration.record(rows[:1])["own"] == {"suggestions": 1, "right": 1}
+    assert calibration.record(rows[:1])[0]["own"] == {"suggestions": 1, "right": 1}
 
 
 def test_confidence_is_low_until_there_is_history():
     history, calibration = History(), Calibration()
     row = add_rows(history, [{}])
-    assert calibration.shared(calibration.confidence(row)[0]).sum() == 0
+    assert calibration.shared(calibration.confidence(row)).sum() == 0
     seen = [calibration.confidence(row)[0]]
     for _ in range(100):
         calibration.add(row)
@@ -1503,16 +1542,16 @@ def test_the_second_gets_what_the_first_leaves_as_often_as_it_was_right():
     ranks = [(1, 48), (2, 30), (3, 10), (0, 10)]
     rows = [{"booked": str(rank), "rank": rank} for rank, times in ranks for _ in range(times)]
     calibration.add(add_rows(History(), rows))
-    first, second, third, *others = calibration.shared(0.48)
+    first, second, third, *others = calibration.shared(np.array([0.48]))[0]
     assert len(others) == Calibration.RANKS - 3
     assert first == 0.48
     assert second == pytest.approx(0.52 * 30 / 52)
     assert third == pytest.approx(0.52 * 10 / 52)
     assert not any(others)
-    assert calibration.shared(0.01)[1] == 0.01  # never more than the first
+    assert calibration.shared(np.array([0.01]))[0, 1] == 0.01  # never more than the first
     check = {"booked": "3", "rank": 3, "times": 16}
     calibration.add(add_rows(History(), [check]))  # stands for 16 of them
-    assert calibration.shared(0.48)[1] == pytest.approx(0.52 * 30 / (52 + 16))
+    assert calibration.shared(np.array([0.48]))[0][1] == pytest.approx(0.52 * 30 / (52 + 16))
 
 
 @given(
@@ -1569,6 +1608,74 @@ def test_a_history_gives_the_last_that_are_scored(bookings, n, sizes):
         add_rows(history, [{"seq": 998, "company": "C"}, {"seq": 999}])
         assert history.of("A")["seq"].tolist() == [999]
         assert len({*history.companies.values()}) == len(history.companies)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from("AB"),
+            st.integers(-1, 1),
+            st.sampled_from([0.0, 0.25, 0.3, 0.9]),
+            st.booleans(),
+        ),
+        max_size=30,
+    ),
+    st.sampled_from([None, "A", "C"]),
+    st.sampled_from([None, True, False]),
+    st.sampled_from([None, 0.3, 1]),
+    st.booleans(),
+    st.integers(1, 9),
+    st.sampled_from([5, 100]),
+)
+def test_pages_of_a_history_have_all_that_match_once(
+    bookings, company, reviewed, below, by_confidence, limit, most
+):
+    rows = [
+        {"seq": 3 * i, "company": whose, "confidence": sure, "times": int(seen)}
+        | {"predicted": None if predicted < 0 else str(predicted)}
+        for i, (whose, predicted, sure, seen) in enumerate(bookings)
+    ]
+    history = History()
+    add_rows(history, rows)
+    matching = [
+        row
+        for row in reversed(rows)
+        if company in (None, row["company"])
+        and reviewed in (None, bool(row["times"]))
+        and (below is None or row["confidence"] < below)
+        and (row["predicted"] or not (by_confidence or below))
+    ]
+    if by_confidence:
+        matching = sorted(matching[:most], key=lambda row: row["confidence"])
+    found, before = [], None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bookkeep, "LEAST_SURE", most)
+        while True:
+            page, before = history.page(limit, company, reviewed, below, by_confidence, before)
+            found += page.tolist()
+            assert len(page) == limit or before is None
+            if before is None:
+                break
+    assert found == [row["seq"] for row in matching]
+
+
+def test_a_history_knows_who_named_an_account_last():
+    history = History()
+    named = [("A", "1", "1"), ("A", "2", "2"), ("B", "1", "1"), ("A", "1", None), ("A", "1", "1")]
+    rows = [
+        {"seq": 2 * i, "company": company, "booked": booked, "named": account}
+        for i, (company, booked, account) in enumerate([*named, ("B", "2", None)])
+    ]
+    add_rows(history, rows)
+    history.correct(8, "2", 0)
+    pairs = [("A", "1"), ("B", "1"), ("A", "2"), ("B", "2"), ("A", "1")]
+    companies = np.array([history.companies[company] for company, _ in pairs])
+    accounts = np.array([history.accounts[account] for _, account in pairs])
+    assert history.last_named(companies, accounts).tolist() == [8, 4, 2, -1, 8]
+    add_rows(history, [{"seq": 9 + i, "company": "C"} for i in range(99_999)])
+    assert history.last_named(companies, accounts).tolist() == [8, 4, 2, -1, 8]
+    history.forget("A")
+    assert history.last_named(companies, accounts).tolist() == [-1, 4, -1, -1, -1]
 
 
 # -------------------------------------------------------------------------------------------- Log
@@ -2139,6 +2246,28 @@ def test_a_snapshot_of_other_tokens_is_not_used(path, monkeypatch, caplog):
     with saving(path) as bookkeeper:
         assert bookkeeper._model.token_counts.occupied.sum() == 5  # companies
     assert "another version" in caplog.text
+
+
+def test_amounts_that_were_learned_as_words_are_learned_as_their_ranges(path, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        patch.setattr(bookkeep, "amount_range", str)  # as up to version 0.3
+        with bookkeeping(path, unsaved=1) as bookkeeper:
+            bookkeeper.book([booking(amount="-5.00", account="1"), booking(amount="7")])
+        assert (path.parent / "log.jsonl.snapshot.npz").exists()
+    with bookkeeping(path) as bookkeeper:
+        assert "another version" in caplog.text
+        in_range = booking(amount="> -10", account="1"), booking(amount="< 10")
+        asked = [booking("B", "", "-3.20"), booking("B", "", "< 10")]
+        assert bookkeeper.predict(asked) == ["1", "3115"]
+        lessons = [
+            Lesson(line["sample"]["AccountNumber"], line["weight"], line["against"])
+            for line in read_lines(path)
+        ]
+        assert counts(bookkeeper._model) == counts(
+            taught(zip(map(tokens, in_range), lessons, strict=True))
+        )
+        stored = [line["sample"]["BankEntryAmount"] for line in read_lines(path)]
+        assert stored == ["-5.00", "7"]
 
 
 def test_a_flipped_byte_in_a_snapshot_does_no_harm(path):
@@ -3072,6 +3201,22 @@ def test_a_decision_is_by_confidence_and_check(path):
         assert bookkeeper.suggest(sample, 1, place, confidence)["decision"] != "review"
 
 
+def test_without_reasons_suggestions_are_the_same_however_many(path):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking(account=account) for account in "4213"])  # alike, but for names
+        asked = [booking("C", "new"), booking("D", "")]
+        bookkeeper.book(bookings(500))
+        asked += bookings(300, seed=1)
+        for top in (1, 3, 20):
+            expected = [bookkeeper.suggest(sample, top, i, 0.5) for i, sample in enumerate(asked)]
+            assert bookkeeper.suggest_all(asked, top, 0.5) == expected
+            for answer in expected:
+                for suggestion in answer["suggestions"]:
+                    del suggestion["prior"], suggestion["reasons"]
+            assert bookkeeper.suggest_all(asked, top, 0.5, with_reasons=False) == expected
+        assert bookkeeper.suggest_all([], 3) == []
+
+
 def test_a_correction_unlearns_the_old_and_learns_the_new(path):
     samples = bookings(400)
     with bookkeeping(path) as bookkeeper:
@@ -3297,6 +3442,7 @@ def test_what_comes_while_a_company_is_forgotten_is_forgotten_too(path, monkeypa
         booking_on = threading.Thread(target=book)
         booking_on.start()
         for _ in range(10):
+            bookkeeper.book([booking()])  # whatever the other thread has done
             bookkeeper.forget("A")
         stop.set()
         booking_on.join()
@@ -3638,6 +3784,76 @@ def test_the_overview_says_what_nobody_has_looked_at(path):
         assert [row["reviewed"] for row in overview["unsure"]] == [False, True]
 
 
+def test_a_booking_is_told_as_it_stands_now(path):
+    rent = {"account": "1", "AccountName": "Rent", "Note": "x"}
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking(**rent), booking("B", account="1", AccountName="Theirs")])
+        bookkeeper.book([by("suggestion", **rent)] * 2 + [by("check", **rent)])
+        bookkeeper.book([booking(account="2", AccountName="Food"), booking(account="2")])
+        usual = {
+            **{"seq": 6, "sample": booking(account="2"), "account": "2", "name": "Food"},
+            **{"predicted": "1", "predicted_name": "Rent", "rank": None, "reviewed": True},
+            **{"booked_by": "person", "corrected": None},
+        }
+        confidence = {line["seq"]: line["confidence"] for line in read_lines(path)}
+        assert bookkeeper.booking(6) == usual | {"confidence": confidence[6]}
+        unseen = bookkeeper.booking(2)
+        sample = by("suggestion", **rent)
+        assert unseen == usual | {
+            **{"seq": 2, "sample": sample, "account": "1", "name": "Rent", "rank": 1},
+            **{"confidence": confidence[2], "reviewed": False, "booked_by": "suggestion"},
+        }
+        bookkeeper.correct(2, "1")
+        confirmed = {"reviewed": True, "booked_by": "person", "corrected": {"from": "1"}}
+        confirmed |= {"sample": sample | {"BookedBy": "person"}}
+        assert bookkeeper.booking(2) == unseen | confirmed
+        bookkeeper.correct(4, "2")
+        food = {"account": "2", "name": "Food", "rank": None, "corrected": {"from": "1"}}
+        food |= {"sample": by("check", **rent | {"account": "2"}), "booked_by": "check"}
+        assert bookkeeper.booking(4).items() >= food.items()
+        bookkeeper.correct(5, "1")
+        assert bookkeeper.booking(5)["rank"] == 1
+        first = bookkeeper.booking(0)
+        assert [first[k] for k in ("predicted", "predicted_name", "confidence", "rank")] == 4 * [
+            None
+        ]
+        for seq in (7, 99):  # a correction, and none
+            with pytest.raises(NotFound):
+                bookkeeper.booking(seq)
+        found, _ = bookkeeper.bookings(50)
+        assert [each["seq"] for each in found] == [6, 5, 4, 3, 2, 1, 0]
+        assert found == [bookkeeper.booking(each["seq"]) for each in found]
+        assert bookkeeper.bookings(9, "A", reviewed=False)[0] == [bookkeeper.booking(3)]
+        with pytest.raises(NotFound):
+            bookkeeper.bookings(50, "nobody")
+    with bookkeeping(path, unsaved=1) as bookkeeper:
+        assert bookkeeper.bookings(50)[0] == found
+    with bookkeeping(path) as bookkeeper:  # from the snapshot
+        assert bookkeeper._snapshot.lines
+        assert bookkeeper.bookings(50)[0] == found
+        bookkeeper.forget("A")
+        [left] = bookkeeper.bookings(50)[0]
+        assert (left["seq"], left["name"]) == (1, "Theirs")
+        with pytest.raises(NotFound):
+            bookkeeper.booking(2)
+
+
+def test_what_is_forgotten_while_it_is_asked_for_is_left_out(path, monkeypatch):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book(bookings(100))
+        record = Log.record
+
+        def forgotten_first(log, seq):
+            monkeypatch.setattr(Log, "record", record)
+            bookkeeper.forget("company1")
+            return record(log, seq)
+
+        monkeypatch.setattr(Log, "record", forgotten_first)
+        found, _ = bookkeeper.bookings(100)
+        assert found == bookkeeper.bookings(100)[0]
+        assert len(found) == bookkeeper.health()["samples"] < 100
+
+
 def test_the_last_batch_is_watched_without_what_was_forgotten(path):
     with bookkeeping(path) as bookkeeper:
         bookkeeper.book([booking(account="1")])
@@ -3786,6 +4002,15 @@ def test_one_sample_gets_suggestions_and_a_list_a_list(service):
     assert service.post("/suggest", [asked] * 101)[0] == 400
     assert service.post("/suggest?top=20", [asked] * 15)[0] == 200
     assert service.post("/suggest?top=20", [asked] * 16)[0] == 400
+    assert service.post("/suggest", [asked] * 101)[1]["error"] == (
+        "with reasons, send at most 100 samples in one request, not 101; "
+        "?reasons=no leaves them out"
+    )
+    assert len(service.post("/suggest?reasons=no&top=20", [asked] * 400)[1]) == 400
+    assert service.post("/suggest?reasons=no", asked)[1]["suggestions"] == [
+        {"account": "1", "confidence": suggestion["confidence"], "over": None, "margin": None}
+    ]
+    assert service.post("/suggest?reasons=maybe", asked)[0] == 400
     assert service.post("/suggest", {"CompanyId": "A"})[0] == 400
     assert service.post("/suggest", asked | {"BookedBy": "nobody yet"}) == (200, answer)
     decided = service.post("/suggest?book_from=0", [asked] * 100)[1]
@@ -3905,6 +4130,53 @@ def test_the_export_is_the_log(serve, tmp_path):
     assert "WARNING" not in service.said()
     (tmp_path / "backup.jsonl").write_bytes(export())
     assert run(HERE / "bookkeep.py", "check", tmp_path / "backup.jsonl")[0] == 0
+
+
+def test_a_companys_own_lines_are_exported(serve):
+    service = serve()
+    for batch in batches_of(bookings(3000), 1000):
+        service.post("/sample", batch)
+    seq = next(i for i, sample in enumerate(bookings(3000)) if sample["CompanyId"] == "company2")
+    service.post("/correct", {"seq": seq, "AccountNumber": "1"})
+
+    def export(query=""):
+        status, headers, lines = service.ask("GET", f"/samples{query}", kind="application/jsonl")
+        assert (status, int(headers["Content-Length"])) == (200, len(lines))
+        return lines.splitlines(keepends=True)
+
+    lines = export()
+    whose = [json.loads(line) for line in lines]
+    theirs = [
+        line
+        for line, record in zip(lines, whose, strict=True)
+        if record.get("sample", {}).get("CompanyId") == "company2" or record.get("corrects") == seq
+    ]
+    assert 400 < len(theirs) < 800
+    assert export("?company=company2") == theirs
+    after = [line for line in theirs if json.loads(line)["seq"] >= 500]
+    assert export("?company=company2&from=500&limit=3") == after[:3]
+    assert export("?company=company2&limit=0") == export("?company=company2&from=3001") == []
+    assert service.get("/samples?company=nobody")[0] == 404
+    service.delete("/company/company2")
+    assert service.get("/samples?company=company2")[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ("limit=0", "limit must be a whole number from 1 to 500"),
+        ("limit=501", "limit must be a whole number from 1 to 500"),
+        ("reviewed=maybe", "reviewed must be yes or no"),
+        ("order=oldest", "order must be newest or confidence"),
+        ("below=2", "below must be a number from 0 to 1, such as 0.95"),
+        ("before=7", "before must be what the page before says is `next`"),
+        ("before=0.1:x", "before must be what the page before says is `next`"),
+        ("before=--:1", "before must be what the page before says is `next`"),
+        ("company=%ff", "company must be UTF-8, percent-encoded"),
+    ],
+)
+def test_what_is_no_page_of_bookings_is_refused(service, query, said):
+    assert service.get(f"/bookings?{query}") == (400, {"error": said})
 
 
 def test_slow_readers_of_the_export_stop_nobody(serve, tmp_path):
@@ -4078,8 +4350,8 @@ def test_what_is_no_http_gets_a_json_error_too(service, sent, version):
 @pytest.mark.parametrize(
     ("method", "path", "names"),
     [
-        ("GET", "/samples?company=x", "only from, limit,"),
-        ("GET", "/samples?from=1&from=2", "only from, limit,"),
+        ("GET", "/samples?below=1", "only company, from, limit,"),
+        ("GET", "/samples?from=1&from=2", "only company, from, limit,"),
         ("GET", "/report/1?from=1", "only company,"),
         ("POST", "/suggest?tip=1", "only top,"),
         ("POST", "/sample?company=A", "nothing"),
@@ -4336,7 +4608,11 @@ def test_the_openapi_description_is_true(serve, tmp_path):
         kept = booking(company="one that is not forgotten by chance")
         assert service.post("/sample", [kept])[0] == 200
     config = tmp_path / "schemathesis.toml"
-    config.write_text("[checks.positive_data_acceptance]\nexpected-statuses = [200, 404, 422]\n")
+    accepted = "checks.positive_data_acceptance.expected-statuses"
+    config.write_text(  # how many samples /suggest takes depends on a parameter
+        f"{accepted} = [200, 404, 422]\n"
+        f'[[operations]]\ninclude-path = "/suggest"\n{accepted} = [200, 400]\n'
+    )
     done = subprocess.run(
         [
             *(Path(sys.executable).with_name("st"), "--config-file", config),
@@ -4572,6 +4848,47 @@ class Described:
                     del line[key]
         return (200, {"company": company, "forgotten": len(gone)}) if gone else (404, None)
 
+    def standing(self, seq):
+        each = self.bookings[seq]
+        sample, account = each["sample"], each["account"]
+        person = each["learned"] and not each["times"]
+        names = {None: None}
+        for other in self.of(each["company"]):
+            if "AccountName" in other["sample"]:
+                names[other["sample"]["AccountNumber"]] = other["sample"]["AccountName"]
+        rank = each["rank"] if account == sample["AccountNumber"] else None
+        is_corrected = any(line.get("corrects") == seq for line in self.lines)
+        return {
+            "seq": seq,
+            "sample": sample
+            | {"AccountNumber": account}
+            | ({"BookedBy": "person"} if person else {}),
+            "account": account,
+            "name": names.get(account),
+            "predicted": each["predicted"],
+            "predicted_name": names.get(each["predicted"]),
+            "confidence": each["confidence"],
+            "rank": 1 if account == each["predicted"] else rank,
+            "reviewed": each["learned"],
+            "booked_by": "person" if person else sample.get("BookedBy", "person"),
+            "corrected": {"from": sample["AccountNumber"]} if is_corrected else None,
+        }
+
+    def page(self, company, reviewed, below, order):
+        """The status, and all that match, in order."""
+        if company and not self.of(company):
+            return 404, None
+        found = [
+            each
+            for each in reversed(self.of(company))
+            if reviewed in (None, "yes" if each["learned"] else "no")
+            and (each["predicted"] or not (below or order))
+            and (not below or each["confidence"] < below)
+        ]
+        if order:
+            found.sort(key=lambda each: each["confidence"])
+        return 200, [self.standing(each["seq"]) for each in found]
+
     def health(self):
         return {
             "status": "ok",
@@ -4675,8 +4992,8 @@ class Walk:
         self.rng.choices(acts, [60, 30, 10, 2, 3])[0]()
         health, described = self.ask("GET", "/health")[1], self.described.health()
         assert {key: health[key] for key in described} == described
-        looks = (self.report, self.metrics, self.predict, self.slice, self.prometheus)
-        self.rng.choices(looks, [4, 2, 2, 1, 1])[0]()
+        looks = (self.report, self.metrics, self.predict, self.slice, self.prometheus, self.page)
+        self.rng.choices(looks, [4, 2, 2, 1, 1, 2])[0]()
 
     def samples(self):
         """Up to eight. Most texts have one account in all companies."""
@@ -4688,7 +5005,9 @@ class Walk:
                 f"shop{text} {self.rng.choice(['May', 'June'])}",
                 self.rng.choice(["> -100", "< 10"]),
                 str(text // 2 if self.rng.random() < 0.85 else self.rng.randrange(7)),
-                **self.rng.choice([{}, {}, {"": "1", "Note": "ü\n"}]),
+                **self.rng.choice(
+                    [{}, {"AccountName": self.rng.choice("xyz")}, {"": "1", "Note": "ü\n"}]
+                ),
                 **({"BookedBy": who} if (who := self.rng.choice(self.BY)) else {}),
             )
             for text in texts
@@ -4809,6 +5128,26 @@ class Walk:
         assert status == (200 if self.described.accounts() or not samples else 503)
         self.predictions += len(answers or ())
         return answers
+
+    def page(self):
+        company, reviewed = self.rng.choice([None, *self.COMPANIES]), self.rng.choice([None, "no"])
+        below, order = self.rng.choice([None, 0.5]), self.rng.choice([None, "confidence"])
+        asked = {"company": company, "reviewed": reviewed, "below": below, "order": order}
+        query = "".join(f"&{name}={quote(str(value))}" for name, value in asked.items() if value)
+        status, described = self.described.page(**asked)
+        found, before = [], ""
+        while before is not None:
+            answered, answer = self.ask("GET", f"/bookings?limit=25{query}{before}")
+            assert answered == status
+            if not answer:
+                return
+            found += answer["bookings"]
+            before = answer["next"] and f"&before={answer['next']}"
+        assert found == described
+        seq = self.rng.randrange(len(self.described.lines) + 1)
+        is_there = seq in self.described.bookings
+        one = (200, self.described.standing(seq)) if is_there else (404, None)
+        assert self.ask("GET", f"/bookings/{seq}") == one
 
     def export(self, query=""):
         return self.ask("GET", f"/samples{query}", kind="application/jsonl")[1]
