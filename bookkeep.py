@@ -7,8 +7,8 @@ module reads from top to bottom, each section using only those above it: Samples
 Metrics, Log, Snapshot, Writer, Bookkeeper, API description, HTTP, Server, Command line. At its end
 stands the source of the page.
 
-It does not tune itself, forgets only what it is told to forget, and does not spread over machines:
-one process owns one log, and the model is the sum of what is in it.
+It does not tune itself and forgets only what it is told to forget: one process owns one log, and
+the model is the sum of what is in it. cluster.py, beside it, keeps the logs of several equal.
 """
 
 import os
@@ -42,7 +42,7 @@ import zlib
 from array import array
 from base64 import b64encode
 from bisect import bisect_left
-from collections import OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -1179,7 +1179,7 @@ class History:
     def __init__(self) -> None:
         self.accounts = _numbers()
         self.companies = _numbers()
-        self._sizes: defaultdict[int, int] = defaultdict(int)  # company -> how many bookings
+        self._sizes: Counter[int] = Counter()  # company -> how many bookings
         self._table = np.zeros(1024, dtype=self.ROW)
         self._end = 0
 
@@ -1193,7 +1193,7 @@ class History:
         self._table = state["history"]
         self._end = len(self._table)
         companies, sizes = np.unique(self.rows["company"], return_counts=True)
-        self._sizes.update(zip(companies.tolist(), sizes.tolist(), strict=True))
+        self._sizes.update(dict(zip(companies.tolist(), sizes.tolist(), strict=True)))
 
     @property
     def rows(self) -> np.ndarray:
@@ -1223,12 +1223,11 @@ class History:
             self._table = _grown(self._table, 2 * end)
         self._table[self._end : end] = rows
         self._end = end
-        for company in rows["company"].tolist():
-            self._sizes[company] += 1
+        self._sizes.update(rows["company"].tolist())
 
     def size(self, company: str) -> int:
         """How many bookings the company has."""
-        return self._sizes.get(self.companies.get(company), 0)
+        return self._sizes[self.companies.get(company)]
 
     def last(self, n: int, company: str | None = None) -> np.ndarray:
         """The last n rows that are scored, or fewer if there are fewer; of one company."""
@@ -1312,12 +1311,16 @@ class History:
         row = self.rows[self.find(seq)]  # a view
         row["booked"], row["rank"], row["reviewed"] = self.accounts[account], rank, True
 
-    def forget(self, company: str) -> None:
-        """Drops all rows of a company."""
-        number = self.companies.pop(company)
-        self._table = self.rows[self.rows["company"] != number]
+    def forget(self, seqs: np.ndarray) -> np.ndarray:
+        """Drops the rows of these (m,) seqs, or of those that have one, and gives them."""
+        gone = np.isin(self.rows["seq"], seqs)
+        rows, self._table = self.rows[gone], self.rows[~gone]
         self._end = len(self._table)
-        del self._sizes[number]
+        self._sizes.subtract(rows["company"].tolist())
+        for company, number in [*self.companies.items()]:
+            if not self._sizes[number]:
+                del self.companies[company], self._sizes[number]
+        return rows
 
 
 def right(rows: np.ndarray) -> np.ndarray:
@@ -1626,6 +1629,8 @@ class Log:
         self.path = path
         self.size = 0  # bytes of whole batches
         self.fsynced: Callable[[float], object] = lambda seconds: None  # told how long each took
+        # Called with what has its place, before it is written: what it raises prevents that.
+        self.order: Callable[[list[Batch]], object] = lambda batches: None
         self._starts = array("q")  # the byte at which each line of a whole batch starts
         self._torn = False  # may the file hold bytes beyond them?
         self.failure: str | None = None  # why the last append failed, if it did
@@ -1731,6 +1736,7 @@ class Log:
         then the log is as it was before, unless the error says that it may not be.
         """
         placed = self.place(batches)
+        self.order(placed)
         self.write(placed)
         return [record for batch in placed for record in batch.records]
 
@@ -1990,10 +1996,18 @@ def scan(path: Path, start: int = 0, before: int = 0) -> Iterator[Batch | Damage
     It starts at a byte behind which the whole batches before it have so many lines. All that
     follows the last whole batch is one damage.
     """
+    with open(path, "rb") as lines:
+        if start:  # else it may be a pipe
+            lines.seek(start)
+        yield from batches_of(lines, before)
+
+
+def batches_of(lines: Iterable[bytes], before: int) -> Iterator[Batch | Damage]:
+    """What lines hold of which a log has so many before them; as `scan`."""
     last, size, head = before, 0, b""  # lines up to the last whole batch; what follows it
     damages: list[Damage] = []
     unfinished = True
-    for number, line, found in _batches(_lines(path, start, before), before):
+    for number, line, found in _batches(_parsed(lines, before), before):
         if isinstance(found, Batch):
             yield from damages
             yield found
@@ -2046,16 +2060,13 @@ def _batches(lines: Iterable[Line], before: int) -> Iterator[tuple]:
         yield number, line, batch if left == 0 else None
 
 
-def _lines(path: Path, start: int, before: int) -> Iterator[Line]:
+def _parsed(lines: Iterable[bytes], before: int) -> Iterator[Line]:
     """The lines, as bytes and as records, or what is wrong with them; and then no line."""
-    with open(path, "rb") as lines:
-        if start:  # else it may be a pipe
-            lines.seek(start)
-        for number, line in enumerate(lines, start=before + 1):
-            try:
-                yield number, line, _parse(line)
-            except ValueError as error:
-                yield number, line, error
+    for number, line in enumerate(lines, start=before + 1):
+        try:
+            yield number, line, _parse(line)
+        except ValueError as error:
+            yield number, line, error
     yield 0, b"", None
 
 
@@ -2542,13 +2553,17 @@ class Bookkeeper:
 
         Others are booked between its steps. Raises NotFound, NotStored, NotReady.
         """
+        return self._forget(partial(self._lines_of, company))
+
+    def _forget(self, lines_of: Callable[[], tuple[np.ndarray, int]]) -> int:
+        """Removes lines, which the writer is asked for, as forget does."""
         with self._forgetting:
             try:
                 with Copy(self.log) as copy:
                     for _ in range(2):  # the second time, what has come meanwhile
-                        copy.extend(*self._change_by(self._lines_of, company))
+                        copy.extend(*self._change_by(lines_of))
                     self._end_saving()  # or the writer would have to wait for it
-                    forgotten = self._change_by(self._remove, company, copy)
+                    forgotten = self._change_by(self._remove, lines_of, copy)
                     with self._writer.must_succeed():
                         self._unlearn_all(forgotten, copy)
             except ValueError as error:
@@ -2821,6 +2836,16 @@ class Bookkeeper:
                 "uptime": round(time.monotonic() - self._started, 3),
             }
 
+    def require_ready(self) -> None:
+        """Raises NotReady unless bookings can be sent to it."""
+        if self.health()["status"] != "ok":
+            raise NotReady("the log could not be written")
+
+    def require_lines(self, total: int) -> None:
+        """Raises Busy unless the log has so many lines."""
+        if len(self.log) < total:
+            raise Busy(f"only {len(self.log)} lines are known here so far, not {total}")
+
     def gauges(self) -> dict[str, tuple[str, float]]:
         """What an operator watches: what each figure is, and the figure."""
         with self._changing:
@@ -3054,21 +3079,23 @@ class Bookkeeper:
         lines = np.concatenate([seqs, np.fromiter(corrections, dtype=np.int64)])
         return np.sort(lines), len(self.log)
 
-    def _remove(self, company: str, copy: Copy) -> list[tuple[int, int]]:
+    def _remove(
+        self, lines_of: Callable[[], tuple[np.ndarray, int]], copy: Copy
+    ) -> list[tuple[int, int]]:
         """Takes the copy for the log. Of each booking removed, the seq, and of what stands for it.
 
         These are to be unlearned, from what was the log.
         """
-        copy.extend(*self._lines_of(company))
+        lines, end = lines_of()
+        copy.extend(lines, end)
         self._end_saving()
         self._snapshot.discard()
         self.log.replace(copy)
         self._saved = math.inf  # only a start drops the names of its accounts
         with self._change():
-            rows = self._history.of(company)
+            rows = self._history.forget(lines)
             seqs = rows["seq"].tolist()
             self._calibration.add(rows, times=-1)
-            self._history.forget(company)
             self._curve = {}
             return [(seq, self._corrections.pop(seq, [seq])[-1]) for seq in seqs]
 
@@ -3099,16 +3126,21 @@ class Bookkeeper:
         for records in chunks(self.log.read(), LINES):
             for damage in check_records(records, records[0]["seq"] + 1):
                 raise self.log.damaged(damage)
-            bookings = [record for record in records if "sample" in record]
-            documents = [tokens(record["sample"]) for record in bookings]
-            self._score(bookings, self._rows(bookings, documents))
-            learned = [(d, r) for d, r in zip(documents, bookings, strict=True) if "weight" in r]
-            lessons = [_lesson(record, record["sample"][TARGET]) for _, record in learned]
-            self._model.learn([document for document, _ in learned], lessons)
-            self._apply_all(r for r in records if "corrects" in r and "sample" not in r)
+            self._follow(records)
             if time.monotonic() - reported > 3:
                 reported = time.monotonic()
                 logger.info("%s: %s read back so far", self.log.path, self.log.progress())
+
+    def _follow(self, records: list[dict]) -> None:
+        """Learns what the log says next, of bookings and corrections. Raises LogError."""
+        bookings = [record for record in records if "sample" in record]
+        documents = [tokens(record["sample"]) for record in bookings]
+        learned = [(d, r) for d, r in zip(documents, bookings, strict=True) if "weight" in r]
+        lessons = [_lesson(record, record["sample"][TARGET]) for _, record in learned]
+        with self._change():
+            self._score(bookings, self._rows(bookings, documents))
+            self._model.learn([document for document, _ in learned], lessons)
+        self._apply_all(r for r in records if "corrects" in r and "sample" not in r)
 
     def _apply_all(self, corrections: Iterable[dict]) -> None:
         changes, last = [], {}
@@ -3256,7 +3288,7 @@ JSON_LINES = "application/jsonl"
 MAX_NUMBER = 999_999_999
 MAX_PAGE = 500  # bookings in one answer
 MAX_SUGGESTED = 300  # suggestions in one answer, each of which is long
-OPEN = {"/", "/health"}  # to all, as there is nothing to learn from them
+OPEN = {"/", "/health", "/ready"}  # to all, as there is nothing to learn from them
 TAGS = {
     "bookings": "what is learned: store, correct, read and forget it",
     "suggestions": "what is likely to be booked, how sure that is, and why",
@@ -3416,6 +3448,13 @@ FIELDS = {  # of records and parameters: the schema, what it says, an example
     "tokens": (_COUNT, "tokens that are learned", 90210),
     "uptime": (_ODDS | {"minimum": 0}, "seconds since the start", 86400.25),
     "error": (_FILLED, "one sentence that says what to change", "AccountNumber is missing"),
+    "stream": (_of("Stream"), "how its log is kept equal to others"),
+    "Stream.status": (_FILLED, "what the node does", "following"),
+    "node": (_FILLED, "the node's own name", "a-1f3c"),
+    "writer": (_or_null(_FILLED), "the node that writes now, null if none does", "b-77e0"),
+    "lag": (_COUNT, "lines of the stream that are not in its log yet", 0),
+    "quorum": (_YES, "whether most of the stream's servers are there", True),
+    "Ready.status": (_FILLED, "ready", "ready"),
     "n": (_SEQ | {"minimum": 1}, "over how many predictions, the last", 1000),
     "top": (_COUNT | {"minimum": 1, "maximum": Calibration.RANKS, "default": 3}, "how many", 1),
     "book_from": (_SHARE, "the confidence from which on you book unseen", 0.95),
@@ -3469,8 +3508,10 @@ RECORDS = {  # what each is, its fields, and those that may be left out
     "Overview": ("the page", "health metrics curve scored confidence wrong unsure"),
     "Health": (
         "how much is learned",
-        "status samples unseen checks lines accounts companies tokens uptime",
+        *("status samples unseen checks lines accounts companies tokens uptime", "stream"),
     ),
+    "Stream": ("a node among others", "status node writer lag quorum"),
+    "Ready": ("bookings can be sent", "status"),
     "Error": ("why it was refused", "error"),
 }
 
@@ -3510,6 +3551,7 @@ OPERATIONS = {  # tag, id, answer and some refusals; summary; parameters
     "GET /overview": ("quality overview Overview 404 503", "what the page shows", "company"),
     "GET /metrics": ("service prometheus Text", "figures for Prometheus"),
     "GET /health": ("service health Health 503", "how much is learned"),
+    "GET /ready": ("service ready Ready 503", "whether bookings can be sent"),
     "GET /openapi.json": ("service openapi Description", "this description"),
     "GET /": ("service page Page", "the page"),
 }
@@ -3620,6 +3662,7 @@ def _media(schema: dict, media: str = "application/json", example: object = None
 
 MAX_BODY = 64 << 20  # bytes of a request's body
 LARGE_BODY = 1 << 20  # bytes from which a body has to wait for its turn
+AT_LEAST = "HTTP_BOOKKEEP_AT_LEAST"  # of an environ: lines that an answer must know of
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}  # of every answer
 
 STATUS = {  # of what is raised above
@@ -3717,6 +3760,8 @@ def create_app(
                 raise HTTPError(415, "send JSON, with the header Content-Type: application/json")
         if request.content_length > max_body:
             raise HTTPError(413, f"send at most {max_body} bytes in one request")
+        if (total := request.environ.get(AT_LEAST)) is not None:
+            number("Bookkeep-At-Least", total, 0)
 
     @app.hook("before_request")
     def arrive() -> None:
@@ -3725,6 +3770,7 @@ def create_app(
 
     def checked(callback: Callable, **arguments: str) -> object:
         check(request.environ["bottle.route"])
+        bookkeeper.require_lines(int(request.environ.get(AT_LEAST, 0)))
         return callback(**arguments)
 
     def refuses(environ: dict) -> bool:
@@ -3888,6 +3934,11 @@ def create_app(
     @app.get("/health")
     def health() -> dict:
         return bookkeeper.health()
+
+    @app.get("/ready")
+    def ready() -> dict:
+        bookkeeper.require_ready()
+        return {"status": "ready"}
 
     @app.get("/openapi.json")
     def described() -> dict:
@@ -4295,6 +4346,7 @@ class Dispatcher:
         return (
             not request.error
             and request.path == "/predict"
+            and AT_LEAST.removeprefix("HTTP_") not in request.headers
             and 0 < request.content_length <= SHORT_BODY
             and request.body_rcv.getbuf().get().lstrip().startswith(b"{")
         )
@@ -4365,7 +4417,14 @@ def serve(options: argparse.Namespace) -> None:
     log = Log(options.log)
     server = Server(starting_app(log), listener, options.threads, options.max_body)
     started = time.monotonic()
-    reading = _in_background(partial(Bookkeeper, log, options.unsaved))
+    if options.stream:
+        sys.modules.setdefault("bookkeep", sys.modules[__name__])  # which may be "__main__"
+        import cluster
+
+        keeper = partial(cluster.Node, options.stream)
+    else:
+        keeper = Bookkeeper
+    reading = _in_background(partial(keeper, log, options.unsaved))
     if server.answer(reading):
         raise KeyboardInterrupt
     bookkeeper = reading.result()
@@ -4456,6 +4515,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     kept = "file that keeps every booking; it is made, and read back at the next start"
     option("log", kept, lambda path: Path(path).absolute(), "data/bookkeep.jsonl")
+    stream = "NATS JetStream that holds the log of several bookkeeps: docs/cluster.md"
+    option("stream", stream, metavar="nats://HOST:PORT,.../NAME")
     token = "file with a token that all but /health and the page need; or set BOOKKEEP_TOKEN"
     option("token-file", token, Path, metavar="FILE")
     reach = "listen without a token where other machines can reach it"

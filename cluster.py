@@ -1,0 +1,853 @@
+"""Several bookkeeps on one replicated log: a stream of NATS JetStream.
+
+`python bookkeep.py --stream nats://a:4222,b:4222,c:4222/bookkeep` makes a service a node of it.
+The stream holds the log's lines: every node's log has the same bytes in the same order, and all
+else follows from the log, as it does at a start. A message is published with the sequence of the
+last one that its node has seen, so only one node can append at a position: who comes second
+unlearns, takes over what came first, and tries again. There is no consensus, membership or
+replication of its own here; those are JetStream's. docs/cluster.md says what follows for users.
+
+A message is a line of JSON and compressed bytes. `base` is how many lines the log has before it; a
+group of messages, part 0 to `parts` - 1, holds what is too long for one:
+
+    NAME.lines   {"base": 1200, "lines": 500, "part": 0, "parts": 1, "node": "b-1f03a2c4"}
+    NAME.orders  {"base": 1700, "lines": 0, "part": 0, "parts": 1, "node": "b-1f03a2c4"}
+
+The bytes are lines of the log, or the numbers of lines to empty, as differences: an order to forget
+has no name. A group counts for nothing if another node's message stands where its next part should.
+"""
+
+import asyncio
+import json
+import logging
+import math
+import os
+import queue
+import re
+import secrets
+import socket
+import ssl
+import threading
+import time
+import zlib
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from datetime import datetime
+from functools import partial
+from io import BytesIO
+from typing import NamedTuple, TypeVar
+from urllib.parse import parse_qs
+from urllib.request import urlopen
+
+import nats
+import numpy as np
+from nats.aio.msg import Msg
+from nats.errors import NoRespondersError
+from nats.js.api import RetentionPolicy, StorageType, StreamConfig, StreamState
+from nats.js.errors import APIError, NotFoundError
+
+import bookkeep
+from bookkeep import (
+    CHUNK,
+    LINES,
+    UNSURE,
+    Batch,
+    Booking,
+    Bookkeeper,
+    Busy,
+    Conflict,
+    Damage,
+    Log,
+    NotFound,
+    NotReady,
+    NotStored,
+    Sample,
+    batches_of,
+    check_records,
+    chunks,
+    scan,
+)
+
+LATE = 5  # seconds that a request may wait for lines that others have booked
+WAITS = 4  # requests that may, as they keep threads from others
+PATIENCE = 10  # seconds that an append may take until it is given up
+GATHER = 0.02  # seconds in which what others append gathers, unless somebody waits for it
+RECENT = 3  # seconds for which the others forward to a node that wrote
+MOST_LAG = 10_000  # lines that a node may lack and still be ready
+SEEDED = 1 << 18  # bytes of a log in one message, when it becomes the stream's
+WRONG_SEQUENCE, NOT_THERE = 10071, 10057  # JetStream's codes: another is the last; no message
+LOST = "the stream is gone, or has lost lines that this log has; docs/cluster.md says what to do"
+NONSENSE = "the stream holds what no bookkeep has written"
+BEHIND = (
+    "the stream no longer has what this log lacks: stop this node, copy the log of another "
+    "(curl -f .../samples), remove the file beside it that ends in .stream, and start it again"
+)
+T = TypeVar("T")
+
+logger = logging.getLogger("bookkeep.cluster")
+
+
+class Unreachable(Exception):
+    """The stream gave no answer, or none of use; the message says which."""
+
+
+class Overtaken(Exception):
+    """Another node's message stands where this one was to stand."""
+
+
+class Gone(Exception):
+    """The node that was asked is not there."""
+
+    def __init__(self, asked: bool) -> None:
+        self.asked = asked  # may it have done what it was asked for?
+
+
+class Foreign(Exception):
+    """The stream is not of this log; the message says what to do."""
+
+
+class Message(NamedTuple):
+    """A message of the stream."""
+
+    sequence: int
+    subject: str
+    data: bytes
+    base: int
+    lines: int
+    part: int
+    parts: int
+    node: str
+
+
+def _message(sequence: int, subject: str, content: bytes) -> Message:
+    head, _, data = content.partition(b"\n")
+    try:
+        return Message(sequence, subject, data, **json.loads(head))
+    except (TypeError, ValueError):
+        raise Foreign(NONSENSE) from None
+
+
+class Stream:
+    """What is asked of NATS, from any thread. It knows nothing of bookings."""
+
+    def __init__(self, address: str) -> None:
+        """Reads an address. Raises OSError if it is none, or names no file."""
+        found = re.fullmatch(r"(nats|tls)://(.*@)?([^/@]+)/([\w-]+)(\?.*)?", address)
+        options = parse_qs(found[5][1:], keep_blank_values=True) if found and found[5] else {}
+        if not found or options.keys() - {"credentials", "ca", "monitor"}:
+            example = "nats://a:4222,b:4222,c:4222/bookkeep"
+            raise OSError(f"--stream must be like {example}, as docs/cluster.md says")
+        scheme, user, hosts, self.name, _ = found.groups("")
+        self._servers = [f"{scheme}://{user}{host}" for host in hosts.split(",")]
+        self._monitors = [url for text in options.get("monitor", []) for url in text.split(",")]
+        self._options: dict[str, object] = {}
+        if "credentials" in options:
+            self._options["user_credentials"] = options["credentials"][0]
+            open(options["credentials"][0], "rb").close()
+        if scheme == "tls" or "ca" in options:
+            self._options["tls"] = ssl.create_default_context(cafile=options.get("ca", [None])[0])
+        self.node = f"{re.sub('[^A-Za-z0-9]', '-', socket.gethostname())}-{secrets.token_hex(4)}"
+        self.created: datetime | None = None
+        self._loop = asyncio.new_event_loop()
+        self._answering = ThreadPoolExecutor(16)
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+
+    def _do(self, work: Coroutine) -> object:
+        try:
+            return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        except (nats.errors.Error, OSError) as error:
+            raise Unreachable(str(error) or type(error).__name__) from None
+
+    def connect(
+        self,
+        asked: Callable[[bytes], bytes],
+        news: Callable[[Message], None],
+        failed: Callable[[Exception], None],
+    ) -> None:
+        """Connects to a server, and from then on by itself. Raises Unreachable.
+
+        `asked` answers what other nodes ask, `news` is told what they have appended, `failed` what
+        is in the way of a connection.
+        """
+
+        async def fail(error: Exception) -> None:
+            failed(error)
+
+        async def answer(message: Msg) -> None:
+            found = b""  # to somebody who only asks whether this node is there
+            if message.data:
+                found = await self._loop.run_in_executor(self._answering, asked, message.data)
+            await message.respond(found)
+
+        async def begin(message: Msg) -> None:
+            answers.add(task := asyncio.ensure_future(answer(message)))
+            task.add_done_callback(answers.discard)
+
+        async def hear(message: Msg) -> None:
+            sequence, _, rest = message.data.partition(b" ")
+            news(_message(int(sequence), "lines", rest))
+
+        async def connect() -> None:
+            self._nats = await nats.connect(
+                self._servers,
+                error_cb=fail,
+                max_reconnect_attempts=-1,
+                reconnect_time_wait=0.1,
+                connect_timeout=2,
+                ping_interval=1,
+                max_outstanding_pings=2,
+                no_echo=True,
+                **self._options,
+            )
+            self._stream = self._nats.jetstream(timeout=2)
+            self.room = self._nats.max_payload - 4096  # bytes, for what is sent
+            for subject, callback in (
+                (f"node.{self.node}", begin),
+                ("node", begin),
+                ("news", hear),
+            ):
+                await self._nats.subscribe(f"{self.name}.{subject}", cb=callback)
+
+        answers: set[asyncio.Future] = set()
+        self._do(connect())
+
+    def state(self, make: bool = False) -> StreamState | None:
+        """Which messages it has; None if there is no such stream, unless it is to `make` it.
+
+        Raises Unreachable, also if what is there is no safe one, and Foreign if it is another now.
+        """
+
+        async def ask() -> StreamConfig | None:
+            try:
+                return await self._stream.stream_info(self.name)
+            except NotFoundError:
+                wanted = StreamConfig(self.name, subjects=subjects, num_replicas=3)
+                wanted.storage, wanted.allow_direct = StorageType.FILE, True
+                return await self._stream.add_stream(wanted) if make else None
+
+        subjects = [f"{self.name}.lines", f"{self.name}.orders"]
+        if not (found := self._do(ask())):
+            return None
+        self.created = self.created or found.created
+        if found.created != self.created:
+            raise Foreign(LOST)
+        config = found.config
+        for right, must in (
+            (sorted(config.subjects or []) == subjects, f"be of {' and '.join(subjects)}"),
+            (config.storage == StorageType.FILE, "be stored in files"),
+            ((config.num_replicas or 0) >= 3, "have three replicas or more"),
+            (config.retention == RetentionPolicy.LIMITS, "keep what was read (retention: limits)"),
+            (config.allow_direct, "allow direct gets"),
+            (not config.no_ack, "acknowledge"),
+            (config.max_msg_size in (None, -1, 0), "take messages of any size"),
+            (config.max_msgs_per_subject in (None, -1, 0), "keep all messages of a subject"),
+            (not config.deny_delete, "allow that messages are deleted"),
+        ):
+            if not right:
+                raise Unreachable(f"it must {must}")
+        return found.state
+
+    def unsynced(self) -> list[str]:
+        """What is to be said of servers that may acknowledge before it is on their disks."""
+        if not self._monitors:
+            return [
+                "what it acknowledges is as durable as its servers' sync_interval; see ?monitor="
+            ]
+        found = []
+        for url in self._monitors:
+            try:
+                with urlopen(f"{url}/varz", timeout=2) as answer:
+                    if json.load(answer)["jetstream"]["config"].get("sync_always"):
+                        continue
+                found.append(f"{url} may lose what it acknowledged: set sync_interval: always")
+            except (OSError, ValueError, KeyError) as error:
+                found.append(f"{url} does not say whether it has sync_interval: always ({error})")
+        return found
+
+    def next(self, sequence: int, subject: str = "*") -> Message | None:
+        """The first message from that sequence on, if it is known. Raises Unreachable."""
+
+        async def get() -> Message | None:
+            subjects = f"{self.name}.{subject}"
+            with suppress(NotFoundError):
+                found = await self._stream.get_msg(self.name, sequence, subjects, True, True)
+                return _message(found.seq, found.subject.split(".")[-1], found.data)
+
+        return self._do(get())
+
+    def holding(self, line: int) -> Message | None:
+        """The last message that has its base before that line. Raises Unreachable."""
+        state = self.state() or StreamState(0, 0, 1, 0, 0)
+        low, high, found = state.first_seq, state.last_seq, None
+        while low <= high:
+            middle = (low + high) // 2
+            if (message := self.next(middle)) and message.base < line:
+                found, low = message, message.sequence + 1
+            else:
+                high = middle - 1
+        return found
+
+    def append(self, subject: str, base: int, lines: int, data: bytes, last: int) -> int:
+        """Appends a group behind the last sequence, and says which is the last then.
+
+        Raises Overtaken, or Unreachable if it is not acknowledged in time; it may yet come.
+        """
+        data = zlib.compress(data, 1)
+        pieces = [data[at : at + self.room] for at in range(0, len(data), self.room)]
+        end = time.monotonic() + PATIENCE
+        for part, piece in enumerate(pieces):
+            head = {"base": base, "lines": lines, "part": part, "parts": len(pieces)}
+            message = json.dumps({**head, "node": self.node}).encode() + b"\n" + piece
+            self._do(self._publish(f"{self.name}.{subject}", message, last + part, end))
+        last += len(pieces)
+        if subject == "lines" and len(pieces) == 1:  # so that others need not fetch it
+            self._do(self._nats.publish(f"{self.name}.news", b"%d %s" % (last, message)))
+        return last
+
+    async def _publish(self, subject: str, message: bytes, last: int, end: float) -> None:
+        headers = {"Nats-Msg-Id": secrets.token_hex(8), "Nats-Expected-Last-Sequence": str(last)}
+        while True:
+            try:
+                await self._stream.publish(subject, message, timeout=1, headers=headers)
+                return
+            except (nats.errors.Error, OSError) as error:
+                reason = str(error) or "no answer"
+                if getattr(error, "err_code", None) == WRONG_SEQUENCE:
+                    with suppress(nats.errors.Error):
+                        any_ = f"{self.name}.*"
+                        stands = await self._stream.get_msg(self.name, last + 1, any_, next=True)
+                        if stands.headers["Nats-Msg-Id"] == headers["Nats-Msg-Id"]:
+                            return  # its acknowledgement got lost
+                        raise Overtaken from None
+            if time.monotonic() > end:
+                raise Unreachable(reason)
+            await asyncio.sleep(0.05)
+
+    def erase(self, sequence: int) -> None:
+        """Overwrites and deletes a message, if it is there. Raises Unreachable."""
+
+        async def delete() -> None:
+            try:
+                await self._stream.delete_msg(self.name, sequence)
+            except APIError as error:
+                if error.err_code != NOT_THERE:
+                    raise
+
+        self._do(delete())
+
+    def ask(self, node: str, content: bytes) -> bytes:
+        """What another node answers, however long it takes. Raises Gone if it is not there."""
+
+        async def ask() -> bytes:
+            subject = f"{self.name}.node.{node}"
+            answer = asyncio.ensure_future(self._nats.request(subject, content, timeout=3600))
+            try:
+                while not (await asyncio.wait([answer], timeout=0.2))[0]:
+                    await self._nats.request(subject, b"", timeout=1)
+                return answer.result().data
+            except (nats.errors.Error, OSError):
+                early = answer.done() and isinstance(answer.exception(), NoRespondersError)
+                raise Gone(not early) from None
+            finally:
+                answer.cancel()
+
+        return self._do(ask())
+
+    def ask_all(self, content: bytes) -> list[bytes]:
+        """What the nodes that are there answer within a second. Raises Unreachable."""
+
+        async def ask() -> list[bytes]:
+            inbox = self._nats.new_inbox()
+            answers = await self._nats.subscribe(inbox)
+            await self._nats.publish(f"{self.name}.node", content, reply=inbox)
+            await asyncio.sleep(1)
+            found = [(await answers.next_msg()).data for _ in range(answers.pending_msgs)]
+            await answers.unsubscribe()
+            return found
+
+        return self._do(ask())
+
+    def close(self) -> None:
+        """Ends the connection."""
+        with suppress(Unreachable, AttributeError):  # it may never have had one
+            self._do(self._nats.close())
+        self._answering.shutdown(wait=False)
+
+
+ERRORS = {error.__name__: error for error in (Busy, Conflict, NotFound, NotStored)}
+
+
+class Node(Bookkeeper):
+    """A bookkeeper whose log is a stream's.
+
+    Its writer is the only one that appends, and that takes over what others appended. A thread
+    joins the stream and keeps up with it; another one forgets what others order to be forgotten.
+    """
+
+    def __init__(self, address: str, log: Log, unsaved: int) -> None:
+        """Learns all that is in the log, and joins the stream in the background.
+
+        Raises LogError, or OSError, also if the address is none.
+        """
+        self._stream = Stream(address)
+        self._trouble: str | None = "it has not joined the stream yet"  # why it cannot book
+        self._writable = True  # was the last append acknowledged?
+        self._quorum = False  # has the stream a leader?
+        self._sequence = 0  # of the last message that is in the log
+        self._acked = 0  # sequence of what is appended, but not in the log yet
+        self._group: list[Message] = []  # the last one, of which parts may not have come
+        self._void: list[int] = []  # messages of groups that count for nothing
+        self._end = 0  # lines that the stream has, up to that sequence
+        self._heard = 0  # lines that it has in all, as others say
+        self._arrived: dict[int, Message] = {}  # what others say that they have appended
+        self._wrote: dict[str, float] = {}  # node -> when it last did
+        self._ordered: set[int] = set()  # lines that are to be forgotten
+        self._to_forget: queue.Queue[np.ndarray | None] = queue.Queue()
+        self._counted = dict.fromkeys(("appends", "append_seconds", "overtaken", "forwarded"), 0)
+        self._waits, self._removing = threading.Semaphore(WAITS), threading.Lock()
+        self._news, self._wanted, self._ended = (threading.Event() for _ in range(3))
+        self._passed: int | None = None  # the file that says how far the log is, once it joined
+        log.order = self._order
+        super().__init__(log, unsaved)
+        for work in (self._keep_up, self._obey):
+            threading.Thread(target=work, name=work.__name__, daemon=True).start()
+
+    # What callers ask for
+
+    def book(self, samples: list[Sample], key: str | None = None) -> range:
+        """As Bookkeeper's, by the node that writes; what has a known key without the stream."""
+        repeated = Booking(Future(), samples, key)
+        if self._is_repeated(repeated):
+            return repeated.done.result()
+        if samples and (found := self._forward("book", key is not None, samples, key)):
+            return range(*found)
+        return super().book(samples, key)
+
+    def correct(self, seq: int, account: str) -> str:
+        """As Bookkeeper's, by the node that writes."""
+        found = self._forward("correct", False, seq, account)
+        return found[0] if found else super().correct(seq, account)
+
+    def forget(self, company: str) -> int:
+        """Removes a company from this log, once the others are ordered to do it, too."""
+        self._require_stream()
+        lines, bookings = self._change_by(self._order_forgetting, company)
+        self._forget_lines(lines)
+        return bookings
+
+    def health(self) -> dict:
+        """As Bookkeeper's, and how the node stands to the stream."""
+        stream = {"status": self._reason() or "ok", "node": self._stream.node}
+        stream |= {"writer": self._writer_of_all(), "lag": self._lag(), "quorum": self._quorum}
+        return super().health() | {"stream": stream}
+
+    def require_ready(self) -> None:
+        """As Bookkeeper's; raises NotReady, too, if it lacks too much of the stream."""
+        super().require_ready()
+        self._require_stream()
+        if not self._quorum or self._lag() > MOST_LAG:
+            raise NotReady(f"the stream has no leader, or this log lacks {self._lag()} lines of it")
+
+    def require_lines(self, total: int) -> None:
+        """As Bookkeeper's, but waits for some seconds, unless many do. Raises Busy."""
+        if len(self.log) < total:
+            if not self._waits.acquire(blocking=False):
+                super().require_lines(total)
+            try:
+                self._await(total)
+            finally:
+                self._waits.release()
+
+    def _await(self, total: int) -> None:
+        end = time.monotonic() + LATE
+        while len(self.log) < total and time.monotonic() < end:
+            self._wanted.set()
+            time.sleep(0.002)
+        super().require_lines(total)
+
+    def gauges(self) -> dict[str, tuple[str, float]]:
+        """As Bookkeeper's, and how appending goes."""
+        texts = (
+            "Groups of lines appended to the stream.",
+            "Seconds that this took.",
+            "Appends that another node's came before.",
+            "Bookings and corrections that another node made for this one.",
+        )
+        gauges = {
+            f"stream_{name}_total": (text, self._counted[name])
+            for name, text in zip(self._counted, texts, strict=True)
+        }
+        gauges["stream_lag"] = ("Lines of the stream that are not in this log yet.", self._lag())
+        gauges["stream_writable"] = ("Whether it can append.", int(not self._reason()))
+        return super().gauges() | gauges
+
+    def close(self) -> None:
+        """As Bookkeeper's; leaves the stream."""
+        self._ended.set()
+        self._news.set()
+        self._to_forget.put(None)
+        super().close()
+        self._stream.close()
+
+    # What its writer does
+
+    def _book(self, group: list[Booking]) -> None:
+        book = super()._book
+        self._require_stream()
+        self._in_order(lambda: book([each for each in group if not each.done.done()]))
+
+    def _correct(self, seq: int, account: str) -> str:
+        def correct() -> str:
+            self._be_current()  # or it might change nothing that another node has changed
+            if seq in self._ordered:
+                raise NotFound(f"there is no booking {seq}")
+            return supers(seq, account)
+
+        supers = super()._correct
+        self._require_stream()
+        return self._in_order(correct)
+
+    def _order_forgetting(self, company: str) -> tuple[np.ndarray, int]:
+        def order() -> np.ndarray:
+            self._be_current()
+            lines, _ = self._lines_of(company)
+            self._append("orders", 0, json.dumps(np.diff(lines, prepend=0).tolist()).encode())
+            return lines
+
+        lines = self._in_order(order)
+        self._ordered.update(lines.tolist())
+        self._to_forget.put(lines)  # if this node dies, or cannot do it now
+        return lines, len(self._history.of(company))
+
+    def _in_order(self, change: Callable[[], T]) -> T:
+        """What comes of a change that appends, behind all that others have appended."""
+        while True:
+            self._acked = 0
+            try:
+                made = change()
+            except Overtaken:
+                self._counted["overtaken"] += 1
+                self._catch_up()
+                continue
+            except OSError as error:
+                if self._acked:  # the log takes it over from the stream when it can
+                    raise NotStored(f"the log could not be written ({error}); {UNSURE}") from None
+                raise
+            if self._acked:
+                self._pass(self._acked)
+            return made
+
+    def _order(self, batches: list[Batch]) -> None:
+        lines = [line for batch in batches for line in batch.lines]
+        if lines:
+            self._append("lines", len(lines), b"".join(lines))
+
+    def _append(self, subject: str, lines: int, data: bytes) -> None:
+        started, base = time.perf_counter(), len(self.log)
+        try:
+            self._acked = self._stream.append(subject, base, lines, data, self._sequence)
+        except Unreachable as error:
+            self._writable = False
+            raise Busy(f"the stream does not acknowledge this ({error}); {UNSURE}") from None
+        self._writable = True
+        self._counted["appends"] += 1
+        self._counted["append_seconds"] += time.perf_counter() - started
+        self._wrote[self._stream.node] = time.monotonic()
+
+    def _be_current(self) -> None:
+        """Takes over all that the stream has by now. Raises Busy."""
+        try:
+            while (state := self._stream.state()) and state.last_seq > self._sequence:
+                self._catch_up()
+        except (Unreachable, Foreign) as error:
+            raise Busy(f"nothing was changed ({error}); send this again") from None
+
+    def _catch_up(self) -> None:
+        end = time.monotonic() + PATIENCE
+        try:
+            while not self._take(self._fetch()):
+                if time.monotonic() > end:
+                    raise Unreachable("another node's message is not there yet")
+                time.sleep(0.003)
+        except (Unreachable, Foreign) as error:
+            raise Busy(f"nothing was booked ({error}); send this again") from None
+
+    def _fetch(self) -> list[Message]:
+        """The next messages that are there, of some thousand lines. Raises Unreachable."""
+        found: list[Message] = []
+        after, lines = self._sequence, 0
+        for sequence in [number for number in self._arrived.copy() if number <= after]:
+            self._arrived.pop(sequence, None)
+        get = self._arrived.get if after + 1 in self._arrived else self._stream.next
+        while lines + len(found) < LINES and (message := get(after + 1)):
+            found.append(message)
+            after, lines = message.sequence, lines + message.lines
+        return found
+
+    def _take(self, messages: list[Message]) -> bool:
+        """Takes over what messages say, and says if any was new. Raises Foreign, OSError."""
+        messages = [message for message in messages if message.sequence > self._sequence]
+        base, lines = 0, b""
+        for message in messages:
+            if message.node != self._stream.node:
+                self._wrote[message.node] = time.monotonic()
+            if (data := self._whole(message)) is None:
+                continue
+            if message.base != self._end or message.subject == "orders":
+                self._take_lines(base, lines)
+                lines = b""
+            base = base if lines else message.base
+            if message.subject == "orders":
+                self._take_lines(base, lines)  # none, but those before it must be there
+                self._take_order(data)
+            else:
+                lines += data
+            self._end = message.base + message.lines
+        self._take_lines(base, lines)
+        if messages:
+            self._pass(messages[-1].sequence)
+        return bool(messages)
+
+    def _whole(self, message: Message) -> bytes | None:
+        """What a group says, if this is the last message of it."""
+        if message.part == 0 and self._group and self._group[-1].part + 1 < self._group[-1].parts:
+            self._void += [each.sequence for each in self._group]
+        self._group = [*(self._group if message.part else []), message]
+        if [each.part for each in self._group] == [*range(message.parts)]:
+            try:
+                return zlib.decompress(b"".join(each.data for each in self._group))
+            except zlib.error:
+                raise Foreign(NONSENSE) from None
+        return None
+
+    def _take_order(self, data: bytes) -> None:
+        lines = np.cumsum(json.loads(data))
+        self._ordered.update(lines.tolist())
+        self._to_forget.put(lines)
+
+    def _take_lines(self, base: int, data: bytes) -> None:
+        """Adds lines to the log; those that it has must be the same. Raises Foreign, OSError."""
+        if base > len(self.log):
+            raise Foreign(BEHIND)
+        batches, records = [], []
+        for batch in batches_of(BytesIO(data), base):
+            if isinstance(batch, Damage) or [*check_records(batch.records, batch.line)]:
+                raise Foreign(NONSENSE)
+            first = batch.line - 1
+            if first < len(self.log):
+                file, size = self.log.export(range(first, first + len(batch.lines)))
+                for mine, theirs in zip(file.read(size).splitlines(True), batch.lines, strict=True):
+                    if mine not in (theirs, bookkeep._emptied(theirs, first)):
+                        raise Foreign(f"the stream is of another log, by its line {first + 1}")
+            else:
+                batches.append(batch)
+                records += batch.records
+        if batches:
+            self.log.write(batches)
+        with self._writer.must_succeed():
+            for chunk in chunks(records, CHUNK):
+                self._follow(chunk)
+
+    def _pass(self, sequence: int) -> None:
+        self._sequence = sequence
+        if self._passed is not None:
+            with suppress(OSError):  # only a stream that is bounded by age makes it needed
+                os.pwrite(self._passed, b"%19d %19d\n" % (sequence, len(self.log)), 0)
+
+    # What its other threads do
+
+    def _keep_up(self) -> None:
+        connected = False
+        while not self._ended.is_set():
+            trouble = None
+            try:
+                if not connected:
+                    self._stream.connect(self._asked, self._hear, self._fail)
+                    connected = True
+                if self._passed is None:
+                    self._join()
+                self._look()
+            except Overtaken:  # while it joins: another does, too
+                continue
+            except (Unreachable, Busy) as error:
+                self._quorum = False
+                trouble = f"it cannot be used ({error})" if self._passed is None else None
+            except Exception as error:
+                trouble = str(error)
+            if trouble not in (None, self._trouble):
+                logger.warning("stream %s: %s", self._stream.name, trouble)
+            self._trouble = trouble
+            self._ended.wait(1)
+
+    def _look(self) -> None:
+        """Takes over what others append, until that fails, and sees how the stream is."""
+        looked = -math.inf
+        while not self._ended.is_set():
+            if time.monotonic() - looked > 1:
+                looked = time.monotonic()
+                state = self._stream.state()
+                if state is None or state.last_seq < self._sequence:
+                    raise Foreign(LOST)
+                self._quorum = True
+                if state.last_seq == self._sequence:
+                    self._heard = len(self.log)
+                if not self._writable:  # a group of no lines tells whether it is again
+                    probe = partial(self._append, "lines", 0, b"")
+                    self._change_by(self._in_order, probe)
+            while self._lag() or state.last_seq > self._sequence:
+                if not (messages := self._fetch()):
+                    break
+                self._change_by(self._take, messages)
+            self._trouble = None
+            if self._news.wait(0.003 if self._lag() else 1):
+                self._news.clear()
+                self._wanted.wait(GATHER)
+                self._wanted.clear()
+
+    def _join(self) -> None:
+        """Finds where the log ends in the stream, and what it lacks, or what the stream does."""
+        path, mine, self._stream.created = self.log.beside("{}.stream"), len(self.log), None
+        known = [*map(int, path.read_text().split())] if path.exists() else []
+        state = self._stream.state(make=not known)
+        if state is None or (known and state.last_seq < known[0]):
+            raise Foreign(LOST)
+        held, first = self._stream.holding(mine), self._stream.next(1)
+        lacks = first.base > mine if first else known != [state.last_seq, mine] != [0, mine]
+        if lacks or (known and state.first_seq > known[0] + 1):
+            raise Foreign(BEHIND)
+        start = held.sequence - held.part if held else first.sequence if first else 0
+        start = start or state.last_seq + 1
+        order = self._stream.next(1, "orders")
+        while order and order.sequence < start:
+            if data := self._whole(order):
+                self._take_order(data)
+            order = self._stream.next(order.sequence + 1, "orders")
+        self._sequence, self._end = start - 1, mine if known and not first else 0
+        while self._sequence < state.last_seq and not self._ended.is_set():
+            self._change_by(self._take, self._fetch())
+        if self._end < len(self.log):
+            if known:
+                raise Foreign(LOST)
+            self._seed()
+        for warning in self._stream.unsynced():
+            logger.warning("stream %s: %s", self._stream.name, warning)
+        self._passed = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        self._pass(self._sequence)
+        logger.info("joined the stream %s as %s", self._stream.name, self._stream.node)
+
+    def _seed(self) -> None:
+        """Appends to the stream what it lacks of the log."""
+        logger.info("%s becomes the stream's, from line %d on", self.log.path, self._end + 1)
+        lines: list[bytes] = []
+        for batch in scan(self.log.path):
+            if batch.line > self._end:
+                lines += batch.lines
+            whole = self._end + len(lines) == len(self.log)
+            if lines and (whole or sum(map(len, lines)) > SEEDED):
+                data, n = b"".join(lines), len(lines)
+                self._sequence = self._stream.append("lines", self._end, n, data, self._sequence)
+                self._end, lines = self._end + n, []
+
+    def _obey(self) -> None:
+        """Forgets what was ordered to be, and then erases the messages that held it."""
+        while (lines := self._to_forget.get()) is not None:
+            try:
+                self._forget_lines(lines)
+                self._ordered.difference_update(lines.tolist())
+                self._erase(lines)
+            except (Unreachable, NotReady, NotStored) as error:
+                logger.warning("not all that was forgotten is erased yet: %s", error)
+                self._to_forget.put(lines)
+                if self._ended.wait(1):
+                    return
+
+    def _forget_lines(self, lines: np.ndarray) -> None:
+        with self._removing:
+            with self._changing:
+                seqs = self._history.rows["seq"]
+            if np.isin(lines, seqs).any():
+                self._forget(lambda: (lines, len(self.log)))
+
+    def _erase(self, lines: np.ndarray) -> None:
+        """Erases the messages that held lines, once all nodes that are there know that."""
+        sequence, question = self._sequence, zlib.compress(b'["sequence", []]')
+        while any(json.loads(a)["made"] < sequence for a in self._stream.ask_all(question)):
+            self._ended.wait(1)
+        while self._void:
+            self._stream.erase(self._void.pop())
+        while len(lines):
+            held = self._stream.holding(int(lines[0]) + 1)
+            if held and held.base + held.lines > lines[0]:
+                for part in range(held.parts):
+                    self._stream.erase(held.sequence - part)
+                end = held.base + held.lines
+            else:  # another node has erased it
+                after = self._stream.next(held.sequence + 1 if held else 1)
+                end = after.base if after else math.inf
+            lines = lines[lines >= end]
+
+    # What nodes say to each other
+
+    def _forward(self, what: str, again: bool, *arguments: object) -> list | None:
+        """What the node that writes answers; None if this one is to do it, `again` if need be."""
+        self._require_stream()
+        writer = self._writer_of_all()
+        content = zlib.compress(json.dumps([what, arguments]).encode(), 1)
+        if writer in (None, self._stream.node) or len(content) > self._stream.room:
+            return None
+        try:
+            answer = json.loads(self._stream.ask(writer, content))
+        except Gone as gone:
+            self._wrote.pop(writer, None)
+            if again or not gone.asked:
+                return None
+            raise Busy(f"the node that was to book this is gone; {UNSURE}") from None
+        if "error" in answer:
+            raise ERRORS.get(answer["error"], Busy)(answer["reason"])
+        self._counted["forwarded"] += 1
+        with suppress(Busy):
+            self._await(answer["lines"])
+        return answer["made"]
+
+    def _asked(self, content: bytes) -> bytes:
+        """The answer to another node."""
+        what, arguments = json.loads(zlib.decompress(content))
+        try:
+            if what == "sequence":
+                made: object = math.inf if self._trouble else self._sequence  # else all would wait
+            elif what == "correct":
+                made = [super().correct(*arguments)]
+            else:
+                numbers = super().book(*arguments)
+                made = [numbers.start, numbers.stop]
+            answer = {"made": made, "lines": len(self.log)}
+        except Exception as error:
+            answer = {"error": type(error).__name__, "reason": str(error)}
+        return json.dumps(answer).encode()
+
+    def _fail(self, error: Exception) -> None:
+        if self._passed is None:
+            self._trouble = f"it has not joined the stream yet ({error or 'no answer'})"
+
+    def _hear(self, message: Message) -> None:
+        self._heard = max(self._heard, message.base + message.lines)
+        if self._passed is not None and len(self._arrived) < LINES:
+            self._arrived[message.sequence] = message
+        self._news.set()
+
+    def _writer_of_all(self) -> str | None:
+        """The lowest node of those that wrote just now; if it alone goes on, none is overtaken."""
+        recently, wrote = time.monotonic() - RECENT, self._wrote.copy()
+        return min((node for node, when in wrote.items() if when > recently), default=None)
+
+    def _reason(self) -> str | None:
+        waits = None if self._writable else "the stream does not acknowledge; try later"
+        return self._trouble or waits
+
+    def _require_stream(self) -> None:
+        if reason := self._reason():
+            raise Busy(f"stream {self._stream.name}: {reason}")
+
+    def _lag(self) -> int:
+        return max(0, self._heard - len(self.log))
