@@ -2280,6 +2280,7 @@ class Snapshot:
         self.path = log.beside("{}.snapshot.npz")
         self._unfinished = log.beside(".{}.snapshot.npz")
         self.lines = 0  # of the log that it covers
+        self.made = 0.0  # when, in seconds since 1970
 
     def save(self, state: Arrays) -> None:
         """Puts the state in the place of an earlier one, in one step, or logs why it cannot."""
@@ -2292,7 +2293,7 @@ class Snapshot:
                 np.savez(file, origin=origin, **state)
             # There is no fsync: if it was not on disk at a power failure, the log is.
             os.replace(self._unfinished, self.path)
-            self.lines = len(state["line_starts"])
+            self.lines, self.made = len(state["line_starts"]), time.time()
         except Exception as error:  # whatever it is, there is the log
             logger.warning("%s could not be written: %s", self.path, error)
             with suppress(OSError):
@@ -2309,7 +2310,7 @@ class Snapshot:
             if checksum != self.log.checksum(size):
                 raise ValueError("it is not of this log as it is")
             restore(state)
-            self.lines = len(self.log)
+            self.lines, self.made = len(self.log), self.path.stat().st_mtime
         except FileNotFoundError:
             pass
         except Exception as error:  # whatever is wrong with it, the log has it all
@@ -2379,6 +2380,7 @@ class Writer:
         self._together = 0  # in the last group
         self._closed = False
         self.broken = False  # has what is known lost step with the log?
+        self.failed = 0  # groups and changes that could not be stored
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
 
     def start(self) -> None:
@@ -2458,6 +2460,9 @@ class Writer:
 
     def refusal(self, error: Exception) -> Exception:
         """What to raise to a caller for what was raised; says it in the service's log, too."""
+        if isinstance(error, LogError | OSError | NotStored):
+            with self._arrival:
+                self.failed += 1
         if isinstance(error, LogError):
             logger.error("%s", error)
             self.broken = True
@@ -2477,7 +2482,18 @@ LISTED = 10  # bookings in each list of the overview
 RECENT = 10_000  # bookings that it looks at
 MOMENT = 0.002  # seconds that a short question may wait for the model, before all others
 QUICK = 250_000  # bytes of a sample times accounts, for which a prediction takes a millisecond
+SURE = 0.95  # confidence from which on an operator is told how much can be booked unseen
 UNSAVED = 10_000  # lines of the log that its snapshot may lack; a sixteenth while it grows
+
+
+COUNTED = {  # since the start, for an operator
+    "predictions": "Predictions that were asked for.",
+    "booked": "Bookings that were stored.",
+    "scored": "Predictions that were scored as their bookings came, each as often as it counts.",
+    "scored_right": "Those of the scored predictions that were right.",
+    "corrections": "Bookings that were corrected or confirmed.",
+    "forgotten": "Bookings that were forgotten.",
+}
 
 
 class NotFound(Exception):
@@ -2515,7 +2531,7 @@ class Bookkeeper:
         self._history = History()
         self._corrections: dict[int, list[int]] = {}  # seq of a booking -> of its corrections
         self._curve: dict[int, dict] = {}  # points of the learning curve that will not change
-        self._predictions = 0  # that were asked for
+        self._counted = dict.fromkeys(COUNTED, 0)
         self._changing = threading.Lock()  # held while these change, and to read them
         self._forgetting = threading.Lock()  # held while a company is forgotten
         self._started = time.monotonic()
@@ -2527,6 +2543,7 @@ class Bookkeeper:
         self._snapshot.load(self._restore)
         with _no_collection():
             self._read_back()
+        self._counted = dict.fromkeys(COUNTED, 0)
         self._last_batch = len(log)  # the seq that it starts with; there is none since the start
         self._writer.start()
 
@@ -2582,7 +2599,7 @@ class Bookkeeper:
         while chunk := list(islice(documents, self._model.at_once)):
             with self._model_at_rest() as model:
                 accounts += model.predict(chunk)
-                self._predictions += len(chunk)
+                self._counted["predictions"] += len(chunk)
         return accounts
 
     def is_quick(self, size: int) -> bool:
@@ -2650,7 +2667,7 @@ class Bookkeeper:
                 model.terms(document, row) if with_reasons else None
                 for document, row in zip(documents, best, strict=True)
             ]
-            self._predictions += len(samples)
+            self._counted["predictions"] += len(samples)
 
         accounts = [[model.names[account] for account in row] for row in best.tolist()]
         made = [
@@ -2849,24 +2866,43 @@ class Bookkeeper:
     def gauges(self) -> dict[str, tuple[str, float]]:
         """What an operator watches: what each figure is, and the figure."""
         with self._changing:
-            rows = self._history.rows
-            last = scored(rows[rows["seq"].searchsorted(self._last_batch) :])
-            gauges = {
-                "bookings": ("Bookings in the log.", len(rows)),
-                "unseen": ("Bookings that nobody has looked at.", unseen(rows)),
-                "checks": ("Bookings that could have been booked unseen.", checks(rows)),
-                "predictions_total": ("Predictions that were asked for.", self._predictions),
-                "accounts": ("Accounts in the model.", self._model.known),
-                "companies": ("Companies in the model.", len(self._history.companies)),
-                "tokens": ("Tokens in the model.", self._model.known_tokens),
-                "waiting": ("Samples that wait to be booked.", self._writer.waiting()),
-                "log_bytes": ("Bytes of the log.", self.log.size),
-            }
-        if len(last):
-            now = figures(last)
-            for name in ("precision", "accuracy"):
-                gauges[f"last_batch_{name}"] = (f"The last batch's {name}.", now[name])
-        return gauges
+            rows, counted = self._history.rows, self._counted.copy()
+            accounts, tokens = self._model.known, self._model.known_tokens
+            companies = len(self._history.companies)
+        watched = {f"{name}_total": (text, counted[name]) for name, text in COUNTED.items()} | {
+            "failed_writes_total": ("Changes that could not be stored.", self._writer.failed),
+            "bookings": ("Bookings in the log.", len(rows)),
+            "unseen": ("Bookings that nobody has looked at.", unseen(rows)),
+            "checks": ("Bookings that could have been booked unseen.", checks(rows)),
+            "accounts": ("Accounts in the model.", accounts),
+            "companies": ("Companies in the model.", companies),
+            "tokens": ("Tokens in the model.", tokens),
+            "waiting": ("Samples that wait to be booked.", self._writer.waiting()),
+            "log_bytes": ("Bytes of the log.", self.log.size),
+            "log_lines": ("Lines of the log.", len(self.log)),
+            "snapshot_lines": ("Lines that the snapshot covers.", self._snapshot.lines),
+        }
+        if self._snapshot.lines:
+            age = time.time() - self._snapshot.made
+            watched["snapshot_age_seconds"] = ("Time since the snapshot was made.", age)
+        return watched | self._quality(rows)
+
+    def _quality(self, rows: np.ndarray) -> dict[str, tuple[str, float]]:
+        """How good the last of these predictions were; it looks at few, for it is often asked."""
+        found: dict[str, tuple[str, float]] = {}
+        last = scored(rows[rows["seq"].searchsorted(self._last_batch) :])
+        window = scored(rows[-RECENT:])[-WINDOW:]
+        for name, of, these in (
+            ("last_batch", "the last batch", last),
+            ("window", f"the last {WINDOW} predictions that are scored", window),
+        ):
+            for figure, value in figures(these).items() if len(these) else ():
+                found[f"{name}_{figure}"] = (f"The {figure} of {of}.", value)
+        if len(window):
+            [sure] = by_confidence(window, [SURE])
+            share = f"The share of the last {WINDOW} that was at least {SURE:.0%} sure."
+            found["window_bookable"] = (share, sure["share"])
+        return found
 
     def _scored(self, n: int, company: str | None = None) -> np.ndarray:
         with self._changing:
@@ -3019,6 +3055,10 @@ class Bookkeeper:
         ]
         self._history.append(rows, names)
         self._calibration.add(rows)
+        times = (now := scored(rows))["times"]
+        self._counted["booked"] += len(rows)
+        self._counted["scored"] += int(times.sum())
+        self._counted["scored_right"] += int(times[right(now)].sum())
 
     def _correct(self, seq: int, account: str) -> str:
         booking = self._booking(seq)
@@ -3065,6 +3105,7 @@ class Bookkeeper:
                 self._history.correct(seq, account, _in_ranks(rank))
                 self._corrections.setdefault(seq, []).append(correction["seq"])
             self._calibration.add(self._history.rows[rows])
+            self._counted["corrections"] += len(changes)
             self._curve = {}
 
     def _lines_of(self, company: str) -> tuple[np.ndarray, int]:
@@ -3096,6 +3137,7 @@ class Bookkeeper:
             rows = self._history.forget(lines)
             seqs = rows["seq"].tolist()
             self._calibration.add(rows, times=-1)
+            self._counted["forgotten"] += len(rows)
             self._curve = {}
             return [(seq, self._corrections.pop(seq, [seq])[-1]) for seq in seqs]
 
@@ -3665,6 +3707,8 @@ LARGE_BODY = 1 << 20  # bytes from which a body has to wait for its turn
 AT_LEAST = "HTTP_BOOKKEEP_AT_LEAST"  # of an environ: lines that an answer must know of
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}  # of every answer
 
+BUILD = f'build_info{{version="{__version__}",python="{sys.version.split()[0]}"}}'
+
 STATUS = {  # of what is raised above
     BadRequest: 400,
     NotFound: 404,
@@ -3690,6 +3734,11 @@ class Histogram:
             counts, total = self._seen.setdefault(labels, new)
             counts[bisect_left(self.BOUNDS, seconds)] += 1
             total[0] += seconds
+
+    def seen(self, part: str) -> int:
+        """How many have that in their labels."""
+        with self._lock:
+            return sum(sum(counts) for labels, (counts, _) in self._seen.items() if part in labels)
 
     def exposition(self, name: str) -> Iterator[str]:
         """Its lines in Prometheus's text format."""
@@ -3925,7 +3974,10 @@ def create_app(
     @app.get("/metrics")
     def prometheus() -> str:
         response.content_type = "text/plain; version=0.0.4; charset=utf-8"
-        return "".join(f"{line}\n" for line in _exposition(bookkeeper.gauges(), durations, fsyncs))
+        refused = ("Requests that were answered with a status of 4xx.", durations.seen('status="4'))
+        watched = bookkeeper.gauges() | {"refused_total": refused, BUILD: ("What runs.", 1)}
+        watched = {f"bookkeep_{name}": figure for name, figure in watched.items()} | process()
+        return "".join(f"{line}\n" for line in _exposition(watched, durations, fsyncs))
 
     @app.get("/overview")
     def overview() -> dict:
@@ -4021,15 +4073,37 @@ def _path(rule: str) -> str:
     return re.sub("<(.*?)(:.*?)?>", r"{\1}", rule)
 
 
+def process() -> dict[str, tuple[str, float]]:
+    """What the system says of this process, as Prometheus's own clients do; {} without /proc."""
+    try:
+        # What follows the name, which may hold anything: state, parent, ... (man 5 proc).
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        boot = re.search("^btime ([0-9]+)$", Path("/proc/stat").read_text(), re.MULTILINE)
+        files = len(os.listdir("/proc/self/fd")) - 1  # one of them is to list them
+    except OSError:
+        return {}
+    ticks = os.sysconf("SC_CLK_TCK")
+    cpu, started = (int(fields[11]) + int(fields[12])) / ticks, int(fields[19]) / ticks
+    memory = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return {
+        "process_cpu_seconds_total": ("Seconds of all processors, user and system.", cpu),
+        "process_resident_memory_bytes": ("Bytes of memory in use.", memory),
+        "process_start_time_seconds": ("When it started, since 1970.", int(boot[1]) + started),
+        "process_open_fds": ("Files and connections that are open.", files),
+        "process_max_fds": ("Files and connections that may be open.", most),
+    }
+
+
 def _exposition(
-    gauges: dict[str, tuple[str, float]], durations: Histogram, fsyncs: Histogram
+    watched: dict[str, tuple[str, float]], durations: Histogram, fsyncs: Histogram
 ) -> Iterator[str]:
     """What an operator watches, in Prometheus's text format."""
-    for name, (text, value) in gauges.items():
-        type_ = "counter" if name.endswith("_total") else "gauge"
-        yield f"# HELP bookkeep_{name} {text}"
-        yield f"# TYPE bookkeep_{name} {type_}"
-        yield f"bookkeep_{name} {value}"
+    for labelled, (text, value) in watched.items():
+        name = labelled.partition("{")[0]
+        yield f"# HELP {name} {text}"
+        yield f"# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}"
+        yield f"{labelled} {value}"
     for name, text, histogram in (
         ("request", "How long requests took, by path and status.", durations),
         ("fsync", "How long the disk took to store batches.", fsyncs),

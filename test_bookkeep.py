@@ -4207,6 +4207,17 @@ def opened(service, path):
     return number
 
 
+def watched(service):
+    """All that it tells Prometheus, by name, and the families that these are in."""
+    kind = "text/plain; version=0.0.4; charset=utf-8"
+    status, _, text = service.ask("GET", "/metrics", kind=kind)
+    assert status == 200
+    families = {family.name: family for family in text_string_to_metric_families(text.decode())}
+    return {
+        sample.name: sample.value for family in families.values() for sample in family.samples
+    }, families
+
+
 def test_prometheus_can_read_the_figures(serve):
     service = serve()
     for batch in batches_of(bookings(300), 100):
@@ -4216,31 +4227,45 @@ def test_prometheus_can_read_the_figures(serve):
     service.get("/metrics/10")
     service.get("/nowhere")
     service.post("/sample", [{}])
-    kind = "text/plain; version=0.0.4; charset=utf-8"
-    status, _, text = service.ask("GET", "/metrics", kind=kind)
-    assert status == 200
-    families = {family.name: family for family in text_string_to_metric_families(text.decode())}
+    values, families = watched(service)
     assert all(family.documentation for family in families.values())
     values = {
-        name: family.samples[0].value
-        for name, family in families.items()
-        if family.type in ("gauge", "counter")
+        name: value
+        for name, value in values.items()
+        if "duration" not in name and not name.startswith("process_")
     }
     health = service.get("/health")[1]
-    report = service.get("/report/100")[1]
+    last, report = service.get("/report/100")[1], service.get("/report/1000")[1]
+    [bookable] = [each for each in report["confidence"] if each["at_least"] == 0.95]
     assert values == {
         "bookkeep_bookings": 300,
         "bookkeep_unseen": 0,
         "bookkeep_checks": 0,
-        "bookkeep_predictions": 8,
+        "bookkeep_predictions_total": 8,
+        "bookkeep_booked_total": 300,
+        "bookkeep_scored_total": 200,
+        "bookkeep_scored_right_total": pytest.approx(200 * report["accuracy"]),
+        "bookkeep_corrections_total": 0,
+        "bookkeep_forgotten_total": 0,
+        "bookkeep_refused_total": 2,
+        "bookkeep_failed_writes_total": 0,
         "bookkeep_accounts": health["accounts"],
         "bookkeep_companies": 5,
         "bookkeep_tokens": health["tokens"],
         "bookkeep_waiting": 0,
         "bookkeep_log_bytes": len(service.ask("GET", "/samples", kind="application/jsonl")[2]),
-        "bookkeep_last_batch_accuracy": pytest.approx(report["accuracy"]),
-        "bookkeep_last_batch_precision": pytest.approx(report["precision"]),
+        "bookkeep_log_lines": 300,
+        "bookkeep_snapshot_lines": 0,
+        "bookkeep_build_info": 1,
+        **{
+            f"bookkeep_{name}_{figure}": pytest.approx(told[figure])
+            for name, told in (("last_batch", last), ("window", report))
+            for figure in ("accuracy", "precision", "recall")
+        },
+        "bookkeep_window_bookable": bookable["share"],
     }
+    [build] = families["bookkeep_build_info"].samples
+    assert build.labels["version"] == bookkeep.__version__
     requests = {}
     for sample in families["bookkeep_request_duration_seconds"].samples:
         labels = dict(sample.labels)
@@ -4263,6 +4288,89 @@ def test_prometheus_can_read_the_figures(serve):
         assert (buckets[-1][1], heights[-1]) == ("+Inf", number)
         assert 0 < seconds < 60
     assert families["bookkeep_fsync_duration_seconds"].samples[-1].value == 3
+
+
+def test_counters_never_go_down_and_say_what_was_done_since_the_start(serve):
+    service, seen = serve(unsaved=100), Counter()
+
+    def counted():
+        """How much each counter has grown since it was asked for."""
+        now = {name: value for name, value in watched(service)[0].items() if "_total" in name}
+        grown = {name: value - seen[name] for name, value in now.items() if "cpu" not in name}
+        assert min(grown.values()) >= 0
+        seen.update(grown)
+        return {name[9:-6]: value for name, value in grown.items() if value}
+
+    service.post("/sample", [booking(), booking(company="B", account="1")])
+    assert counted() == {"booked": 2}  # nothing was predicted yet
+    service.post("/sample", [by("check"), by("suggestion"), booking(account="2")])
+    assert counted() == {"booked": 3, "scored": 17, "scored_right": 16}
+    service.post("/correct", {"seq": 2, "AccountNumber": "9"})
+    assert counted() == {"corrections": 1}
+    service.post("/predict", [booking()] * 3)
+    assert counted() == {"predictions": 3}
+    assert "bookkeep_snapshot_age_seconds" not in watched(service)[0]
+    service.post("/sample", [booking()] * 120)
+    wait_until(lambda: watched(service)[0]["bookkeep_snapshot_lines"] == 126)
+    service.stop(signal.SIGKILL)
+    service = serve(unsaved=100)
+    now = watched(service)[0]
+    assert [now[f"bookkeep_{name}_total"] for name in ("booked", "scored", "corrections")] == [
+        0
+    ] * 3
+    assert now["bookkeep_snapshot_lines"] == 126
+    assert 0 < now["bookkeep_snapshot_age_seconds"] < 60
+    seen.clear()
+    counted()
+    assert service.delete("/company/B")[0] == 200
+    assert service.delete("/company/B")[0] == 404
+    assert counted() == {"forgotten": 1, "refused": 1}
+
+
+def test_prometheus_sees_the_process(serve):
+    service = serve()
+    pid = service.process.pid
+    now = watched(service)[0]
+    assert time.time() - 60 < now["process_start_time_seconds"] < time.time()
+    with socket.create_connection(("127.0.0.1", service.port)):
+        wait_until(lambda: watched(service)[0]["process_open_fds"] == now["process_open_fds"] + 1)
+    status = Path(f"/proc/{pid}/status").read_text()
+    resident = 1024 * int(re.search(r"VmRSS:\s+([0-9]+) kB", status)[1])
+    assert now["process_resident_memory_bytes"] == pytest.approx(resident, rel=0.3)
+    while (
+        watched(service)[0]["process_cpu_seconds_total"] < now["process_cpu_seconds_total"] + 0.05
+    ):
+        service.post("/predict", [booking()] * 100)
+
+
+def test_a_failed_write_is_counted(path, monkeypatch):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking()])
+
+        def fail(file):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", fail)
+        for _ in range(2):
+            with pytest.raises(NotStored):
+                bookkeeper.book([booking()])
+        monkeypatch.undo()
+        bookkeeper.book([booking()])
+        gauges = bookkeeper.gauges()
+        assert gauges["failed_writes_total"][1] == 2
+        assert gauges["booked_total"][1] == 2
+
+
+@pytest.mark.parametrize("file", ["alerts.yml", "dashboard.json"])
+def test_what_the_docs_watch_is_there(serve, tmp_path, file):
+    service = serve(unsaved=1)
+    for _ in range(3):
+        service.post("/sample", [booking()])
+    wait_until(lambda: "bookkeep_snapshot_age_seconds" in watched(service)[0])
+    text = (HERE / "docs" / file).read_text()
+    names = {*re.findall(r"\b(?:bookkeep|process)_[a-z_]+\b", text)}
+    assert len(names) > 5
+    assert names <= watched(service)[0].keys()
 
 
 @pytest.mark.parametrize(
