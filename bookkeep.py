@@ -11,6 +11,14 @@ It does not tune itself and forgets only what it is told to forget: one process 
 the model is the sum of what is in it. cluster.py, beside it, keeps the logs of several equal.
 """
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "bookkeep":
+    # Quiet from the start: to import all that follows takes a moment. It is main's afterwards.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import errno
 import fcntl
@@ -2272,6 +2280,7 @@ class Snapshot:
         self.path = log.beside("{}.snapshot.npz")
         self._unfinished = log.beside(".{}.snapshot.npz")
         self.lines = 0  # of the log that it covers
+        self.made = 0.0  # when, in seconds since 1970
 
     def save(self, state: Arrays) -> None:
         """Puts the state in the place of an earlier one, in one step, or logs why it cannot."""
@@ -2284,7 +2293,7 @@ class Snapshot:
                 np.savez(file, origin=origin, **state)
             # There is no fsync: if it was not on disk at a power failure, the log is.
             os.replace(self._unfinished, self.path)
-            self.lines = len(state["line_starts"])
+            self.lines, self.made = len(state["line_starts"]), time.time()
         except Exception as error:  # whatever it is, there is the log
             logger.warning("%s could not be written: %s", self.path, error)
             with suppress(OSError):
@@ -2301,7 +2310,7 @@ class Snapshot:
             if checksum != self.log.checksum(size):
                 raise ValueError("it is not of this log as it is")
             restore(state)
-            self.lines = len(self.log)
+            self.lines, self.made = len(self.log), self.path.stat().st_mtime
         except FileNotFoundError:
             pass
         except Exception as error:  # whatever is wrong with it, the log has it all
@@ -2371,6 +2380,7 @@ class Writer:
         self._together = 0  # in the last group
         self._closed = False
         self.broken = False  # has what is known lost step with the log?
+        self.failed = 0  # groups and changes that could not be stored
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
 
     def start(self) -> None:
@@ -2450,6 +2460,9 @@ class Writer:
 
     def refusal(self, error: Exception) -> Exception:
         """What to raise to a caller for what was raised; says it in the service's log, too."""
+        if isinstance(error, LogError | OSError | NotStored):
+            with self._arrival:
+                self.failed += 1
         if isinstance(error, LogError):
             logger.error("%s", error)
             self.broken = True
@@ -2469,7 +2482,18 @@ LISTED = 10  # bookings in each list of the overview
 RECENT = 10_000  # bookings that it looks at
 MOMENT = 0.002  # seconds that a short question may wait for the model, before all others
 QUICK = 250_000  # bytes of a sample times accounts, for which a prediction takes a millisecond
+SURE = 0.95  # confidence from which on an operator is told how much can be booked unseen
 UNSAVED = 10_000  # lines of the log that its snapshot may lack; a sixteenth while it grows
+
+
+COUNTED = {  # since the start, for an operator
+    "predictions": "Predictions that were asked for.",
+    "booked": "Bookings that were stored.",
+    "scored": "Predictions that were scored as their bookings came, each as often as it counts.",
+    "scored_right": "Those of the scored predictions that were right.",
+    "corrections": "Bookings that were corrected or confirmed.",
+    "forgotten": "Bookings that were forgotten.",
+}
 
 
 class NotFound(Exception):
@@ -2507,7 +2531,7 @@ class Bookkeeper:
         self._history = History()
         self._corrections: dict[int, list[int]] = {}  # seq of a booking -> of its corrections
         self._curve: dict[int, dict] = {}  # points of the learning curve that will not change
-        self._predictions = 0  # that were asked for
+        self._counted = dict.fromkeys(COUNTED, 0)
         self._changing = threading.Lock()  # held while these change, and to read them
         self._forgetting = threading.Lock()  # held while a company is forgotten
         self._started = time.monotonic()
@@ -2519,6 +2543,7 @@ class Bookkeeper:
         self._snapshot.load(self._restore)
         with _no_collection():
             self._read_back()
+        self._counted = dict.fromkeys(COUNTED, 0)
         self._last_batch = len(log)  # the seq that it starts with; there is none since the start
         self._writer.start()
 
@@ -2574,7 +2599,7 @@ class Bookkeeper:
         while chunk := list(islice(documents, self._model.at_once)):
             with self._model_at_rest() as model:
                 accounts += model.predict(chunk)
-                self._predictions += len(chunk)
+                self._counted["predictions"] += len(chunk)
         return accounts
 
     def is_quick(self, size: int) -> bool:
@@ -2635,7 +2660,7 @@ class Bookkeeper:
             known = model.specificity(documents).tolist()
             pairs = zip(documents, best, strict=True)
             terms = [model.terms(*pair) if why else None for pair in pairs]
-            self._predictions += len(samples)
+            self._counted["predictions"] += len(samples)
 
         accounts = [[model.names[account] for account in row] for row in best.tolist()]
         made = [
@@ -2834,24 +2859,43 @@ class Bookkeeper:
     def gauges(self) -> dict[str, tuple[str, float]]:
         """What an operator watches: what each figure is, and the figure."""
         with self._changing:
-            rows = self._history.rows
-            last = scored(rows[rows["seq"].searchsorted(self._last_batch) :])
-            gauges = {
-                "bookings": ("Bookings in the log.", len(rows)),
-                "unseen": ("Bookings that nobody has looked at.", unseen(rows)),
-                "checks": ("Bookings that could have been booked unseen.", checks(rows)),
-                "predictions_total": ("Predictions that were asked for.", self._predictions),
-                "accounts": ("Accounts in the model.", self._model.known),
-                "companies": ("Companies in the model.", len(self._history.companies)),
-                "tokens": ("Tokens in the model.", self._model.known_tokens),
-                "waiting": ("Samples that wait to be booked.", self._writer.waiting()),
-                "log_bytes": ("Bytes of the log.", self.log.size),
-            }
-        if len(last):
-            now = figures(last)
-            for name in ("precision", "accuracy"):
-                gauges[f"last_batch_{name}"] = (f"The last batch's {name}.", now[name])
-        return gauges
+            rows, counted = self._history.rows, self._counted.copy()
+            accounts, tokens = self._model.known, self._model.known_tokens
+            companies = len(self._history.companies)
+        watched = {f"{name}_total": (text, counted[name]) for name, text in COUNTED.items()} | {
+            "failed_writes_total": ("Changes that could not be stored.", self._writer.failed),
+            "bookings": ("Bookings in the log.", len(rows)),
+            "unseen": ("Bookings that nobody has looked at.", unseen(rows)),
+            "checks": ("Bookings that could have been booked unseen.", checks(rows)),
+            "accounts": ("Accounts in the model.", accounts),
+            "companies": ("Companies in the model.", companies),
+            "tokens": ("Tokens in the model.", tokens),
+            "waiting": ("Samples that wait to be booked.", self._writer.waiting()),
+            "log_bytes": ("Bytes of the log.", self.log.size),
+            "log_lines": ("Lines of the log.", len(self.log)),
+            "snapshot_lines": ("Lines that the snapshot covers.", self._snapshot.lines),
+        }
+        if self._snapshot.lines:
+            age = time.time() - self._snapshot.made
+            watched["snapshot_age_seconds"] = ("Time since the snapshot was made.", age)
+        return watched | self._quality(rows)
+
+    def _quality(self, rows: np.ndarray) -> dict[str, tuple[str, float]]:
+        """How good the last of these predictions were; it looks at few, for it is often asked."""
+        found: dict[str, tuple[str, float]] = {}
+        last = scored(rows[rows["seq"].searchsorted(self._last_batch) :])
+        window = scored(rows[-RECENT:])[-WINDOW:]
+        for name, of, these in (
+            ("last_batch", "the last batch", last),
+            ("window", f"the last {WINDOW} predictions that are scored", window),
+        ):
+            for figure, value in figures(these).items() if len(these) else ():
+                found[f"{name}_{figure}"] = (f"The {figure} of {of}.", value)
+        if len(window):
+            [sure] = by_confidence(window, [SURE])
+            share = f"The share of the last {WINDOW} that was at least {SURE:.0%} sure."
+            found["window_bookable"] = (share, sure["share"])
+        return found
 
     def _scored(self, n: int, company: str | None = None) -> np.ndarray:
         with self._changing:
@@ -3004,6 +3048,10 @@ class Bookkeeper:
         ]
         self._history.append(rows, names)
         self._calibration.add(rows)
+        times = (now := scored(rows))["times"]
+        self._counted["booked"] += len(rows)
+        self._counted["scored"] += int(times.sum())
+        self._counted["scored_right"] += int(times[right(now)].sum())
 
     def _correct(self, seq: int, account: str) -> str:
         booking = self._booking(seq)
@@ -3050,6 +3098,7 @@ class Bookkeeper:
                 self._history.correct(seq, account, _in_ranks(rank))
                 self._corrections.setdefault(seq, []).append(correction["seq"])
             self._calibration.add(self._history.rows[rows])
+            self._counted["corrections"] += len(changes)
             self._curve = {}
 
     def _lines_of(self, company: str) -> tuple[np.ndarray, int]:
@@ -3081,6 +3130,7 @@ class Bookkeeper:
             rows = self._history.forget(lines)
             seqs = rows["seq"].tolist()
             self._calibration.add(rows, times=-1)
+            self._counted["forgotten"] += len(rows)
             self._curve = {}
             return [(seq, self._corrections.pop(seq, [seq])[-1]) for seq in seqs]
 
@@ -3274,292 +3324,373 @@ MAX_NUMBER = 999_999_999
 MAX_PAGE = 500  # bookings in one answer
 MAX_SUGGESTED = 300  # suggestions in one answer, each of which is long
 OPEN = {"/", "/health", "/ready"}  # to all, as there is nothing to learn from them
+TAGS = {
+    "bookings": "what is learned: store, correct, read and forget it",
+    "suggestions": "what is likely to be booked, how sure that is, and why",
+    "quality": "how good the predictions were",
+    "service": "how the service is, and what describes it",
+}
+REFUSALS = {  # status -> when, and a sentence that comes with it
+    400: ("the request makes no sense, or is too much", "sample 0: AccountNumber is missing"),
+    401: ("no token", "send the token, with the header Authorization: Bearer <token>"),
+    404: ("no such booking or company", "there is no booking 1203"),
+    413: ("the body is too long", "send at most 67108864 bytes in one request"),
+    415: ("not JSON", "send JSON, with the header Content-Type: application/json"),
+    422: ("a known key", "this Idempotency-Key was used for other bookings; take a new one"),
+    503: ("not yet, or no longer", "there is no model yet; send bookings to /sample first"),
+    507: (
+        "nothing was changed",
+        "the log could not be written (No space left on device); try later",
+    ),
+    "default": ("refused, with one sentence that says what to change", "there is nothing here"),
+}
+_TEXT = {"type": "string", "maxLength": MAX_VALUE}
+_FILLED = _TEXT | {"minLength": 1}
+_BRIEF = _FILLED | {"maxLength": MAX_SHORT}
+_COUNT = {"type": "integer", "format": "int64", "minimum": 0}
+_SEQ = _COUNT | {"maximum": MAX_NUMBER}
+_ODDS = {"type": "number", "format": "double"}
+_SHARE = _ODDS | {"minimum": 0, "maximum": 1}
+_YES = {"type": "boolean"}
 
 
-def openapi(max_batch: int) -> dict:
-    """The description of this API, in OpenAPI 3.1."""
+def _or_null(schema: dict) -> dict:
+    return schema | {"type": [schema["type"], "null"]}
 
-    def of(section: str, name: str) -> dict:
-        return {"$ref": f"#/components/{section}/{name}"}
 
-    def answers(schema: dict, *refusals: int, media: str = "application/json") -> dict:
-        success = {"description": "done", "content": {media: {"schema": schema}}}
-        refused = dict.fromkeys(map(str, (*refusals, 401)), of("responses", "Refusal"))
-        return {"200": success, **refused, "default": of("responses", "Refusal")}
+def _one_of(words: Iterable[str]) -> dict:
+    return {"type": "string", "enum": list(words)}
 
-    def get(summary: str, parameters: list[dict], responses: dict) -> dict:
-        return {"get": {"summary": summary, "parameters": parameters, "responses": responses}}
 
-    def post(summary: str, schema: dict, responses: dict, *parameters: dict) -> dict:
-        return {
-            "post": {
-                "summary": summary,
-                "parameters": list(parameters),
-                "requestBody": {
-                    "required": True,
-                    "content": {"application/json": {"schema": schema}},
-                },
-                "responses": responses,
-            }
-        }
+def _of(name: object, section: str = "schemas") -> dict:
+    return {"$ref": f"#/components/{section}/{name}"}
 
-    def parameter(place: str, name: str, schema: dict, description: str) -> dict:
-        required = place == "path"
-        described = {"name": name, "in": place, "required": required, "schema": schema}
-        return described | {"description": description}
 
-    def a_list(items: dict, **more: object) -> dict:
-        return {"type": "array", "items": items, **more}
+def _list(name: str, **limits: int) -> dict:
+    return {"type": "array", "items": _of(name), **limits}
 
-    def record(properties: dict, others: object = False, **optional: dict) -> dict:
-        required = list(properties)
-        shape = {"type": "object", "required": required, "properties": properties | optional}
-        return shape | {"additionalProperties": others}
 
-    text = {"type": "string", "maxLength": MAX_VALUE}
-    filled = text | {"minLength": 1}
-    short = filled | {"maxLength": MAX_SHORT}
-    features = {key: short if key in SHORT else filled for key in FEATURES}
-    features["BankEntryAmount"] = short | {
-        "description": "a plain decimal number, which counts as the range that it is in, or a "
-        f"range: {', '.join(RANGES)}; any other text is a range of its own",
-        "examples": ["-9875.50", *RANGES],
-    }
-    count = {"type": "integer", "minimum": 0}
-    share = {"type": "number", "minimum": 0, "maximum": 1}
-    seq = count | {"maximum": MAX_NUMBER}
-    log_odds = {"type": ["number", "null"]}
-    maybe_text = {"type": ["string", "null"]}
-    place = {"type": ["integer", "null"], "minimum": 0}
-    totals = ("samples", "unseen", "checks", "lines", "accounts", "companies", "tokens")
-    health = dict.fromkeys(totals, count)
-    reason = record({"token": filled, "kind": {"enum": list(KINDS)}, "weight": {"type": "number"}})
-    figures = {"accuracy": share, "precision": share, "recall": share}
-    maybe_share = share | {"type": ["number", "null"]}
-    sureness = record(
-        dict.fromkeys(("at_least", "share"), share)
-        | dict.fromkeys(("accuracy", "error"), maybe_share)
-        | {"checks": count}
-    )
-    tally = record({"suggestions": count, "right": count})
-    confusion = record({"booked": filled, "predicted": filled, "count": count})
-    listed = record(
-        {"seq": seq}
-        | dict.fromkeys(("company", "text", "amount", "booked", "predicted"), filled)
-        | {"confidence": share, "reviewed": {"type": "boolean"}}
-    )
-    schemas = {
-        "Sample": record(features, text),
-        "Booking": record(features | {TARGET: short}, text, **{BOOKED_BY: {"enum": [*TIMES]}}),
-        "Stored": record({"received": count, "total": count, "first": place, "last": place}),
-        "Suggestions": record(
-            {
-                "suggestions": a_list(
-                    record(
-                        {
-                            "account": filled,
-                            "confidence": share,
-                            "over": maybe_text,
-                            "margin": log_odds,
-                        },
-                        prior=log_odds,
-                        reasons=a_list(reason),
-                    )
-                ),
-                "record": record({"known": {"enum": [*KNOWN]}, "own": tally, "all": tally}),
-                "check": {"type": "boolean"},
-            },
-            decision={"enum": ["book", "check", "review"]},
-        ),
-        "Standing": record(
-            {
-                "seq": seq,
-                "sample": record(features | {TARGET: filled}, text),
-                "account": filled,
-                "name": maybe_text,
-                "predicted": maybe_text,
-                "predicted_name": maybe_text,
-                "confidence": maybe_share,
-                "rank": place | {"minimum": 1},
-                "reviewed": {"type": "boolean"},
-                "booked_by": {"enum": [*TIMES]},
-                "corrected": {"anyOf": [record({"from": filled}), {"type": "null"}]},
-            }
-        ),
-        "Bookings": record(
-            {"bookings": a_list(of("schemas", "Standing"), maxItems=MAX_PAGE), "next": maybe_text}
-        ),
-        "Correction": record({"seq": seq, TARGET: short}),
-        "Corrected": record({"seq": seq, TARGET: short, "before": filled}),
-        "Forgotten": record({"company": filled, "forgotten": count | {"minimum": 1}}),
-        "Metrics": record({"precision": share, "recall": share}),
-        "Report": record(
-            {"support": count | {"minimum": 1}, "unseen": count, "checks": count}
-            | figures
-            | {"confused": a_list(confusion), "confidence": a_list(sureness)}
-        ),
-        "Overview": record(
-            {
-                "health": of("schemas", "Health"),
-                "metrics": {"anyOf": [record(figures), {"type": "null"}]},
-                "curve": a_list(record({"bookings": count} | figures)),
-                "scored": count,
-                "confidence": a_list(sureness),
-                "wrong": a_list(listed),
-                "unsure": a_list(listed),
-            }
-        ),
-        "Health": record(
-            {"status": filled | {"description": "ok, or why bookings cannot be stored now"}}
-            | health
-            | {"uptime": {"type": "number", "minimum": 0}},
-            stream=record(
-                {"status": filled, "node": filled, "writer": maybe_text, "lag": count}
-                | {"quorum": {"type": "boolean"}}
-            ),
-        ),
-        "Error": record({"error": {"type": "string", "minLength": 1}}),
-    }
-    refusal = {
-        "description": "refused, with one sentence that says what to change",
-        "content": {"application/json": {"schema": of("schemas", "Error")}},
-    }
-    a_sample, a_suggestion = of("schemas", "Sample"), of("schemas", "Suggestions")
-    n = parameter("path", "n", count | {"minimum": 1, "maximum": MAX_NUMBER}, "how many, the last")
-    key = parameter(
-        "header",
-        "Idempotency-Key",
+FIELDS = {  # of records and parameters: the schema, what it says, an example
+    "CompanyId": (_BRIEF, "whose booking it is", "acme"),
+    "BankEntryText": (_FILLED, "what the bank statement says", "Office rent June"),
+    "BankEntryAmount": (
+        _BRIEF,
+        "a plain decimal number, which counts as the range that it is in, or a range: "
+        f"{', '.join(RANGES)}; any other text is a range of its own",
+        *("-9875.50", *RANGES),
+    ),
+    "BankEntryDate": (_TEXT, "the day, which is stored, but says nothing", "2016-02-29"),
+    "AccountName": (_TEXT, "the account's name, for people", "Office costs"),
+    TARGET: (_BRIEF, "the account that it is booked to", "6300"),
+    BOOKED_BY: (_one_of(TIMES), "who booked it, a person if it is not said", "check"),
+    "received": (_COUNT, "bookings in the list", 2),
+    "total": (_COUNT, "lines that the log had with them", 15002),
+    "first": (_or_null(_COUNT), "the seq of the first one, null for an empty list", 15000),
+    "last": (_or_null(_COUNT), "the seq of the last one, null for an empty list", 15001),
+    "token": (_FILLED, "the sample's own words", "Office"),
+    "kind": (_one_of(KINDS), "what they are in it", "word"),
+    "weight": (_ODDS, "log-odds for this account over the other", 2.4137),
+    "account": (_FILLED, "the account", "6300"),
+    "confidence": (_SHARE, "of earlier suggestions like it, the share that was right", 0.94),
+    "over": (
+        _or_null(_FILLED),
+        "the account that it is compared with, null if it is alone",
+        "7140",
+    ),
+    "margin": (_or_null(_ODDS), "log-odds over that one: the prior and all reasons", 2.4445),
+    "prior": (_or_null(_ODDS), "log-odds before anything is known of the sample", 0.0308),
+    "reasons": (_list("Reason"), "what the sample says, the heaviest first"),
+    "suggestions": (_list("Suggestion", maxItems=Calibration.RANKS), "accounts, best first"),
+    "suggest.reasons": (
+        _one_of(("yes", "no")) | {"default": "yes"},
+        f"no leaves them out; with them, an answer has at most {MAX_SUGGESTED} suggestions",
+        "no",
+    ),
+    "record": (_of("Record"), "what the confidence of the first rests on"),
+    "check": (_YES, "whether a person should look at it, however sure it is", False),
+    "decision": (_one_of(("book", "check", "review")), "what to do with the first one", "book"),
+    "known": (_one_of(KNOWN), "what was known of the sample", "the first word"),
+    "own": (_of("Tally"), "the company's own ones of this account"),
+    "all": (_of("Tally"), "those of all companies, with as much known"),
+    "Tally.suggestions": (_COUNT, "how many there were", 38),
+    "right": (_COUNT, "how many of them were right", 37),
+    "seq": (_SEQ, "the booking's number", 1203),
+    "before": (_FILLED, "the account that it was booked to until now", "7140"),
+    "company": (_FILLED, "a company, by its CompanyId", "acme"),
+    "forgotten": (_COUNT | {"minimum": 1}, "how many bookings it had", 312),
+    "accuracy": (_SHARE, "the share that was right", 0.72),
+    "precision": (_SHARE, "the mean of all accounts' precision", 0.51),
+    "recall": (_SHARE, "the mean of all accounts' recall", 0.52),
+    "support": (_COUNT | {"minimum": 1}, "predictions that this is about", 1000),
+    "unseen": (_COUNT, "bookings that nobody has looked at", 60),
+    "checks": (_COUNT, "bookings that were checked for all that nobody looked at", 4),
+    "confused": (_list("Confusion", maxItems=CONFUSED), "the most frequent errors"),
+    "Report.confidence": (_list("Level"), "how good they were when how sure"),
+    "at_least": (_SHARE, "the level: so sure, or surer", 0.95),
+    "share": (_SHARE, "the share of all predictions that is", 0.34),
+    "Level.accuracy": (_or_null(_SHARE), "the share of these that was right", 0.976),
+    "Level.error": (_or_null(_SHARE), "one standard error of this accuracy", 0.008),
+    "booked": (_FILLED, "the account that it is booked to", "6300"),
+    "predicted": (_FILLED, "the account that was predicted", "7140"),
+    "count": (_COUNT, "how often that was", 3),
+    "health": (_of("Health"), "how much is learned"),
+    "metrics": ({"anyOf": [_of("Figures"), {"type": "null"}]}, "of the last predictions, if any"),
+    "curve": (_list("Point", maxItems=129), "the learning curve"),
+    "bookings": (_COUNT, "how many bookings there were", 15000),
+    "scored": (_COUNT, "predictions that the confidence is about", 10000),
+    "Overview.confidence": (_list("Level"), "how good they were when how sure"),
+    "wrong": (_list("Listed", maxItems=LISTED), "the last errors"),
+    "unsure": (_list("Listed", maxItems=LISTED), "the least sure ones of the last"),
+    "text": (_FILLED, "what the bank statement says", "Office rent June"),
+    "amount": (_FILLED, "the amount", "> -10000"),
+    "reviewed": (_YES, "whether a person has looked at it", True),
+    "sample": (_of("Booked"), "the booking as it was sent, but as it is booked now"),
+    "Booked.AccountNumber": (_FILLED, "the account that it is booked to", "6300"),
+    "name": (_or_null(_FILLED), "the latest name of the account, if it has any", "Office costs"),
+    "Standing.predicted": (_or_null(_FILLED), "the account that was predicted, if any", "7140"),
+    "predicted_name": (_or_null(_FILLED), "the latest name of that, if it has any", "Travel"),
+    "Standing.confidence": (_or_null(_SHARE), "how sure that was", 0.62),
+    "rank": (_or_null(_COUNT | {"minimum": 1}), "the place of its account among all", 2),
+    "booked_by": (_one_of(TIMES), "who booked it", "person"),
+    "corrected": ({"anyOf": [_of("Change"), {"type": "null"}]}, "whether it was booked anew"),
+    "Change.from": (_FILLED, "the account before", "7140"),
+    "Bookings.bookings": (_list("Standing", maxItems=MAX_PAGE), "the page"),
+    "next": (
+        _or_null(_FILLED),
+        "what to ask for the next page with, null if it is the last",
+        "0.62:14950",
+    ),
+    "bookings.reviewed": (_one_of(("yes", "no")), "only what somebody, or nobody, saw", "no"),
+    "below": (_SHARE, "only those predicted with less confidence", 0.9),
+    "order": (
+        _one_of(("newest", "confidence")) | {"default": "newest"},
+        f"newest first, or the least sure of the last {LEAST_SURE} that match",
+        "confidence",
+    ),
+    "bookings.limit": (
+        *(_COUNT | {"minimum": 1, "maximum": MAX_PAGE, "default": 50}, "how many, at most", 20),
+    ),
+    "bookings.before": (
+        {"type": "string", "pattern": "^[0-9]\\.[0-9]{1,20}:[0-9]{1,18}$"},
+        "next of the page before",
+        "0.62:14950",
+    ),
+    "status": (_FILLED, "ok, or why bookings cannot be stored now", "ok"),
+    "samples": (_COUNT, "bookings, also those that nobody has looked at", 15000),
+    "lines": (_COUNT, "lines of the log", 15002),
+    "accounts": (_COUNT, "accounts that are learned", 214),
+    "companies": (_COUNT, "companies that have bookings", 50),
+    "tokens": (_COUNT, "tokens that are learned", 90210),
+    "uptime": (_ODDS | {"minimum": 0}, "seconds since the start", 86400.25),
+    "error": (_FILLED, "one sentence that says what to change", "AccountNumber is missing"),
+    "stream": (_of("Stream"), "how its log is kept equal to others"),
+    "Stream.status": (_FILLED, "what the node does", "following"),
+    "node": (_FILLED, "the node's own name", "a-1f3c"),
+    "writer": (_or_null(_FILLED), "the node that writes now, null if none does", "b-77e0"),
+    "lag": (_COUNT, "lines of the stream that are not in its log yet", 0),
+    "quorum": (_YES, "whether most of the stream's servers are there", True),
+    "Ready.status": (_FILLED, "ready", "ready"),
+    "n": (_SEQ | {"minimum": 1}, "over how many predictions, the last", 1000),
+    "top": (_COUNT | {"minimum": 1, "maximum": Calibration.RANKS, "default": 3}, "how many", 1),
+    "book_from": (_SHARE, "the confidence from which on you book unseen", 0.95),
+    "from": (_SEQ | {"default": 0}, "the seq of the first line", 15000),
+    "limit": (_SEQ, "how many lines, at most; all, if it is not said", 100),
+    "id": (_FILLED, "a company, by its CompanyId", "acme"),
+    "Idempotency-Key": (
         {"type": "string", "pattern": "^[!-~]([ -~]{0,198}[!-~])?$"},
-        "the batch's name: under it, it is stored once, however often it is sent",
-    )
-    top = parameter(
-        "query",
-        "top",
-        count | {"minimum": 1, "maximum": Calibration.RANKS, "default": 3},
-        "how many suggestions, at most",
-    )
-    company = parameter("query", "company", filled, "only this company")
-    book_from = parameter(
-        "query", "book_from", share, "the confidence from which on you book unseen"
-    )
-    paths = {
-        "/sample": post(
-            "store bookings, and learn them",
-            a_list(of("schemas", "Booking"), maxItems=max_batch),
-            answers(of("schemas", "Stored"), 400, 413, 415, 422, 503, 507),
-            key,
-        ),
-        "/predict": post(
-            "predict the account of one sample, or of each of a list",
-            {"anyOf": [a_sample, a_list(a_sample, maxItems=max_batch)]},
-            answers(a_list(filled), 400, 413, 415, 503),
-        ),
-        "/suggest": post(
-            "suggest accounts for one sample, or for each of a list, and say why",
-            {"anyOf": [a_sample, a_list(a_sample, maxItems=max_batch)]},
-            answers({"anyOf": [a_suggestion, a_list(a_suggestion)]}, 400, 413, 415, 503),
-            top,
-            book_from,
-            parameter(
-                "query",
-                "reasons",
-                {"enum": ["yes", "no"], "default": "yes"},
-                f"no leaves out the reasons; with them, an answer has at most {MAX_SUGGESTED} "
-                "suggestions",
-            ),
-        ),
-        "/correct": post(
-            "book a booking to another account",
-            of("schemas", "Correction"),
-            answers(of("schemas", "Corrected"), 400, 404, 413, 415, 503, 507),
-        ),
-        "/company/{id}": {
-            "delete": {
-                "summary": "forget a company",
-                "parameters": [parameter("path", "id", filled, "its CompanyId")],
-                "responses": answers(of("schemas", "Forgotten"), 400, 404, 503, 507),
-            }
-        },
-        "/metrics/{n}": get(
-            "macro-averaged precision and recall of the last n predictions",
-            [n],
-            answers(of("schemas", "Metrics"), 400, 503),
-        ),
-        "/report/{n}": get(
-            "how good the last n predictions were, and how good when how sure",
-            [n, company, book_from],
-            answers(of("schemas", "Report"), 400, 404, 503),
-        ),
-        "/bookings": get(
-            "bookings as they stand now, a page at a time",
-            [
-                company,
-                parameter(
-                    "query",
-                    "reviewed",
-                    {"enum": ["yes", "no"]},
-                    "only what somebody, or nobody, has looked at",
-                ),
-                parameter("query", "below", share, "only those predicted with less confidence"),
-                parameter(
-                    "query",
-                    "order",
-                    {"enum": ["newest", "confidence"], "default": "newest"},
-                    f"newest first, or the least sure of the last {LEAST_SURE} that match",
-                ),
-                parameter(
-                    "query",
-                    "limit",
-                    count | {"minimum": 1, "maximum": MAX_PAGE, "default": 50},
-                    "how many, at most",
-                ),
-                parameter(
-                    "query",
-                    "before",
-                    {"type": "string", "pattern": "^[0-9]\\.[0-9]{1,20}:[0-9]{1,18}$"},
-                    "what the page before says is `next`",
-                ),
-            ],
-            answers(of("schemas", "Bookings"), 400, 404, 507),
-        ),
-        "/bookings/{seq}": get(
-            "a booking as it stands now",
-            [parameter("path", "seq", seq, "its number")],
-            answers(of("schemas", "Standing"), 400, 404, 507),
-        ),
-        "/samples": get(
-            "the lines of the log, or those of one company",
-            [
-                company,
-                parameter("query", "from", seq | {"default": 0}, "the seq of the first"),
-                parameter("query", "limit", seq, "how many, at most; without it, all"),
-            ],
-            answers({"type": "string"}, 400, 404, media=JSON_LINES),
-        ),
-        "/overview": get(
-            "what the page shows", [company], answers(of("schemas", "Overview"), 400, 404, 503)
-        ),
-        "/metrics": get(
-            "figures for Prometheus", [], answers({"type": "string"}, media="text/plain")
-        ),
-        "/health": get("how much has been learned", [], answers(of("schemas", "Health"), 503)),
-        "/ready": get("whether bookings can be sent", [], answers(record({"status": filled}), 503)),
-        "/openapi.json": get("this description", [], answers({"type": "object"})),
-        "/": get("the page", [], answers({"type": "string"}, media="text/html")),
+        "the list's name: under it, it is stored once, however often it is sent",
+        "june-1",
+    ),
+}
+RECORDS = {  # what each is, its fields, and those that may be left out
+    "Sample": ("a line of a bank statement", " ".join(FEATURES), "BankEntryDate AccountName"),
+    "Booking": (
+        *("a line of a bank statement, and how it is booked", f"{' '.join(FEATURES)} {TARGET}"),
+        f"BankEntryDate AccountName {BOOKED_BY}",
+    ),
+    "Stored": ("these bookings are on disk, and learned", "received total first last"),
+    "Reason": ("what something that the sample says speaks for", "token kind weight"),
+    "Suggestion": ("an account", "account confidence over margin", "prior reasons"),
+    "Tally": ("earlier suggestions with about as much evidence", "suggestions right"),
+    "Record": ("what the first suggestion's confidence rests on", "known own all"),
+    "Suggestions": ("the most likely accounts", "suggestions record check", "decision"),
+    "Correction": ("a booking, and its right account", f"seq {TARGET}"),
+    "Corrected": ("it is booked so, and learned", f"seq {TARGET} before"),
+    "Forgotten": ("the company is neither in the log nor learned", "company forgotten"),
+    "Metrics": ("means over the accounts, however rare", "precision recall"),
+    "Figures": ("how good the last predictions were", "accuracy precision recall"),
+    "Point": ("the same, after so many bookings", "bookings accuracy precision recall"),
+    "Level": ("how good they were when so sure", "at_least share accuracy error checks"),
+    "Confusion": ("an error", "booked predicted count"),
+    "Report": (
+        "how good the last predictions were",
+        "support unseen checks accuracy precision recall confused confidence",
+    ),
+    "Listed": (
+        "a booking, and what was predicted",
+        "seq company text amount booked predicted confidence reviewed",
+    ),
+    "Booked": (
+        *("a line of a bank statement, as it is booked now", f"{' '.join(FEATURES)} {TARGET}"),
+    ),
+    "Change": ("from what it was booked to before", "from"),
+    "Standing": (
+        "a booking as it stands now",
+        "seq sample account name predicted predicted_name confidence rank reviewed booked_by "
+        "corrected",
+    ),
+    "Bookings": ("a page of bookings", "bookings next"),
+    "Overview": ("the page", "health metrics curve scored confidence wrong unsure"),
+    "Health": (
+        "how much is learned",
+        *("status samples unseen checks lines accounts companies tokens uptime", "stream"),
+    ),
+    "Stream": ("a node among others", "status node writer lag quorum"),
+    "Ready": ("bookings can be sent", "status"),
+    "Error": ("why it was refused", "error"),
+}
+
+
+OTHERS = {  # answers that are no records
+    "Accounts": {
+        **{"type": "array", "items": _FILLED | {"examples": ["6300"]}},
+        "description": "an account for each sample, in order",
+    },
+    "Suggested": {
+        "anyOf": [_of("Suggestions"), _list("Suggestions")],
+        "description": "for one sample, or for each in the list",
+    },
+    "Lines": {"type": "string", "description": "JSON Lines", "examples": ['{"seq": 15000, ...}']},
+    "Text": {"type": "string", "description": "metrics", "examples": ["bookkeep_bookings 15000"]},
+    "Page": {"type": "string", "description": "HTML", "examples": ["<!doctype html>"]},
+    "Description": {"type": "object", "description": "this", "examples": [{"openapi": "3.1.0"}]},
+}
+MEDIA = {"Lines": JSON_LINES, "Text": "text/plain", "Page": "text/html"}  # else JSON
+OPERATIONS = {  # tag, id, answer and some refusals; summary; parameters
+    "POST /sample": ("bookings sample Stored 422 503 507", "book, and learn", "Idempotency-Key"),
+    "POST /predict": ("suggestions predict Accounts 503", "predict the accounts of samples"),
+    "POST /suggest": ("suggestions suggest Suggested 503", "and why", "top book_from reasons"),
+    "POST /correct": ("bookings correct Corrected 404 503 507", "book to another account"),
+    "DELETE /company": ("bookings forget Forgotten 404 503 507", "forget any company", "id"),
+    "DELETE /company/{id}": (
+        *("bookings forgetByPath Forgotten 404 503 507", "if a path can hold its id", "id"),
+    ),
+    "GET /metrics/{n}": ("quality metrics Metrics 503", "of the last n predictions", "n"),
+    "GET /report/{n}": ("quality report Report 404 503", "more of that", "n company book_from"),
+    "GET /bookings": (
+        *("bookings bookings Bookings 404 507", "bookings as they stand now, a page at a time"),
+        "company reviewed below order limit before",
+    ),
+    "GET /bookings/{seq}": ("bookings booking Standing 404 507", "one of them", "seq"),
+    "GET /samples": ("bookings samples Lines 404", "lines of the log", "company from limit"),
+    "GET /overview": ("quality overview Overview 404 503", "what the page shows", "company"),
+    "GET /metrics": ("service prometheus Text", "figures for Prometheus"),
+    "GET /health": ("service health Health 503", "how much is learned"),
+    "GET /ready": ("service ready Ready 503", "whether bookings can be sent"),
+    "GET /openapi.json": ("service openapi Description", "this description"),
+    "GET /": ("service page Page", "the page"),
+}
+
+
+def openapi(max_batch: int, max_body: int, guarded: bool) -> dict:
+    """The description of this API, in OpenAPI 3.1; guarded if it takes a token."""
+
+    def or_one(most: int) -> dict:
+        return {"anyOf": [_of("Sample"), _list("Sample", maxItems=most)]}
+
+    bodies = {
+        "sample": _list("Booking", maxItems=max_batch),
+        "predict": or_one(max_batch),
+        "suggest": or_one(max_batch),
+        "correct": _of("Correction"),
     }
-    for path in OPEN:
-        paths[path]["get"]["security"] = []
+    paths: defaultdict[str, dict] = defaultdict(dict)
+    for asked, row in OPERATIONS.items():
+        method, path = asked.split()
+        paths[path][method.lower()] = _operation(path, bodies, *row)
+    learns = "Learns from every booking and suggests the account of the next."
+    info = {
+        "title": "bookkeep",
+        "version": __version__,
+        "license": {"name": "MIT", "identifier": "MIT"},
+    }
+    responses = {
+        str(status): {"description": says} | _media(_of("Error"), example={"error": sentence})
+        for status, (says, sentence) in REFUSALS.items()
+    }
     return {
         "openapi": "3.1.0",
-        "info": {"title": "bookkeep", "version": __version__, "license": {"name": "MIT"}},
-        "security": [{}, {"token": []}],  # a token, where the service has one
+        "info": info | {"description": f"{learns} A body has at most {max_body} bytes."},
+        "servers": [{"url": "/", "description": "this service"}],
+        "tags": [{"name": name, "description": says} for name, says in TAGS.items()],
+        "security": [{"token": []}] if guarded else [],
         "paths": paths,
         "components": {
-            "schemas": schemas,
-            "responses": {"Refusal": refusal},
-            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+            "schemas": {name: _record(name) for name in RECORDS} | OTHERS,
+            "responses": responses,
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}} if guarded else {},
         },
     }
+
+
+def _operation(
+    path: str, bodies: dict[str, dict], named: str, summary: str, parameters: str = ""
+) -> dict:
+    tag, name, answer, *refusals = named.split()
+    statuses = {"400", *refusals, *([] if path in OPEN else ["401"])}
+    statuses |= {"413", "415"} if name in bodies else set()
+    made = {"operationId": name, "tags": [tag], "summary": summary}
+    made["parameters"] = [_parameter(each, name, path) for each in parameters.split()]
+    if name in bodies:
+        made["requestBody"] = {"required": True} | _media(bodies[name])
+    done = {"description": _resolved(_of(answer))["description"]}
+    done |= _media(_of(answer), MEDIA.get(answer, "application/json"))
+    refused = {status: _of(status, "responses") for status in [*sorted(statuses), "default"]}
+    made["responses"] = {"200": done} | refused
+    return made | ({"security": []} if path in OPEN else {})
+
+
+def _parameter(name: str, operation: str, path: str) -> dict:
+    in_path, header = f"{{{name}}}" in path, name == "Idempotency-Key"
+    place = "path" if in_path else "header" if header else "query"
+    schema = _field(name, operation)
+    return {
+        **{"name": name, "in": place, "required": in_path or name == "id", "schema": schema},
+        **{"description": schema["description"], "example": _example(schema)},
+    }
+
+
+def _field(name: str, of: str) -> dict:
+    """A field of a record, or a parameter of an operation."""
+    schema, says, *examples = FIELDS.get(f"{of}.{name}") or FIELDS[name]
+    return schema | {"description": says} | ({"examples": examples} if examples else {})
+
+
+def _record(name: str) -> dict:
+    says, fields, *optional = RECORDS[name]
+    properties = {each: _field(each, name) for each in " ".join([fields, *optional]).split()}
+    shape = {"type": "object", "description": says, "required": fields.split()}
+    others = _TEXT if fields.startswith(FEATURES[0]) else False
+    return shape | {"properties": properties, "additionalProperties": others}
+
+
+def _resolved(schema: dict) -> dict:
+    name = schema.get("$ref", "").rpartition("/")[2]
+    return _record(name) if name in RECORDS else OTHERS.get(name, schema)
+
+
+def _example(schema: dict) -> object:
+    """What a schema describes, made of the examples of its parts."""
+    schema = _resolved(schema)
+    if "anyOf" in schema:
+        return _example(schema["anyOf"][0])
+    if "properties" in schema:
+        return {name: _example(part) for name, part in schema["properties"].items()}
+    return schema["examples"][0] if "examples" in schema else [_example(schema["items"])]
+
+
+def _media(schema: dict, media: str = "application/json", example: object = None) -> dict:
+    return {"content": {media: {"schema": schema, "example": example or _example(schema)}}}
 
 
 # ------------------------------------------------------------------------------------------- HTTP
@@ -3568,6 +3699,8 @@ MAX_BODY = 64 << 20  # bytes of a request's body
 LARGE_BODY = 1 << 20  # bytes from which a body has to wait for its turn
 AT_LEAST = "HTTP_BOOKKEEP_AT_LEAST"  # of an environ: lines that an answer must know of
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}  # of every answer
+
+BUILD = f'build_info{{version="{__version__}",python="{sys.version.split()[0]}"}}'
 
 STATUS = {  # of what is raised above
     BadRequest: 400,
@@ -3594,6 +3727,11 @@ class Histogram:
             counts, total = self._seen.setdefault(labels, new)
             counts[bisect_left(self.BOUNDS, seconds)] += 1
             total[0] += seconds
+
+    def seen(self, part: str) -> int:
+        """How many have that in their labels."""
+        with self._lock:
+            return sum(sum(counts) for labels, (counts, _) in self._seen.items() if part in labels)
 
     def exposition(self, name: str) -> Iterator[str]:
         """Its lines in Prometheus's text format."""
@@ -3626,7 +3764,7 @@ def create_app(
     app.install(_in_json)
     app.install(lambda callback: partial(checked, callback))
     app.default_error_handler = _error_in_json
-    description = openapi(max_batch)
+    description = openapi(max_batch, max_body, token is not None)
     parsing = threading.Lock()  # parsed JSON may take 20 times its bytes, so one at a time
     durations, fsyncs = Histogram(), Histogram()
     bookkeeper.log.fsynced = fsyncs.observe
@@ -3706,11 +3844,11 @@ def create_app(
             raise HTTPError(400, f"{name} must be a whole number from {least} to {most}")
         return int(text)
 
-    def company_asked() -> str | None:
-        company = request.query.getunicode("company")
-        if company is None and "company" in request.query:
-            raise HTTPError(400, "company must be UTF-8, percent-encoded")
-        return company
+    def text_asked(name: str) -> str | None:
+        value = request.query.getunicode(name)
+        if value is None and name in request.query:
+            raise HTTPError(400, f"{name} must be UTF-8, percent-encoded")
+        return value
 
     def share_asked(name: str) -> float | None:
         text = request.query.get(name)
@@ -3776,8 +3914,12 @@ def create_app(
                 return {"seq": int(seq), TARGET: account, "before": before}
         raise BadRequest('send {"seq": 1203, "AccountNumber": "6700"}, and nothing else')
 
+    @app.delete("/company")  # clients take .. and the like out of a path
     @app.delete("/company/<id:re:(?s:.+)>")
-    def company(id: str) -> dict:
+    def company(id: str | None = None) -> dict:
+        id = id or text_asked("id")
+        if not id:
+            raise HTTPError(400, "say which company, as in /company?id=acme")
         return {"company": id, "forgotten": bookkeeper.forget(id)}
 
     @app.get("/metrics/<n>")
@@ -3787,14 +3929,14 @@ def create_app(
     @app.get("/report/<n>")
     def report(n: str) -> dict:
         n = number("n, after /report/,", n, 1)
-        return bookkeeper.report(n, company_asked(), share_asked("book_from"))
+        return bookkeeper.report(n, text_asked("company"), share_asked("book_from"))
 
     @app.get("/bookings")
     def bookings() -> dict:
         limit = number("limit", request.query.get("limit", "50"), 1, MAX_PAGE)
         found, end = bookkeeper.bookings(
             limit,
-            company_asked(),
+            text_asked("company"),
             reviewed=choice_asked("reviewed", yes=True, no=False),
             below=share_asked("below"),
             by_confidence=choice_asked("order", newest=False, confidence=True),
@@ -3810,7 +3952,7 @@ def create_app(
     def samples() -> BinaryIO | str:
         first = number("from", request.query.get("from", "0"), 0)
         limit = number("limit", request.query.get("limit", str(MAX_NUMBER)), 0)
-        company = company_asked()
+        company = text_asked("company")
         if company is None:
             lines, size = bookkeeper.log.export(range(first, first + limit))
         else:
@@ -3825,11 +3967,14 @@ def create_app(
     @app.get("/metrics")
     def prometheus() -> str:
         response.content_type = "text/plain; version=0.0.4; charset=utf-8"
-        return "".join(f"{line}\n" for line in _exposition(bookkeeper.gauges(), durations, fsyncs))
+        refused = ("Requests that were answered with a status of 4xx.", durations.seen('status="4'))
+        watched = bookkeeper.gauges() | {"refused_total": refused, BUILD: ("What runs.", 1)}
+        watched = {f"bookkeep_{name}": figure for name, figure in watched.items()} | process()
+        return "".join(f"{line}\n" for line in _exposition(watched, durations, fsyncs))
 
     @app.get("/overview")
     def overview() -> dict:
-        return bookkeeper.overview(company_asked())
+        return bookkeeper.overview(text_asked("company"))
 
     @app.get("/health")
     def health() -> dict:
@@ -3921,15 +4066,37 @@ def _path(rule: str) -> str:
     return re.sub("<(.*?)(:.*?)?>", r"{\1}", rule)
 
 
+def process() -> dict[str, tuple[str, float]]:
+    """What the system says of this process, as Prometheus's own clients do; {} without /proc."""
+    try:
+        # What follows the name, which may hold anything: state, parent, ... (man 5 proc).
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        boot = re.search("^btime ([0-9]+)$", Path("/proc/stat").read_text(), re.MULTILINE)
+        files = len(os.listdir("/proc/self/fd")) - 1  # one of them is to list them
+    except OSError:
+        return {}
+    ticks = os.sysconf("SC_CLK_TCK")
+    cpu, started = (int(fields[11]) + int(fields[12])) / ticks, int(fields[19]) / ticks
+    memory = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return {
+        "process_cpu_seconds_total": ("Seconds of all processors, user and system.", cpu),
+        "process_resident_memory_bytes": ("Bytes of memory in use.", memory),
+        "process_start_time_seconds": ("When it started, since 1970.", int(boot[1]) + started),
+        "process_open_fds": ("Files and connections that are open.", files),
+        "process_max_fds": ("Files and connections that may be open.", most),
+    }
+
+
 def _exposition(
-    gauges: dict[str, tuple[str, float]], durations: Histogram, fsyncs: Histogram
+    watched: dict[str, tuple[str, float]], durations: Histogram, fsyncs: Histogram
 ) -> Iterator[str]:
     """What an operator watches, in Prometheus's text format."""
-    for name, (text, value) in gauges.items():
-        type_ = "counter" if name.endswith("_total") else "gauge"
-        yield f"# HELP bookkeep_{name} {text}"
-        yield f"# TYPE bookkeep_{name} {type_}"
-        yield f"bookkeep_{name} {value}"
+    for labelled, (text, value) in watched.items():
+        name = labelled.partition("{")[0]
+        yield f"# HELP {name} {text}"
+        yield f"# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}"
+        yield f"{labelled} {value}"
     for name, text, histogram in (
         ("request", "How long requests took, by path and status.", durations),
         ("fsync", "How long the disk took to store batches.", fsyncs),
@@ -4288,8 +4455,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     access.disabled = not options.access_log
-    on_signals(signal.default_int_handler)  # as Ctrl-C, until it serves
     try:
+        on_signals(signal.default_int_handler)  # as Ctrl-C, until it serves
         if options.command == "check":
             return check(options.checked, options.repair)
         serve(options)
@@ -4314,9 +4481,6 @@ def serve(options: argparse.Namespace) -> None:
             f"{host} can be reached from other machines: set a token in BOOKKEEP_TOKEN or with "
             "--token-file, or give --open to let anybody read and teach"
         )
-    unsaved = os.environ.get("BOOKKEEP_UNSAVED", str(UNSAVED))
-    if not re.fullmatch("[0-9]{1,18}", unsaved):
-        raise OSError(f"BOOKKEEP_UNSAVED must be a whole number of lines, not {unsaved}")
     log = Log(options.log)
     server = Server(starting_app(log), listener, options.threads, options.max_body)
     started = time.monotonic()
@@ -4330,12 +4494,12 @@ def serve(options: argparse.Namespace) -> None:
         keeper = partial(cluster.Node, options.stream)
     else:
         keeper = Bookkeeper
-    reading = _in_background(partial(keeper, log, int(unsaved)))
+    reading = _in_background(partial(keeper, log, options.unsaved))
     if server.answer(reading):
         raise KeyboardInterrupt
     bookkeeper = reading.result()
     seconds = time.monotonic() - started
-    names = {"localhost", "127.0.0.1", "[::1]", options.host.lower()}
+    names = {"localhost", "127.0.0.1", "[::1]", options.host.lower(), *options.name}
     hosts = None if token or options.open else sorted(names)
     app = create_app(bookkeeper, token, hosts, options.max_body, options.max_batch)
     server.call(app)
@@ -4393,37 +4557,71 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    def option(name: str, help: str, **more: object) -> None:
-        shown = f"{help} (default: %(default)s)" if "default" in more else help
-        parser.add_argument(f"--{name}", help=shown, **more)
+    def option(
+        name: str, help: str, type: Callable = str, default: object = None, **more: object
+    ) -> None:
+        """Adds --some-thing, which BOOKKEEP_SOME_THING sets, too, unless it is given."""
+        variable = f"BOOKKEEP_{name.upper().replace('-', '_')}"
+        found = os.environ.get(variable)
 
-    option("host", "address to listen on", default="127.0.0.1")
-    option("port", "0 for any free one", type=_whole(0, 65535), default=8080)
+        def value(text: str) -> object:
+            try:
+                return type(text)
+            except argparse.ArgumentTypeError as error:
+                where = f", as {variable} says" if text is found else ""
+                raise argparse.ArgumentTypeError(f"{error}{where}") from None
+
+        usual = f"default: {default}; " if default else ""
+        default = default if found is None else found
+        added = parser.add_argument(
+            f"--{name}", help=f"{help} ({usual}{variable})", default=default, **more
+        )
+        added.type = value  # which argparse calls with a default that is a text, too
+
+    option("host", "address to listen on", str, "127.0.0.1")
+    option("port", "0 for any free one", _whole(0, 65535), 8080)
+    option(
+        "name", "names that a proxy calls it by, with commas between", _names, [], metavar="HOST"
+    )
     kept = "file that keeps every booking; it is made, and read back at the next start"
-    option("log", kept, type=Path, default=Path("data/bookkeep.jsonl"))
+    option("log", kept, lambda path: Path(path).absolute(), "data/bookkeep.jsonl")
     stream = "NATS JetStream that holds the log of several bookkeeps: docs/cluster.md"
     option("stream", stream, metavar="nats://HOST:PORT,.../NAME")
     token = "file with a token that all but /health and the page need; or set BOOKKEEP_TOKEN"
-    option("token-file", token, type=Path, metavar="FILE")
+    option("token-file", token, Path, metavar="FILE")
     reach = "listen without a token where other machines can reach it"
-    option("open", reach, action="store_true")
+    option("open", reach, _yes_or_no, False, action="store_true")
     lines = "write a line for each request to standard error: no body, query or name"
-    option("access-log", lines, action="store_true")
+    option("access-log", lines, _yes_or_no, False, action="store_true")
     threads = "requests at work at once: so many that book, so many questions, so many others"
-    option("threads", threads, type=_whole(1, 1000), default=16)
-    option("max-body", "bytes in one request's body", type=_whole(1, 1 << 40), default=MAX_BODY)
-    option("max-batch", "samples in one request", type=_whole(1, 10**9), default=MAX_BATCH)
+    option("threads", threads, _whole(1, 1000), 16)
+    option("max-body", "bytes in one request's body", _whole(1, 1 << 40), MAX_BODY)
+    option("max-batch", "samples in one request", _whole(1, 10**9), MAX_BATCH)
+    option("unsaved", "lines of the log that its snapshot may lack", _whole(0, 10**18), UNSAVED)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
 
 def _whole(least: int, most: int) -> Callable[[str], int]:
     def number(text: str) -> int:
-        if not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
+        if not re.fullmatch("[0-9]{1,19}", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is no whole number from {least} to {most}")
         return int(text)
 
-    number.__name__ = "whole number"  # what argparse calls it in an error
     return number
+
+
+def _yes_or_no(text: str) -> bool:
+    if text not in ("yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text} is neither yes nor no")
+    return text == "yes"
+
+
+def _names(text: str) -> list[str]:
+    names = text.lower().split(",")
+    for name in names:
+        if not re.fullmatch(r"[\w.-]+|\[[0-9a-f:.]+\]", name, re.ASCII):
+            raise argparse.ArgumentTypeError(f"{name} is no name of a host, without a port")
+    return names
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -47,6 +47,8 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+from openapi_spec_validator import validate
 from playwright.sync_api import expect, sync_playwright
 from prometheus_client.parser import text_string_to_metric_families
 from sklearn.isotonic import IsotonicRegression
@@ -351,7 +353,7 @@ class Service:
                 method, path, body, {"Content-Type": "application/json"} | (headers or {})
             )
             response = connection.getresponse()
-            assert response.headers["Content-Type"] == kind
+            assert kind in (None, response.headers["Content-Type"])
             answer = response.read()
             return (
                 response.status,
@@ -4096,6 +4098,19 @@ def test_corrections_forgetting_and_reports_over_http(serve):
     assert service.post("/correct", {"seq": 4, "AccountNumber": "1"})[1]["before"] == "1"
 
 
+def test_a_company_is_forgotten_whatever_its_id(serve):
+    service = serve()
+    ids = [".", "..", "a/b", "/", "../x", "a b", "ä&=?#%2e"]
+    service.post("/sample", [booking(company=company) for company in ids])
+    assert service.delete("/company?id=nobody")[0] == 404
+    for nothing in ("", "?id=", "?id=%ff", "?id=.&id=.", "?company=."):
+        assert service.delete(f"/company{nothing}")[0] == 400
+    for company in ids:
+        answer = {"company": company, "forgotten": 1}
+        assert service.delete(f"/company?id={quote(company, safe='')}") == (200, answer)
+    assert service.samples() == 0
+
+
 def test_the_export_is_the_log(serve, tmp_path):
     service = serve()
 
@@ -4196,6 +4211,17 @@ def opened(service, path):
     return number
 
 
+def watched(service):
+    """All that it tells Prometheus, by name, and the families that these are in."""
+    kind = "text/plain; version=0.0.4; charset=utf-8"
+    status, _, text = service.ask("GET", "/metrics", kind=kind)
+    assert status == 200
+    families = {family.name: family for family in text_string_to_metric_families(text.decode())}
+    return {
+        sample.name: sample.value for family in families.values() for sample in family.samples
+    }, families
+
+
 def test_prometheus_can_read_the_figures(serve):
     service = serve()
     for batch in batches_of(bookings(300), 100):
@@ -4205,31 +4231,45 @@ def test_prometheus_can_read_the_figures(serve):
     service.get("/metrics/10")
     service.get("/nowhere")
     service.post("/sample", [{}])
-    kind = "text/plain; version=0.0.4; charset=utf-8"
-    status, _, text = service.ask("GET", "/metrics", kind=kind)
-    assert status == 200
-    families = {family.name: family for family in text_string_to_metric_families(text.decode())}
+    values, families = watched(service)
     assert all(family.documentation for family in families.values())
     values = {
-        name: family.samples[0].value
-        for name, family in families.items()
-        if family.type in ("gauge", "counter")
+        name: value
+        for name, value in values.items()
+        if "duration" not in name and not name.startswith("process_")
     }
     health = service.get("/health")[1]
-    report = service.get("/report/100")[1]
+    last, report = service.get("/report/100")[1], service.get("/report/1000")[1]
+    [bookable] = [each for each in report["confidence"] if each["at_least"] == 0.95]
     assert values == {
         "bookkeep_bookings": 300,
         "bookkeep_unseen": 0,
         "bookkeep_checks": 0,
-        "bookkeep_predictions": 8,
+        "bookkeep_predictions_total": 8,
+        "bookkeep_booked_total": 300,
+        "bookkeep_scored_total": 200,
+        "bookkeep_scored_right_total": pytest.approx(200 * report["accuracy"]),
+        "bookkeep_corrections_total": 0,
+        "bookkeep_forgotten_total": 0,
+        "bookkeep_refused_total": 2,
+        "bookkeep_failed_writes_total": 0,
         "bookkeep_accounts": health["accounts"],
         "bookkeep_companies": 5,
         "bookkeep_tokens": health["tokens"],
         "bookkeep_waiting": 0,
         "bookkeep_log_bytes": len(service.ask("GET", "/samples", kind="application/jsonl")[2]),
-        "bookkeep_last_batch_accuracy": pytest.approx(report["accuracy"]),
-        "bookkeep_last_batch_precision": pytest.approx(report["precision"]),
+        "bookkeep_log_lines": 300,
+        "bookkeep_snapshot_lines": 0,
+        "bookkeep_build_info": 1,
+        **{
+            f"bookkeep_{name}_{figure}": pytest.approx(told[figure])
+            for name, told in (("last_batch", last), ("window", report))
+            for figure in ("accuracy", "precision", "recall")
+        },
+        "bookkeep_window_bookable": bookable["share"],
     }
+    [build] = families["bookkeep_build_info"].samples
+    assert build.labels["version"] == bookkeep.__version__
     requests = {}
     for sample in families["bookkeep_request_duration_seconds"].samples:
         labels = dict(sample.labels)
@@ -4252,6 +4292,89 @@ def test_prometheus_can_read_the_figures(serve):
         assert (buckets[-1][1], heights[-1]) == ("+Inf", number)
         assert 0 < seconds < 60
     assert families["bookkeep_fsync_duration_seconds"].samples[-1].value == 3
+
+
+def test_counters_never_go_down_and_say_what_was_done_since_the_start(serve):
+    service, seen = serve(unsaved=100), Counter()
+
+    def counted():
+        """How much each counter has grown since it was asked for."""
+        now = {name: value for name, value in watched(service)[0].items() if "_total" in name}
+        grown = {name: value - seen[name] for name, value in now.items() if "cpu" not in name}
+        assert min(grown.values()) >= 0
+        seen.update(grown)
+        return {name[9:-6]: value for name, value in grown.items() if value}
+
+    service.post("/sample", [booking(), booking(company="B", account="1")])
+    assert counted() == {"booked": 2}  # nothing was predicted yet
+    service.post("/sample", [by("check"), by("suggestion"), booking(account="2")])
+    assert counted() == {"booked": 3, "scored": 17, "scored_right": 16}
+    service.post("/correct", {"seq": 2, "AccountNumber": "9"})
+    assert counted() == {"corrections": 1}
+    service.post("/predict", [booking()] * 3)
+    assert counted() == {"predictions": 3}
+    assert "bookkeep_snapshot_age_seconds" not in watched(service)[0]
+    service.post("/sample", [booking()] * 120)
+    wait_until(lambda: watched(service)[0]["bookkeep_snapshot_lines"] == 126)
+    service.stop(signal.SIGKILL)
+    service = serve(unsaved=100)
+    now = watched(service)[0]
+    assert [now[f"bookkeep_{name}_total"] for name in ("booked", "scored", "corrections")] == [
+        0
+    ] * 3
+    assert now["bookkeep_snapshot_lines"] == 126
+    assert 0 < now["bookkeep_snapshot_age_seconds"] < 60
+    seen.clear()
+    counted()
+    assert service.delete("/company/B")[0] == 200
+    assert service.delete("/company/B")[0] == 404
+    assert counted() == {"forgotten": 1, "refused": 1}
+
+
+def test_prometheus_sees_the_process(serve):
+    service = serve()
+    pid = service.process.pid
+    now = watched(service)[0]
+    assert time.time() - 60 < now["process_start_time_seconds"] < time.time()
+    with socket.create_connection(("127.0.0.1", service.port)):
+        wait_until(lambda: watched(service)[0]["process_open_fds"] == now["process_open_fds"] + 1)
+    status = Path(f"/proc/{pid}/status").read_text()
+    resident = 1024 * int(re.search(r"VmRSS:\s+([0-9]+) kB", status)[1])
+    assert now["process_resident_memory_bytes"] == pytest.approx(resident, rel=0.3)
+    while (
+        watched(service)[0]["process_cpu_seconds_total"] < now["process_cpu_seconds_total"] + 0.05
+    ):
+        service.post("/predict", [booking()] * 100)
+
+
+def test_a_failed_write_is_counted(path, monkeypatch):
+    with bookkeeping(path) as bookkeeper:
+        bookkeeper.book([booking()])
+
+        def fail(file):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", fail)
+        for _ in range(2):
+            with pytest.raises(NotStored):
+                bookkeeper.book([booking()])
+        monkeypatch.undo()
+        bookkeeper.book([booking()])
+        gauges = bookkeeper.gauges()
+        assert gauges["failed_writes_total"][1] == 2
+        assert gauges["booked_total"][1] == 2
+
+
+@pytest.mark.parametrize("file", ["alerts.yml", "dashboard.json"])
+def test_what_the_docs_watch_is_there(serve, tmp_path, file):
+    service = serve(unsaved=1)
+    for _ in range(3):
+        service.post("/sample", [booking()])
+    wait_until(lambda: "bookkeep_snapshot_age_seconds" in watched(service)[0])
+    text = (HERE / "docs" / file).read_text()
+    names = {*re.findall(r"\b(?:bookkeep|process)_[a-z_]+\b", text)}
+    assert len(names) > 5
+    assert names <= watched(service)[0].keys()
 
 
 @pytest.mark.parametrize(
@@ -4618,6 +4741,71 @@ def test_the_openapi_description_is_true(serve, tmp_path):
     assert done.returncode == 0, done.stdout
     assert "Traceback" not in service.said()
     assert "failed" not in service.said()
+
+
+def test_machines_can_make_clients_of_the_openapi_description(service):
+    _, whole = service.get("/openapi.json")
+    validate(whole)  # raises
+    components = whole["components"]
+    operations = [each for path in whole["paths"].values() for each in path.values()]
+    names = [each["operationId"] for each in operations]
+    tags = {tag["name"] for tag in whole["tags"]}
+    assert len({*names}) == len(names)
+    assert all(each["summary"] and each["tags"][0] in tags for each in operations)
+
+    def check(schema, where, examples=()):
+        """All of it says what it is, and has examples that fit, or is made of what has."""
+        assert "description" in schema or where.endswith("[]"), where
+        for example in [*schema.get("examples", []), *examples]:
+            Draft202012Validator(schema | {"components": components}).validate(example)  # raises
+        parts = {f"{where}.{name}": part for name, part in schema.get("properties", {}).items()}
+        parts |= {f"{where}[]": schema["items"]} if "items" in schema else {}
+        parts |= {f"{where}{i}[]": part for i, part in enumerate(schema.get("anyOf", []))}
+        assert parts or "examples" in schema or "$ref" in schema or schema["type"] == "null", where
+        for name, part in parts.items():
+            check(part, name)
+
+    for name, schema in components["schemas"].items():
+        check(schema, name)
+    for each in (each for operation in operations for each in operation["parameters"]):
+        check(
+            each["schema"] | {"description": each["description"]}, each["name"], [each["example"]]
+        )
+    for operation in operations:
+        answers = [*operation["responses"].values(), *components["responses"].values()]
+        for answer in (answer for answer in answers if "$ref" not in answer):
+            for content in answer["content"].values():
+                told = {"description": answer["description"]}
+                check(content["schema"] | told, operation["operationId"], [content["example"]])
+        if body := operation.get("requestBody"):
+            content = body["content"]["application/json"]
+            check(content["schema"] | {"description": ""}, "body", [content["example"]])
+
+
+def test_the_openapi_description_says_its_limits_and_where_a_token_is_needed(
+    serve, tmp_path, monkeypatch
+):
+    options = ("--max-batch=7", "--max-body=1000")
+    whole = serve(*options).get("/openapi.json")[1]
+    assert whole["security"] == []
+    assert "at most 1000 bytes" in whole["info"]["description"]
+    for path, most in (("/sample", 7), ("/predict", 7), ("/suggest", 7)):
+        body = whole["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        assert [each["maxItems"] for each in (body, *body.get("anyOf", [])) if "items" in each] == [
+            most
+        ]
+    monkeypatch.setenv("BOOKKEEP_TOKEN", "s3cret")
+    guarded = serve(*options, log=tmp_path / "guarded.jsonl")
+    headers = {"Authorization": "Bearer s3cret"}
+    _, _, whole = guarded.ask("GET", "/openapi.json", headers=headers)
+    needed = {
+        (path, method): operation.get("security", whole["security"]) == [{"token": []}]
+        for path, operations in whole["paths"].items()
+        for method, operation in operations.items()
+    }
+    for (path, method), needs in needed.items():
+        status = guarded.ask(method.upper(), path, [], kind=None)[0]
+        assert (status == 401) == needs == ("401" in whole["paths"][path][method]["responses"])
 
 
 def test_the_app_is_one_that_any_wsgi_server_can_run(path):
@@ -5482,6 +5670,8 @@ def test_help_explains_each_option():
     assert {"--host", "--port", "--log", "--threads", "--token-file", "--version"} <= {*options}
     for option in options:
         assert re.search(rf"^ +(-h, )?{option}( [A-Z_]+)?\s+\w.{{9,}}", explained, re.MULTILINE)
+        variable = f"BOOKKEEP_{option[2:].upper().replace('-', '_')}"
+        assert (f"{variable})" in explained) == (option not in ("--help", "--version"))
     assert run(HERE / "bookkeep.py", "--version")[1] == f"bookkeep {bookkeep.__version__}\n"
 
 
@@ -5492,11 +5682,99 @@ def test_options_that_make_no_sense_are_refused(options):
     status, _, said = run(HERE / "bookkeep.py", *options)
     assert status == 2
     assert "Traceback" not in said
+    assert "BOOKKEEP_PORT says" not in said
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("PORT", "tcp://10.0.0.1:8080"),
+        ("THREADS", "0"),
+        ("MAX_BATCH", "1_0"),
+        ("UNSAVED", "1e4"),
+        ("OPEN", "maybe"),
+        ("NAME", "https://books.example"),
+        ("NAME", ""),
+    ],
+)
+def test_a_variable_that_makes_no_sense_is_named(monkeypatch, variable, value):
+    monkeypatch.setenv(f"BOOKKEEP_{variable}", value)
+    status, out, said = run(HERE / "bookkeep.py", "check", "/no/log")
+    assert (status, out) == (2, "")
+    assert said.endswith(f", as BOOKKEEP_{variable} says\n")
+    assert value in said
+
+
+def test_variables_set_options_that_are_not_given(serve, tmp_path, monkeypatch):
+    (tmp_path / "token").write_text("s3cret")
+    for name, value in {
+        "HOST": "::1",
+        "PORT": "1",
+        "LOG": "/dev/null/log",
+        "TOKEN_FILE": str(tmp_path / "token"),
+        "ACCESS_LOG": "yes",
+        "OPEN": "no",
+        "MAX_BATCH": "1",
+        "THREADS": "none",
+    }.items():
+        monkeypatch.setenv(f"BOOKKEEP_{name}", value)
+    service = serve("--host=127.0.0.1", "--threads=2")
+    assert service.post("/sample", [])[0] == 401
+    for samples, status in (([booking()], 200), ([booking()] * 2, 400)):
+        headers = {"Authorization": "Bearer s3cret"}
+        assert service.ask("POST", "/sample", samples, headers=headers)[0] == status
+    wait_until(lambda: "INFO 127.0.0.1 POST /sample 400" in service.said())
+
+
+@pytest.mark.parametrize("by_variable", [False, True])
+def test_a_proxy_may_call_it_by_names_that_are_given(serve, monkeypatch, by_variable):
+    names = "Books.example,10.0.0.7"
+    if by_variable:
+        monkeypatch.setenv("BOOKKEEP_NAME", names)
+    service = serve(*([] if by_variable else [f"--name={names}"]))
+    for host in ("books.example", "BOOKS.EXAMPLE:443", "10.0.0.7", "localhost"):
+        assert service.ask("GET", "/health", headers={"Host": host})[0] == 200
+    for host in ("example", "evil.books.example", "books.example.evil", "books.example,10.0.0.7"):
+        assert service.ask("GET", "/health", headers={"Host": host})[0] == 403
+
+
+def test_it_says_at_the_start_where_its_log_is(tmp_path):
+    command = [sys.executable, SERVICE, "--port=0", "--log=kept.jsonl"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        said = process.stderr.readline()
+        process.terminate()
+    assert f", log {tmp_path / 'kept.jsonl'}, " in said
 
 
 def test_importing_starts_nothing(tmp_path):
     status, out, said = run("-c", "import bookkeep, replay", cwd=tmp_path, env={"PYTHONPATH": HERE})
     assert (status, out, said, list(tmp_path.iterdir())) == (0, "", "", [])
+
+
+INTERRUPTING = """
+import os, signal, sys
+class Finder:
+    def find_spec(name, path, target=None):
+        if name == "{}":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder)
+"""
+
+
+def interrupted_at(module, folder, *command):
+    """As run, if Ctrl-C comes when this module is about to be imported."""
+    (folder / "sitecustomize.py").write_text(INTERRUPTING.format(module))
+    return run(*command, env=os.environ | {"PYTHONPATH": str(folder)})
+
+
+@pytest.mark.parametrize("module", ["argparse", "numpy", "numpy.linalg", "bottle", "waitress"])
+@pytest.mark.parametrize("installed", [False, True])
+def test_ctrl_c_while_it_is_imported_is_quiet(tmp_path, module, installed):
+    program = SERVICE
+    if installed:
+        program = tmp_path / "bookkeep"  # as pip makes it
+        program.write_text(f"import sys; sys.path.insert(0, {str(HERE)!r}); import bookkeep")
+    assert interrupted_at(module, tmp_path, program, "check", "/no/log") == (130, "", "")
 
 
 READING_SLOWLY = """
@@ -6093,7 +6371,7 @@ def test_a_log_that_is_moved_under_the_service_is_not_written(serve, tmp_path, a
     assert len(read(log)) == 6
 
 
-def test_what_keeps_it_from_starting_is_said_in_one_line(serve, tmp_path, monkeypatch):
+def test_what_keeps_it_from_starting_is_said_in_one_line(serve, tmp_path):
     log = tmp_path / "log.jsonl"
     service = serve()
     service.post("/sample", [booking(), booking()])
@@ -6105,9 +6383,6 @@ def test_what_keeps_it_from_starting_is_said_in_one_line(serve, tmp_path, monkey
     assert "No such file" in refused(tmp_path / "other", "--token-file=/no/token")
     files = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (119, 119))
     assert "let it open at least 120 files" in refused(tmp_path / "other", preexec_fn=files)
-    monkeypatch.setenv("BOOKKEEP_UNSAVED", "1e4")
-    assert "BOOKKEEP_UNSAVED must be a whole number" in refused(tmp_path / "other")
-    monkeypatch.delenv("BOOKKEEP_UNSAVED")
     service.stop()
     assert "cannot open" in refused(Path("/proc/log"))  # where nobody may write
     assert "Is a directory" in refused(tmp_path)
@@ -8878,6 +9153,12 @@ def test_an_interrupted_replay_reports_what_was_sent(tmp_path):
     assert "1000" in report["metrics"], said
     # The service is stopped, and the batch that was under way may be in its log.
     assert len(read(log)) - report["samples"] in (0, 1)
+
+
+@pytest.mark.parametrize("module", ["argparse", "csv", "zipfile"])
+def test_ctrl_c_while_a_replay_is_imported_is_quiet(tmp_path, module):
+    command = (HERE / "replay.py", "--url=http://127.0.0.1:9")
+    assert interrupted_at(module, tmp_path, *command) == (130, "", "")
 
 
 def test_a_replay_to_a_service_that_has_forgotten_all(serve):
