@@ -2478,7 +2478,6 @@ class Writer:
 
 CHUNK = 128  # samples that are predicted, or unlearned, at a time
 LINES = 4096  # of the log that are read back at a time
-LISTED = 10  # bookings in each list of the overview
 RECENT = 10_000  # bookings that it looks at
 MOMENT = 0.002  # seconds that a short question may wait for the model, before all others
 QUICK = 250_000  # bytes of a sample times accounts, for which a prediction takes a millisecond
@@ -2714,7 +2713,7 @@ class Bookkeeper:
         return {"support": len(rows), "unseen": unseen(since), **made}
 
     def overview(self, company: str | None = None) -> dict:
-        """What the page shows: health, the learning curve, confidence, bookings to look at.
+        """What the page shows: health, the learning curve, confidence.
 
         The confidence may be of one company. Raises NotFound if there is no such.
         """
@@ -2723,18 +2722,12 @@ class Bookkeeper:
             rows, points = self._history.rows, self._curve
         last = self._scored(WINDOW)
         recent = self._scored(RECENT, company)
-        newest = rows[: -RECENT - 1 : -1]
-        newest = newest[newest["predicted"] >= 0]
-        unsure = newest[:WINDOW]["confidence"].argsort(kind="stable")[:LISTED]
-        steps = (*(step / 20 for step in range(20)), 0.99)
         return {
             "health": health,
             "metrics": figures(last) if len(last) else None,
             "curve": [*curve(rows, points)],
             "scored": len(recent),
-            "confidence": by_confidence(recent, steps) if len(recent) else [],
-            "wrong": self._listed(newest[~right(newest)][:LISTED]),
-            "unsure": self._listed(newest[unsure]),
+            "confidence": by_confidence(recent, (0, *LEVELS)) if len(recent) else [],
         }
 
     def bookings(self, limit: int, company: str | None = None, **asked: object) -> tuple:
@@ -2802,25 +2795,6 @@ class Bookkeeper:
         names = (named.get(seq, {}).get(NAME) for seq in seqs)
         pairs = zip(companies.tolist(), accounts.tolist(), strict=True)
         return dict(zip(pairs, names, strict=True))
-
-    def _listed(self, rows: np.ndarray) -> list[dict]:
-        """What the page says of rows of the history."""
-        names = list(self._history.accounts)
-        rows = rows[["seq", "booked", "predicted", "reviewed"]]
-        return [
-            {
-                "seq": seq,
-                "company": record["sample"]["CompanyId"],
-                "text": record["sample"]["BankEntryText"],
-                "amount": record["sample"]["BankEntryAmount"],
-                "booked": names[booked],
-                "predicted": names[predicted],
-                "confidence": record["confidence"],
-                "reviewed": reviewed,
-            }
-            for seq, booked, predicted, reviewed in rows.tolist()
-            if "sample" in (record := self._record(seq))  # not forgotten since
-        ]
 
     def health(self) -> dict[str, str | int | float]:
         """How much has been learned, and for how many seconds the service has been up.
@@ -3439,8 +3413,6 @@ FIELDS = {  # of records and parameters: the schema, what it says, an example
     "bookings": (_COUNT, "how many bookings there were", 15000),
     "scored": (_COUNT, "predictions that the confidence is about", 10000),
     "Overview.confidence": (_list("Level"), "how good they were when how sure"),
-    "wrong": (_list("Listed", maxItems=LISTED), "the last errors"),
-    "unsure": (_list("Listed", maxItems=LISTED), "the least sure ones of the last"),
     "text": (_FILLED, "what the bank statement says", "Office rent June"),
     "amount": (_FILLED, "the amount", "> -10000"),
     "reviewed": (_YES, "whether a person has looked at it", True),
@@ -3526,10 +3498,6 @@ RECORDS = {  # what each is, its fields, and those that may be left out
         "how good the last predictions were",
         "support unseen checks accuracy precision recall confused confidence",
     ),
-    "Listed": (
-        "a booking, and what was predicted",
-        "seq company text amount booked predicted confidence reviewed",
-    ),
     "Booked": (
         *("a line of a bank statement, as it is booked now", f"{' '.join(FEATURES)} {TARGET}"),
     ),
@@ -3540,7 +3508,7 @@ RECORDS = {  # what each is, its fields, and those that may be left out
         "corrected",
     ),
     "Bookings": ("a page of bookings", "bookings next"),
-    "Overview": ("the page", "health metrics curve scored confidence wrong unsure"),
+    "Overview": ("the page", "health metrics curve scored confidence"),
     "Health": (
         "how much is learned",
         *("status samples unseen checks lines accounts companies tokens uptime", "stream"),
@@ -4924,7 +4892,7 @@ button.pick { display: block; width: 100%; border: 0; padding: 0; color: inherit
 'use strict';
 const PAUSE = 2000, LONGEST_PAUSE = 10000, TIMEOUT = 10000, LONG = 600000; // milliseconds
 const REREAD = 10000; // milliseconds after which a company's own view is asked for anew
-const STEPS = [0, 0.5, 0.8, 0.9, 0.95, 0.99]; // confidences with a row
+const STEPS = [0, 0.5, 0.8, 0.9, 0.95, 0.99]; // of the filter
 const ENOUGH = 100; // bookings, to say what can be booked unseen
 const CHECKED = 16; // bookings that a check stands for
 const REASONS = 13; // shown for one suggestion: a long text has hundreds
@@ -4948,7 +4916,6 @@ const HEADS = { // of tables, those with a # over figures
 
 const $ = (id) => document.getElementById(id);
 const on = (id, event, act) => $(id).addEventListener(event, act);
-const near = (a, b) => Math.abs(a - b) < 1e-6;
 const count = (number) => number.toLocaleString('en');
 const score = (number) => number == null ? '–' : number.toFixed(3);
 const percent = (share, digits = 1) => share == null ? '–' : `${(100 * share).toFixed(digits)}%`;
@@ -5635,8 +5602,7 @@ on('typed', 'input', () => { forgetIt.disabled = !isTyped(); });
 on('forgetting', 'submit', (event) => {
   event.preventDefault();
   telling($('forget-said'), 'Forgetting it.', async () => {
-    const name = company, at = /^\.\.?$/.test(name) ? '?id=' : '/'; // else it would leave the path
-    const path = `company${at}${encodeURIComponent(name)}`;
+    const name = company, path = `company?id=${encodeURIComponent(name)}`;
     const { forgotten } = await call(path, { method: 'DELETE', timeout: LONG });
     companies.delete(name);
     remember(session.filter((change) => change.company !== name));
@@ -5696,8 +5662,7 @@ function show({ health: now, metrics, curve, scored, confidence: all, unknown })
   for (const node of document.querySelectorAll('[data-of]')) {
     node.hidden = !{ curve, confidence }[node.dataset.of].length !== node.matches('.none');
   }
-  const isStep = ({ at_least: from }) => STEPS.some((step) => near(step, from));
-  fill('steps', confidence.filter(isStep), level);
+  fill('steps', confidence, level);
   draw(points = curve);
   keepUp(now);
 }

@@ -223,7 +223,7 @@ class Client:
 
         If no answer came, ask again: a ServiceError with the status 404 says that it is forgotten.
         """
-        path = f"/company/{quote(company, safe='')}"
+        path = f"/company?id={quote(company, safe='')}"
         return self.ask("DELETE", path, again=False)["forgotten"]
 
     def metrics(self, n: int = 1000) -> dict:

@@ -3725,9 +3725,7 @@ def test_the_overview_is_what_metrics_and_the_log_say(path):
     with bookkeeping(path) as bookkeeper:
         empty = bookkeeper.overview()
         assert empty["health"]["samples"] == 0
-        assert [empty[key] for key in ("metrics", "curve", "confidence", "wrong", "unsure")] == [
-            None, [], [], [], []
-        ]  # fmt: skip
+        assert [empty[key] for key in ("metrics", "curve", "confidence")] == [None, [], []]
         for batch in batches_of(bookings(3000), 200):
             bookkeeper.book(batch)
         for _ in range(2):
@@ -3749,26 +3747,14 @@ def test_the_overview_is_what_metrics_and_the_log_say(path):
                 for name, score in (("precision", precision_score), ("recall", recall_score)):
                     expected = score(*pairs[::-1], average="macro", zero_division=0)
                     assert point[name] == pytest.approx(expected)
-            wrong = [
-                (r["seq"], b, r["predicted"], r["confidence"], r["sample"]["BankEntryText"])
-                for r, b in zip(records, booked, strict=True)
-                if r["predicted"] not in (None, b)
-            ]
-            assert wrong[:-11:-1] == [
-                (*map(row.get, ("seq", "booked", "predicted", "confidence", "text")),)
-                for row in overview["wrong"]
-            ]
-            unsure = sorted(records[-1000:], key=lambda r: (np.float32(r["confidence"]), -r["seq"]))
-            assert [row["seq"] for row in overview["unsure"]] == [r["seq"] for r in unsure[:10]]
             levels = [row["at_least"] for row in overview["confidence"]]
-            assert levels == [*np.arange(20) / 20, 0.99]
+            assert levels == [0, 0.5, 0.8, 0.9, 0.95, 0.99]
             first = overview["confidence"][0]
             assert (first["at_least"], first["share"], first["checks"]) == (0, 1, 0)
             assert first["accuracy"] == bookkeeper.report(10_000)["accuracy"]
             ours = bookkeeper.overview("company1")
             theirs = bookkeeper.report(10_000, "company1")["confidence"]
             assert [row for row in ours["confidence"] if row in theirs] == theirs
-            assert ours["wrong"] == overview["wrong"]
             with pytest.raises(NotFound):
                 bookkeeper.overview("nobody")
             for seq in (1100, 2999):
@@ -3782,11 +3768,8 @@ def test_the_overview_says_what_nobody_has_looked_at(path):
         overview = bookkeeper.overview()
         assert overview["health"]["unseen"] == 2
         assert (overview["metrics"], overview["confidence"]) == (None, [])
-        assert [(row["seq"], row["reviewed"]) for row in overview["wrong"]] == [(1, False)]
         bookkeeper.correct(1, "3")
-        overview = bookkeeper.overview()
-        assert [(row["booked"], row["reviewed"]) for row in overview["wrong"]] == [("3", True)]
-        assert [row["reviewed"] for row in overview["unsure"]] == [False, True]
+        assert bookkeeper.overview()["health"]["unseen"] == 1
 
 
 def test_a_booking_is_told_as_it_stands_now(path):
@@ -3872,24 +3855,6 @@ def test_the_last_batch_is_watched_without_what_was_forgotten(path):
         assert bookkeeper.gauges()["last_batch_accuracy"][1] == 1
     with bookkeeping(path) as bookkeeper:
         assert "last_batch_accuracy" not in bookkeeper.gauges()
-
-
-def test_the_overview_leaves_out_what_is_forgotten_meanwhile(path, monkeypatch):
-    with bookkeeping(path) as bookkeeper:
-        for batch in batches_of(bookings(100), 50):
-            bookkeeper.book(batch)
-        record = Log.record
-
-        def forgotten_first(log, seq):
-            monkeypatch.setattr(Log, "record", record)
-            bookkeeper.forget("company1")
-            return record(log, seq)
-
-        monkeypatch.setattr(Log, "record", forgotten_first)
-        overview = bookkeeper.overview()
-        assert overview["health"]["companies"] == 5
-        left = {row["company"] for row in overview["wrong"] + overview["unsure"]}
-        assert left == {"company0", "company2", "company3", "company4"}
 
 
 def test_the_learning_curve_is_of_what_was_not_forgotten(path):
