@@ -64,7 +64,7 @@ from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.receiver import ChunkedReceiver, FixedStreamReceiver
 from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 logger = logging.getLogger("bookkeep")
 access = logging.getLogger("bookkeep.access")  # a line for each request
@@ -3576,7 +3576,11 @@ def openapi(max_batch: int, max_body: int, guarded: bool) -> dict:
     for asked, row in OPERATIONS.items():
         method, path = asked.split()
         paths[path][method.lower()] = _operation(path, bodies, *row)
-    learns = "Learns from every booking and suggests the account of the next."
+    learns = (
+        "Learns from every booking and suggests the account of the next. A body has at most "
+        f"{max_body} bytes. With the header Bookkeep-At-Least: n, an answer knows of the log's "
+        "first n lines, or is a 503."
+    )
     info = {
         "title": "bookkeep",
         "version": __version__,
@@ -3588,7 +3592,7 @@ def openapi(max_batch: int, max_body: int, guarded: bool) -> dict:
     }
     return {
         "openapi": "3.1.0",
-        "info": info | {"description": f"{learns} A body has at most {max_body} bytes."},
+        "info": info | {"description": learns},
         "servers": [{"url": "/", "description": "this service"}],
         "tags": [{"name": name, "description": says} for name, says in TAGS.items()],
         "security": [{"token": []}] if guarded else [],
