@@ -11,11 +11,20 @@ It does not tune itself and forgets only what it is told to forget: one process 
 the model is the sum of what is in it. cluster.py, beside it, keeps the logs of several equal.
 """
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "bookkeep":
+    # Quiet from the start: to import all that follows takes a moment. It is main's afterwards.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import errno
 import fcntl
 import gc
 import hmac
+import io
 import ipaddress
 import json
 import logging
@@ -55,7 +64,7 @@ from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.receiver import ChunkedReceiver, FixedStreamReceiver
 from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 logger = logging.getLogger("bookkeep")
 access = logging.getLogger("bookkeep.access")  # a line for each request
@@ -64,15 +73,24 @@ access = logging.getLogger("bookkeep.access")  # a line for each request
 
 FEATURES = ("CompanyId", "BankEntryText", "BankEntryAmount")
 TARGET = "AccountNumber"
+NAME = "AccountName"  # optional: what the company calls the account
 BOOKED_BY = "BookedBy"  # optional: who booked it, a person if it is not said
 CHECKS = 16  # of the suggestions that could be booked unseen, one in so many is to be checked
 TIMES = {"person": 1, "check": CHECKS, "suggestion": 0}  # that such a booking is scored
+BY_TIMES = {times: who for who, times in TIMES.items()}
 
 MAX_BATCH = 10_000  # samples in one body
 MAX_VALUE = 10_000  # characters in a key or a value
 SHORT = ("CompanyId", "BankEntryAmount", TARGET)  # of at most MAX_SHORT characters
 MAX_SHORT = 100
 MAX_WORDS = 100  # words of a text that become tokens: its first ones
+
+BOUNDS = [-10000, -1000, -100, -10, 0, 10, 100, 1000, 10000]  # each the last of its range
+RANGES = (  # of amounts
+    "big negative",
+    *("> -10000", "> -1000", "> -100", "> -10", "< 10", "< 100", "< 1000", "< 10000"),
+    "big positive",
+)
 
 KINDS = (  # of tokens, in a person's words
     "company",
@@ -159,7 +177,8 @@ def check_sample(sample: object, required: Sequence[str], short: Sequence[str] =
         text = "".join(chain(sample, sample.values()))
     except TypeError:
         key = next(key for key, value in sample.items() if not isinstance(value, str))
-        raise BadRequest(f"{_shown(key)} must be a string") from None
+        hint = ": put the number in quotes" if isinstance(sample[key], float) else ""
+        raise BadRequest(f"{_shown(key)} must be a string{hint}") from None
     if len(text) > MAX_VALUE:
         for key, value in sample.items():
             if max(len(key), len(value)) > MAX_VALUE:
@@ -235,9 +254,22 @@ def wordings(sample: Sample) -> list[tuple[str, str]]:
 
 
 def _parts(sample: Sample) -> tuple[str, list[str], str]:
-    """The sample's company, the words of its text that count, and its amount."""
+    """The sample's company, the words of its text that count, and its amount, or the range."""
     words = sample["BankEntryText"].split(maxsplit=MAX_WORDS)[:MAX_WORDS]
-    return sample["CompanyId"], words, sample["BankEntryAmount"]
+    return sample["CompanyId"], words, amount_range(sample["BankEntryAmount"])
+
+
+def amount_range(amount: str) -> str:
+    """The range that a plain decimal number is in; any other amount is one of its own.
+
+    -9875.50 -> > -10000, -1000 -> > -10000, 0 -> > -10, 10 -> < 10, 1,200.00 -> 1,200.00
+    """
+    if _is_decimal(amount):
+        return RANGES[bisect_left(BOUNDS, float(amount))]
+    return amount
+
+
+_is_decimal = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?").fullmatch
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -883,13 +915,18 @@ class NaiveBayes:
         return best, lead
 
     def top(self, scores: np.ndarray, most: int) -> np.ndarray:
-        """(k,) the accounts of the highest of (A,) scores, best first; of equals, by name."""
-        known = np.flatnonzero(scores > -np.inf)
-        if len(known) > most:
-            least = np.partition(scores[known], -most)[-most]
-            known = known[scores[known] >= least]
-        best = sorted(known.tolist(), key=lambda account: (-scores[account], self.names[account]))
-        return np.array(best[:most], dtype=np.int64)
+        """(n, k) the accounts of the highest of (n, A) scores, best first; of equals, by name."""
+        each, left = np.arange(len(scores)), scores.copy()
+        best = np.zeros((len(scores), min(most, self.known)), dtype=np.int64)
+        for rank in range(best.shape[1]):
+            best[:, rank] = left.argmax(axis=1)
+            left[each, best[:, rank]] = -np.inf
+        highest = np.column_stack([np.take_along_axis(scores, best, axis=1), left.max(axis=1)])
+        for i in (highest[:, 1:] == highest[:, :-1]).any(axis=1).nonzero()[0]:
+            high = np.flatnonzero(scores[i] >= highest[i, -2]).tolist()
+            high.sort(key=lambda account, of=scores[i]: (-of[account], self.names[account]))
+            best[i] = high[: best.shape[1]]
+        return best
 
     def assess(self, documents: Sequence[Sequence[int]], labels: Sequence[str]) -> list[Assessment]:
         """Predictions for documents whose accounts, the labels, are known."""
@@ -1087,6 +1124,7 @@ def _numbers(known: Mapping[Hashable, int] = {}) -> defaultdict:
 
 LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99)  # of confidence, in a report
 CONFUSED = 10  # pairs of accounts, in a report
+LEAST_SURE = 10_000  # bookings of which the least sure are asked for: the last ones
 WINDOW = 1000  # bookings that a point of the learning curve is over
 
 
@@ -1127,6 +1165,7 @@ class History:
             ("seq", "i8"),
             ("company", "i4"),
             ("booked", "i4"),
+            ("named", "i4"),  # the account whose name came with the booking, -1 if none did
             ("predicted", "i4"),  # -1 where there was no model
             ("confidence", "f4"),
             ("bin", "i1"),  # of the margin for each token
@@ -1161,21 +1200,22 @@ class History:
         """All rows: an array that stays as it is, but for corrections, whatever comes later."""
         return self._table[: self._end]
 
-    def append(self, rows: np.ndarray, names: Iterable[tuple[str, str, str | None]]) -> None:
-        """Adds rows, and numbers their companies, accounts booked and accounts predicted."""
-        rows["company"], rows["booked"], rows["predicted"] = (
+    def append(
+        self, rows: np.ndarray, names: Iterable[tuple[str, str, str | None, str | None]]
+    ) -> None:
+        """Adds rows, and numbers their companies, and the accounts booked, named, and predicted."""
+        rows["company"], rows["booked"], rows["named"], rows["predicted"] = (
             np.array(
                 [
                     (
                         self.companies[company],
-                        self.accounts[booked],
-                        -1 if predicted is None else self.accounts[predicted],
+                        *(-1 if each is None else self.accounts[each] for each in accounts),
                     )
-                    for company, booked, predicted in names
+                    for company, *accounts in names
                 ],
                 dtype=np.int32,
             )
-            .reshape(-1, 3)
+            .reshape(-1, 4)
             .T
         )
         end = self._end + len(rows)
@@ -1206,6 +1246,65 @@ class History:
     def find(self, seqs: np.ndarray) -> np.ndarray:
         """(m,) which rows have these seqs."""
         return self.rows["seq"].searchsorted(seqs)
+
+    def at(self, seqs: np.ndarray) -> np.ndarray:
+        """(k,) copies of the rows of m seqs, without those that there are not."""
+        found, after = self.find(np.array([seqs, seqs + 1]))
+        return self.rows[found[found < after]]
+
+    def page(
+        self,
+        limit: int,
+        company: str | None = None,
+        reviewed: bool | None = None,
+        below: float | None = None,
+        by_confidence: bool = False,
+        before: tuple[float, int] | None = None,
+    ) -> tuple[np.ndarray, tuple[float, int] | None]:
+        """(k,) seqs of bookings, newest first, or the least sure of the last LEAST_SURE that match.
+
+        They are at most `limit`, and follow the page that ended with this confidence and seq. And
+        with which this one ends, None if nothing follows. This looks at all rows, which takes less
+        than a millisecond for each column of a million.
+        """
+        rows = self.rows
+        wanted = np.ones(len(rows), dtype=bool)
+        if company is not None:
+            wanted &= rows["company"] == self.companies.get(company, -1)
+        if reviewed is not None:
+            wanted &= rows["reviewed"] == reviewed
+        if below is not None:
+            wanted &= rows["confidence"] < below
+        if below is not None or by_confidence:
+            wanted &= rows["predicted"] >= 0
+        sure, last = before or (-1, sys.maxsize)
+        if by_confidence:
+            found = rows[wanted.nonzero()[0][: -LEAST_SURE - 1 : -1]]
+            found = found[found["confidence"].argsort(kind="stable")]
+            as_sure = (found["confidence"] == sure) & (found["seq"] < last)
+            found = found[(found["confidence"] > sure) | as_sure]
+        else:
+            wanted &= rows["seq"] < last
+            found = rows[wanted.nonzero()[0][: -limit - 2 : -1]]
+        page = found[:limit]
+        end = page[["confidence", "seq"]][-1].item() if len(found) > limit else None
+        return page["seq"], end
+
+    def last_named(self, companies: np.ndarray, accounts: np.ndarray) -> np.ndarray:
+        """(n,) the seqs of the last bookings in which n companies named n accounts, -1 if none."""
+        seqs = np.full(len(companies), -1)
+        rest, size = self.rows, 1 << 14
+        while len(rest) and (missing := seqs < 0).any():  # most are found among the last rows
+            rest, rows = rest[:-size], rest[-size:]
+            whose, company = np.unique(companies[missing], return_inverse=True)
+            which, account = np.unique(accounts[missing], return_inverse=True)
+            at = np.isin(rows["named"], which).nonzero()[0]
+            at = at[np.isin(rows["company"][at], whose)]
+            cell = whose.searchsorted(rows["company"][at]), which.searchsorted(rows["named"][at])
+            last = np.full((len(whose), len(which)), -1)
+            last[cell] = rows["seq"][at]  # of those in one cell, the last one stays
+            seqs[missing], size = last[company, account], 2 * size
+        return seqs
 
     def correct(self, seq: int, account: str, rank: int) -> None:
         """Has a person book an account, which had that rank, in the row of that seq."""
@@ -1342,24 +1441,32 @@ class Calibration:
             share = (hits + self.OWN * share) / (suggestions + self.OWN + self.OWN_DOUBT)
         return share
 
-    def shared(self, confidence: float) -> np.ndarray:
-        """(RANKS,) the confidence of the first suggestion and of the others, best first.
+    def shared(self, confidence: np.ndarray) -> np.ndarray:
+        """(n, RANKS) the confidence of n first suggestions and of the others, best first.
 
         These share what it leaves as the ranks of wrongly predicted accounts have been.
         """
-        others = (1 - confidence) * self._ranks[2:] / (self._ranks.sum() + self.DOUBT)
-        return np.minimum.accumulate([confidence, *others])
+        counted = self._ranks.sum() + self.DOUBT
+        others = np.multiply.outer(1 - confidence, self._ranks[2:]) / counted
+        return np.minimum.accumulate(np.column_stack([confidence, others]), axis=1)
 
-    def record(self, row: np.ndarray) -> dict[str, dict[str, int]]:
-        """What the confidence of a suggestion (1,) rests on, with about as much evidence."""
-        _, own = self._own_of(row)[0].tolist()
-        known, wide = int(row["known"][0]), int(row["bin"][0]) // self.WIDE
-        near = slice(max(0, wide - 1) * self.WIDE, (wide + 2) * self.WIDE)
-        everybodys = [int(counts[known, near].sum()) for counts in (self._all, self._right)]
-        return {
-            name: dict(zip(("suggestions", "right"), counts, strict=True))
-            for name, counts in (("own", own), ("all", everybodys))
-        }
+    def record(self, rows: np.ndarray) -> list[dict[str, dict[str, int]]]:
+        """What the confidences of n suggestions rest on, with about as much evidence."""
+        wide = rows["bin"] // self.WIDE
+        first, end = np.maximum(wide - 1, 0) * self.WIDE, (wide + 2) * self.WIDE
+        sums = np.zeros((2, len(KNOWN), self.BINS + self.WIDE + 1), dtype=np.int64)
+        sums[:, :, 1 : self.BINS + 1] = [self._all, self._right]
+        sums = sums.cumsum(axis=-1)  # up to each bin
+        everybodys = (sums[:, rows["known"], end] - sums[:, rows["known"], first]).T
+        return [
+            {
+                "own": {"suggestions": own, "right": own_right},
+                "all": {"suggestions": suggestions, "right": right},
+            }
+            for (own, own_right), (suggestions, right) in zip(
+                self._own_of(rows)[:, 1].tolist(), everybodys.tolist(), strict=True
+            )
+        ]
 
     @classmethod
     def bins(cls, margins: Sequence[float]) -> np.ndarray:
@@ -1691,6 +1798,14 @@ class Log:
         file.seek(start)
         return file, max(0, end - start)
 
+    def export_some(self, seqs: np.ndarray) -> tuple["Lines", int]:
+        """Lines of these seqs, which exist, as a file of their own, and how many bytes it has."""
+        with self._placing:
+            starts = np.append(np.array(self._starts), self.size)
+            file = self._opened()
+        lines = Lines(file, starts[seqs], starts[seqs + 1] - starts[seqs])
+        return lines, lines.size
+
     def _opened(self) -> BinaryIO:
         """The file that is owned, whatever stands at its path by now, opened once more."""
         return open(f"/proc/self/fd/{self._file}", "rb")
@@ -1811,6 +1926,43 @@ class Copy:
         """The record of that seq. Raises ValueError or OSError if it is damaged."""
         start, end = [*self.starts[seq : seq + 2], self.size][:2]
         return _parse(os.pread(self.file, end - start, start))
+
+
+class Lines(io.RawIOBase):
+    """Some lines of a file, as a file of their own."""
+
+    def __init__(self, file: BinaryIO, starts: np.ndarray, sizes: np.ndarray) -> None:
+        self._file = file
+        self._ends = sizes.cumsum()  # of the lines, here
+        self._shifts = starts + sizes - self._ends  # from here to there
+        self._at = 0
+        self.size = int(sizes.sum())
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Where it stands now."""
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.size}[whence]
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        """At most so many bytes, or the rest."""
+        end = self.size if size < 0 else min(self._at + size, self.size)
+        pieces = []
+        line = int(self._ends.searchsorted(self._at, side="right"))
+        while self._at < end:
+            stop = min(end, int(self._ends[line]))
+            shift = int(self._shifts[line])
+            pieces.append(os.pread(self._file.fileno(), stop - self._at, self._at + shift))
+            self._at, line = stop, line + 1
+        return b"".join(pieces)
+
+    def close(self) -> None:
+        """Closes the file that has the lines, too."""
+        self._file.close()
+        super().close()
 
 
 class Batch(NamedTuple):
@@ -2113,7 +2265,7 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 # --------------------------------------------------------------------------------------- Snapshot
 
-FORMAT = 3  # of snapshots
+FORMAT = 4  # of snapshots
 
 
 class Snapshot:
@@ -2128,6 +2280,7 @@ class Snapshot:
         self.path = log.beside("{}.snapshot.npz")
         self._unfinished = log.beside(".{}.snapshot.npz")
         self.lines = 0  # of the log that it covers
+        self.made = 0.0  # when, in seconds since 1970
 
     def save(self, state: Arrays) -> None:
         """Puts the state in the place of an earlier one, in one step, or logs why it cannot."""
@@ -2140,7 +2293,7 @@ class Snapshot:
                 np.savez(file, origin=origin, **state)
             # There is no fsync: if it was not on disk at a power failure, the log is.
             os.replace(self._unfinished, self.path)
-            self.lines = len(state["line_starts"])
+            self.lines, self.made = len(state["line_starts"]), time.time()
         except Exception as error:  # whatever it is, there is the log
             logger.warning("%s could not be written: %s", self.path, error)
             with suppress(OSError):
@@ -2157,7 +2310,7 @@ class Snapshot:
             if checksum != self.log.checksum(size):
                 raise ValueError("it is not of this log as it is")
             restore(state)
-            self.lines = len(self.log)
+            self.lines, self.made = len(self.log), self.path.stat().st_mtime
         except FileNotFoundError:
             pass
         except Exception as error:  # whatever is wrong with it, the log has it all
@@ -2173,7 +2326,8 @@ class Snapshot:
         self.lines = 0
 
     def _version(self) -> list[int]:
-        return [FORMAT, *tokens(dict.fromkeys(FEATURES, "a b c"))]
+        sample = dict.fromkeys(FEATURES, "a b c") | {"BankEntryAmount": "-1000"}
+        return [FORMAT, *tokens(sample)]
 
 
 # ----------------------------------------------------------------------------------------- Writer
@@ -2226,6 +2380,7 @@ class Writer:
         self._together = 0  # in the last group
         self._closed = False
         self.broken = False  # has what is known lost step with the log?
+        self.failed = 0  # groups and changes that could not be stored
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
 
     def start(self) -> None:
@@ -2305,6 +2460,9 @@ class Writer:
 
     def refusal(self, error: Exception) -> Exception:
         """What to raise to a caller for what was raised; says it in the service's log, too."""
+        if isinstance(error, LogError | OSError | NotStored):
+            with self._arrival:
+                self.failed += 1
         if isinstance(error, LogError):
             logger.error("%s", error)
             self.broken = True
@@ -2320,11 +2478,21 @@ class Writer:
 
 CHUNK = 128  # samples that are predicted, or unlearned, at a time
 LINES = 4096  # of the log that are read back at a time
-LISTED = 10  # bookings in each list of the overview
 RECENT = 10_000  # bookings that it looks at
 MOMENT = 0.002  # seconds that a short question may wait for the model, before all others
 QUICK = 250_000  # bytes of a sample times accounts, for which a prediction takes a millisecond
+SURE = 0.95  # confidence from which on an operator is told how much can be booked unseen
 UNSAVED = 10_000  # lines of the log that its snapshot may lack; a sixteenth while it grows
+
+
+COUNTED = {  # since the start, for an operator
+    "predictions": "Predictions that were asked for.",
+    "booked": "Bookings that were stored.",
+    "scored": "Predictions that were scored as their bookings came, each as often as it counts.",
+    "scored_right": "Those of the scored predictions that were right.",
+    "corrections": "Bookings that were corrected or confirmed.",
+    "forgotten": "Bookings that were forgotten.",
+}
 
 
 class NotFound(Exception):
@@ -2362,7 +2530,7 @@ class Bookkeeper:
         self._history = History()
         self._corrections: dict[int, list[int]] = {}  # seq of a booking -> of its corrections
         self._curve: dict[int, dict] = {}  # points of the learning curve that will not change
-        self._predictions = 0  # that were asked for
+        self._counted = dict.fromkeys(COUNTED, 0)
         self._changing = threading.Lock()  # held while these change, and to read them
         self._forgetting = threading.Lock()  # held while a company is forgotten
         self._started = time.monotonic()
@@ -2374,6 +2542,7 @@ class Bookkeeper:
         self._snapshot.load(self._restore)
         with _no_collection():
             self._read_back()
+        self._counted = dict.fromkeys(COUNTED, 0)
         self._last_batch = len(log)  # the seq that it starts with; there is none since the start
         self._writer.start()
 
@@ -2429,7 +2598,7 @@ class Bookkeeper:
         while chunk := list(islice(documents, self._model.at_once)):
             with self._model_at_rest() as model:
                 accounts += model.predict(chunk)
-                self._predictions += len(chunk)
+                self._counted["predictions"] += len(chunk)
         return accounts
 
     def is_quick(self, size: int) -> bool:
@@ -2449,7 +2618,18 @@ class Bookkeeper:
     def suggest(
         self, sample: Sample, top: int, place: int = 0, book_from: float | None = None
     ) -> dict[str, object]:
-        """The most probable accounts, best first, each with its confidence and its reasons.
+        """What suggest_all says of a sample in that place of the request, with the reasons."""
+        [answer] = self._suggest([sample], place, top, book_from, True)
+        return answer
+
+    def suggest_all(
+        self,
+        samples: Sequence[Sample],
+        top: int,
+        book_from: float | None = None,
+        with_reasons: bool = True,
+    ) -> list[dict[str, object]]:
+        """The most probable accounts of each, best first, with their confidence and the reasons.
 
         The first is compared with the second, the others are with the first. The log-odds of what
         the sample says, its `reasons`, and the `prior` add up to the `margin`. The `record` says
@@ -2457,37 +2637,61 @@ class Bookkeeper:
         even if it is sure enough, which depends on its place in the request, too. Whether it is,
         from a confidence on, is the `decision`. Raises NotReady.
         """
-        document = tokens(sample)
-        with self._model_at_rest() as model:
-            [scores] = model.joint_log_likelihood([document])
-            best = model.top(scores, max(top, 2))
-            accounts = [model.names[account] for account in best.tolist()]
-            terms = model.terms(document, best)
-            margin = round(scores[best[0]] - scores[best[1]], 4) if len(best) > 1 else None
-            [known] = model.specificity([document]).tolist()
-            whose = {
-                "CompanyId": sample["CompanyId"]
-            }  # the rest may be anything, as it is not booked
-            made = {"sample": whose, "predicted": accounts[0], "margin": margin, "known": known}
-            row = self._rows([made], [document])
-            [sure] = self._calibration.confidence(row).tolist()
-            confidence = self._calibration.shared(sure).round(4).tolist()
-            record = self._calibration.record(row)
-            check = is_check(sample, self._history.size(sample["CompanyId"]), place)
-            self._predictions += 1
+        # Reasons take long, and others wait for the model, too.
+        step = 1 if with_reasons else self._model.at_once
+        return [
+            answer
+            for place in range(0, len(samples), step)
+            for answer in self._suggest(
+                samples[place : place + step], place, top, book_from, with_reasons
+            )
+        ]
 
-        answer = {
-            "suggestions": [
-                _suggestion(sample, accounts, terms, rank, confidence[rank])
-                for rank in range(min(top, len(accounts)))
-            ],
-            "record": {"known": KNOWN[known], **record},
-            "check": check,
-        }
-        if book_from is not None:
-            sure_enough = "check" if check else "book"
-            answer["decision"] = sure_enough if confidence[0] >= book_from else "review"
-        return answer
+    def _suggest(
+        self, samples: Sequence[Sample], place: int, top: int, book_from: float | None, why: bool
+    ) -> Iterator[dict[str, object]]:
+        """What suggest_all says of samples that follow in a request from that place on."""
+        documents = [tokens(sample) for sample in samples]
+        with self._model_at_rest() as model:
+            scores = model.joint_log_likelihood(documents)
+            best = model.top(scores, max(top, 2))
+            scores = np.take_along_axis(scores, best, axis=1).tolist()
+            known = model.specificity(documents).tolist()
+            pairs = zip(documents, best, strict=True)
+            terms = [model.terms(*pair) if why else None for pair in pairs]
+            self._counted["predictions"] += len(samples)
+
+        accounts = [[model.names[account] for account in row] for row in best.tolist()]
+        made = [
+            {
+                "sample": {"CompanyId": sample["CompanyId"]},  # the rest may be anything
+                "predicted": names[0],
+                "margin": highest[0] - highest[1] if len(highest) > 1 else None,
+                "known": most,
+            }
+            for sample, names, highest, most in zip(samples, accounts, scores, known, strict=True)
+        ]
+        rows = self._rows(made, documents)
+        with self._changing:
+            confidence = self._calibration.shared(self._calibration.confidence(rows))
+            records = self._calibration.record(rows)
+            sizes = [self._history.size(sample["CompanyId"]) for sample in samples]
+
+        confidence = confidence.round(4).tolist()
+        for i, sample in enumerate(samples):
+            check = is_check(sample, sizes[i], place + i)
+            answer = {
+                "suggestions": [
+                    _suggestion(sample, accounts[i], scores[i], rank, confidence[i][rank], terms[i])
+                    for rank in range(min(top, len(accounts[i])))
+                ],
+                "record": {"known": KNOWN[known[i]], **records[i]},
+                "check": check,
+            }
+            if book_from is not None:
+                sure_enough = "check" if check else "book"
+                answer["decision"] = sure_enough if confidence[i][0] >= book_from else "review"
+            yield answer
 
     def metrics(self, n: int) -> dict[str, float]:
         """Macro precision and recall of the last n (or fewer) predictions. Raises NotReady."""
@@ -2509,7 +2713,7 @@ class Bookkeeper:
         return {"support": len(rows), "unseen": unseen(since), **made}
 
     def overview(self, company: str | None = None) -> dict:
-        """What the page shows: health, the learning curve, confidence, bookings to look at.
+        """What the page shows: health, the learning curve, confidence.
 
         The confidence may be of one company. Raises NotFound if there is no such.
         """
@@ -2518,38 +2722,79 @@ class Bookkeeper:
             rows, points = self._history.rows, self._curve
         last = self._scored(WINDOW)
         recent = self._scored(RECENT, company)
-        newest = rows[: -RECENT - 1 : -1]
-        newest = newest[newest["predicted"] >= 0]
-        unsure = newest[:WINDOW]["confidence"].argsort(kind="stable")[:LISTED]
-        steps = (*(step / 20 for step in range(20)), 0.99)
         return {
             "health": health,
             "metrics": figures(last) if len(last) else None,
             "curve": [*curve(rows, points)],
             "scored": len(recent),
-            "confidence": by_confidence(recent, steps) if len(recent) else [],
-            "wrong": self._listed(newest[~right(newest)][:LISTED]),
-            "unsure": self._listed(newest[unsure]),
+            "confidence": by_confidence(recent, (0, *LEVELS)) if len(recent) else [],
         }
 
-    def _listed(self, rows: np.ndarray) -> list[dict]:
-        """What the page says of rows of the history."""
-        names = list(self._history.accounts)
-        rows = rows[["seq", "booked", "predicted", "reviewed"]]
-        return [
-            {
-                "seq": seq,
-                "company": record["sample"]["CompanyId"],
-                "text": record["sample"]["BankEntryText"],
-                "amount": record["sample"]["BankEntryAmount"],
-                "booked": names[booked],
-                "predicted": names[predicted],
-                "confidence": record["confidence"],
-                "reviewed": reviewed,
-            }
-            for seq, booked, predicted, reviewed in rows.tolist()
-            if "sample" in (record := self._record(seq))  # not forgotten since
-        ]
+    def bookings(self, limit: int, company: str | None = None, **asked: object) -> tuple:
+        """What `limit` bookings are by now, and where that page ends, as History.page says.
+
+        Raises NotFound if there is no such company.
+        """
+        with self._changing:
+            self._require(company)
+        seqs, end = self._history.page(limit, company, **asked)
+        return self._standing(seqs), end
+
+    def booking(self, seq: int) -> dict:
+        """What one booking is by now. Raises NotFound."""
+        self._booking(seq)
+        for standing in self._standing(np.array([seq])):
+            return standing
+        raise NotFound(f"there is no booking {seq}")  # it is on its way, or was just forgotten
+
+    def lines(self, company: str, first: int, limit: int) -> tuple[Lines, int]:
+        """The company's lines in the log from that seq on, as Log.export_some. Raises NotFound."""
+        seqs, _ = self._lines_of(company)
+        return self.log.export_some(seqs[seqs >= first][:limit])
+
+    def _standing(self, seqs: np.ndarray) -> list[dict]:
+        """What bookings are by now, without those that were forgotten meanwhile."""
+        with self._changing:
+            rows = self._history.at(seqs)
+            corrections = [self._corrections.get(seq) for seq in rows["seq"].tolist()]
+        names, called = [*self._history.accounts, None], self._called(rows)
+        rows = rows[["seq", "company", "booked", "predicted", "rank", "times", "reviewed"]]
+        found = []
+        for row, corrected in zip(rows.tolist(), corrections, strict=True):
+            seq, company, booked, predicted, rank, times, reviewed = row
+            record = self._record(seq)
+            if "sample" not in record:
+                continue
+            # Once a person has looked at what was booked unseen, it is the person's.
+            person = {BOOKED_BY: "person"} if reviewed and not times else {}
+            sample = record["sample"] | {TARGET: names[booked]} | person
+            found.append(
+                {
+                    "seq": seq,
+                    "sample": sample,
+                    "account": names[booked],
+                    "name": called.get((company, booked)),
+                    "predicted": names[predicted],
+                    "predicted_name": called.get((company, predicted)),
+                    "confidence": record["confidence"],
+                    "rank": 1 if booked == predicted else rank or None,
+                    "reviewed": reviewed,
+                    "booked_by": "person" if person else BY_TIMES[times],
+                    "corrected": corrected and {"from": record["sample"][TARGET]},
+                }
+            )
+        return found
+
+    def _called(self, rows: np.ndarray) -> dict[tuple[int, int], str | None]:
+        """The latest names that companies gave the accounts booked and predicted in these rows."""
+        accounts = np.concatenate([rows["booked"], rows["predicted"]])
+        companies = np.tile(rows["company"], 2)[accounts >= 0]
+        accounts = accounts[accounts >= 0]
+        seqs = self._history.last_named(companies, accounts).tolist()
+        named = {seq: self._record(seq).get("sample", {}) for seq in {*seqs} - {-1}}
+        names = (named.get(seq, {}).get(NAME) for seq in seqs)
+        pairs = zip(companies.tolist(), accounts.tolist(), strict=True)
+        return dict(zip(pairs, names, strict=True))
 
     def health(self) -> dict[str, str | int | float]:
         """How much has been learned, and for how many seconds the service has been up.
@@ -2588,30 +2833,52 @@ class Bookkeeper:
     def gauges(self) -> dict[str, tuple[str, float]]:
         """What an operator watches: what each figure is, and the figure."""
         with self._changing:
-            rows = self._history.rows
-            last = scored(rows[rows["seq"].searchsorted(self._last_batch) :])
-            gauges = {
-                "bookings": ("Bookings in the log.", len(rows)),
-                "unseen": ("Bookings that nobody has looked at.", unseen(rows)),
-                "checks": ("Bookings that could have been booked unseen.", checks(rows)),
-                "predictions_total": ("Predictions that were asked for.", self._predictions),
-                "accounts": ("Accounts in the model.", self._model.known),
-                "companies": ("Companies in the model.", len(self._history.companies)),
-                "tokens": ("Tokens in the model.", self._model.known_tokens),
-                "waiting": ("Samples that wait to be booked.", self._writer.waiting()),
-                "log_bytes": ("Bytes of the log.", self.log.size),
-            }
-        if len(last):
-            now = figures(last)
-            for name in ("precision", "accuracy"):
-                gauges[f"last_batch_{name}"] = (f"The last batch's {name}.", now[name])
-        return gauges
+            rows, counted = self._history.rows, self._counted.copy()
+            accounts, tokens = self._model.known, self._model.known_tokens
+            companies = len(self._history.companies)
+        watched = {f"{name}_total": (text, counted[name]) for name, text in COUNTED.items()} | {
+            "failed_writes_total": ("Changes that could not be stored.", self._writer.failed),
+            "bookings": ("Bookings in the log.", len(rows)),
+            "unseen": ("Bookings that nobody has looked at.", unseen(rows)),
+            "checks": ("Bookings that could have been booked unseen.", checks(rows)),
+            "accounts": ("Accounts in the model.", accounts),
+            "companies": ("Companies in the model.", companies),
+            "tokens": ("Tokens in the model.", tokens),
+            "waiting": ("Samples that wait to be booked.", self._writer.waiting()),
+            "log_bytes": ("Bytes of the log.", self.log.size),
+            "log_lines": ("Lines of the log.", len(self.log)),
+            "snapshot_lines": ("Lines that the snapshot covers.", self._snapshot.lines),
+        }
+        if self._snapshot.lines:
+            age = time.time() - self._snapshot.made
+            watched["snapshot_age_seconds"] = ("Time since the snapshot was made.", age)
+        return watched | self._quality(rows)
+
+    def _quality(self, rows: np.ndarray) -> dict[str, tuple[str, float]]:
+        """How good the last of these predictions were; it looks at few, for it is often asked."""
+        found: dict[str, tuple[str, float]] = {}
+        last = scored(rows[rows["seq"].searchsorted(self._last_batch) :])
+        window = scored(rows[-RECENT:])[-WINDOW:]
+        for name, of, these in (
+            ("last_batch", "the last batch", last),
+            ("window", f"the last {WINDOW} predictions that are scored", window),
+        ):
+            for figure, value in figures(these).items() if len(these) else ():
+                found[f"{name}_{figure}"] = (f"The {figure} of {of}.", value)
+        if len(window):
+            [sure] = by_confidence(window, [SURE])
+            share = f"The share of the last {WINDOW} that was at least {SURE:.0%} sure."
+            found["window_bookable"] = (share, sure["share"])
+        return found
 
     def _scored(self, n: int, company: str | None = None) -> np.ndarray:
         with self._changing:
-            if company is not None and company not in self._history.companies:
-                raise NotFound("there is no booking of this company")
+            self._require(company)
             return self._history.last(n, company)
+
+    def _require(self, company: str | None) -> None:
+        if company is not None and company not in self._history.companies:
+            raise NotFound("there is no booking of this company")
 
     def _last(self, n: int, company: str | None = None) -> np.ndarray:
         rows = self._scored(n, company)
@@ -2728,6 +2995,7 @@ class Bookkeeper:
                     -1,
                     companies.get(record["sample"]["CompanyId"], -1),
                     -1,
+                    -1,
                     accounts.get(record["predicted"], -1),
                     record.get("confidence") or 0,
                     0,
@@ -2747,9 +3015,17 @@ class Bookkeeper:
     def _score(self, records: list[dict], rows: np.ndarray) -> None:
         """Adds what the log says of bookings, as rows, to the history and the calibration."""
         rows["seq"] = [record["seq"] for record in records]
-        names = ((r["sample"]["CompanyId"], r["sample"][TARGET], r["predicted"]) for r in records)
+        names = [
+            (s["CompanyId"], s[TARGET], s[TARGET] if s.get(NAME) else None, record["predicted"])
+            for record in records
+            for s in [record["sample"]]
+        ]
         self._history.append(rows, names)
         self._calibration.add(rows)
+        times = (now := scored(rows))["times"]
+        self._counted["booked"] += len(rows)
+        self._counted["scored"] += int(times.sum())
+        self._counted["scored_right"] += int(times[right(now)].sum())
 
     def _correct(self, seq: int, account: str) -> str:
         booking = self._booking(seq)
@@ -2796,18 +3072,18 @@ class Bookkeeper:
                 self._history.correct(seq, account, _in_ranks(rank))
                 self._corrections.setdefault(seq, []).append(correction["seq"])
             self._calibration.add(self._history.rows[rows])
+            self._counted["corrections"] += len(changes)
             self._curve = {}
 
     def _lines_of(self, company: str) -> tuple[np.ndarray, int]:
         """(m,) the seqs of a company's bookings and corrections, and how many lines there are.
 
-        Raises NotFound. Only the writer knows: between a line and its row is a moment.
+        Raises NotFound. Only the writer knows all: between a line and its row is a moment.
         """
         seqs = self._history.of(company)["seq"]
         if not len(seqs):
             raise NotFound("there is no booking of this company")
-        corrected = self._corrections.keys() & seqs.tolist()
-        corrections = chain.from_iterable(self._corrections[seq] for seq in corrected)
+        corrections = chain.from_iterable(self._corrections.get(seq, ()) for seq in seqs.tolist())
         lines = np.concatenate([seqs, np.fromiter(corrections, dtype=np.int64)])
         return np.sort(lines), len(self.log)
 
@@ -2828,6 +3104,7 @@ class Bookkeeper:
             rows = self._history.forget(lines)
             seqs = rows["seq"].tolist()
             self._calibration.add(rows, times=-1)
+            self._counted["forgotten"] += len(rows)
             self._curve = {}
             return [(seq, self._corrections.pop(seq, [seq])[-1]) for seq in seqs]
 
@@ -2977,20 +3254,28 @@ def _in_ranks(rank: int | None) -> int:
 
 
 def _suggestion(
-    sample: Sample, accounts: Sequence[str], terms: np.ndarray, rank: int, confidence: float
+    sample: Sample,
+    accounts: Sequence[str],
+    scores: Sequence[float],
+    rank: int,
+    confidence: float,
+    terms: np.ndarray | None,
 ) -> dict[str, object]:
-    """One of the accounts, and what speaks for it over another; terms are (k, 1 + T)."""
-    suggestion = {"account": accounts[rank], "confidence": confidence, "over": None}
-    if len(accounts) == 1:
-        return suggestion | {"margin": None, "prior": None, "reasons": []}
+    """One of k accounts, and what speaks for it over another, by the terms (k, 1 + T)."""
     other = int(rank == 0)
-    prior, *weights = (terms[rank] - terms[other]).tolist()
-    return suggestion | {
-        "over": accounts[other],
-        "margin": round(math.fsum([prior, *weights]), 4),
-        "prior": round(prior, 4),
-        "reasons": _reasons(sample, weights),
+    alone = len(accounts) == 1
+    suggestion = {
+        "account": accounts[rank],
+        "confidence": confidence,
+        "over": None if alone else accounts[other],
+        "margin": None if alone else round(scores[rank] - scores[other], 4),
     }
+    if terms is None:
+        return suggestion
+    if alone:
+        return suggestion | {"prior": None, "reasons": []}
+    prior, *weights = (terms[rank] - terms[other]).tolist()
+    return suggestion | {"prior": round(prior, 4), "reasons": _reasons(sample, weights)}
 
 
 def _reasons(sample: Sample, weights: list[float]) -> list[dict[str, str | float]]:
@@ -3010,226 +3295,374 @@ def _reasons(sample: Sample, weights: list[float]) -> list[dict[str, str | float
 
 JSON_LINES = "application/jsonl"
 MAX_NUMBER = 999_999_999
+MAX_PAGE = 500  # bookings in one answer
 MAX_SUGGESTED = 300  # suggestions in one answer, each of which is long
 OPEN = {"/", "/health", "/ready"}  # to all, as there is nothing to learn from them
+TAGS = {
+    "bookings": "what is learned: store, correct, read and forget it",
+    "suggestions": "what is likely to be booked, how sure that is, and why",
+    "quality": "how good the predictions were",
+    "service": "how the service is, and what describes it",
+}
+REFUSALS = {  # status -> when, and a sentence that comes with it
+    400: ("the request makes no sense, or is too much", "sample 0: AccountNumber is missing"),
+    401: ("no token", "send the token, with the header Authorization: Bearer <token>"),
+    404: ("no such booking or company", "there is no booking 1203"),
+    413: ("the body is too long", "send at most 67108864 bytes in one request"),
+    415: ("not JSON", "send JSON, with the header Content-Type: application/json"),
+    422: ("a known key", "this Idempotency-Key was used for other bookings; take a new one"),
+    503: ("not yet, or no longer", "there is no model yet; send bookings to /sample first"),
+    507: (
+        "nothing was changed",
+        "the log could not be written (No space left on device); try later",
+    ),
+    "default": ("refused, with one sentence that says what to change", "there is nothing here"),
+}
+_TEXT = {"type": "string", "maxLength": MAX_VALUE}
+_FILLED = _TEXT | {"minLength": 1}
+_BRIEF = _FILLED | {"maxLength": MAX_SHORT}
+_COUNT = {"type": "integer", "format": "int64", "minimum": 0}
+_SEQ = _COUNT | {"maximum": MAX_NUMBER}
+_ODDS = {"type": "number", "format": "double"}
+_SHARE = _ODDS | {"minimum": 0, "maximum": 1}
+_YES = {"type": "boolean"}
 
 
-def openapi(max_batch: int) -> dict:
-    """The description of this API, in OpenAPI 3.1."""
+def _or_null(schema: dict) -> dict:
+    return schema | {"type": [schema["type"], "null"]}
 
-    def of(section: str, name: str) -> dict:
-        return {"$ref": f"#/components/{section}/{name}"}
 
-    def answers(schema: dict, *refusals: int, media: str = "application/json") -> dict:
-        success = {"description": "done", "content": {media: {"schema": schema}}}
-        refused = dict.fromkeys(map(str, (*refusals, 401)), of("responses", "Refusal"))
-        return {"200": success, **refused, "default": of("responses", "Refusal")}
+def _one_of(words: Iterable[str]) -> dict:
+    return {"type": "string", "enum": list(words)}
 
-    def get(summary: str, parameters: list[dict], responses: dict) -> dict:
-        return {"get": {"summary": summary, "parameters": parameters, "responses": responses}}
 
-    def post(summary: str, schema: dict, responses: dict, *parameters: dict) -> dict:
-        return {
-            "post": {
-                "summary": summary,
-                "parameters": list(parameters),
-                "requestBody": {
-                    "required": True,
-                    "content": {"application/json": {"schema": schema}},
-                },
-                "responses": responses,
-            }
-        }
+def _of(name: object, section: str = "schemas") -> dict:
+    return {"$ref": f"#/components/{section}/{name}"}
 
-    def parameter(place: str, name: str, schema: dict, description: str) -> dict:
-        required = place == "path"
-        described = {"name": name, "in": place, "required": required, "schema": schema}
-        return described | {"description": description}
 
-    def a_list(items: dict, **more: object) -> dict:
-        return {"type": "array", "items": items, **more}
+def _list(name: str, **limits: int) -> dict:
+    return {"type": "array", "items": _of(name), **limits}
 
-    def record(properties: dict, others: object = False, **optional: dict) -> dict:
-        required = list(properties)
-        shape = {"type": "object", "required": required, "properties": properties | optional}
-        return shape | {"additionalProperties": others}
 
-    text = {"type": "string", "maxLength": MAX_VALUE}
-    filled = text | {"minLength": 1}
-    short = filled | {"maxLength": MAX_SHORT}
-    features = {key: short if key in SHORT else filled for key in FEATURES}
-    count = {"type": "integer", "minimum": 0}
-    share = {"type": "number", "minimum": 0, "maximum": 1}
-    seq = count | {"maximum": MAX_NUMBER}
-    log_odds = {"type": ["number", "null"]}
-    maybe_text = {"type": ["string", "null"]}
-    place = {"type": ["integer", "null"], "minimum": 0}
-    totals = ("samples", "unseen", "checks", "lines", "accounts", "companies", "tokens")
-    health = dict.fromkeys(totals, count)
-    reason = record({"token": filled, "kind": {"enum": list(KINDS)}, "weight": {"type": "number"}})
-    figures = {"accuracy": share, "precision": share, "recall": share}
-    maybe_share = share | {"type": ["number", "null"]}
-    sureness = record(
-        dict.fromkeys(("at_least", "share"), share)
-        | dict.fromkeys(("accuracy", "error"), maybe_share)
-        | {"checks": count}
-    )
-    tally = record({"suggestions": count, "right": count})
-    confusion = record({"booked": filled, "predicted": filled, "count": count})
-    listed = record(
-        {"seq": seq}
-        | dict.fromkeys(("company", "text", "amount", "booked", "predicted"), filled)
-        | {"confidence": share, "reviewed": {"type": "boolean"}}
-    )
-    schemas = {
-        "Sample": record(features, text),
-        "Booking": record(features | {TARGET: short}, text, **{BOOKED_BY: {"enum": [*TIMES]}}),
-        "Stored": record({"received": count, "total": count, "first": place, "last": place}),
-        "Suggestions": record(
-            {
-                "suggestions": a_list(
-                    record(
-                        {
-                            "account": filled,
-                            "confidence": share,
-                            "over": maybe_text,
-                            "margin": log_odds,
-                            "prior": log_odds,
-                            "reasons": a_list(reason),
-                        }
-                    )
-                ),
-                "record": record({"known": {"enum": [*KNOWN]}, "own": tally, "all": tally}),
-                "check": {"type": "boolean"},
-            },
-            decision={"enum": ["book", "check", "review"]},
-        ),
-        "Correction": record({"seq": seq, TARGET: short}),
-        "Corrected": record({"seq": seq, TARGET: short, "before": filled}),
-        "Forgotten": record({"company": filled, "forgotten": count | {"minimum": 1}}),
-        "Metrics": record({"precision": share, "recall": share}),
-        "Report": record(
-            {"support": count | {"minimum": 1}, "unseen": count, "checks": count}
-            | figures
-            | {"confused": a_list(confusion), "confidence": a_list(sureness)}
-        ),
-        "Overview": record(
-            {
-                "health": of("schemas", "Health"),
-                "metrics": {"anyOf": [record(figures), {"type": "null"}]},
-                "curve": a_list(record({"bookings": count} | figures)),
-                "scored": count,
-                "confidence": a_list(sureness),
-                "wrong": a_list(listed),
-                "unsure": a_list(listed),
-            }
-        ),
-        "Health": record(
-            {"status": filled | {"description": "ok, or why bookings cannot be stored now"}}
-            | health
-            | {"uptime": {"type": "number", "minimum": 0}},
-            stream=record(
-                {"status": filled, "node": filled, "writer": maybe_text, "lag": count}
-                | {"quorum": {"type": "boolean"}}
-            ),
-        ),
-        "Error": record({"error": {"type": "string", "minLength": 1}}),
-    }
-    refusal = {
-        "description": "refused, with one sentence that says what to change",
-        "content": {"application/json": {"schema": of("schemas", "Error")}},
-    }
-    a_sample, a_suggestion = of("schemas", "Sample"), of("schemas", "Suggestions")
-    n = parameter("path", "n", count | {"minimum": 1, "maximum": MAX_NUMBER}, "how many, the last")
-    key = parameter(
-        "header",
-        "Idempotency-Key",
+FIELDS = {  # of records and parameters: the schema, what it says, an example
+    "CompanyId": (_BRIEF, "whose booking it is", "acme"),
+    "BankEntryText": (_FILLED, "what the bank statement says", "Office rent June"),
+    "BankEntryAmount": (
+        _BRIEF,
+        "a plain decimal number, which counts as the range that it is in, or a range: "
+        f"{', '.join(RANGES)}; any other text is a range of its own",
+        *("-9875.50", *RANGES),
+    ),
+    "BankEntryDate": (_TEXT, "the day, which is stored, but says nothing", "2016-02-29"),
+    "AccountName": (_TEXT, "the account's name, for people", "Office costs"),
+    TARGET: (_BRIEF, "the account that it is booked to", "6300"),
+    BOOKED_BY: (_one_of(TIMES), "who booked it, a person if it is not said", "check"),
+    "received": (_COUNT, "bookings in the list", 2),
+    "total": (_COUNT, "lines that the log had with them", 15002),
+    "first": (_or_null(_COUNT), "the seq of the first one, null for an empty list", 15000),
+    "last": (_or_null(_COUNT), "the seq of the last one, null for an empty list", 15001),
+    "token": (_FILLED, "the sample's own words", "Office"),
+    "kind": (_one_of(KINDS), "what they are in it", "word"),
+    "weight": (_ODDS, "log-odds for this account over the other", 2.4137),
+    "account": (_FILLED, "the account", "6300"),
+    "confidence": (_SHARE, "of earlier suggestions like it, the share that was right", 0.94),
+    "over": (
+        _or_null(_FILLED),
+        "the account that it is compared with, null if it is alone",
+        "7140",
+    ),
+    "margin": (_or_null(_ODDS), "log-odds over that one: the prior and all reasons", 2.4445),
+    "prior": (_or_null(_ODDS), "log-odds before anything is known of the sample", 0.0308),
+    "reasons": (_list("Reason"), "what the sample says, the heaviest first"),
+    "suggestions": (_list("Suggestion", maxItems=Calibration.RANKS), "accounts, best first"),
+    "suggest.reasons": (
+        _one_of(("yes", "no")) | {"default": "yes"},
+        f"no leaves them out; with them, an answer has at most {MAX_SUGGESTED} suggestions",
+        "no",
+    ),
+    "record": (_of("Record"), "what the confidence of the first rests on"),
+    "check": (_YES, "whether a person should look at it, however sure it is", False),
+    "decision": (_one_of(("book", "check", "review")), "what to do with the first one", "book"),
+    "known": (_one_of(KNOWN), "what was known of the sample", "the first word"),
+    "own": (_of("Tally"), "the company's own ones of this account"),
+    "all": (_of("Tally"), "those of all companies, with as much known"),
+    "Tally.suggestions": (_COUNT, "how many there were", 38),
+    "right": (_COUNT, "how many of them were right", 37),
+    "seq": (_SEQ, "the booking's number", 1203),
+    "before": (_FILLED, "the account that it was booked to until now", "7140"),
+    "company": (_FILLED, "a company, by its CompanyId", "acme"),
+    "forgotten": (_COUNT | {"minimum": 1}, "how many bookings it had", 312),
+    "accuracy": (_SHARE, "the share that was right", 0.72),
+    "precision": (_SHARE, "the mean of all accounts' precision", 0.51),
+    "recall": (_SHARE, "the mean of all accounts' recall", 0.52),
+    "support": (_COUNT | {"minimum": 1}, "predictions that this is about", 1000),
+    "unseen": (_COUNT, "bookings that nobody has looked at", 60),
+    "checks": (_COUNT, "bookings that were checked for all that nobody looked at", 4),
+    "confused": (_list("Confusion", maxItems=CONFUSED), "the most frequent errors"),
+    "Report.confidence": (_list("Level"), "how good they were when how sure"),
+    "at_least": (_SHARE, "the level: so sure, or surer", 0.95),
+    "share": (_SHARE, "the share of all predictions that is", 0.34),
+    "Level.accuracy": (_or_null(_SHARE), "the share of these that was right", 0.976),
+    "Level.error": (_or_null(_SHARE), "one standard error of this accuracy", 0.008),
+    "booked": (_FILLED, "the account that it is booked to", "6300"),
+    "predicted": (_FILLED, "the account that was predicted", "7140"),
+    "count": (_COUNT, "how often that was", 3),
+    "health": (_of("Health"), "how much is learned"),
+    "metrics": ({"anyOf": [_of("Figures"), {"type": "null"}]}, "of the last predictions, if any"),
+    "curve": (_list("Point", maxItems=129), "the learning curve"),
+    "bookings": (_COUNT, "how many bookings there were", 15000),
+    "scored": (_COUNT, "predictions that the confidence is about", 10000),
+    "Overview.confidence": (_list("Level"), "how good they were when how sure"),
+    "text": (_FILLED, "what the bank statement says", "Office rent June"),
+    "amount": (_FILLED, "the amount", "> -10000"),
+    "reviewed": (_YES, "whether a person has looked at it", True),
+    "sample": (_of("Booked"), "the booking as it was sent, but as it is booked now"),
+    "Booked.AccountNumber": (_FILLED, "the account that it is booked to", "6300"),
+    "name": (_or_null(_FILLED), "the latest name of the account, if it has any", "Office costs"),
+    "Standing.predicted": (_or_null(_FILLED), "the account that was predicted, if any", "7140"),
+    "predicted_name": (_or_null(_FILLED), "the latest name of that, if it has any", "Travel"),
+    "Standing.confidence": (_or_null(_SHARE), "how sure that was", 0.62),
+    "rank": (_or_null(_COUNT | {"minimum": 1}), "the place of its account among all", 2),
+    "booked_by": (_one_of(TIMES), "who booked it", "person"),
+    "corrected": ({"anyOf": [_of("Change"), {"type": "null"}]}, "whether it was booked anew"),
+    "Change.from": (_FILLED, "the account before", "7140"),
+    "Bookings.bookings": (_list("Standing", maxItems=MAX_PAGE), "the page"),
+    "next": (
+        _or_null(_FILLED),
+        "what to ask for the next page with, null if it is the last",
+        "0.62:14950",
+    ),
+    "bookings.reviewed": (_one_of(("yes", "no")), "only what somebody, or nobody, saw", "no"),
+    "below": (_SHARE, "only those predicted with less confidence", 0.9),
+    "order": (
+        _one_of(("newest", "confidence")) | {"default": "newest"},
+        f"newest first, or the least sure of the last {LEAST_SURE} that match",
+        "confidence",
+    ),
+    "bookings.limit": (
+        *(_COUNT | {"minimum": 1, "maximum": MAX_PAGE, "default": 50}, "how many, at most", 20),
+    ),
+    "bookings.before": (
+        {"type": "string", "pattern": "^[0-9]\\.[0-9]{1,20}:[0-9]{1,18}$"},
+        "next of the page before",
+        "0.62:14950",
+    ),
+    "status": (_FILLED, "ok, or why bookings cannot be stored now", "ok"),
+    "samples": (_COUNT, "bookings, also those that nobody has looked at", 15000),
+    "lines": (_COUNT, "lines of the log", 15002),
+    "accounts": (_COUNT, "accounts that are learned", 214),
+    "companies": (_COUNT, "companies that have bookings", 50),
+    "tokens": (_COUNT, "tokens that are learned", 90210),
+    "uptime": (_ODDS | {"minimum": 0}, "seconds since the start", 86400.25),
+    "error": (_FILLED, "one sentence that says what to change", "AccountNumber is missing"),
+    "stream": (_of("Stream"), "how its log is kept equal to others"),
+    "Stream.status": (_FILLED, "what the node does", "following"),
+    "node": (_FILLED, "the node's own name", "a-1f3c"),
+    "writer": (_or_null(_FILLED), "the node that writes now, null if none does", "b-77e0"),
+    "lag": (_COUNT, "lines of the stream that are not in its log yet", 0),
+    "quorum": (_YES, "whether most of the stream's servers are there", True),
+    "Ready.status": (_FILLED, "ready", "ready"),
+    "n": (_SEQ | {"minimum": 1}, "over how many predictions, the last", 1000),
+    "top": (_COUNT | {"minimum": 1, "maximum": Calibration.RANKS, "default": 3}, "how many", 1),
+    "book_from": (_SHARE, "the confidence from which on you book unseen", 0.95),
+    "from": (_SEQ | {"default": 0}, "the seq of the first line", 15000),
+    "limit": (_SEQ, "how many lines, at most; all, if it is not said", 100),
+    "id": (_FILLED, "a company, by its CompanyId", "acme"),
+    "Idempotency-Key": (
         {"type": "string", "pattern": "^[!-~]([ -~]{0,198}[!-~])?$"},
-        "the batch's name: under it, it is stored once, however often it is sent",
-    )
-    top = parameter(
-        "query",
-        "top",
-        count | {"minimum": 1, "maximum": Calibration.RANKS, "default": 3},
-        "how many suggestions, at most",
-    )
-    company = parameter("query", "company", filled, "only the predictions for this company")
-    book_from = parameter(
-        "query", "book_from", share, "the confidence from which on you book unseen"
-    )
-    paths = {
-        "/sample": post(
-            "store bookings, and learn them",
-            a_list(of("schemas", "Booking"), maxItems=max_batch),
-            answers(of("schemas", "Stored"), 400, 413, 415, 422, 503, 507),
-            key,
-        ),
-        "/predict": post(
-            "predict the account of one sample, or of each of a list",
-            {"anyOf": [a_sample, a_list(a_sample, maxItems=max_batch)]},
-            answers(a_list(filled), 400, 413, 415, 503),
-        ),
-        "/suggest": post(
-            "suggest accounts for one sample, or for each of a list, and say why",
-            {"anyOf": [a_sample, a_list(a_sample, maxItems=min(max_batch, MAX_SUGGESTED // 3))]},
-            answers({"anyOf": [a_suggestion, a_list(a_suggestion)]}, 400, 413, 415, 503),
-            top,
-            book_from,
-        ),
-        "/correct": post(
-            "book a booking to another account",
-            of("schemas", "Correction"),
-            answers(of("schemas", "Corrected"), 400, 404, 413, 415, 503, 507),
-        ),
-        "/company/{id}": {
-            "delete": {
-                "summary": "forget a company",
-                "parameters": [parameter("path", "id", filled, "its CompanyId")],
-                "responses": answers(of("schemas", "Forgotten"), 400, 404, 503, 507),
-            }
-        },
-        "/metrics/{n}": get(
-            "macro-averaged precision and recall of the last n predictions",
-            [n],
-            answers(of("schemas", "Metrics"), 400, 503),
-        ),
-        "/report/{n}": get(
-            "how good the last n predictions were, and how good when how sure",
-            [n, company, book_from],
-            answers(of("schemas", "Report"), 400, 404, 503),
-        ),
-        "/samples": get(
-            "the lines of the log",
-            [
-                parameter("query", "from", seq | {"default": 0}, "the seq of the first"),
-                parameter("query", "limit", seq, "how many, at most; without it, all"),
-            ],
-            answers({"type": "string"}, 400, media=JSON_LINES),
-        ),
-        "/overview": get(
-            "what the page shows", [company], answers(of("schemas", "Overview"), 400, 404, 503)
-        ),
-        "/metrics": get(
-            "figures for Prometheus", [], answers({"type": "string"}, media="text/plain")
-        ),
-        "/health": get("how much has been learned", [], answers(of("schemas", "Health"), 503)),
-        "/ready": get("whether bookings can be sent", [], answers(record({"status": filled}), 503)),
-        "/openapi.json": get("this description", [], answers({"type": "object"})),
-        "/": get("the page", [], answers({"type": "string"}, media="text/html")),
+        "the list's name: under it, it is stored once, however often it is sent",
+        "june-1",
+    ),
+}
+RECORDS = {  # what each is, its fields, and those that may be left out
+    "Sample": ("a line of a bank statement", " ".join(FEATURES), "BankEntryDate AccountName"),
+    "Booking": (
+        *("a line of a bank statement, and how it is booked", f"{' '.join(FEATURES)} {TARGET}"),
+        f"BankEntryDate AccountName {BOOKED_BY}",
+    ),
+    "Stored": ("these bookings are on disk, and learned", "received total first last"),
+    "Reason": ("what something that the sample says speaks for", "token kind weight"),
+    "Suggestion": ("an account", "account confidence over margin", "prior reasons"),
+    "Tally": ("earlier suggestions with about as much evidence", "suggestions right"),
+    "Record": ("what the first suggestion's confidence rests on", "known own all"),
+    "Suggestions": ("the most likely accounts", "suggestions record check", "decision"),
+    "Correction": ("a booking, and its right account", f"seq {TARGET}"),
+    "Corrected": ("it is booked so, and learned", f"seq {TARGET} before"),
+    "Forgotten": ("the company is neither in the log nor learned", "company forgotten"),
+    "Metrics": ("means over the accounts, however rare", "precision recall"),
+    "Figures": ("how good the last predictions were", "accuracy precision recall"),
+    "Point": ("the same, after so many bookings", "bookings accuracy precision recall"),
+    "Level": ("how good they were when so sure", "at_least share accuracy error checks"),
+    "Confusion": ("an error", "booked predicted count"),
+    "Report": (
+        "how good the last predictions were",
+        "support unseen checks accuracy precision recall confused confidence",
+    ),
+    "Booked": (
+        *("a line of a bank statement, as it is booked now", f"{' '.join(FEATURES)} {TARGET}"),
+    ),
+    "Change": ("from what it was booked to before", "from"),
+    "Standing": (
+        "a booking as it stands now",
+        "seq sample account name predicted predicted_name confidence rank reviewed booked_by "
+        "corrected",
+    ),
+    "Bookings": ("a page of bookings", "bookings next"),
+    "Overview": ("the page", "health metrics curve scored confidence"),
+    "Health": (
+        "how much is learned",
+        *("status samples unseen checks lines accounts companies tokens uptime", "stream"),
+    ),
+    "Stream": ("a node among others", "status node writer lag quorum"),
+    "Ready": ("bookings can be sent", "status"),
+    "Error": ("why it was refused", "error"),
+}
+
+
+OTHERS = {  # answers that are no records
+    "Accounts": {
+        **{"type": "array", "items": _FILLED | {"examples": ["6300"]}},
+        "description": "an account for each sample, in order",
+    },
+    "Suggested": {
+        "anyOf": [_of("Suggestions"), _list("Suggestions")],
+        "description": "for one sample, or for each in the list",
+    },
+    "Lines": {"type": "string", "description": "JSON Lines", "examples": ['{"seq": 15000, ...}']},
+    "Text": {"type": "string", "description": "metrics", "examples": ["bookkeep_bookings 15000"]},
+    "Page": {"type": "string", "description": "HTML", "examples": ["<!doctype html>"]},
+    "Description": {"type": "object", "description": "this", "examples": [{"openapi": "3.1.0"}]},
+}
+MEDIA = {"Lines": JSON_LINES, "Text": "text/plain", "Page": "text/html"}  # else JSON
+OPERATIONS = {  # tag, id, answer and some refusals; summary; parameters
+    "POST /sample": ("bookings sample Stored 422 503 507", "book, and learn", "Idempotency-Key"),
+    "POST /predict": ("suggestions predict Accounts 503", "predict the accounts of samples"),
+    "POST /suggest": ("suggestions suggest Suggested 503", "and why", "top book_from reasons"),
+    "POST /correct": ("bookings correct Corrected 404 503 507", "book to another account"),
+    "DELETE /company": ("bookings forget Forgotten 404 503 507", "forget any company", "id"),
+    "DELETE /company/{id}": (
+        *("bookings forgetByPath Forgotten 404 503 507", "if a path can hold its id", "id"),
+    ),
+    "GET /metrics/{n}": ("quality metrics Metrics 503", "of the last n predictions", "n"),
+    "GET /report/{n}": ("quality report Report 404 503", "more of that", "n company book_from"),
+    "GET /bookings": (
+        *("bookings bookings Bookings 404 507", "bookings as they stand now, a page at a time"),
+        "company reviewed below order limit before",
+    ),
+    "GET /bookings/{seq}": ("bookings booking Standing 404 507", "one of them", "seq"),
+    "GET /samples": ("bookings samples Lines 404", "lines of the log", "company from limit"),
+    "GET /overview": ("quality overview Overview 404 503", "what the page shows", "company"),
+    "GET /metrics": ("service prometheus Text", "figures for Prometheus"),
+    "GET /health": ("service health Health 503", "how much is learned"),
+    "GET /ready": ("service ready Ready 503", "whether bookings can be sent"),
+    "GET /openapi.json": ("service openapi Description", "this description"),
+    "GET /": ("service page Page", "the page"),
+}
+
+
+def openapi(max_batch: int, max_body: int, guarded: bool) -> dict:
+    """The description of this API, in OpenAPI 3.1; guarded if it takes a token."""
+
+    def or_one(most: int) -> dict:
+        return {"anyOf": [_of("Sample"), _list("Sample", maxItems=most)]}
+
+    bodies = {
+        "sample": _list("Booking", maxItems=max_batch),
+        "predict": or_one(max_batch),
+        "suggest": or_one(max_batch),
+        "correct": _of("Correction"),
     }
-    for path in OPEN:
-        paths[path]["get"]["security"] = []
+    paths: defaultdict[str, dict] = defaultdict(dict)
+    for asked, row in OPERATIONS.items():
+        method, path = asked.split()
+        paths[path][method.lower()] = _operation(path, bodies, *row)
+    learns = (
+        "Learns from every booking and suggests the account of the next. A body has at most "
+        f"{max_body} bytes. With the header Bookkeep-At-Least: n, an answer knows of the log's "
+        "first n lines, or is a 503."
+    )
+    info = {
+        "title": "bookkeep",
+        "version": __version__,
+        "license": {"name": "MIT", "identifier": "MIT"},
+    }
+    responses = {
+        str(status): {"description": says} | _media(_of("Error"), example={"error": sentence})
+        for status, (says, sentence) in REFUSALS.items()
+    }
     return {
         "openapi": "3.1.0",
-        "info": {"title": "bookkeep", "version": __version__, "license": {"name": "MIT"}},
-        "security": [{}, {"token": []}],  # a token, where the service has one
+        "info": info | {"description": learns},
+        "servers": [{"url": "/", "description": "this service"}],
+        "tags": [{"name": name, "description": says} for name, says in TAGS.items()],
+        "security": [{"token": []}] if guarded else [],
         "paths": paths,
         "components": {
-            "schemas": schemas,
-            "responses": {"Refusal": refusal},
-            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+            "schemas": {name: _record(name) for name in RECORDS} | OTHERS,
+            "responses": responses,
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}} if guarded else {},
         },
     }
+
+
+def _operation(
+    path: str, bodies: dict[str, dict], named: str, summary: str, parameters: str = ""
+) -> dict:
+    tag, name, answer, *refusals = named.split()
+    statuses = {"400", *refusals, *([] if path in OPEN else ["401"])}
+    statuses |= {"413", "415"} if name in bodies else set()
+    made = {"operationId": name, "tags": [tag], "summary": summary}
+    made["parameters"] = [_parameter(each, name, path) for each in parameters.split()]
+    if name in bodies:
+        made["requestBody"] = {"required": True} | _media(bodies[name])
+    done = {"description": _resolved(_of(answer))["description"]}
+    done |= _media(_of(answer), MEDIA.get(answer, "application/json"))
+    refused = {status: _of(status, "responses") for status in [*sorted(statuses), "default"]}
+    made["responses"] = {"200": done} | refused
+    return made | ({"security": []} if path in OPEN else {})
+
+
+def _parameter(name: str, operation: str, path: str) -> dict:
+    in_path, header = f"{{{name}}}" in path, name == "Idempotency-Key"
+    place = "path" if in_path else "header" if header else "query"
+    schema = _field(name, operation)
+    return {
+        **{"name": name, "in": place, "required": in_path or name == "id", "schema": schema},
+        **{"description": schema["description"], "example": _example(schema)},
+    }
+
+
+def _field(name: str, of: str) -> dict:
+    """A field of a record, or a parameter of an operation."""
+    schema, says, *examples = FIELDS.get(f"{of}.{name}") or FIELDS[name]
+    return schema | {"description": says} | ({"examples": examples} if examples else {})
+
+
+def _record(name: str) -> dict:
+    says, fields, *optional = RECORDS[name]
+    properties = {each: _field(each, name) for each in " ".join([fields, *optional]).split()}
+    shape = {"type": "object", "description": says, "required": fields.split()}
+    others = _TEXT if fields.startswith(FEATURES[0]) else False
+    return shape | {"properties": properties, "additionalProperties": others}
+
+
+def _resolved(schema: dict) -> dict:
+    name = schema.get("$ref", "").rpartition("/")[2]
+    return _record(name) if name in RECORDS else OTHERS.get(name, schema)
+
+
+def _example(schema: dict) -> object:
+    """What a schema describes, made of the examples of its parts."""
+    schema = _resolved(schema)
+    if "anyOf" in schema:
+        return _example(schema["anyOf"][0])
+    if "properties" in schema:
+        return {name: _example(part) for name, part in schema["properties"].items()}
+    return schema["examples"][0] if "examples" in schema else [_example(schema["items"])]
+
+
+def _media(schema: dict, media: str = "application/json", example: object = None) -> dict:
+    return {"content": {media: {"schema": schema, "example": example or _example(schema)}}}
 
 
 # ------------------------------------------------------------------------------------------- HTTP
@@ -3238,6 +3671,8 @@ MAX_BODY = 64 << 20  # bytes of a request's body
 LARGE_BODY = 1 << 20  # bytes from which a body has to wait for its turn
 AT_LEAST = "HTTP_BOOKKEEP_AT_LEAST"  # of an environ: lines that an answer must know of
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}  # of every answer
+
+BUILD = f'build_info{{version="{__version__}",python="{sys.version.split()[0]}"}}'
 
 STATUS = {  # of what is raised above
     BadRequest: 400,
@@ -3264,6 +3699,11 @@ class Histogram:
             counts, total = self._seen.setdefault(labels, new)
             counts[bisect_left(self.BOUNDS, seconds)] += 1
             total[0] += seconds
+
+    def seen(self, part: str) -> int:
+        """How many have that in their labels."""
+        with self._lock:
+            return sum(sum(counts) for labels, (counts, _) in self._seen.items() if part in labels)
 
     def exposition(self, name: str) -> Iterator[str]:
         """Its lines in Prometheus's text format."""
@@ -3296,7 +3736,7 @@ def create_app(
     app.install(_in_json)
     app.install(lambda callback: partial(checked, callback))
     app.default_error_handler = _error_in_json
-    description = openapi(max_batch)
+    description = openapi(max_batch, max_body, token is not None)
     parsing = threading.Lock()  # parsed JSON may take 20 times its bytes, so one at a time
     durations, fsyncs = Histogram(), Histogram()
     bookkeeper.log.fsynced = fsyncs.observe
@@ -3376,20 +3816,35 @@ def create_app(
             raise HTTPError(400, f"{name} must be a whole number from {least} to {most}")
         return int(text)
 
-    def company_asked() -> str | None:
-        company = request.query.getunicode("company")
-        if company is None and "company" in request.query:
-            raise HTTPError(400, "company must be UTF-8, percent-encoded")
-        return company
+    def text_asked(name: str) -> str | None:
+        value = request.query.getunicode(name)
+        if value is None and name in request.query:
+            raise HTTPError(400, f"{name} must be UTF-8, percent-encoded")
+        return value
 
-    def book_from() -> float | None:
-        text = request.query.get("book_from")
+    def share_asked(name: str) -> float | None:
+        text = request.query.get(name)
         with suppress(ValueError):
             if text is None:
                 return None
             if re.fullmatch("[0-9.e-]+", text) and 0 <= float(text) <= 1:
                 return float(text)
-        raise HTTPError(400, "book_from must be a number from 0 to 1, such as 0.95")
+        raise HTTPError(400, f"{name} must be a number from 0 to 1, such as 0.95")
+
+    def choice_asked(name: str, **choices: bool) -> bool | None:
+        text = request.query.get(name)
+        if text is not None and text not in choices:
+            raise HTTPError(400, f"{name} must be {' or '.join(choices)}")
+        return choices.get(text)
+
+    def page_before() -> tuple[float, int] | None:
+        text = request.query.get("before")
+        with suppress(ValueError):
+            if text is None:
+                return None
+            if found := re.fullmatch("([0-9.e-]+):([0-9]{1,18})", text):
+                return float(found[1]), int(found[2])
+        raise HTTPError(400, "before must be what the page before says is `next`")
 
     @app.post("/sample")
     def sample() -> dict:
@@ -3407,10 +3862,17 @@ def create_app(
     @app.post("/suggest")
     def suggest() -> dict | list[dict]:
         top = number("top", request.query.get("top", "3"), 1, Calibration.RANKS)
+        level = share_asked("book_from")
+        with_reasons = choice_asked("reasons", yes=True, no=False) is not False
         asked = received(parse_json)
-        samples = check_samples(asked, False, min(max_batch, MAX_SUGGESTED // top))
-        level = book_from()
-        answers = [bookkeeper.suggest(s, top, place, level) for place, s in enumerate(samples)]
+        most = MAX_SUGGESTED // top
+        if with_reasons and isinstance(asked, list) and len(asked) > most:
+            raise BadRequest(
+                f"with reasons, send at most {most} samples in one request, not {len(asked)}; "
+                "?reasons=no leaves them out"
+            )
+        samples = check_samples(asked, False, max_batch)
+        answers = bookkeeper.suggest_all(samples, top, level, with_reasons)
         return answers if isinstance(asked, list) else answers[0]
 
     @app.post("/correct")
@@ -3424,8 +3886,12 @@ def create_app(
                 return {"seq": int(seq), TARGET: account, "before": before}
         raise BadRequest('send {"seq": 1203, "AccountNumber": "6700"}, and nothing else')
 
+    @app.delete("/company")  # clients take .. and the like out of a path
     @app.delete("/company/<id:re:(?s:.+)>")
-    def company(id: str) -> dict:
+    def company(id: str | None = None) -> dict:
+        id = id or text_asked("id")
+        if not id:
+            raise HTTPError(400, "say which company, as in /company?id=acme")
         return {"company": id, "forgotten": bookkeeper.forget(id)}
 
     @app.get("/metrics/<n>")
@@ -3435,13 +3901,34 @@ def create_app(
     @app.get("/report/<n>")
     def report(n: str) -> dict:
         n = number("n, after /report/,", n, 1)
-        return bookkeeper.report(n, company_asked(), book_from())
+        return bookkeeper.report(n, text_asked("company"), share_asked("book_from"))
+
+    @app.get("/bookings")
+    def bookings() -> dict:
+        limit = number("limit", request.query.get("limit", "50"), 1, MAX_PAGE)
+        found, end = bookkeeper.bookings(
+            limit,
+            text_asked("company"),
+            reviewed=choice_asked("reviewed", yes=True, no=False),
+            below=share_asked("below"),
+            by_confidence=choice_asked("order", newest=False, confidence=True),
+            before=page_before(),
+        )
+        return {"bookings": found, "next": end and "{}:{}".format(*end)}
+
+    @app.get("/bookings/<seq>")
+    def one_booking(seq: str) -> dict:
+        return bookkeeper.booking(number("seq, after /bookings/,", seq, 0))
 
     @app.get("/samples")
     def samples() -> BinaryIO | str:
         first = number("from", request.query.get("from", "0"), 0)
         limit = number("limit", request.query.get("limit", str(MAX_NUMBER)), 0)
-        lines, size = bookkeeper.log.export(range(first, first + limit))
+        company = text_asked("company")
+        if company is None:
+            lines, size = bookkeeper.log.export(range(first, first + limit))
+        else:
+            lines, size = bookkeeper.lines(company, first, limit)
         response.content_type = JSON_LINES
         response.content_length = size
         if not size:
@@ -3452,11 +3939,14 @@ def create_app(
     @app.get("/metrics")
     def prometheus() -> str:
         response.content_type = "text/plain; version=0.0.4; charset=utf-8"
-        return "".join(f"{line}\n" for line in _exposition(bookkeeper.gauges(), durations, fsyncs))
+        refused = ("Requests that were answered with a status of 4xx.", durations.seen('status="4'))
+        watched = bookkeeper.gauges() | {"refused_total": refused, BUILD: ("What runs.", 1)}
+        watched = {f"bookkeep_{name}": figure for name, figure in watched.items()} | process()
+        return "".join(f"{line}\n" for line in _exposition(watched, durations, fsyncs))
 
     @app.get("/overview")
     def overview() -> dict:
-        return bookkeeper.overview(company_asked())
+        return bookkeeper.overview(text_asked("company"))
 
     @app.get("/health")
     def health() -> dict:
@@ -3534,7 +4024,10 @@ def _in_json(callback: Callable) -> Callable:
         if not isinstance(answer, dict | list):
             return answer
         response.content_type = "application/json"
-        return json.dumps(answer, ensure_ascii=False)  # which would make six times as much of it
+        if isinstance(answer, list):  # in parts: while one is made, all other threads wait
+            parts = (_encode(part)[1:-1] for part in chunks(answer, CHUNK))
+            return f"[{', '.join(parts)}]"
+        return _encode(answer)
 
     return route
 
@@ -3545,15 +4038,37 @@ def _path(rule: str) -> str:
     return re.sub("<(.*?)(:.*?)?>", r"{\1}", rule)
 
 
+def process() -> dict[str, tuple[str, float]]:
+    """What the system says of this process, as Prometheus's own clients do; {} without /proc."""
+    try:
+        # What follows the name, which may hold anything: state, parent, ... (man 5 proc).
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        boot = re.search("^btime ([0-9]+)$", Path("/proc/stat").read_text(), re.MULTILINE)
+        files = len(os.listdir("/proc/self/fd")) - 1  # one of them is to list them
+    except OSError:
+        return {}
+    ticks = os.sysconf("SC_CLK_TCK")
+    cpu, started = (int(fields[11]) + int(fields[12])) / ticks, int(fields[19]) / ticks
+    memory = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return {
+        "process_cpu_seconds_total": ("Seconds of all processors, user and system.", cpu),
+        "process_resident_memory_bytes": ("Bytes of memory in use.", memory),
+        "process_start_time_seconds": ("When it started, since 1970.", int(boot[1]) + started),
+        "process_open_fds": ("Files and connections that are open.", files),
+        "process_max_fds": ("Files and connections that may be open.", most),
+    }
+
+
 def _exposition(
-    gauges: dict[str, tuple[str, float]], durations: Histogram, fsyncs: Histogram
+    watched: dict[str, tuple[str, float]], durations: Histogram, fsyncs: Histogram
 ) -> Iterator[str]:
     """What an operator watches, in Prometheus's text format."""
-    for name, (text, value) in gauges.items():
-        type_ = "counter" if name.endswith("_total") else "gauge"
-        yield f"# HELP bookkeep_{name} {text}"
-        yield f"# TYPE bookkeep_{name} {type_}"
-        yield f"bookkeep_{name} {value}"
+    for labelled, (text, value) in watched.items():
+        name = labelled.partition("{")[0]
+        yield f"# HELP {name} {text}"
+        yield f"# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}"
+        yield f"{labelled} {value}"
     for name, text, histogram in (
         ("request", "How long requests took, by path and status.", durations),
         ("fsync", "How long the disk took to store batches.", fsyncs),
@@ -3912,8 +4427,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     access.disabled = not options.access_log
-    on_signals(signal.default_int_handler)  # as Ctrl-C, until it serves
     try:
+        on_signals(signal.default_int_handler)  # as Ctrl-C, until it serves
         if options.command == "check":
             return check(options.checked, options.repair)
         serve(options)
@@ -3938,9 +4453,6 @@ def serve(options: argparse.Namespace) -> None:
             f"{host} can be reached from other machines: set a token in BOOKKEEP_TOKEN or with "
             "--token-file, or give --open to let anybody read and teach"
         )
-    unsaved = os.environ.get("BOOKKEEP_UNSAVED", str(UNSAVED))
-    if not re.fullmatch("[0-9]{1,18}", unsaved):
-        raise OSError(f"BOOKKEEP_UNSAVED must be a whole number of lines, not {unsaved}")
     log = Log(options.log)
     server = Server(starting_app(log), listener, options.threads, options.max_body)
     started = time.monotonic()
@@ -3954,12 +4466,12 @@ def serve(options: argparse.Namespace) -> None:
         keeper = partial(cluster.Node, options.stream)
     else:
         keeper = Bookkeeper
-    reading = _in_background(partial(keeper, log, int(unsaved)))
+    reading = _in_background(partial(keeper, log, options.unsaved))
     if server.answer(reading):
         raise KeyboardInterrupt
     bookkeeper = reading.result()
     seconds = time.monotonic() - started
-    names = {"localhost", "127.0.0.1", "[::1]", options.host.lower()}
+    names = {"localhost", "127.0.0.1", "[::1]", options.host.lower(), *options.name}
     hosts = None if token or options.open else sorted(names)
     app = create_app(bookkeeper, token, hosts, options.max_body, options.max_batch)
     server.call(app)
@@ -4017,37 +4529,71 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    def option(name: str, help: str, **more: object) -> None:
-        shown = f"{help} (default: %(default)s)" if "default" in more else help
-        parser.add_argument(f"--{name}", help=shown, **more)
+    def option(
+        name: str, help: str, type: Callable = str, default: object = None, **more: object
+    ) -> None:
+        """Adds --some-thing, which BOOKKEEP_SOME_THING sets, too, unless it is given."""
+        variable = f"BOOKKEEP_{name.upper().replace('-', '_')}"
+        found = os.environ.get(variable)
 
-    option("host", "address to listen on", default="127.0.0.1")
-    option("port", "0 for any free one", type=_whole(0, 65535), default=8080)
+        def value(text: str) -> object:
+            try:
+                return type(text)
+            except argparse.ArgumentTypeError as error:
+                where = f", as {variable} says" if text is found else ""
+                raise argparse.ArgumentTypeError(f"{error}{where}") from None
+
+        usual = f"default: {default}; " if default else ""
+        default = default if found is None else found
+        added = parser.add_argument(
+            f"--{name}", help=f"{help} ({usual}{variable})", default=default, **more
+        )
+        added.type = value  # which argparse calls with a default that is a text, too
+
+    option("host", "address to listen on", str, "127.0.0.1")
+    option("port", "0 for any free one", _whole(0, 65535), 8080)
+    option(
+        "name", "names that a proxy calls it by, with commas between", _names, [], metavar="HOST"
+    )
     kept = "file that keeps every booking; it is made, and read back at the next start"
-    option("log", kept, type=Path, default=Path("data/bookkeep.jsonl"))
+    option("log", kept, lambda path: Path(path).absolute(), "data/bookkeep.jsonl")
     stream = "NATS JetStream that holds the log of several bookkeeps: docs/cluster.md"
     option("stream", stream, metavar="nats://HOST:PORT,.../NAME")
     token = "file with a token that all but /health and the page need; or set BOOKKEEP_TOKEN"
-    option("token-file", token, type=Path, metavar="FILE")
+    option("token-file", token, Path, metavar="FILE")
     reach = "listen without a token where other machines can reach it"
-    option("open", reach, action="store_true")
+    option("open", reach, _yes_or_no, False, action="store_true")
     lines = "write a line for each request to standard error: no body, query or name"
-    option("access-log", lines, action="store_true")
+    option("access-log", lines, _yes_or_no, False, action="store_true")
     threads = "requests at work at once: so many that book, so many questions, so many others"
-    option("threads", threads, type=_whole(1, 1000), default=16)
-    option("max-body", "bytes in one request's body", type=_whole(1, 1 << 40), default=MAX_BODY)
-    option("max-batch", "samples in one request", type=_whole(1, 10**9), default=MAX_BATCH)
+    option("threads", threads, _whole(1, 1000), 16)
+    option("max-body", "bytes in one request's body", _whole(1, 1 << 40), MAX_BODY)
+    option("max-batch", "samples in one request", _whole(1, 10**9), MAX_BATCH)
+    option("unsaved", "lines of the log that its snapshot may lack", _whole(0, 10**18), UNSAVED)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
 
 def _whole(least: int, most: int) -> Callable[[str], int]:
     def number(text: str) -> int:
-        if not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
+        if not re.fullmatch("[0-9]{1,19}", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is no whole number from {least} to {most}")
         return int(text)
 
-    number.__name__ = "whole number"  # what argparse calls it in an error
     return number
+
+
+def _yes_or_no(text: str) -> bool:
+    if text not in ("yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text} is neither yes nor no")
+    return text == "yes"
+
+
+def _names(text: str) -> list[str]:
+    names = text.lower().split(",")
+    for name in names:
+        if not re.fullmatch(r"[\w.-]+|\[[0-9a-f:.]+\]", name, re.ASCII):
+            raise argparse.ArgumentTypeError(f"{name} is no name of a host, without a port")
+    return names
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -4075,167 +4621,142 @@ PAGE = r"""<!doctype html>
   viewBox='0 0 16 16'%3E%3Cpath d='M1 3h14M8 3v12' stroke='%232f86b5' stroke-width='3'/%3E
   %3C/svg%3E">
 <style>
-:root {
-  color-scheme: light dark;
+:root { color-scheme: light dark;
   --page: #fff; --tint: #f2f5f7; --rule: #dce1e5; --edge: #818c95; --muted: #56626b; --ink: #192026;
-  --accent: #0b5f8a; --on-accent: #fff; --good: #11734b; --bad: #ab2f1c;
-  --accuracy: #0b5f8a; --precision: #b84c00; --recall: #00765a;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #14181b; --tint: #20272c; --rule: #2c3439; --edge: #717d86; --muted: #9da9b1;
-    --ink: #e5e9ec; --accent: #74bce6; --on-accent: #0c1a23; --good: #6cc79b; --bad: #f2907c;
-    --accuracy: #74bce6; --precision: #f0a05a; --recall: #62c9a4;
-  }
-}
-* { box-sizing: border-box; margin: 0; padding: 0; }
-[hidden] { display: none !important; }
-body {
-  max-width: 78rem; margin: 0 auto; padding: 0 1rem; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
-  font-variant-numeric: tabular-nums; overflow-wrap: anywhere;
-}
+  --accent: #0b5f8a; --on-accent: #fff; --good: #11734b; --bad: #ab2f1c; --precision: #b84c00;
+  --recall: #00765a; }
+@media (prefers-color-scheme: dark) { :root {
+  --page: #14181b; --tint: #20272c; --rule: #2c3439; --edge: #717d86; --muted: #9da9b1;
+  --ink: #e5e9ec; --accent: #74bce6; --on-accent: #0c1a23; --good: #6cc79b; --bad: #f2907c;
+  --precision: #f0a05a; --recall: #62c9a4;
+} }
+* { box-sizing: border-box; margin: 0; padding: 0; } [hidden] { display: none !important; }
+body { max-width: 84rem; margin: 0 auto; padding: 0 1rem; background: var(--page);
+  color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
+  font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 h1 { font-size: 1.25rem; line-height: 1.2; font-weight: 650; letter-spacing: -.01em; }
 h2 { font-size: 1.0625rem; line-height: 1.35; font-weight: 600; }
-.muted, label, dt, thead th { color: var(--muted); font-size: .8125rem; font-weight: 400; }
-.error { color: var(--bad); }
-a { color: var(--accent); }
+.muted, label, dt, th { color: var(--muted); font-size: .8125rem; font-weight: 400; }
+.error { color: var(--bad); } .good { color: var(--good); } a { color: var(--accent); }
+ul, ol { list-style: none; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-
-header, footer { display: flex; flex-wrap: wrap; align-items: center; gap: .25rem 1rem; }
-header { padding: 1.25rem 0; }
-footer { border-top: 1px solid var(--rule); padding: 1rem 0 2rem; }
+header, footer, .buttons { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem 1rem; }
+header { padding: 1rem 0; } footer { border-top: 1px solid var(--rule); padding: 1rem 0 2rem; }
 h1 svg { width: 1em; height: 1em; margin-right: .4em; vertical-align: -.1em; color: var(--accent); }
-#state { margin-left: auto; font-size: .875rem; }
-#state::before { content: ""; display: inline-block; width: .6em; height: .6em;
-  margin-right: .5em; border: 2px solid var(--muted); }
+#state { margin-left: auto; font-size: .875rem; color: inherit; }
+#state::before { content: ""; display: inline-block; width: .6em; height: .6em; margin-right: .5em;
+  border: 2px solid var(--muted); }
 #state.good::before { background: var(--good); border-color: var(--good); border-radius: 50%; }
-#state.bad { color: var(--bad); }
-#state.bad::before { border-color: var(--bad); }
-
-#figures { display: grid; grid-template-columns: 1fr 1fr; border-top: 2px solid var(--ink); }
-#figures > div { padding: .75rem 0 1.25rem; }
-#figures > div + div { padding-left: 2rem; border-left: 1px solid var(--rule); }
-#figures dl { display: flex; flex-wrap: wrap; gap: 0 1rem; }
-#figures dl div { flex: 1 1 28%; margin-top: .5rem; }
-#unseen { margin-top: .25rem; }
-#figures dd { font-size: 1.75rem; line-height: 1.2; font-weight: 500; white-space: nowrap; }
-
+#state.bad, #state.bad::before { color: var(--bad); border-color: var(--bad); }
 .part { display: grid; grid-template-columns: 17rem minmax(0, 1fr); gap: 1rem 2.5rem;
   border-top: 1px solid var(--rule); padding: 1.5rem 0 2rem; }
-.lead { position: relative; }
-.lead > * + * { margin-top: .5rem; }
-#sentence { font-size: 1.0625rem; line-height: 1.45; }
+.lead > * + *, .suggestions > * + *, dialog * + p, dialog * + label { margin-top: .5rem; }
 pre { font: .8125rem/1.6 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap;
-  background: var(--tint); padding: .75rem 1rem; margin-bottom: .75rem; }
-
-.chart { position: relative; height: 100%; min-height: 19rem; }
-.chart > * { position: absolute; inset: 0; width: 100%; height: 100%; }
-.chart div { cursor: crosshair; touch-action: pan-y; }
-.chart text { font-size: .75rem; fill: var(--muted); }
-.chart .name { fill: var(--ink); }
-.grid { stroke: var(--rule); }
+  background: var(--tint); padding: .75rem 1rem; user-select: all; }
+form { display: grid; gap: .75rem; } label { display: grid; gap: .2rem; }
+input, select, button { font: inherit; line-height: 1.4; border: 1px solid var(--edge);
+  border-radius: 3px; padding: .35rem .6rem; background: var(--page); }
+input, select { color: var(--ink); width: 100%; height: 2.2rem; }
+input[type=checkbox] { width: auto; height: auto; }
+button { color: var(--accent); cursor: pointer; }
+button:hover:enabled { border-color: var(--accent); text-decoration: underline; }
+button:disabled { color: var(--muted); border-color: var(--rule); cursor: default; }
+button:is([type=submit], #confirm):enabled { color: var(--on-accent); background: var(--accent); }
+#try button, #access button { justify-self: start; align-self: end; }
+#access form { max-width: 20rem; } ::placeholder { color: var(--muted); opacity: 1; }
+kbd { font: .75rem/1.4 ui-monospace, Menlo, Consolas, monospace; border: 1px solid currentColor;
+  border-radius: 3px; padding: 0 .35em; align-self: center; }
+li button { padding: .1rem .5rem; font-size: .8125rem; } .combo { position: relative; }
+.combo ul { position: absolute; z-index: 1; top: 100%; left: 0; right: 0; max-height: 17rem;
+  overflow: auto; background: var(--page); border: 1px solid var(--edge); }
+#panel .combo ul { position: static; }
+.combo li { display: flex; justify-content: space-between; gap: 1rem; padding: .3rem .6rem;
+  color: var(--ink); font-size: .9375rem; cursor: pointer; }
+.combo [aria-selected=true] { background: var(--tint); box-shadow: inset 3px 0 var(--accent); }
+dialog { margin: auto; width: 30rem; max-width: calc(100% - 2rem); padding: 1.25rem; color: inherit;
+  background: var(--page); border: 1px solid var(--edge); border-radius: 4px; }
+table { border-collapse: collapse; width: 100%; }
+th, td, caption { text-align: left; vertical-align: top; padding: .3rem .5rem; }
+th { vertical-align: bottom; line-height: 1.3; overflow-wrap: normal; }
+tr + tr > *, thead + tbody > :first-child > * { border-top: 1px solid var(--rule); }
+td.number, th.number { text-align: right; } td.number { white-space: nowrap; }
+.clip { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden;
+  }
+.whole { white-space: nowrap; display: inline-block; max-width: 100%; overflow: hidden;
+  text-overflow: ellipsis; vertical-align: bottom; }
+#bar { display: flex; flex-wrap: wrap; align-items: end; gap: .5rem 1rem; padding: .75rem 0;
+  border-top: 2px solid var(--ink); }
+#bar h2 { font-size: 1.25rem; margin-right: auto; } #bar label { flex: 0 1 11rem; }
+#desk { display: grid; grid-template-columns: minmax(0, 1fr) 21rem; gap: 1.25rem;
+  padding-bottom: 2rem; }
+#more, #fresh { margin-top: .75rem; } .bookings { table-layout: fixed; }
+.bookings th:nth-child(1) { width: 6.25rem; } .bookings th:nth-child(2) { width: 14%; }
+.bookings th:nth-child(4) { width: 6.75rem; } .bookings th:nth-child(n + 5) { width: 18%; }
+.bookings th:nth-child(6) { width: 14%; } .bookings th:nth-child(7) { width: 5.75rem; }
+.bookings tbody th { padding-top: .8rem; font-weight: 600; }
+.bookings td:first-child, .bookings .number .clip { white-space: nowrap; }
+.bookings.one tr > :nth-child(2) { display: none; } .bookings tbody tr { cursor: pointer; }
+.bookings tr.done { color: var(--muted); }
+.bookings [aria-current] { background: var(--tint); box-shadow: inset 3px 0 var(--accent); }
+button.pick { display: block; width: 100%; border: 0; padding: 0; color: inherit; background: none;
+  text-align: left; line-height: inherit; text-decoration: none !important; }
+#panel { position: sticky; top: .75rem; align-self: start; max-height: calc(100vh - 1.5rem);
+  overflow: auto; border: 1px solid var(--edge); border-radius: 4px; background: var(--page);
+  padding: .75rem 1rem 1rem; scrollbar-width: thin; }
+#panel > * + * { margin-top: .5rem; }
+#text { font-weight: 600; min-height: 4.5em; -webkit-line-clamp: 3; }
+#facts { display: grid; grid-template-columns: 5rem minmax(0, 1fr); align-items: baseline; }
+#facts dd { overflow: hidden; white-space: nowrap; text-overflow: ellipsis; }
+#buttons { display: grid; grid-template-columns: 1fr 1fr; gap: .4rem; }
+#buttons button { display: flex; justify-content: space-between; } #said { min-height: 3em; }
+#session li, .suggestions li { border-top: 1px solid var(--rule); padding: .35rem 0; }
+#session li { display: grid; grid-template-columns: minmax(0, 1fr) auto; align-items: center; }
+#own-figures dd { margin-bottom: .4rem; }
+#own-tables { display: grid; grid-template-columns: 2fr 3fr; gap: 1rem 2rem; align-items: start; }
+#own-tables > div { max-height: 26rem; overflow: auto; scrollbar-width: thin; }
+#curve { position: relative; height: 100%; min-height: 19rem; }
+#curve svg { position: absolute; width: 100%; height: 100%; }
+#curve text { font-size: .75rem; fill: var(--muted); } .grid { stroke: var(--rule); }
 .axis { stroke: var(--edge); }
-.line { fill: none; stroke: currentColor; stroke-width: 2; stroke-linejoin: round; }
-.mark { fill: currentColor; stroke: var(--page); stroke-width: 1.5; }
-.error-bar { stroke: currentColor; stroke-width: 1.5; opacity: .6; }
-.accuracy { color: var(--accuracy); }
-.precision { color: var(--precision); }
-.recall { color: var(--recall); }
-.line.precision { stroke-dasharray: 8 4; }
-.line.recall { stroke-dasharray: 2 3; }
-#legend { display: grid; gap: .5rem 2rem; margin: .75rem 0; }
-#legend div { display: grid; grid-template-columns: 1fr auto; }
+.line { fill: none; stroke: var(--accent); stroke-width: 2; stroke-linejoin: round; }
+.line.precision { stroke: var(--precision); stroke-dasharray: 8 4; }
+.line.recall { stroke: var(--recall); stroke-dasharray: 2 3; }
+#legend { display: grid; grid-template-columns: 1fr auto; }
 #legend dt { color: inherit; font-size: inherit; text-transform: capitalize; }
 #legend svg { width: 2rem; height: .75rem; margin-right: .75rem; }
-#legend .muted { grid-column: 1 / -1; padding-left: 2.75rem; }
-.coverage { display: grid; grid-template-columns: minmax(0, 1fr) 23.5rem; gap: 1rem 2rem; }
-
-table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; vertical-align: top; padding: .3rem 0 .3rem 1rem; font-weight: 400; }
-th:first-child, td:first-child { padding-left: 0; }
-thead th { vertical-align: bottom; line-height: 1.3; overflow-wrap: normal;
-  border-bottom: 1px solid var(--edge); }
-tbody tr + tr > * { border-top: 1px solid var(--rule); }
-caption { text-align: left; }
-td.number, th.number { text-align: right; }
-td.number { white-space: nowrap; }
-#steps { align-self: start; }
-#steps th + th, #steps td { padding-left: .75rem; }
-#steps .chosen > * { background: var(--tint); }
-.clip { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2;
-  overflow: hidden; }
-.bookings { table-layout: fixed; }
-.bookings th:nth-child(n + 4) { width: 11.5%; }
-.bookings th:nth-child(odd) { width: 14%; }
-.bookings th:nth-child(5) { width: 11.5%; }
-.bookings th:nth-child(7) { width: 4.25rem; }
-.held { visibility: hidden; }
-.part:has(tbody:hover, tbody:focus-within) .held { visibility: visible; }
-
-form { display: grid; gap: .75rem; }
-label { display: grid; gap: .2rem; }
-input, button { font: inherit; border: 1px solid var(--edge); border-radius: 3px;
-  padding: .4rem .75rem; background: none; }
-input { color: var(--ink); width: 100%; }
-button { color: var(--accent); cursor: pointer; }
-button:hover { border-color: var(--accent); text-decoration: underline; }
-button[type=submit] { color: var(--on-accent); background: var(--accent); justify-self: start;
-  align-self: end; border-color: transparent; font-weight: 500; }
-td button { padding: 0 .6rem; font-size: .8125rem; line-height: 1.4rem; }
-#access form, #company { max-width: 20rem; }
-::placeholder { color: var(--muted); opacity: 1; }
-
-#suggestions > * + * { margin-top: .5rem; }
-#ranking { list-style: none; }
-#ranking li { border-top: 1px solid var(--rule); }
-summary { display: grid; grid-template-columns: 1rem minmax(0, 1fr) minmax(0, 2fr) 4rem;
-  gap: .75rem; align-items: center; padding: .4rem 0; cursor: pointer; }
-summary::before { content: "+"; color: var(--muted); text-align: center; }
-[open] > summary::before { content: "–"; }
-summary .clip { font-weight: 600; }
-summary .number { text-align: right; }
-details > div { padding: 0 0 1rem 1.75rem; }
+.suggestions summary { display: grid; gap: .6rem; align-items: center; cursor: pointer;
+  grid-template-columns: .7rem minmax(0, 3fr) minmax(0, 4fr) 3.5rem; }
+.suggestions summary::before { content: "+"; color: var(--muted); }
+.suggestions [open] > summary::before { content: "–"; } summary .number { text-align: right; }
 .bar { display: block; position: relative; height: .5rem; background: var(--tint); }
 .bar span { position: absolute; height: 100%; background: var(--accent); }
 .zero { background: none; margin-top: .5rem; }
 .zero::after { content: ""; position: absolute; inset: -.55rem auto -.55rem 50%;
   border-left: 1px solid var(--edge); }
 .zero .against { background: var(--precision); }
-.reasons { table-layout: fixed; }
-.reasons .clip { -webkit-line-clamp: 3; }
-.reasons td:nth-child(2) { width: 34%; }
-.reasons td:nth-child(3) { width: 5rem; }
+.reasons { table-layout: fixed; margin-top: .35rem; } .reasons td:nth-child(2) { width: 30%; }
+.reasons td:nth-child(3) { width: 4.5rem; }
 .reasons tr:last-child td { border-top-color: var(--edge); font-weight: 600; }
-
-@media (max-width: 72rem) { .coverage { grid-template-columns: minmax(0, 1fr); } }
-@media (max-width: 60rem) { .part { grid-template-columns: minmax(0, 1fr); } }
-@media (min-width: 44rem) and (max-width: 60rem) {
-  #legend { grid-template-columns: repeat(3, 1fr); }
-  #try { grid-template-columns: 1fr 2fr 1fr auto; }
+@media (max-width: 62rem) {
+  html { scroll-padding-bottom: 17rem; } .part, #desk { grid-template-columns: minmax(0, 1fr); }
+  #panel { top: auto; bottom: 0; max-height: 65vh; margin: 0 -1rem; border-width: 1px 0 0;
+    box-shadow: 0 -4px 12px #0002; }
+  #text { min-height: 1.5em; -webkit-line-clamp: 1; }
+  #buttons { grid-template-columns: repeat(3, 1fr); } #said { min-height: 1.5em; }
 }
-@media (max-width: 44rem) {
-  #state { margin-left: 0; flex-basis: 100%; }
-  #figures { grid-template-columns: 1fr; }
-  #figures > div { padding-bottom: .75rem; }
-  #figures > div + div { padding-left: 0; border-left: 0; border-top: 1px solid var(--rule); }
-  #figures dd { font-size: 1.5rem; }
-  .chart { min-height: 16rem; }
-  details > div { padding-left: 0; }
-  #steps { font-size: .875rem; }
-  #steps th + th, #steps td { padding-left: .35rem; }
-  .reasons td:nth-child(2) { width: 25%; }
-  .bookings thead { position: absolute; width: 1px; height: 1px; overflow: hidden;
-    clip-path: inset(50%); display: block; }
+@media (max-width: 52rem) {
+  #state { margin-left: 0; } #bar label { flex: 1 1 40%; } button kbd { display: none; }
+  #steps :is(th, td) { padding: .3rem 0 .3rem .35rem; font-size: .8125rem; }
+  #latest-of td:nth-child(2) { width: 45%; } #own-tables { grid-template-columns: minmax(0, 1fr); }
+  .bookings thead { position: absolute; width: 1px; height: 1px; overflow: hidden; display: block;
+    clip-path: inset(50%); }
   .bookings, .bookings tbody { display: block; }
-  .bookings tr { display: grid; grid-template-columns: 1.4fr 1fr 1fr 4.5rem; gap: 0 .75rem;
-    position: relative; padding: .6rem 0; border-bottom: 1px solid var(--rule); }
-  .bookings tbody td { padding: 0; border: 0; text-align: left; min-width: 0; }
-  .bookings tbody td:nth-child(-n + 2) { grid-column: 1 / -1; padding-right: 4.25rem; }
-  .bookings td:nth-child(1) { color: var(--muted); }
-  .bookings td:nth-child(n + 3)::before { content: attr(data-name); display: block;
-    color: var(--muted); font-size: .75rem; white-space: nowrap; }
-  .bookings td:nth-child(7) { position: absolute; top: .6rem; right: 0; }
+  .bookings tr { display: grid; grid-template-columns: 1fr 1fr 7rem; padding: .4rem 0;
+    border-top: 1px solid var(--rule); }
+  .bookings tbody > tr > * { padding: 0 .5rem; border: 0; min-width: 0; }
+  .bookings tbody tr > :is(th, :nth-child(3)) { grid-column: 1 / -1; width: auto; }
+  .bookings td:is(:nth-child(1), :nth-child(2), :nth-child(4)) { order: -1; }
+  .bookings td:nth-child(4) { grid-column: 3; }
 }
 @media (prefers-reduced-motion: no-preference) { html { scroll-behavior: smooth; } }
 </style>
@@ -4249,261 +4770,245 @@ details > div { padding: 0 0 1rem 1.75rem; }
 </header>
 <main>
 <noscript><p class="error">This page needs JavaScript.</p></noscript>
-
-<section id="figures" aria-label="Key figures">
-  <div>
-    <p class="muted">Learned so far</p>
-    <dl>
-      <div><dt>Bookings</dt><dd id="samples">–</dd></div>
-      <div><dt>Accounts</dt><dd id="accounts">–</dd></div>
-      <div><dt>Companies</dt><dd id="companies">–</dd></div>
-    </dl>
-    <p id="unseen" class="muted" hidden></p>
-  </div>
-  <div>
-    <p class="muted">Over the last 1,000 predictions</p>
-    <dl>
-      <div><dt>Accuracy</dt><dd id="accuracy">–</dd></div>
-      <div><dt>Precision</dt><dd id="precision">–</dd></div>
-      <div><dt>Recall</dt><dd id="recall">–</dd></div>
-    </dl>
-  </div>
-</section>
-
 <section id="access" class="part" aria-labelledby="access-title" hidden>
-  <div class="lead">
-    <h2 id="access-title">Token needed</h2>
-    <p id="why" role="status"></p>
-    <p class="muted">This tab keeps the token until you close it.</p>
-  </div>
-  <form>
-    <label>Token <input id="token" type="password" autocomplete="off" required pattern="[!-~]+"
+  <div class="lead"><h2 id="access-title">Token needed</h2>
+    <p id="wanted" role="status"></p>
+    <p class="muted">This tab keeps the token until you close it.</p></div>
+  <form><label>Token <input id="token" type="password" autocomplete="off" required pattern="[!-~]+"
       title="letters, digits and signs of a US keyboard, no spaces"></label>
-    <button type="submit">Use this token</button>
-  </form>
+    <button type="submit">Use this token</button></form>
 </section>
-
 <section id="start" class="part" aria-labelledby="start-title" hidden>
-  <div class="lead">
-    <h2 id="start-title">Send the first bookings</h2>
+  <div class="lead"><h2 id="start-title">Send the first bookings</h2>
     <p class="muted">Nothing has been booked yet. Run this in a terminal, or send your own bookings
-      the same way. This page then comes to life by itself.</p>
-  </div>
-  <div>
-    <pre id="command"></pre>
-    <button id="copy" type="button">Copy</button>
-    <span id="copied" class="muted" role="status"></span>
-  </div>
+      the same way. This page then comes to life by itself.</p></div>
+  <pre id="command">curl <span id="origin"></span>/sample -H 'Content-Type: application/json'<span
+    class="locked"> -H 'Authorization: Bearer &lt;token>'</span> -d '[
+{"CompanyId": "acme", "BankEntryText": "Office rent May", "BankEntryAmount": "> -10000",
+  "AccountNumber": "6300"},
+{"CompanyId": "acme", "BankEntryText": "Train to Oslo", "BankEntryAmount": "> -100",
+  "AccountNumber": "7140"}]'</pre>
 </section>
-
 <div id="report" hidden>
+<section id="review" aria-labelledby="review-title">
+  <div id="bar">
+    <h2 id="review-title">Review</h2>
+    <label>Company <span class="combo"><input id="company" autocomplete="off" maxlength="100"
+      placeholder="all"></span></label>
+    <label>Show <select id="reviewed"><option value="no yes">unseen ones first
+      <option value="no">unseen ones only<option value="yes">others only</select></label>
+    <label>Confidence <select id="below"><option value="">any</select></label>
+    <label>Order <select id="order"><option value="confidence">least sure first
+      <option value="newest">newest first</select></label>
+    <button id="help" type="button">Keys</button>
+  </div>
+  <div id="desk">
+    <div>
+      <p id="empty" role="status"></p>
+      <table id="list" class="bookings" role="table" aria-labelledby="review-title"></table>
+      <p class="buttons"><button id="more" type="button">More</button>
+        <button id="fresh" type="button">Show what has come since</button></p>
+    </div>
+    <aside id="panel" aria-label="The chosen booking">
+      <p id="when" class="muted"></p>
+      <p id="text" class="clip"></p>
+      <dl id="facts"><dt>Amount</dt><dd id="amount"></dd><dt>Booked to</dt><dd id="booked"></dd>
+        <dt>Suggested</dt><dd id="suggested"></dd></dl>
+      <div id="buttons"></div>
+      <label id="choose" hidden>Account, by number or name
+        <span class="combo"><input id="account" autocomplete="off" maxlength="100"></span></label>
+      <p id="said" role="status"></p>
+      <div id="why" class="suggestions" hidden><p></p><p></p><p class="muted">By what is learned
+        by now, from this booking too unless it is unseen.</p><ol></ol></div>
+      <details id="session" hidden><summary></summary><ul></ul></details>
+    </aside>
+  </div>
+</section>
+<section id="own" class="part" aria-labelledby="own-title" hidden>
+  <div class="lead"><h2 id="own-title"></h2>
+    <dl id="own-figures"></dl>
+    <p class="buttons"><button id="download" type="button">Download as CSV</button>
+      <button id="forget" type="button">Forget …</button>
+      <button id="all" type="button">All companies</button></p>
+    <p id="own-said" role="status"></p></div>
+  <div id="own-tables">
+    <div tabindex="0" role="region" aria-label="Its accounts"><table id="accounts-of"></table></div>
+    <div tabindex="0" role="region" aria-label="Its latest bookings"><table id="latest-of"></table>
+    </div>
+  </div>
+</section>
 <section class="part" aria-labelledby="curve-title">
-  <div class="lead">
-    <h2 id="curve-title">How well it has learned</h2>
-    <p class="muted">Each booking is predicted before it is learned. A point covers the 1,000
-      bookings before it.</p>
-    <div data-of="curve">
-      <p id="when"></p>
-      <dl id="legend"></dl>
-      <p class="muted">Precision and recall are means over the accounts: a rare one counts as much
-        as a common one.</p>
-    </div>
-  </div>
-  <div>
-    <p class="none" data-of="curve">Nothing has been predicted yet. The next bookings will be.</p>
-    <div id="curve" class="chart" data-of="curve">
-      <svg role="img"></svg>
-      <div role="slider" tabindex="0" aria-label="Point of the learning curve"></div>
-    </div>
-  </div>
+  <div class="lead"><h2 id="curve-title">How well it has learned</h2>
+    <p>Bookings: <b id="samples"></b>, accounts: <b id="accounts"></b>,
+      companies: <b id="companies"></b>. <span id="unseen"></span></p>
+    <dl id="legend"></dl>
+    <p class="muted">Of the last 1,000 predictions, each made before its booking was learned.
+      Accuracy: how many were right. Precision: of an account’s suggestions, how many were right.
+      Recall: of an account’s bookings, how many were suggested. Both are means over the accounts:
+      a rare one counts as much as a common one.</p></div>
+  <div><p class="none" data-of="curve">Nothing is predicted yet. The next bookings will be.</p>
+    <div id="curve" data-of="curve"><svg role="img"></svg></div></div>
 </section>
-
 <section class="part" aria-labelledby="coverage-title">
-  <div class="lead">
-    <h2 id="coverage-title">How much can be booked unseen</h2>
+  <div class="lead"><h2 id="coverage-title">How much can be booked unseen</h2>
     <p id="sentence" data-of="confidence"></p>
-    <p class="muted" data-of="confidence">Rests on the last <span id="checks"></span>.
-      The dots are the confidence a suggestion must have to be booked unseen:
-      the higher, the fewer but the surer. ± and the lines through the dots: one standard error.</p>
-    <label>Company <input id="company" autocomplete="off" maxlength="100" placeholder="all"></label>
-  </div>
-  <div>
-    <p id="none" class="none" data-of="confidence" role="status"></p>
-    <div class="coverage" data-of="confidence">
-      <div id="coverage" class="chart">
-        <svg role="img"></svg>
-        <div role="slider" tabindex="0" aria-label="Confidence to book unseen"></div>
-      </div>
-      <table id="steps">
-        <thead><tr><th scope="col">Confidence from</th>
-          <th scope="col" class="number">Booked unseen</th>
-          <th scope="col" class="number">Right of these</th>
-          <th scope="col" class="number">Wrong in 1,000 bookings</th></tr></thead>
-        <tbody></tbody>
-      </table>
-    </div>
-  </div>
+    <p class="muted" data-of="confidence"><span id="of-whom"></span>Rests on the last
+      <span id="checks"></span>. The more confidence a suggestion must have, the fewer are booked
+      unseen, and the surer. ±: one standard error.</p></div>
+  <div><p id="none" class="none" data-of="confidence" role="status"></p>
+    <table id="steps" data-of="confidence"></table></div>
 </section>
-
 <section class="part" aria-labelledby="try-title">
-  <div class="lead">
-    <h2 id="try-title">Try a sample</h2>
-    <p class="muted">It only asks. Nothing is booked or learned. Confidence is how often past
-      suggestions like the first were right: the company’s own and, while these are few, those of
-      all companies. The other suggestions share the rest.</p>
+  <div class="lead"><h2 id="try-title">Try a sample</h2>
+    <p class="muted">It only asks. Confidence is how often past suggestions like the first were
+      right: the company’s own and, while these are few, those of all. Others share the rest.</p>
     <form id="try">
       <label>Company <input name="CompanyId" required autocomplete="off"></label>
       <label>Text <input name="BankEntryText" required autocomplete="off"></label>
       <label>Amount <input name="BankEntryAmount" required autocomplete="off"></label>
       <button type="submit">Suggest an account</button>
-    </form>
-  </div>
-  <div id="suggestions">
-    <p id="verdict" role="status">The suggestions appear here, with the reasons for each.</p>
-    <p id="record" role="status"></p>
-    <p id="weights" class="muted" hidden>A weight above zero speaks for the account, one below zero
-      for the account it is compared with. Each 0.7 doubles the odds; the weights add up.</p>
-    <ol id="ranking"></ol>
-  </div>
-</section>
-
-<section class="part" aria-labelledby="wrong-title">
-  <div class="lead">
-    <h2 id="wrong-title">Latest wrong ones</h2>
-    <p class="muted">Booked otherwise than predicted, newest first. They are learned by now, but
-      for those booked unseen: try them again.</p>
-    <p class="muted held">Held still while you use it.</p>
-  </div>
-  <div>
-    <p class="none" data-of="wrong">None yet.</p>
-    <table id="wrong" class="bookings" role="table" aria-labelledby="wrong-title"
-      data-of="wrong"></table>
-  </div>
-</section>
-
-<section class="part" aria-labelledby="unsure-title">
-  <div class="lead">
-    <h2 id="unsure-title">Least sure ones</h2>
-    <p class="muted">Of the last 1,000 predictions, those to look at first, right or wrong.</p>
-    <p class="muted held">Held still while you use it.</p>
-  </div>
-  <div>
-    <p class="none" data-of="unsure">None yet.</p>
-    <table id="unsure" class="bookings" role="table" aria-labelledby="unsure-title"
-      data-of="unsure"></table>
-  </div>
+    </form></div>
+  <div id="suggestions" class="suggestions">
+    <p role="status">The suggestions appear here, with the reasons for each.</p>
+    <p role="status"></p>
+    <p class="muted" hidden>A weight above zero speaks for the account, one below zero for the
+      account it is compared with. Each 0.7 doubles the odds; the weights add up.</p><ol></ol></div>
 </section>
 </div>
+<dialog id="forgetting" aria-labelledby="forgetting-title"><form>
+  <h2 id="forgetting-title"></h2>
+  <p>Its bookings leave the log, and what they taught leaves the model. This cannot be undone.
+    Backups are yours to delete.</p>
+  <label><span>Type <b id="to-type"></b></span><input id="typed" autocomplete="off"></label>
+  <p class="buttons"><button type="submit">Forget it</button>
+    <button type="button" data-close>Cancel</button></p>
+  <p id="forget-said" role="status"></p></form></dialog>
+<dialog id="keys" aria-labelledby="keys-title">
+  <h2 id="keys-title">Keys</h2>
+  <table id="shortcuts"></table>
+  <p class="buttons"><input id="keys-on" type="checkbox"> <label for="keys-on">Keys work outside of
+    fields</label> <button type="button" data-close>Close</button></p></dialog>
 </main>
-<footer class="muted">
-  <span>For programs: <a href="openapi.json">openapi.json</a><span id="locked" hidden>, with the
-    token</span></span>
-  <span id="engine"></span>
+<footer class="muted">For programs: <a href="openapi.json">openapi.json</a>
+  <span class="locked" hidden>with the token</span>
 </footer>
 <script>
 'use strict';
-
-const PAUSE = 2000, LONGEST_PAUSE = 10000, TIMEOUT = 10000; // milliseconds
-const STEPS = [0, 0.5, 0.8, 0.9, 0.95, 0.99]; // confidences with a row, and most with a dot
-const USUAL = 0.9; // the confidence shown while none is pointed at
+const PAUSE = 2000, LONGEST_PAUSE = 10000, TIMEOUT = 10000, LONG = 600000; // milliseconds
+const REREAD = 10000; // milliseconds after which a company's own view is asked for anew
+const STEPS = [0, 0.5, 0.8, 0.9, 0.95, 0.99]; // of the filter
 const ENOUGH = 100; // bookings, to say what can be booked unseen
 const CHECKED = 16; // bookings that a check stands for
 const REASONS = 13; // shown for one suggestion: a long text has hundreds
-const EXAMPLES = [
-  ['acme', 'Office rent May', '> -10000', '6300'],
-  ['acme', 'Train to Oslo', '> -100', '7140'],
-];
-const MEANINGS = {
-  accuracy: 'of all suggestions, how many were right',
-  precision: 'of an account’s suggestions, how many were right',
-  recall: 'of an account’s bookings, how many were suggested',
+const AT_ONCE = 500, TIMES = 20; // bookings in one answer, and answers, to look for names
+const FIRST = 10, MORE = 25, LATEST = 12; // bookings in a list
+const SCORES = ['accuracy', 'precision', 'recall'];
+const KEYS = { // what each presses, how that is called, and what it does
+  c: ['confirm', 'Confirm', 'confirm it: the account is right'],
+  a: ['other', 'Change', 'book it to another account'],
+  w: ['ask', 'Why', 'say why this was suggested'], u: ['undo', 'Undo', 'take the last change back'],
+  k: ['previous', 'Previous', 'go to the one before'], j: ['next', 'Next', 'go to the next one'],
+  '/': ['company', '', 'choose a company'], '?': ['help', '', 'show these keys'],
 };
-const SCORES = Object.keys(MEANINGS);
-const COLUMNS = ['Company', 'Text', 'Amount', 'Booked', 'Predicted', 'Confidence'];
+const HEADS = { // of tables, those with a # over figures
+  list: ['Date', 'Company', 'Text', '#Amount', 'Booked to', 'Suggested', '#Confidence'],
+  'accounts-of': ['Its accounts', '#Bookings', 'Last one'],
+  'latest-of': ['Its latest', 'Text', '#Amount', 'Booked to'],
+  steps: ['Confidence from', '#Booked unseen', '#Right of these', '#Wrong in 1,000 bookings'],
+  shortcuts: ['Key', 'What it does'],
+};
 
 const $ = (id) => document.getElementById(id);
-const near = (a, b) => Math.abs(a - b) < 1e-6;
-const isStep = (point) => STEPS.some((step) => near(step, point.at_least));
+const on = (id, event, act) => $(id).addEventListener(event, act);
 const count = (number) => number.toLocaleString('en');
 const score = (number) => number == null ? '–' : number.toFixed(3);
 const percent = (share, digits = 1) => share == null ? '–' : `${(100 * share).toFixed(digits)}%`;
 const signed = (number) => `${number < 0 ? '−' : '+'}${Math.abs(number).toFixed(2)}`;
-
+const asQuery = (filters) =>
+  new URLSearchParams(Object.entries(filters).filter(([, text]) => text)).toString();
 // What the service says gets into the page as text, by the next three only.
 
-function put(node, text) {
-  if (node.textContent !== text) node.textContent = text;
-}
-
-function make(tag, properties, ...children) {
-  const node = Object.assign(document.createElement(tag), properties);
-  node.append(...children);
-  return node;
-}
-
-function shape(tag, attributes, ...children) {
+const put = (node, text) => { if (node.textContent !== text) node.textContent = text; };
+const holding = (node, children) => { node.append(...children); return node; };
+const make = (tag, properties, ...children) =>
+  holding(Object.assign(document.createElement(tag), properties), children);
+const shape = (tag, attributes, ...children) => {
   const node = document.createElementNS('http://www.w3.org/2000/svg', tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
-
-function value(text, most = 150) { // characters: laying out 10,000 of them takes seconds
-  return make('bdi', { title: text }, text.length > most ? `${text.slice(0, most)}…` : text);
-}
-
+  Object.entries(attributes).forEach((each) => node.setAttribute(...each));
+  return holding(node, children);
+};
+const value = (text, most = 150) => // characters: laying out 10,000 of them takes seconds
+  make('bdi', { title: text }, text.length > most ? `${text.slice(0, most)}…` : text);
 const clip = (...children) => make('span', { className: 'clip' }, ...children);
 const cell = (...children) => make('td', { role: 'cell' }, ...children);
 const number = (...children) => make('td', { role: 'cell', className: 'number' }, ...children);
-const quiet = (text) => make('span', { className: 'muted' }, text);
+const quiet = (...children) => make('span', { className: 'muted' }, ...children);
+const whole = (...children) => make('span', { className: 'whole' }, ...children); // in one line
+const row = (...cells) => make('tr', { role: 'row' }, ...cells);
+const button = (how, ...children) => make('button', { type: 'button', ...how }, ...children);
+const day = ({ BankEntryDate: date }) => date?.slice(0, 10) || '–';
+const names = new Map(); // of accounts
+const account = (id) => // with its name
+  [whole(value(id, 40)), ...names.has(id) ? [' ', quiet(value(names.get(id)))] : []];
+const filled = new Map();
+function fill(id, items, line) { // a table, unless it shows these
+  const state = JSON.stringify(items);
+  if (filled.get(id) !== state) $(id).tBodies[0].replaceChildren(...items.map(line));
+  filled.set(id, state);
+}
 
 // ------------------------------------------------------------------------------------ The service
-
-class Refused extends Error {}
-
-async function call(path, body) {
+class Refused extends Error {} // its cause is the status, 0 without an answer
+async function call(path, { body, method, text = false, timeout = TIMEOUT } = {}) {
   const token = sessionStorage.getItem('token');
-  const headers = token ? { Authorization: `Bearer ${token}` } : {};
-  const options = { headers, signal: AbortSignal.timeout(TIMEOUT) };
-  if (body) {
-    headers['Content-Type'] = 'application/json';
-    Object.assign(options, { method: 'POST', body: JSON.stringify(body) });
+  const headers = { ...token && { Authorization: `Bearer ${token}` },
+    ...body && { 'Content-Type': 'application/json' } };
+  const options = { method: method ?? (body ? 'POST' : 'GET'), headers,
+    body: body && JSON.stringify(body), signal: AbortSignal.timeout(timeout) };
+  let response, answer;
+  try {
+    response = await fetch(path, options);
+    answer = await (response.ok && text ? response.text() : response.json());
+  } catch ({ name }) {
+    const odd = name === 'SyntaxError'; // a proxy's own answer
+    throw new Refused(odd ? `something answered ${response.status}, not the service`
+      : name === 'TimeoutError' ? 'the service took too long to answer'
+        : 'the service is not reachable', { cause: odd ? response.status : 0 });
   }
-  const response = await fetch(path, options);
-  const answer = await response.json();
   if (response.status === 401) askForToken(token);
   if (!response.ok) throw new Refused(answer.error, { cause: response.status });
   return answer;
 }
 
+function sentence(error) {
+  if (!(error instanceof Refused)) throw error;
+  return `${error.message[0].toUpperCase()}${error.message.slice(1)}.`;
+}
+async function telling(node, first, act) { // and then what comes of it
+  put(node, first);
+  put(node, await act().catch(sentence));
+}
 function askForToken(refused) {
   // A newer token may have been entered while this request was on its way.
   if (sessionStorage.getItem('token') !== refused) return;
   sessionStorage.removeItem('token');
-  put($('why'), refused ? 'The service refused this token. Enter another one.'
+  put($('wanted'), refused ? 'The service refused this token. Enter another one.'
     : 'This service answers only those who send its token.');
   $('access').hidden = false;
   if ($('report').hidden) $('token').focus();
 }
-
-$('access').addEventListener('submit', (event) => {
+on('access', 'submit', (event) => {
   event.preventDefault();
   sessionStorage.setItem('token', $('token').value);
   $('token').value = '';
-  put($('why'), 'Asking the service.');
+  put($('wanted'), 'Asking the service.');
   refresh();
 });
-
 let busy = false, pause = PAUSE, timer, seen, company = '';
-
-async function overview() {
-  try {
-    return await call(company ? `overview?${new URLSearchParams({ company })}` : 'overview');
-  } catch (error) {
-    if (error.cause !== 404) throw error;
-    return { ...await call('overview'), confidence: [], unknown: error.message };
-  }
-}
+const overview = () => call(`overview?${asQuery({ company })}`).catch(async (error) => {
+  if (error.cause !== 404) throw error;
+  return { ...await call('overview'), confidence: [], unknown: sentence(error) };
+});
 
 async function refresh() {
   const waiting = !$('access').hidden && sessionStorage.getItem('token') === null;
@@ -4522,277 +5027,147 @@ async function refresh() {
     put($('state'), status === 'ok' ? 'Connected' : `Connected, but ${status}`);
   } catch (error) {
     pause = Math.min(2 * pause, LONGEST_PAUSE);
-    const why = !(error instanceof Refused) ? 'Not reachable'
-      : error.cause === 401 ? 'Token needed' : `Not answering: ${error.message}`;
+    const why = error.cause === 0 ? 'Not reachable' : error.cause === 401 ? 'Token needed'
+      : `Not answering: ${error.message}`;
     $('state').className = 'bad';
     put($('state'), seen ? `${why}; last figures from ${seen}` : why);
+    if (!(error instanceof Refused)) throw error;
+  } finally {
+    busy = false;
+    timer = setTimeout(refresh, asked === company ? pause : 0);
   }
-  busy = false;
-  timer = setTimeout(refresh, asked === company ? pause : 0);
 }
-
 document.addEventListener('visibilitychange', refresh);
 
-$('company').addEventListener('change', () => {
-  company = $('company').value;
-  refresh();
-});
-
-// ------------------------------------------------------------------------------------- The charts
-
-const MARKS = { // around 0 0
-  accuracy: 'M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0-9 0z',
-  precision: 'M-4-4h8v8h-8z',
-  recall: 'M0-5.5l5.5 5.5l-5.5 5.5l-5.5-5.5z',
-};
-
-function closest(points, distance) {
-  return points.reduce((best, point) => distance(point) <= distance(best) ? point : best);
-}
-
+// -------------------------------------------------------------------------------------- The curve
+let points = [];
 function ticks(end, most) {
   const power = 10 ** Math.floor(Math.log10(end / most));
   const step = power * [1, 2, 5, 10].find((times) => times * power * most >= end);
   return Array.from({ length: Math.floor(end / step + 1e-6) + 1 }, (_, index) => index * step);
 }
-
-/* A line chart whose cursor follows the pointer and the arrow keys. Its design:
-   names, of the values; key, what names a point; usual, the key to show without a cursor;
-   x(point) and end(points), where the axis ends; floors, where the other axis may start;
-   xName, yName, xText, yText, of the axes; label(point), of one that gets a dot;
-   tell(point), which shows it elsewhere on the page too, and returns it in words. */
-class Chart {
-  constructor(box, design) {
-    Object.assign(this, design, { box, points: [], cursor: null });
-    [this.svg, this.handle] = box.children;
-    const follow = (event) => this.moveTo(
-      closest(this.points, (point) => Math.abs(this.left(point) - event.offsetX)));
-    this.handle.addEventListener('pointermove', follow);
-    this.handle.addEventListener('pointerdown', follow);
-    this.handle.addEventListener('pointerleave', (event) => {
-      if (event.pointerType === 'mouse') this.moveTo(null);
-    });
-    this.handle.addEventListener('focus', () => this.moveTo(this.current()));
-    this.handle.addEventListener('blur', () => this.moveTo(null));
-    this.handle.addEventListener('keydown', (event) => this.press(event));
-    new ResizeObserver(() => this.draw()).observe(box);
+function draw() {
+  const { clientWidth: width, clientHeight: height } = $('curve');
+  if (!width || !points.length) return;
+  const start = 30, stop = width - 26, top = 8, bottom = height - 44, end = points.at(-1).bookings;
+  const across = (x) => start + (stop - start) * x / end, down = (y) => bottom - (bottom - top) * y;
+  const text = (x, y, anchor, words) => shape('text', { x, y, 'text-anchor': anchor }, words);
+  const path = (name, d) => shape('path', { class: name, d });
+  const parts = [text(stop, height - 4, 'end', 'bookings')];
+  for (const y of [0, 0.2, 0.4, 0.6, 0.8, 1]) {
+    parts.push(path(y ? 'grid' : 'axis', `M${start} ${down(y)}H${stop}`),
+      text(start - 8, down(y) + 4, 'end', y.toFixed(1)));
   }
-
-  show(points) {
-    if (!changed(this, points) || !points.length) return; // without points it is hidden
-    this.points = points;
-    this.draw();
+  for (const x of ticks(end, Math.floor((stop - start) / 70)).filter(Number.isInteger)) {
+    parts.push(path('axis', `M${across(x)} ${bottom}v5`),
+      text(across(x), bottom + 19, 'middle', count(x)));
   }
+  const way = (name) => points.map((each) => `${across(each.bookings)} ${down(each[name])}`);
+  parts.push(...SCORES.map((name) => path(`line ${name}`, `M${way(name).join('L')}`)));
+  const [svg] = $('curve').children, words = SCORES.map((name) =>
+    `${name} from ${score(points[0][name])} to ${score(points.at(-1)[name])}`);
+  svg.replaceChildren(...parts);
+  svg.ariaLabel = `Over ${count(end)} bookings: ${words.join(', ')}.`;
+}
 
-  current() {
-    const wanted = this.cursor ?? this.usual;
-    return closest(this.points, (point) => Math.abs(point[this.key] - wanted));
+new ResizeObserver(draw).observe($('curve'));
+for (const name of SCORES) {
+  const sample = shape('svg', { viewBox: '0 0 32 12', 'aria-hidden': true },
+    shape('path', { class: `line ${name}`, d: 'M0 6h32' }));
+  $('legend').append(make('dt', {}, sample, name), make('dd', { id: name }));
+}
+
+// --------------------------------------------------------------------------------- The completion
+/* A field with completion. `found(text)` gives what fits, best first: [choice, ...what is shown of
+   it]; `choose` takes a choice; `reset` is for Escape; `leave` takes the text that is left. */
+class Completion {
+  constructor(id, ariaLabel, does) {
+    Object.assign(this, { field: $(id), leave() {} }, does);
+    this.list = make('ul', { id: `${id}-list`, role: 'listbox', ariaLabel });
+    this.list.addEventListener('pointerdown', (event) => event.preventDefault()); // keeps the focus
+    this.field.after(this.list);
+    this.field.setAttribute('aria-controls', this.list.id);
+    Object.assign(this.field, { role: 'combobox', ariaAutoComplete: 'list' });
+    on(id, 'input', () => this.open());
+    on(id, 'focus', () => { this.field.select(); this.open(); });
+    on(id, 'blur', () => { this.show([]); this.leave(this.field.value); });
+    on(id, 'keydown', (event) => this.press(event));
+    this.show([]);
   }
+  open(at = 0) { this.show(this.found(this.field.value), at); }
 
-  moveTo(point) {
-    this.cursor = point && point[this.key];
-    this.mark();
+  show(choices, at = 0) {
+    this.at = Math.max(0, Math.min(at, choices.length - 1));
+    this.choice = choices[this.at]?.[0] ?? null;
+    this.list.replaceChildren(...choices.map(([choice, ...shown], place) => make('li', {
+      role: 'option', id: `${this.list.id}-${place}`, ariaSelected: String(place === this.at),
+      onclick: () => this.take(choice) }, ...shown)));
+    this.list.hidden = !choices.length;
+    this.field.ariaExpanded = String(!this.list.hidden);
+    this.field.setAttribute('aria-activedescendant', this.list.children[this.at]?.id ?? '');
+    this.list.children[this.at]?.scrollIntoView({ block: 'nearest' });
   }
-
+  take(choice) { this.show([]); this.choose(choice); }
   press(event) {
-    const index = this.points.indexOf(this.current()), last = this.points.length - 1;
-    const target = {
-      ArrowLeft: index - 1, ArrowDown: index - 1, PageDown: index - 10, Home: 0,
-      ArrowRight: index + 1, ArrowUp: index + 1, PageUp: index + 10, End: last,
-    }[event.key];
-    if (target === undefined) return;
+    const way = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+    if (event.key === 'Enter') this.take(this.choice ?? this.field.value);
+    else if (event.key === 'Escape') { this.show([]); this.reset(); }
+    else if (way) this.open(this.list.hidden ? 0 : this.at + way);
+    else return;
     event.preventDefault();
-    this.moveTo(this.points[Math.max(0, Math.min(last, target))]);
-  }
-
-  draw() {
-    const width = this.box.clientWidth, height = this.box.clientHeight;
-    if (!width || !this.points.length) return;
-    const start = 44, stop = width - 26, top = 40, bottom = height - 44;
-    const end = this.end(this.points);
-    const lowest = Math.min(...this.points.flatMap((p) => this.names.map((name) => p[name])));
-    const floor = this.floors.find((each) => each <= lowest);
-    const across = (x) => start + (stop - start) * x / end;
-    const down = (y) => bottom - (bottom - top) * (y - floor) / (1 - floor);
-    this.left = (point) => across(this.x(point));
-    const within = (y) => down(Math.max(floor, Math.min(1, y)));
-    this.dot = (name, point) => {
-      const [x, y, error = 0] = [this.left(point), point[name], point.error];
-      return shape('g', { class: name },
-        shape('path', { class: 'error-bar', d: `M${x} ${within(y - error)}V${within(y + error)}` }),
-        shape('path', { class: 'mark', d: MARKS[name], transform: `translate(${x} ${down(y)})` }));
-    };
-    this.rod = (point) =>
-      shape('path', { class: 'axis', d: `M${this.left(point)} ${top}V${bottom}` });
-
-    const parts = [shape('text', { x: 0, y: 12 }, this.yName),
-      shape('text', { x: stop, y: height - 4, 'text-anchor': 'end' }, this.xName)];
-    for (const y of [0, 1, 2, 3, 4, 5].map((step) => floor + (1 - floor) * step / 5)) {
-      parts.push(
-        shape('path', { class: y === floor ? 'axis' : 'grid', d: `M${start} ${down(y)}H${stop}` }),
-        shape('text', { x: start - 8, y: down(y) + 4, 'text-anchor': 'end' }, this.yText(y)));
-    }
-    for (const x of ticks(end, Math.floor((stop - start) / 70))) {
-      parts.push(shape('path', { class: 'axis', d: `M${across(x)} ${bottom}v5` }),
-        shape('text', { x: across(x), y: bottom + 19, 'text-anchor': 'middle' }, this.xText(x)));
-    }
-    for (const name of this.names) {
-      const way = this.points.map((point) => `${this.left(point)} ${down(point[name])}`);
-      parts.push(shape('path', { class: `line ${name}`, d: `M${way.join('L')}` }));
-    }
-    let above = width + 6, below = width; // where the label to the right begins
-    for (const point of this.points.filter(this.label).reverse()) {
-      const x = this.left(point), y = down(point[this.names[0]]), text = this.label(point);
-      parts.push(this.dot(this.names[0], point));
-      if (x + 34 <= above) {
-        above = x;
-        parts.push(shape('text', { class: 'name', x: x + 6, y: y - 8 }, text));
-      } else if (x <= below && x - 34 > start) {
-        below = x - 34;
-        const place = { class: 'name', x: x - 6, y: y + 16, 'text-anchor': 'end' };
-        parts.push(shape('text', place, text));
-      }
-    }
-    this.pointer = shape('g', {});
-    this.svg.replaceChildren(...parts, this.pointer);
-    this.mark();
-  }
-
-  mark() {
-    const point = this.current();
-    this.pointer.replaceChildren(...this.cursor === null ? [] : [this.rod(point)],
-      ...this.names.map((name) => this.dot(name, point)));
-    const words = this.tell(point);
-    if (this.cursor === null) this.svg.setAttribute('aria-label', words);
-    Object.assign(this.handle, { ariaValueMin: 0, ariaValueMax: this.points.length - 1,
-      ariaValueNow: this.points.indexOf(point), ariaValueText: words });
   }
 }
 
-for (const [name, meaning] of Object.entries(MEANINGS)) {
-  const sample = shape('svg', { viewBox: '-16 -6 32 12', 'aria-hidden': true },
-    shape('path', { class: `line ${name}`, d: 'M-16 0h32' }),
-    shape('path', { class: `mark ${name}`, d: MARKS[name] }));
-  $('legend').append(make('div', {}, make('dt', {}, sample, name),
-    make('dd', { id: `at-${name}` }), make('dd', { className: 'muted' }, meaning)));
-}
-
-const curve = new Chart($('curve'), {
-  names: SCORES, key: 'bookings', usual: Infinity, floors: [0], label: () => null,
-  x: (point) => point.bookings, end: (points) => points.at(-1).bookings,
-  xName: 'bookings', xText: (x) => Number.isInteger(x) ? count(x) : '',
-  yName: 'score', yText: (y) => y.toFixed(1),
-  tell(point) {
-    const when = `After ${count(point.bookings)} bookings`;
-    put($('when'), when);
-    for (const name of SCORES) put($(`at-${name}`), score(point[name]));
-    return `${when}: ${SCORES.map((name) => `${name} ${score(point[name])}`).join(', ')}.`;
-  },
-});
-
-const coverage = new Chart($('coverage'), {
-  names: ['accuracy'], key: 'at_least', usual: USUAL, floors: [0.9, 0.5, 0],
-  label: (point) => point.at_least > 0 && isStep(point) ? percent(point.at_least, 0) : null,
-  x: (point) => point.share, end: () => 1,
-  xName: 'booked unseen, of all', xText: (x) => percent(x, 0),
-  yName: 'right, of those booked unseen', yText: (y) => percent(y, 0),
-  tell(point) {
-    const words = `If it books by itself from ${percent(point.at_least, 0)} confidence on: `
-      + `${percent(point.share)} of the bookings, ${percent(point.accuracy)} ± `
-      + `${percent(point.error)} of them right.`;
-    put($('sentence'), words);
-    for (const row of $('steps').tBodies[0].rows) {
-      row.classList.toggle('chosen', near(row.dataset.from, point.at_least));
-    }
-    return words;
-  },
-});
-
-// ------------------------------------------------------------------------------------- The tables
-
-const states = new Map();
-
-function changed(key, what) {
-  const state = JSON.stringify(what);
-  return states.get(key) !== state && Boolean(states.set(key, state));
-}
-
-function fill(table, items, row) {
-  const body = table.tBodies[0], selection = getSelection();
-  const held = body.matches('.bookings :hover, .bookings :focus-within')
-    || selection.type === 'Range' && selection.containsNode(body, true);
-  if (body.rows.length && held || !changed(table, items)) return;
-  body.replaceChildren(...items.map(row));
-}
-
-function step({ at_least: from, share, accuracy, error }) {
-  const [wrong, within] = accuracy == null ? ['–', '']
-    : [count(Math.round(1000 * share * (1 - accuracy))), ` ± ${percent(error)}`];
-  const row = make('tr', {}, make('th', { scope: 'row' }, percent(from, 0)),
-    number(percent(share)), number(percent(accuracy), quiet(within)), number(wrong));
-  row.dataset.from = from;
-  return row;
-}
-
-function booking({ seq, company, text, amount, booked, predicted, confidence, reviewed }) {
-  const again = () => {
-    const sample = { CompanyId: company, BankEntryText: text, BankEntryAmount: amount };
-    for (const [name, what] of Object.entries(sample)) {
-      // A field drops line ends, and the words around them would become one.
-      $('try').elements[name].value = what.replaceAll('\n', ' ');
-    }
-    $('try').closest('section').scrollIntoView();
-    $('try').elements.CompanyId.focus({ preventScroll: true });
-    suggest(sample);
-  };
-  const texts = [company, text, amount, booked, predicted];
-  const cells = [...texts.map((what) => cell(clip(value(what)))), number(percent(confidence))];
-  cells.forEach((each, index) => { each.dataset.name = COLUMNS[index]; });
-  if (!reviewed) cells[3].append(quiet('unseen'));
-  const button = { type: 'button', onclick: again, ariaLabel: `Try booking ${seq}` };
-  return make('tr', { role: 'row' }, ...cells, cell(make('button', button, 'Try')));
-}
-
-for (const table of [$('wrong'), $('unsure')]) {
-  const names = [...COLUMNS, ''].map((name) => make('th', { scope: 'col', role: 'columnheader',
-    className: name === 'Confidence' ? 'number' : '' }, name));
-  table.append(make('thead', { role: 'rowgroup' }, make('tr', { role: 'row' }, ...names)),
-    make('tbody', { role: 'rowgroup' }));
+// What fits a text: first what is equal to it, then what begins with it, then what holds it.
+function fitting(items, text, words) {
+  const wanted = text.trim().toLowerCase();
+  const rank = (item) => Math.min(...words(item).map((word) => {
+    const at = word.toLowerCase().indexOf(wanted);
+    return at < 0 ? 3 : word.length === wanted.length ? 0 : Math.min(at, 1) + 1;
+  }));
+  return items.map((item) => [rank(item), item]).filter(([place]) => place < 3)
+    .sort(([x], [y]) => x - y).slice(0, 50).map(([, item]) => item);
 }
 
 // -------------------------------------------------------------------------------- The suggestions
+const turns = new WeakMap();
+let checked = false;
 
-let asked = 0, checked = false;
-
-async function suggest(sample) {
-  const turn = ++asked;
-  let suggestions = [], record, verdict, basis = [];
+async function suggest(box, sample) {
+  const turn = {}, [told, rest, note, ranking] = box.children;
+  turns.set(box, turn);
+  let suggestions = [], verdict, basis = [];
   try {
-    ({ suggestions, record } = await call('suggest?top=5', sample));
-    const { account, confidence } = suggestions[0];
-    basis = rests(sample.CompanyId, account, record);
-    verdict = ['Most likely ', make('b', {}, value(account, 40)),
-      `, with ${percent(confidence)} confidence.`];
+    const { record, ...found } = await call('suggest?top=5', { body: sample });
+    const [{ account: first, confidence, over, reasons }] = found.suggestions;
+    const isNew = record.known === 'nothing of the company';
+    if (isNew && over && reasons.every(({ kind }) => kind === 'amount')) {
+      verdict = ['Nothing is known of this company yet, nor of these words.'];
+    } else {
+      ({ suggestions } = found);
+      verdict = [isNew ? 'Nothing is known of this company yet. By what others book, m' : 'M',
+        'ost likely ', make('b', {}, ...account(first)), `, with ${percent(confidence)} `,
+        'confidence.'];
+      basis = rests(sample.CompanyId, first, record, isNew);
+    }
   } catch (error) {
-    const why = error instanceof Refused ? error.message : 'The service is not reachable.';
-    verdict = [make('span', { className: 'error' }, why)];
+    verdict = [make('span', { className: 'error' }, sentence(error))];
   }
-  if (turn !== asked) return;
-  $('verdict').replaceChildren(...verdict);
-  $('record').replaceChildren(...basis);
-  $('ranking').replaceChildren(...suggestions.map(suggestion));
-  $('weights').hidden = suggestions.length < 2;
+  if (turn !== turns.get(box)) return;
+  told.replaceChildren(...verdict);
+  rest.replaceChildren(...basis);
+  ranking.replaceChildren(...suggestions.map(suggestion));
+  note.hidden = suggestions.length < 2;
 }
 
-function rests(company, account, { known, own, all }) {
-  const whose = value(company, 40), evidence = 'with about as much evidence';
-  const its = known === 'nothing of the company' ? ['Nothing is known of ', whose, ' yet.']
-    : tally(make('span', {}, whose, '’s own'), ['of ', value(account, 40), ` ${evidence}`], own);
+function rests(name, first, { known, own, all }, isNew) {
+  const evidence = 'with about as much evidence';
+  const its = isNew ? [] : [...tally(make('span', {}, value(name, 40), '’s own'),
+    ['of ', value(first, 40), ` ${evidence}`], own), ' '];
   const ofAll = tally('all companies’', [`of any account ${evidence} and ${known} known`], all);
   const note = checked && all.suggestions ? ` A check counts as ${CHECKED} of these.` : '';
-  return [...its, ' ', ...ofAll, note];
+  return [...its, ...ofAll, note];
 }
-
 function tally(whose, which, { suggestions, right }) {
   const [start, end] = suggestions === 0 ? ['There are none yet of ', '.']
     : suggestions === 1 ? ['The only one of ', right ? ' was right.' : ' was wrong.']
@@ -4800,13 +5175,12 @@ function tally(whose, which, { suggestions, right }) {
   return [start, whose, suggestions > 1 ? ` ${count(suggestions)}` : '', ' suggestions ', ...which,
     end];
 }
-
-function suggestion({ account, confidence, over, margin, prior, reasons }, rank) {
+function suggestion({ account: id, confidence, over, margin, prior, reasons }, rank) {
   const sure = make('span', { className: 'bar' }, make('span', {}));
   sure.firstChild.style.width = percent(confidence);
   const why = make('div', {}, over === null ? 'There is no other account yet to compare it with.'
     : weights(over, margin, prior, reasons));
-  const summary = make('summary', {}, clip(value(account)), sure,
+  const summary = make('summary', {}, clip(...account(id)), sure,
     make('span', { className: 'number' }, percent(confidence)));
   return make('li', {}, make('details', { open: rank === 0 }, summary, why));
 }
@@ -4820,93 +5194,510 @@ function weights(over, margin, prior, reasons) {
     const weight = others.reduce((sum, reason) => sum + reason.weight, 0);
     rows.push({ token: `${count(others.length)} more`, kind: '', weight });
   }
-  const most = Math.max(...rows.map((row) => Math.abs(row.weight)));
+  const most = Math.max(...rows.map((each) => Math.abs(each.weight)));
   const body = rows.map(({ token, kind, weight }) => make('tr', {},
     make('td', {}, clip(value(token, 40), ' ', quiet(kind))),
     make('td', {}, weightBar(weight / most)), number(signed(weight))));
   const sum = make('tr', {}, make('td', {}, 'Together'), make('td', {}), number(signed(margin)));
   return make('table', { className: 'reasons' },
-    make('caption', {}, 'For it, and against ', value(over, 40)),
-    make('tbody', {}, ...body, sum));
+    make('caption', {}, 'For it, and against ', value(over, 40)), make('tbody', {}, ...body, sum));
 }
-
 function weightBar(part) {
   const bar = make('span', { className: part < 0 ? 'against' : '' });
-  bar.style.left = percent(0.5 + Math.min(0, part) / 2);
-  bar.style.width = percent(Math.abs(part) / 2);
+  Object.assign(bar.style,
+    { left: percent(0.5 + Math.min(0, part) / 2), width: percent(Math.abs(part) / 2) });
   return make('span', { className: 'bar zero' }, bar);
 }
-
-$('try').addEventListener('submit', (event) => {
+on('try', 'submit', (event) => {
   event.preventDefault();
-  suggest(Object.fromEntries(new FormData($('try'))));
+  suggest($('suggestions'), Object.fromEntries(new FormData($('try'))));
+});
+
+// ------------------------------------------------------------------------------------- The review
+const bookings = new Map(); // by seq, as last heard of
+const companies = new Set(); // that were heard of
+const ledgers = new Map(); // by company: what its last bookings say
+let session = JSON.parse(sessionStorage.getItem('session') ?? '[]'); // changes, the oldest first
+let health, queue, current, storing = false;
+const changeOf = (seq) => session.findLast((change) => change.seq === seq);
+const lineOf = (seq) => $('list').querySelector(`[data-seq="${seq}"]`);
+const pickOf = (seq) => lineOf(seq)?.querySelector('button');
+const say = (text, bad = false) => {
+  put($('said'), text);
+  $('said').classList.toggle('error', bad);
+};
+function hear(booking) {
+  const { seq, sample, account: id, name, predicted, predicted_name: other, reviewed } = booking;
+  const before = bookings.get(seq);
+  bookings.set(seq, booking);
+  companies.add(sample.CompanyId);
+  if (name) names.set(id, name);
+  if (other) names.set(predicted, other);
+  if (before && (before.account !== id || before.reviewed !== reviewed)) redraw(seq);
+  return booking;
+}
+function redraw(seq) {
+  const focused = pickOf(seq) === document.activeElement;
+  lineOf(seq)?.replaceWith(line(bookings.get(seq)));
+  if (focused) pickOf(seq)?.focus();
+  if (seq === current) showChosen();
+}
+function standing({ seq, account: id, reviewed, corrected, booked_by: by }) {
+  const change = changeOf(seq), from = (change ?? corrected)?.from;
+  const words = !reviewed ? ['unseen'] : from && from !== id ? ['was ', value(from, 40)]
+    : from ? ['confirmed'] : by === 'check' ? ['checked'] : null;
+  const className = change ? 'good' : 'muted';
+  return words ? [' ', make('span', { className }, change ? '✓ ' : '· ', ...words)] : [];
+}
+
+function line(booking) {
+  const { seq, sample, account: id, predicted, confidence } = booking, chosen = seq === current;
+  const pick = button({ className: 'pick', onfocus: () => select(seq),
+    tabIndex: chosen ? 0 : -1 }, clip(value(sample.BankEntryText)));
+  pick.setAttribute('aria-describedby', 'when facts');
+  const suggested = changeOf(seq) ? standing(booking)
+    : predicted === id ? [quiet('the same')] : predicted ? account(predicted) : ['–'];
+  const made = row(cell(day(sample)), cell(clip(value(sample.CompanyId))), cell(pick),
+    number(clip(value(sample.BankEntryAmount))), cell(clip(...account(id))),
+    cell(clip(...suggested)), number(percent(confidence)));
+  made.dataset.seq = seq;
+  return Object.assign(made, { className: changeOf(seq) ? 'done' : '',
+    ariaCurrent: chosen ? 'true' : null, onclick: () => pick.focus() });
+}
+
+function select(seq) {
+  const before = current;
+  if (seq === before) return;
+  current = seq;
+  for (const each of [before, seq].filter(lineOf)) {
+    lineOf(each).ariaCurrent = each === seq ? 'true' : null;
+    pickOf(each).tabIndex = each === seq ? 0 : -1;
+  }
+  showChooser(false);
+  showChosen();
+  explain();
+}
+
+function showChosen() {
+  const booking = bookings.get(current);
+  for (const id of ['confirm', 'other', 'ask']) $(id).disabled = !booking;
+  $('panel').hidden = !booking && !session.length;
+  if (!booking) return;
+  const { sample, account: id, predicted, confidence } = booking;
+  const href = `#${asQuery({ company: sample.CompanyId })}`;
+  $('when').replaceChildren(make('a', { href }, value(sample.CompanyId, 60)), ` · ${day(sample)}`);
+  $('text').replaceChildren(value(sample.BankEntryText, 400));
+  $('amount').replaceChildren(value(sample.BankEntryAmount));
+  $('booked').replaceChildren(...account(id), ...standing(booking));
+  $('suggested').replaceChildren(...predicted === null ? ['nothing']
+    : [...predicted === id ? ['the same'] : account(predicted), `, ${percent(confidence)} sure`]);
+}
+
+function explain() {
+  const booking = bookings.get(current), open = $('ask').ariaExpanded === 'true' && booking;
+  $('why').hidden = !open;
+  if (open) suggest($('why'), booking.sample);
+}
+function load() {
+  const filters = { company, below: $('below').value, order: $('order').value };
+  queue = { filters, phases: $('reviewed').value.split(' '), seqs: [], samples: health.samples };
+  return more(FIRST);
+}
+
+async function more(most = MORE) {
+  const asked = queue, isFirst = !asked.seqs.length, lines = [];
+  asked.loading = true;
+  try {
+    for (let missing = most; asked.phases.length && missing > 0;) {
+      const [phase] = asked.phases, { filters, before } = asked;
+      const query = asQuery({ ...filters, reviewed: phase, limit: missing, before });
+      const answer = await call(`bookings?${query}`);
+      if (asked !== queue) return;
+      asked.before = answer.next;
+      if (!answer.next) asked.phases.shift();
+      const found = answer.bookings.map(hear)
+        .filter(({ seq }) => !changeOf(seq) && !asked.seqs.includes(seq));
+      if (found.length && asked.group !== phase) {
+        asked.group = phase;
+        lines.push(row(make('th', { scope: 'rowgroup', role: 'rowheader',
+          colSpan: filters.company ? 6 : 7 },
+          phase === 'no' ? 'Booked unseen, not looked at yet' : 'Booked or seen by a person')));
+      }
+      asked.seqs.push(...found.map(({ seq }) => seq));
+      lines.push(...found.map(line));
+      missing -= found.length;
+    }
+    asked.failed = null;
+  } catch (error) {
+    if (asked !== queue) return;
+    asked.failed = error;
+    if (!isFirst) say(sentence(error), true);
+  } finally {
+    asked.loading = false;
+  }
+  const [body] = $('list').tBodies, none = !asked.seqs.length;
+  body.replaceChildren(...isFirst ? lines : [...body.children, ...lines]);
+  $('list').classList.toggle('one', Boolean(asked.filters.company));
+  $('list').hidden = none;
+  $('more').hidden = none || !asked.phases.length;
+  put($('empty'), !none ? ''
+    : asked.failed ? sentence(asked.failed) : 'There is nothing to review.');
+  if (isFirst && !asked.seqs.includes(current)) select(asked.seqs[0]);
+}
+
+function keepUp(now) {
+  health = now;
+  const failed = queue?.failed && queue.failed.cause !== 404;
+  const stale = !queue || failed || queue.samples !== health.samples;
+  const used = queue?.seqs.length && (queue.used || $('review').matches(':hover, :focus-within'));
+  $('fresh').hidden = !stale || !used;
+  if (stale && !used && !queue?.loading && health.samples) load();
+  if (health.lines !== own.lines && Date.now() - own.at > REREAD) showOwn();
+}
+
+/* Goes to the next booking of the list, or the one before, that it does not skip, if there is one.
+   The focus goes along, unless it is on one of the buttons beside. */
+async function move(way, skip = () => false) {
+  queue.used = true;
+  let at = queue.seqs.indexOf(current) + way;
+  while (skip(queue.seqs[at])) at += way;
+  if (at >= queue.seqs.length && queue.phases.length && !queue.loading) await more();
+  const seq = queue.seqs[at];
+  if (seq === undefined) return ` That was the ${way > 0 ? 'last' : 'first'} one.`;
+  if ($('buttons').contains(document.activeElement)) select(seq);
+  else pickOf(seq).focus();
+  lineOf(seq).scrollIntoView({ block: 'nearest' });
+  return '';
+}
+
+/* Changes a booking, unless one is being changed: looks how it stands now, then sends it to an
+   account if `check` finds nothing to say, and `tell`s what came of it. */
+async function store(seq, check, to, tell) {
+  if (storing || seq === undefined) return;
+  storing = queue.used = true;
+  const slow = setTimeout(() => say('Storing …'), 400);
+  try {
+    const now = hear(await call(`bookings/${seq}`)), objection = check(now);
+    if (objection) return say(`${objection} Nothing was changed.`, true);
+    const { before } = await call('correct', { body: { seq, AccountNumber: to } });
+    ledgers.delete(now.sample.CompanyId);
+    hear({ ...now, account: to, name: names.get(to) ?? null, reviewed: true });
+    const words = tell(now, before);
+    redraw(seq);
+    say(words + (changeOf(seq) ? await move(1, changeOf) : ''));
+  } catch (error) {
+    say(sentence(error), true);
+    if (error.cause === 404) load(); // it was forgotten
+  } finally {
+    clearTimeout(slow);
+    storing = false;
+  }
+}
+
+function book(to) {
+  const seq = current, { account: shown, reviewed } = bookings.get(seq);
+  return store(seq, (now) => now.account !== shown ? `Meanwhile it was booked to ${now.account}.`
+    : now.reviewed !== reviewed ? 'Meanwhile it was confirmed.' : '', to, ({ sample }, from) => {
+    const { CompanyId, BankEntryText } = sample, text = BankEntryText.slice(0, 150);
+    remember([...session, { seq, from, to, unseen: !reviewed, company: CompanyId, text }]);
+    return from === to ? `Confirmed ${to}.` : `Booked to ${to}, no longer to ${from}.`;
+  });
+}
+function takeBack(change) {
+  const { seq, from, to, unseen } = change;
+  return store(seq, (now) => now.account === to ? '' : `Meanwhile it was booked to ${now.account}.`,
+    from, () => {
+      remember(session.filter((each) => each !== change));
+      if ($('list').contains(document.activeElement)) pickOf(seq)?.focus();
+      select(seq);
+      return from !== to ? `Back to ${from}.` : unseen
+        ? `Back on the desk, but learned as ${to} until it is booked to another account.`
+        : 'Back on the desk.';
+    });
+}
+
+function remember(changes) {
+  session = changes;
+  sessionStorage.setItem('session', JSON.stringify(session));
+  const confirmed = session.filter(({ from, to }) => from === to).length;
+  $('session').hidden = $('undo').disabled = !session.length;
+  const [told, list] = $('session').children;
+  put(told, `This session: ${count(confirmed)} confirmed, `
+    + `${count(session.length - confirmed)} changed`);
+  list.replaceChildren(...session.slice(-LATEST).reverse().map((change) => {
+    const what = change.from === change.to ? ['confirmed ', value(change.to, 40)]
+      : [value(change.from, 40), ' → ', value(change.to, 40)];
+    return make('li', {}, make('span', {}, clip(value(change.text)), quiet(...what)),
+      button({ onclick: () => takeBack(change), ariaLabel: `Undo: ${change.text}` }, 'Undo'));
+  }));
+}
+
+const showChooser = (open) => { $('other').ariaExpanded = String(!($('choose').hidden = !open)); };
+const leaveChooser = () => { showChooser(false); (pickOf(current) ?? $('other')).focus(); };
+const chooser = new Completion('account', 'Accounts', {
+  found(text) {
+    const { sample, account: id, predicted, confidence } = bookings.get(current);
+    const { accounts } = ledger(sample.CompanyId), typed = text.trim();
+    const often = [...accounts.keys()]
+      .sort((one, other) => accounts.get(other).times - accounts.get(one).times);
+    const ids = [...new Set([predicted ?? id, id, ...often])];
+    const note = (each) => each === id ? 'now' : each === predicted ? `${percent(confidence)} sure`
+      : count(accounts.get(each).times);
+    const found = fitting(ids, text, (each) => [each, names.get(each) ?? '']);
+    return [...found.map((each) => [each, make('span', {}, ...account(each)), quiet(note(each))]),
+      ...!typed || ids.includes(typed) ? [] : [[typed, value(typed), quiet('new here')]]];
+  },
+  choose(id) { leaveChooser(); if (id) book(id); },
+  reset: leaveChooser,
+});
+
+const ACTIONS = {
+  next: async () => say(await move(1)),
+  previous: async () => say(await move(-1)),
+  confirm: () => book(bookings.get(current).account),
+  undo: () => takeBack(session.at(-1)),
+  more: () => { queue.used = true; more(); },
+  fresh: load,
+  help: () => $('keys').showModal(),
+  ask: () => { $('ask').ariaExpanded = String($('ask').ariaExpanded !== 'true'); explain(); },
+  async other() {
+    if (!$('choose').hidden) return leaveChooser();
+    showChooser(true);
+    $('account').value = '';
+    $('account').focus();
+    await ledger(bookings.get(current).sample.CompanyId).read;
+    if (document.activeElement === $('account')) chooser.open();
+  },
+};
+for (const id of ['reviewed', 'below', 'order']) on(id, 'change', load);
+
+document.addEventListener('keydown', (event) => {
+  const arrow = event.target.closest('#list') && { ArrowDown: 'j', ArrowUp: 'k' }[event.key];
+  const key = arrow || event.key, elsewhere = event.target.closest('input, select, dialog, .part');
+  if (!Object.hasOwn(KEYS, key) || elsewhere || event.ctrlKey || event.metaKey || event.altKey
+    || $('report').hidden || !arrow && !$('keys-on').checked) return;
+  event.preventDefault();
+  const [id] = KEYS[key];
+  if (id === 'company') $(id).focus();
+  else if (!event.repeat || 'jk'.includes(key)) $(id).click();
+});
+
+for (const [id, heads] of Object.entries(HEADS)) {
+  $(id).append(make('thead', { role: 'rowgroup' }, row(...heads.map((name) => make('th', {
+    scope: 'col', role: 'columnheader', className: name[0] === '#' ? 'number' : '',
+  }, name.replace('#', ''))))), make('tbody', { role: 'rowgroup' }));
+}
+for (const [key, [id, label, words]] of Object.entries(KEYS)) {
+  if (label) $('buttons').append(button({ id }, label, make('kbd', {}, key)));
+  $('shortcuts').tBodies[0].append(row(cell(make('kbd', {}, key)), cell(words)));
+}
+for (const [id, act] of Object.entries(ACTIONS)) on(id, 'click', act);
+$('keys-on').checked = localStorage.getItem('keys') !== 'off';
+on('keys-on', 'change', () => localStorage.setItem('keys', $('keys-on').checked ? 'on' : 'off'));
+$('below').append(...STEPS.slice(1).reverse().map((level) =>
+  make('option', { value: level }, `below ${percent(level, 0)}`)));
+remember(session);
+$('session').open = innerWidth > 1000;
+showChosen();
+
+// --------------------------------------------------------------------------- A company's own view
+const own = { lines: null, at: 0 }; // of the log, and when, that it shows
+/* Asks for the last bookings until `take` has enough of them. */
+async function readBack(filters, take) {
+  for (let times = 0, before; times < TIMES; times++) {
+    const answer = await call(`bookings?${asQuery({ ...filters, limit: AT_ONCE, before })}`);
+    before = answer.next;
+    if (take(answer.bookings.map(hear), before) || !before) return;
+  }
+}
+
+function ledger(name) {
+  if (ledgers.has(name)) return ledgers.get(name);
+  const made = { accounts: new Map(), bookings: 0, latest: [] };
+  made.read = readBack({ company: name }, (found, next) => {
+    for (const { account: id, sample } of found) {
+      const { times = 0, last = day(sample) } = made.accounts.get(id) ?? {};
+      made.accounts.set(id, { times: times + 1, last });
+    }
+    made.bookings += found.length;
+    made.latest.push(...found.slice(0, LATEST - made.latest.length));
+    made.goesOn = next;
+  }).catch((error) => { ledgers.delete(name); made.failed = error; });
+  ledgers.set(name, made);
+  return made;
+}
+
+async function showOwn() {
+  const name = company;
+  Object.assign(own, { lines: health.lines, at: Date.now() });
+  if (!name) return;
+  ledgers.delete(name);
+  const made = ledger(name);
+  const report = await call(`report/1000?${asQuery({ company: name })}`).catch(() => null);
+  await made.read;
+  if (name !== company) return;
+  $('own').hidden = Boolean(made.failed);
+  if (made.failed) return;
+  $('own-title').replaceChildren(value(name, 60));
+  const figures = [['Bookings', count(made.bookings), made.goesOn ? 'the last ones' : '']];
+  if (report) {
+    const { support, accuracy, precision, recall, confidence } = report;
+    figures.push([`Right, of the last ${count(support)} suggestions`, percent(accuracy),
+      `precision ${score(precision)}, recall ${score(recall)}`]);
+    const levels = confidence.filter((each) => [0.9, 0.95].includes(each.at_least));
+    for (const { at_least: from, share, accuracy: right, error } of levels) {
+      figures.push([`Could be booked unseen from ${percent(from, 0)} confidence on`, percent(share),
+        right === null ? '' : `${percent(right)} ± ${percent(error)} of them right`]);
+    }
+  } else figures.push(['Suggestions', '–', 'none that a person has seen yet']);
+  $('own-figures').replaceChildren(...figures.flatMap(([what, figure, more]) =>
+    [make('dt', {}, what), make('dd', {}, figure, ' ', quiet(more))]));
+  const often = [...made.accounts].sort(([, a], [, b]) => b.times - a.times);
+  fill('accounts-of', often.map(([id, { times, last }]) => [id, count(times), last, names.get(id)]),
+    ([id, times, last]) => row(cell(clip(...account(id))), number(times), cell(whole(last))));
+  fill('latest-of', made.latest, ({ sample, account: id }) => row(cell(whole(day(sample))),
+    cell(clip(value(sample.BankEntryText))), number(value(sample.BankEntryAmount, 40)),
+    cell(clip(...account(id)))));
+}
+
+/* A cell of a CSV file. A spreadsheet runs what begins so as a formula, but for a number. */
+function csvCell(what) {
+  const text = String(what ?? ''), isNumber = /^[-+]?\d[\d.,]*$/.test(text);
+  return `"${/^[=+\-@\t\r]/.test(text) && !isNumber ? '\'' : ''}${text.replaceAll('"', '""')}"`;
+}
+function asCsv(log) {
+  const rows = new Map(); // by seq
+  for (const text of log.split('\n').filter(Boolean)) {
+    const { seq, sample, predicted: Predicted, confidence: Confidence, reviewed: Reviewed = true,
+      corrects, AccountNumber } = JSON.parse(text), row = rows.get(corrects);
+    if (sample) rows.set(seq, { ...sample, Seq: seq, Predicted, Confidence, Reviewed });
+    else if (row?.AccountNumber === AccountNumber) row.Reviewed = true;
+    else if (row) {
+      const AccountName = names.get(AccountNumber);
+      Object.assign(row, { AccountNumber, AccountName, AccountTypeName: '', Reviewed: true });
+    }
+  }
+  const columns = [...new Set([...rows.values()].flatMap(Object.keys))];
+  const table = [...rows.values()].map((each) => columns.map((name) => each[name]));
+  return [columns, ...table].map((each) => `${each.map(csvCell).join(',')}\r\n`);
+}
+
+on('download', 'click', () => telling($('own-said'), 'Asking for its bookings.', async () => {
+  const name = company, file = `${name.replace(/[^\p{L}\p{N}_-]+/gu, '-').slice(0, 60)}.csv`;
+  const log = await call(`samples?${asQuery({ company: name })}`, { text: true, timeout: LONG });
+  const href = URL.createObjectURL(new Blob(['\ufeff', ...asCsv(log)], { type: 'text/csv' }));
+  make('a', { href, download: file }).click();
+  URL.revokeObjectURL(href);
+  return `${file} is among your downloads.`;
+}));
+const typeable = (name) => name.replace(/[\s\p{C}]+/gu, ' ').trim() || 'forget';
+const [, forgetIt] = $('forgetting').querySelectorAll('input, button');
+
+on('forget', 'click', () => {
+  $('forgetting-title').replaceChildren('Forget ', value(company, 60), '?');
+  $('to-type').replaceChildren(value(typeable(company)));
+  $('typed').value = '';
+  forgetIt.disabled = true;
+  put($('forget-said'), '');
+  $('forgetting').showModal();
+});
+const isTyped = () => $('typed').value && typeable($('typed').value) === typeable(company);
+on('typed', 'input', () => { forgetIt.disabled = !isTyped(); });
+on('forgetting', 'submit', (event) => {
+  event.preventDefault();
+  telling($('forget-said'), 'Forgetting it.', async () => {
+    const name = company, path = `company?id=${encodeURIComponent(name)}`;
+    const { forgotten } = await call(path, { method: 'DELETE', timeout: LONG });
+    companies.delete(name);
+    remember(session.filter((change) => change.company !== name));
+    $('forgetting').close();
+    goTo('');
+    say(`${count(forgotten)} bookings are forgotten.`);
+    return '';
+  });
+});
+document.addEventListener('click', ({ target }) =>
+  target.closest('[data-close]')?.closest('dialog').close());
+const goTo = (name) => { location.hash = asQuery({ company: name }); follow(); };
+
+function follow() {
+  const name = new URLSearchParams(location.hash.slice(1)).get('company') ?? '';
+  $('company').value = name;
+  if (name === company) return;
+  company = name;
+  $('forgetting').close();
+  $('own').hidden = true;
+  put($('own-said'), '');
+  if (!health?.samples) return;
+  load();
+  showOwn();
+  refresh();
+}
+addEventListener('hashchange', follow);
+on('all', 'click', () => goTo(''));
+
+let searched; // for companies, in the last bookings
+const finder = new Completion('company', 'Companies', {
+  found(text) {
+    searched ??= readBack({}, () => {
+      if (document.activeElement === $('company')) finder.open(finder.at);
+      return companies.size >= health.companies;
+    }).catch(() => { searched = null; });
+    const found = fitting([...companies].sort(), text, (each) => [each]);
+    return [...text ? [] : [['', 'all companies']], ...found.map((each) => [each, value(each)]),
+      ...!text || companies.has(text) ? [] : [[text, value(text)]]];
+  },
+  choose: goTo,
+  reset: () => { $('company').value = company; },
+  leave: (text) => { if (text !== company.replace(/[\r\n]/g, '')) goTo(text); },
 });
 
 // --------------------------------------------------------------------------------------- The page
-
-function show({ health, metrics, curve: points, scored, confidence: all, wrong, unsure,
-  unknown }) {
-  const confidence = health.samples < ENOUGH ? [] : all;
-  showTrust(health, scored, confidence, unknown);
-  for (const name of ['samples', 'accounts', 'companies']) put($(name), count(health[name]));
+function show({ health: now, metrics, curve, scored, confidence: all, unknown }) {
+  const confidence = now.samples < ENOUGH ? [] : all;
+  showTrust(now, scored, confidence, unknown);
+  for (const name of ['samples', 'accounts', 'companies']) put($(name), count(now[name]));
   for (const name of SCORES) put($(name), score(metrics?.[name]));
+  put($('origin'), location.origin);
   const locked = sessionStorage.getItem('token') !== null;
-  $('locked').hidden = !locked;
-  put($('engine'), `${count(health.tokens)} tokens in the model, running for `
-    + duration(health.uptime));
-  put($('command'), command(locked));
-  $('start').hidden = health.samples > 0;
-  $('report').hidden = health.samples === 0;
-  for (const [id, list] of Object.entries({ curve: points, confidence, wrong, unsure })) {
-    for (const node of document.querySelectorAll(`[data-of=${id}]`)) {
-      node.hidden = (list.length === 0) !== node.matches('.none');
-    }
+  for (const node of document.querySelectorAll('.locked')) node.hidden = !locked;
+  $('start').hidden = now.samples > 0;
+  $('report').hidden = now.samples === 0;
+  for (const node of document.querySelectorAll('[data-of]')) {
+    node.hidden = !{ curve, confidence }[node.dataset.of].length !== node.matches('.none');
   }
-  fill($('steps'), confidence.filter(isStep), step);
-  fill($('wrong'), wrong, booking);
-  fill($('unsure'), unsure, booking);
-  curve.show(points);
-  coverage.show(confidence.filter((point) => point.accuracy !== null).reverse());
+  fill('steps', confidence, level);
+  draw(points = curve);
+  keepUp(now);
 }
-
+function level({ at_least: from, share, accuracy, error }) {
+  const wrong = accuracy == null ? '–' : count(Math.round(1000 * share * (1 - accuracy)));
+  const within = quiet(accuracy == null ? '' : ` ± ${percent(error)}`);
+  return row(make('th', { scope: 'row', role: 'rowheader' }, percent(from, 0)),
+    number(percent(share)), number(percent(accuracy), within), number(wrong));
+}
 function showTrust({ samples, unseen, checks: allChecks }, scored, confidence, unknown) {
   const checks = confidence[0]?.checks, each = checks > 1 ? 'checks, each of' : 'a check,';
   put($('checks'), `${count(scored)} bookings by a person`
     + (checks ? `, ${count(checks)} of them ${each} which stands for ${CHECKED}` : ''));
+  const far = ({ at_least: from }) => Math.abs(from - 0.9);
+  const [usual] = confidence.filter((x) => x.accuracy !== null).sort((x, y) => far(x) - far(y));
+  if (usual) {
+    put($('sentence'), `If it books by itself from ${percent(usual.at_least, 0)} confidence on: `
+      + `${percent(usual.share)} of the bookings, ${percent(usual.accuracy)} ± `
+      + `${percent(usual.error)} of them right.`);
+  }
   checked = allChecks > 0;
   put($('none'), unknown ?? (samples < ENOUGH ? `Too early to say: this takes ${ENOUGH} bookings.`
     : `No prediction ${company && 'for this company '}could be compared with a person’s `
       + 'booking yet.'));
   $('none').classList.toggle('error', Boolean(unknown));
-  $('unseen').hidden = unseen === 0;
-  put($('unseen'), `Nobody has looked at ${count(unseen)} of the bookings yet: `
+  put($('of-whom'), company ? `Of ${company.slice(0, 60)} only. ` : '');
+  put($('unseen'), !unseen ? '' : `Nobody has looked at ${count(unseen)} of the bookings yet: `
     + `${unseen === 1 ? 'it is' : 'they are'} not learned.`);
 }
 
-function duration(seconds) {
-  const [size, unit] = [[86400, 'd'], [3600, 'h'], [60, 'min'], [1, 's']]
-    .find(([each]) => seconds >= 2 * each || each === 1);
-  return `${count(Math.floor(seconds / size))} ${unit}`;
-}
-
-function command(locked) {
-  const key = locked ? " -H 'Authorization: Bearer <token>'" : '';
-  const bookings = EXAMPLES.map(([CompanyId, BankEntryText, BankEntryAmount, AccountNumber]) =>
-    JSON.stringify({ CompanyId, BankEntryText, BankEntryAmount, AccountNumber }));
-  return `curl ${location.origin}/sample -H 'Content-Type: application/json'${key} -d '[
-${bookings.join(',\n')}]'`;
-}
-
-$('copy').addEventListener('click', async () => {
-  try {
-    await navigator.clipboard.writeText($('command').textContent);
-    put($('copied'), 'Copied');
-  } catch {
-    getSelection().selectAllChildren($('command'));
-    put($('copied'), 'Selected: copy it with the keyboard');
-  }
-});
-
+follow();
 refresh();
 </script>
 </body>

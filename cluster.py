@@ -423,7 +423,7 @@ class Node(Bookkeeper):
         self._wrote: dict[str, float] = {}  # node -> when it last did
         self._ordered: set[int] = set()  # lines that are to be forgotten
         self._to_forget: queue.Queue[np.ndarray | None] = queue.Queue()
-        self._counted = dict.fromkeys(("appends", "append_seconds", "overtaken", "forwarded"), 0)
+        self._appended = dict.fromkeys(("appends", "append_seconds", "overtaken", "forwarded"), 0)
         self._waits, self._removing = threading.Semaphore(WAITS), threading.Lock()
         self._news, self._wanted, self._ended = (threading.Event() for _ in range(3))
         self._passed: int | None = None  # the file that says how far the log is, once it joined
@@ -494,8 +494,8 @@ class Node(Bookkeeper):
             "Bookings and corrections that another node made for this one.",
         )
         gauges = {
-            f"stream_{name}_total": (text, self._counted[name])
-            for name, text in zip(self._counted, texts, strict=True)
+            f"stream_{name}_total": (text, self._appended[name])
+            for name, text in zip(self._appended, texts, strict=True)
         }
         gauges["stream_lag"] = ("Lines of the stream that are not in this log yet.", self._lag())
         gauges["stream_writable"] = ("Whether it can append.", int(not self._reason()))
@@ -550,7 +550,7 @@ class Node(Bookkeeper):
             try:
                 made = change()
             except Overtaken:
-                self._counted["overtaken"] += 1
+                self._appended["overtaken"] += 1
                 self._catch_up()
                 continue
             except OSError as error:
@@ -574,8 +574,8 @@ class Node(Bookkeeper):
             self._writable = False
             raise Busy(f"the stream does not acknowledge this ({error}); {UNSURE}") from None
         self._writable = True
-        self._counted["appends"] += 1
-        self._counted["append_seconds"] += time.perf_counter() - started
+        self._appended["appends"] += 1
+        self._appended["append_seconds"] += time.perf_counter() - started
         self._wrote[self._stream.node] = time.monotonic()
 
     def _be_current(self) -> None:
@@ -831,7 +831,7 @@ class Node(Bookkeeper):
             return None  # it was not tried; this node may do it
         if "error" in answer:
             raise ERRORS.get(answer["error"], Busy)(answer["reason"])
-        self._counted["forwarded"] += 1
+        self._appended["forwarded"] += 1
         with suppress(Busy):
             self._await(answer["lines"])
         return answer["made"]

@@ -1,9 +1,22 @@
-"""replay: streams a CSV file of bookings to bookkeep and shows how well it predicts them.
+"""replay: the client of bookkeep, for Python and for CSV files.
 
-`python replay.py --serve` is the demo: it starts the service, sends it 15,000 bookings in batches
-as an accounting program would, and reports how many it would have booked right. It judges nothing
-by itself: all figures are the service's own.
+`Client` is the service as Python calls. `python replay.py FILE` streams a CSV file of bookings to
+the service, in batches as an accounting program would, and reports how many it would have booked
+right; `python replay.py --serve` is the demo, which starts the service, too. It judges nothing by
+itself: all figures are the service's own. `python replay.py --suggest FILE` writes the file with
+the accounts that the service suggests.
+
+The module needs nothing but Python, and reads from top to bottom: Client, Files, Service, Progress,
+Replay, Report, Suggest, Command line.
 """
+
+import os
+import signal
+import sys
+
+if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "bookkeep-replay":
+    # Quiet from the start: to import all that follows takes a moment. It is main's afterwards.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import codecs
@@ -12,23 +25,27 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import random
-import signal
+import re
+import select
+import shutil
 import socket
 import subprocess
-import sys
 import tempfile
+import threading
 import time
+import uuid
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from functools import lru_cache, partial
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from pathlib import Path
-from typing import BinaryIO
-from urllib.parse import urlsplit
-
-from bookkeep import BOOKED_BY, FEATURES, MAX_SUGGESTED, TARGET, Sample, chunks, read_token
+from ssl import CertificateError
+from typing import Any, BinaryIO, NamedTuple, TypeVar, overload
+from urllib.parse import quote, urlencode, urlsplit
 
 try:
     from tqdm import tqdm
@@ -37,61 +54,782 @@ except ImportError:  # the extra "client" is not installed: plain lines will do
 
 HERE = Path(__file__).parent
 CHECKED_OUT = (HERE / "data").is_dir()  # else it is installed
-DATA = HERE / "data" if CHECKED_OUT else Path("data")
-DATA_SETS = [  # a real one first, if the user has put it there
-    DATA / "bank_expenses_obfuscated.csv.zip",
-    DATA / "bank_expenses_obfuscated.csv",
-    DATA / "bank_expenses_synthetic.csv.zip",
-]
 START = "python bookkeep.py" if CHECKED_OUT else "bookkeep"  # what starts the service
-COLUMNS = [*FEATURES, TARGET]
-ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)  # encrypted is the last
-LAST = 1000  # predictions that the report is about
-WINDOWS = (100, LAST, 10_000)  # the n of the /metrics/<n> in it
+
+FIELDS = {  # the keys of a sample that mean something, by their names for --map
+    "company": "CompanyId",
+    "text": "BankEntryText",
+    "amount": "BankEntryAmount",
+    "account": "AccountNumber",
+    "date": "BankEntryDate",
+    "name": "AccountName",
+}
+LONGEST = {  # characters in the values that a booking must have
+    "CompanyId": 100,
+    "BankEntryText": 10_000,
+    "BankEntryAmount": 100,
+    "AccountNumber": 100,
+}
+COLUMNS = [*LONGEST]
+TARGET = "AccountNumber"  # the last of them
+BOOKED_BY = "BookedBy"
 BOOKED_AFTER = {"book": "suggestion", "check": "check", "review": "person"}  # a decision, by whom
-WELL_BOOKED = 0.9  # accuracy from which on one may book unseen
+WHO = sorted(BOOKED_AFTER.values())
+
+Sample = dict[str, str]
+T = TypeVar("T")
+
+logger = logging.getLogger("replay")
+
+
+# ------------------------------------------------------------------------------------------- Client
+
+MAX_SUGGESTED = 300  # suggestions with reasons that the service gives in one answer
+LARGE = 1000  # samples in one request, where it takes long lists
+BUSY = {429, 502, 503, 504}  # what the service, or a proxy before it, says for the moment
+TEMPORARY = {*BUSY, 507}
 
 
 class Failed(Exception):
-    """The replay cannot go on; the message says why in one sentence."""
+    """It cannot go on; the message says why in one sentence."""
 
 
-class Away(Failed):
-    """The service is gone or full: what was asked can be asked again later."""
+class ServiceError(Failed):
+    """The service refused something, or did not answer.
+
+    `status` is HTTP's, None if no answer came. `sentence` says what to change, in the service's
+    words if there are any. `temporary` is true where the same may be taken later: the service is
+    away, it starts, or its disk is full.
+    """
+
+    def __init__(
+        self,
+        where: str,
+        sentence: str,
+        status: int | None = None,
+        wait: float | None = None,
+        lost: bool = False,
+    ) -> None:
+        """`wait` is after how many seconds the same may help; `lost` says that it may be done."""
+        super().__init__(f"{where}: {f'{status}, ' if status else ''}{sentence}")
+        self.sentence, self.status, self.wait, self.lost = sentence, status, wait, lost
+        self.temporary = wait is not None or status in TEMPORARY
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Replays as the options say and prints the report; the exit status."""
-    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C, so that a service is stopped, too
-        signal.signal(number, signal.default_int_handler)
-    options = _options(arguments)
+class Client:
+    """A bookkeep service, as Python calls: each asks it once, and says what it answered.
+
+    Each raises ServiceError for any answer but 200. While the service is away, starts or is too
+    busy, a call tries again, with longer and longer pauses, for as long as its patience lasts.
+    What may have been done already is sent again only where that does no harm: bookings go under a
+    key, and all else but `forget` may be said twice.
+
+    Threads may share a client: each has a connection of its own, which is kept and opened again
+    when it is lost. Processes may not: make a client after a fork.
+
+    >>> client = Client("http://127.0.0.1:8080")
+    >>> client.predict({"CompanyId": "a", "BankEntryText": "Rent", "BankEntryAmount": "-9875.50"})
+    '6300'
+    """
+
+    def __init__(
+        self, url: str, token: str | None = None, patience: float = 30, timeout: float = 600
+    ) -> None:
+        """Connects when first asked. Raises ServiceError if URL or token can be none.
+
+        Patience is how many seconds a call tries again, the timeout how many one attempt may take.
+        """
+        address = urlsplit(url)
+        kinds = {"http": HTTPConnection, "https": HTTPSConnection}
+        try:
+            if not address.hostname:
+                raise ValueError
+            self._connect = partial(
+                kinds[address.scheme], address.hostname, address.port, timeout=timeout
+            )
+            self._connect()
+        except (KeyError, ValueError, HTTPException):
+            sentence = "this is not the URL of a service, as http://127.0.0.1:8080 is"
+            raise ServiceError(url, sentence) from None
+        self.url = url.rstrip("/")
+        self.patience = patience
+        self._path = address.path.rstrip("/")
+        self._own = threading.local()  # a connection for each thread
+        self._headers = {"Content-Type": "application/json"}
+        if token is not None:
+            self._headers["Authorization"] = f"Bearer {self._printable('a token', '[!-~]+', token)}"
+
+    def sample(self, bookings: Sequence[Sample], key: str | None = None) -> dict:
+        """Stores bookings, which are then learned: {"received", "total", "first", "last"}.
+
+        Under a key of yours, such as the name of the file that they are from, they are booked once,
+        however often you send them: also if your own program was killed in between. Without one,
+        only this call's own attempts are one booking.
+        """
+        return self.ask("POST", "/sample", bookings, key or uuid.uuid4().hex)
+
+    @overload
+    def predict(self, samples: Sample) -> str: ...
+    @overload
+    def predict(self, samples: Sequence[Sample]) -> list[str]: ...
+
+    def predict(self, samples: Sample | Sequence[Sample]) -> str | list[str]:
+        """The account of a sample, or of each in a list of any length."""
+        if isinstance(samples, dict):
+            return self.ask("POST", "/predict", samples)[0]
+        return self._of_each("/predict", samples, LARGE)
+
+    @overload
+    def suggest(
+        self, samples: Sample, top: int = 3, book_from: float | None = None, reasons: bool = True
+    ) -> dict: ...
+    @overload
+    def suggest(
+        self,
+        samples: Sequence[Sample],
+        top: int = 3,
+        book_from: float | None = None,
+        reasons: bool = True,
+    ) -> list[dict]: ...
+
+    def suggest(
+        self,
+        samples: Sample | Sequence[Sample],
+        top: int = 3,
+        book_from: float | None = None,
+        reasons: bool = True,
+    ) -> dict | list[dict]:
+        """Up to `top` accounts for a sample, or for each in a list of any length, and how sure.
+
+        With `book_from`, each answer has the decision, `book`, `check` or `review`. Without reasons
+        it takes a fraction of the time.
+        """
+        given = {"top": top, "book_from": book_from, "reasons": None if reasons else "no"}
+        path = _query("/suggest", given)
+        if isinstance(samples, dict):
+            return self.ask("POST", path, samples)
+        size = max(1, MAX_SUGGESTED // max(1, top)) if reasons else LARGE
+        return self._of_each(path, samples, size)
+
+    def correct(self, seq: int, account: str) -> dict:
+        """Books the booking with this seq to another account, or confirms its own.
+
+        Gives {"seq", "AccountNumber", "before"}.
+        """
+        return self.ask("POST", "/correct", {"seq": seq, TARGET: account})
+
+    def forget(self, company: str) -> int:
+        """Forgets a company, and says how many bookings it had. This cannot be undone.
+
+        If no answer came, ask again: a ServiceError with the status 404 says that it is forgotten.
+        """
+        path = f"/company?id={quote(company, safe='')}"
+        return self.ask("DELETE", path, again=False)["forgotten"]
+
+    def metrics(self, n: int = 1000) -> dict:
+        """{"precision", "recall"}, the means over accounts, of the last n predictions."""
+        return self.ask("GET", f"/metrics/{n}")
+
+    def report(
+        self, n: int = 1000, company: str | None = None, book_from: float | None = None
+    ) -> dict:
+        """More about the last n predictions, of all companies or one: how many are right from
+        which confidence on, and which accounts were confused.
+        """
+        return self.ask("GET", _query(f"/report/{n}", {"company": company, "book_from": book_from}))
+
+    def health(self) -> dict:
+        """How much has been learned, and whether bookings can be stored."""
+        health = self.ask("GET", "/health")
+        if not (isinstance(health, dict) and isinstance(health.get("lines"), int)):
+            raise ServiceError(self.url, "this is no bookkeep service")
+        return health
+
+    def close(self) -> None:
+        """Closes this thread's connection; the next call opens another."""
+        connection = getattr(self._own, "connection", None)
+        if connection:
+            connection.close()
+
+    def ask(
+        self, method: str, path: str, content: object = None, key: str = "", again: bool = True
+    ) -> Any:
+        """What the service answers to any request, path and query as they are sent.
+
+        Tries again for a while if it is not there or not ready; where it may have done what was
+        asked, only if it may be asked `again`. Raises ServiceError.
+        """
+        headers = self._headers
+        if key:
+            wanted = "[!-~]([ -~]{0,198}[!-~])?"
+            headers = headers | {"Idempotency-Key": self._printable("a key", wanted, key)}
+        body = None if content is None else json.dumps(content).encode()
+        end = time.monotonic() + self.patience
+        pause = 0.1
+        waits = False
+        while True:
+            try:
+                return self._attempt(method, path, body, headers)
+            except ServiceError as error:
+                if error.wait is None or (error.lost and not again):
+                    raise
+                wait = max(error.wait, pause * random.uniform(0.5, 1))  # not all at once
+                if time.monotonic() + wait > end:
+                    raise
+                if not waits:
+                    logger.warning(
+                        "waiting %.0f s for the service at %s (%s)",
+                        *(self.patience, self.url, error.sentence),
+                    )
+                    waits = True
+            time.sleep(wait)
+            pause = min(2 * pause, 2)
+
+    def _attempt(self, method: str, path: str, body: bytes | None, headers: dict) -> Any:
+        """The answer to one request. Raises ServiceError, which says what can be done."""
+        where = self.url + path
+        connection, sent = self._connection(), False
+        try:
+            try:
+                if connection.sock is None:
+                    connection.connect()
+                sent = True
+                connection.request(method, self._path + path, body, headers)
+                with connection.getresponse() as response:
+                    answer = response.read()
+            except BaseException:  # whatever it is, nothing more can be read there
+                connection.close()
+                raise
+        except CertificateError as error:
+            raise ServiceError(where, f"it cannot be trusted: {error}") from None
+        except (OSError, HTTPException) as error:
+            reason = f"no answer: {error!r}"
+            if isinstance(error, ConnectionRefusedError):
+                reason = f"connection refused: start it with {START}, or give replay.py --serve"
+            raise ServiceError(where, reason, wait=0, lost=sent) from None
+        try:
+            content = json.loads(answer)
+        except ValueError:
+            content = None
+        if response.status == 200 and content is not None:
+            return content
+        raise self._refusal(where, response, content)
+
+    def _connection(self) -> HTTPConnection:
+        """This thread's connection, closed if the other end has closed it."""
+        connection = getattr(self._own, "connection", None)
+        if connection is None:
+            connection = self._own.connection = self._connect()
+        elif connection.sock:
+            with suppress(ValueError):  # too many files are open to look
+                if select.select([connection.sock], [], [], 0)[0]:
+                    connection.close()
+        return connection
+
+    @staticmethod
+    def _refusal(where: str, response: HTTPResponse, content: object) -> ServiceError:
+        """The error that an answer other than the one wanted means."""
+        status, after = response.status, response.headers.get("Retry-After", "")
+        said = content.get("error") if isinstance(content, dict) else None
+        if status == 200:
+            return ServiceError(where, "this is no bookkeep service")
+        wait = None
+        # A 503 of the service's own without a time says that there is nothing to answer with yet.
+        if status in BUSY and (status != 503 or after or not said):
+            wait = int(after) if re.fullmatch("[0-9]{1,5}", after) else 0
+        lost = status in (502, 504)  # a proxy's, which may not know
+        return ServiceError(where, said or response.reason, status, wait, lost)
+
+    def _of_each(self, path: str, samples: Sequence[Sample], size: int) -> list:
+        """What the path answers to each of the samples, in requests of that size."""
+        asked = chunks(samples, size)
+        return [answer for chunk in asked for answer in self.ask("POST", path, chunk)]
+
+    def _printable(self, what: str, pattern: str, text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ServiceError(self.url, f"{what} must be printable ASCII characters")
+        return text
+
+
+def _query(path: str, values: Mapping[str, object]) -> str:
+    """The path with these values, but for those that are None."""
+    given = {name: value for name, value in values.items() if value is not None}
+    return f"{path}?{urlencode(given)}" if given else path
+
+
+def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """The items in lists of that size, of which the last may be shorter."""
+    items = iter(items)
+    while chunk := list(itertools.islice(items, size)):
+        yield chunk
+
+
+# -------------------------------------------------------------------------------------------- Files
+
+ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)  # encrypted is the last
+CURRENCY = re.compile("[A-Z]{3}|[A-Z]{0,2}[$€£¥₩₪₫₴₸₹₺₽]|[Kk]r[.]?|Fr[.]?|zł|Kč|Ft")
+SPELLING = str.maketrans({"'": None, "’": None, "−": "-", "–": "-"})
+SIGNED = re.compile(r"([(])?([+-]?)([0-9.,]+)([+-]?)(?(1)[)])")
+NUMBER = {  # by its decimal mark: what stands before that, and after it
+    mark: re.compile(
+        f"([0-9]*|[1-9][0-9]{{0,2}}(?:[{other}][0-9]{{2,3}})*[{other}][0-9]{{3}})"
+        f"(?:[{mark}]([0-9]+))?"
+    )
+    for mark, other in (".,", ",.")
+}
+DAY_OR_MONTH = re.compile(  # that a date begins with
+    r"([0-9]{1,2})([./-])([0-9]{1,2})\2([0-9]{4}|(?<=[./])[0-9]{2})(?![0-9])"
+)
+AS_IT_STANDS = "replay.py --order file needs no dates, and sends rows as they stand"
+
+
+class Record(NamedTuple):
+    """A row of a file: the line that it ends in, its text as it stands, and its values."""
+
+    line: int
+    text: str
+    values: list[str]
+
+
+class Table:
+    """A CSV file of bookings: its rows as they stand, and each as a sample.
+
+    Its encoding, separator and quotes, and how it writes amounts, are found in the file itself,
+    which is read once for that.
+    """
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        path: Path,
+        columns: Mapping[str, str] | None,
+        company: str | None,
+        booked: bool,
+    ) -> None:
+        """As open_table. Raises Failed if a row cannot be used."""
+        self.path = path
+        named = {FIELDS[field]: names.split("+") for field, names in (columns or {}).items()}
+        self._fixed = {} if company is None else {"CompanyId": company}
+        self._booked = booked
+        self._needed = COLUMNS if booked else COLUMNS[:-1]
+        if not booked:
+            named.pop(TARGET, None)  # so that the same names will do before and after
+        keys = [key for key in self._needed if key not in self._fixed] + list(named)
+        wanted = list(dict.fromkeys(itertools.chain(*(named.get(key, [key]) for key in keys))))
+        with _reading(path):
+            self._text = io.TextIOWrapper(file, newline="", encoding=_encoding(file))
+            self.header = self._text.readline()
+            self._dialect = _dialect(self.header, wanted)
+            [self._columns] = _csv([self.header], *self._dialect)
+        self._check_columns(wanted)
+        self._places = {  # in a row, of what each key of a sample is made of
+            column: [place]
+            for place, column in enumerate(self._columns)
+            if column not in named and column not in itertools.chain(*named.values())
+        }
+        for key, names in named.items():
+            self._places[key] = [self._columns.index(name) for name in names]
+        self._amounts = Amounts()
+        self.rows = 0
+        self.lacking: list[int] = []  # the lines of rows that the service cannot take
+        self._survey()
+
+    def records(self) -> Iterator[Record]:
+        """The file's rows, the header left out; one of an empty line has no values. Raises Failed.
+
+        They are read anew each time, one after the other.
+        """
+        with _reading(self.path):
+            self._text.seek(0)
+            read: list[str] = []
+            rows = _csv((read.append(line) or line for line in self._text), *self._dialect)
+            for number, values in enumerate(rows):
+                if number:
+                    yield Record(rows.line_num, "".join(read), values)
+                read.clear()
+
+    def sample(self, values: list[str]) -> Sample:
+        """A row as a sample, its amount as a plain decimal number if it is one."""
+        sample = self._as_written(values)
+        sample["BankEntryAmount"] = self._amounts.plain(sample["BankEntryAmount"])
+        return sample
+
+    def takes(self, sample: Sample) -> bool:
+        """Whether the service would: nothing that it needs is missing, empty or too long."""
+        return all(0 < len(sample.get(key, "")) <= LONGEST[key] for key in self._needed)
+
+    def samples(self) -> Iterator[Sample]:
+        """The rows that the service takes, as samples."""
+        for record in self.records():
+            if record.values and self.takes(sample := self.sample(record.values)):
+                yield sample
+
+    def lack(self) -> str:
+        """Why it does not take some rows, and how many these are."""
+        *needed, last = [field for field, key in FIELDS.items() if key in self._needed]
+        return (
+            f"as {', '.join(needed)} or {last} is empty or too long: {len(self.lacking):,} of "
+            f"{self.rows:,}, the first in line {self.lacking[0]}"
+        )
+
+    def extended(self, text: str, *values: str) -> bytes:
+        """The text of a row with more values, written as the header is."""
+        separator, quote = self._dialect
+        row = text.rstrip("\r\n")
+        end = text[len(row) :]
+        always = self.header.startswith(quote)
+        for value in values:
+            if always or any(mark in value for mark in (separator, quote, "\r", "\n")):
+                value = quote + value.replace(quote, 2 * quote) + quote
+            row += separator + value
+        return (row + end).encode()
+
+    def _as_written(self, values: list[str]) -> Sample:
+        sample = {
+            key: values[at[0]] if len(at) == 1 else " ".join(values[i] for i in at if values[i])
+            for key, at in self._places.items()
+        }
+        return sample | self._fixed
+
+    def _survey(self) -> None:
+        """Looks at all rows. Raises Failed if one cannot be used."""
+        for line, _, values in self.records():
+            if not values:
+                continue
+            self.rows += 1
+            where = f"{self.path}, line {line}"
+            if len(values) != len(self._columns):
+                raise Failed(f"{where}: there must be {len(self._columns)} values")
+            sample = self._as_written(values)
+            if self._booked and sample.get(BOOKED_BY, "person") not in WHO:
+                raise Failed(
+                    f"{where}: {BOOKED_BY} must be one of {', '.join(WHO)}; if the column says "
+                    "something else, give it another name"
+                )
+            self._amounts.look(sample["BankEntryAmount"], line)
+            if not self.takes(sample):
+                self.lacking.append(line)
+        self._amounts.decide(self.path)
+
+    def _check_columns(self, wanted: Sequence[str]) -> None:
+        has = ", ".join(name if name.isprintable() else repr(name) for name in self._columns)[:1000]
+        if missing := [column for column in wanted if column not in self._columns]:
+            raise Failed(
+                f"{self.path} is no CSV file with the column {', '.join(missing)} in its first "
+                f"line, which has {has or 'none'}; say with --map which is which"
+            )
+        if twice := [column for column in wanted if self._columns.count(column) > 1]:
+            raise Failed(f"{self.path} has the column {twice[0]} more than once: {has}")
+
+
+class Amounts:
+    """How a column writes its amounts: `1,200.00`, `1.200,00`, `(12.50)`, `€ 12.50`, `12,50-`.
+
+    Which mark the decimals follow is decided by all of the column, never by one value: the one with
+    which all of its numbers can be read. What is no number, such as `> -1000`, stays as it is.
+
+    >>> amounts = Amounts()
+    >>> amounts.look("1.200", line=2)
+    >>> amounts.look("(€ 12,5)", line=3)
+    >>> amounts.decide("a file")
+    >>> amounts.plain("1.200"), amounts.plain("(€ 12,5)")
+    ('1200', '-12.5')
+    """
+
+    def __init__(self) -> None:
+        self._mark = "."
+        # Where it was seen first: a number that only one mark fits, by mark; one that both fit,
+        # with different values, by the mark that stands in it; one that is none; any that is one.
+        self._only: dict[str, str] = {}
+        self._either: dict[str, str] = {}
+        self._none = self._number = ""
+
+    def look(self, amount: str, line: int) -> None:
+        """Notes how this one is written."""
+        read = self._readings(amount)
+        where = f"{amount} in line {line}"
+        if not read:
+            self._none = self._none or where
+            return
+        self._number = self._number or where
+        if len(read) == 1:
+            self._only.setdefault(next(iter(read)), where)
+        elif read["."] != read[","]:
+            self._either.setdefault("." if "." in amount else ",", where)
+
+    def decide(self, file: object) -> None:
+        """Decides for all that it was shown. Raises Failed if they differ among themselves."""
+        if len(self._only) > 1 or (not self._only and len(self._either) > 1):
+            one, other = (self._only or self._either).values()
+            raise Failed(f"{file} writes amounts in two ways: {one} and {other}")
+        if self._only:
+            [self._mark] = self._only
+        elif self._either:
+            [(mark, where)] = self._either.items()
+            self._mark = {".": ",", ",": "."}[mark]
+            logger.warning("%s: amounts such as %s are taken for thousands", file, where)
+        if self._none and self._number:
+            logger.warning("%s: amounts such as %s are no numbers; they stay", file, self._none)
+
+    def plain(self, amount: str) -> str:
+        """The amount as a plain decimal number, if it is one."""
+        return self._readings(amount).get(self._mark, amount)
+
+    @staticmethod
+    @lru_cache(4096)  # amounts recur
+    def _readings(amount: str) -> dict[str, str]:
+        """The number that it is with a point as the decimal mark, and with a comma, where it is."""
+        if not any(map(str.isdigit, amount)):
+            return {}
+        bare = "".join(CURRENCY.sub("", amount, count=1).translate(SPELLING).split())
+        found = SIGNED.fullmatch(bare)
+        if not found:
+            return {}
+        opened, before, digits, after = found.groups()
+        sign = "-" if opened or "-" in (before, after) else ""
+        read = {}
+        for mark, pattern in NUMBER.items():
+            if number := pattern.fullmatch(digits):
+                whole, decimals = re.sub("[.,]", "", number[1]), number[2]
+                read[mark] = f"{sign}{whole or 0}{f'.{decimals}' if decimals else ''}"
+        return read
+
+
+def read_rows(
+    path: Path,
+    columns: Mapping[str, str] | None = None,
+    company: str | None = None,
+    booked: bool = True,
+) -> Iterator[Sample]:
+    """The bookings in a CSV file, or in the one in a zip, one by one.
+
+    `columns` says which column is which, as {"text": "Payee+Purpose", "amount": "Amount"}, by the
+    keys of FIELDS; others keep their names. The company may be the same for all rows. Unless they
+    are `booked`, they need no account. Amounts become plain decimal numbers if they are numbers.
+    Rows that the service cannot take, as something is empty, are left out, with a warning. Raises
+    Failed if it is no such file.
+    """
+    with open_table(path, columns, company, booked) as table:
+        if table.lacking:
+            logger.warning("%s: rows left out, %s", path, table.lack())
+        yield from table.samples()
+
+
+@contextmanager
+def open_table(
+    path: Path,
+    columns: Mapping[str, str] | None,
+    company: str | None,
+    booked: bool,
+) -> Iterator[Table]:
+    """The CSV file, or the one in a zip, as read_rows understands it. Raises Failed."""
+    with ExitStack() as opened:
+        with _reading(path):
+            file = opened.enter_context(_open(path))
+        yield Table(file, path, columns, company, booked)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Says in one sentence what goes wrong when the file is read."""
     try:
-        options.file = options.file or _default_file()
-        token = read_token(options.token_file)
-        rows = _rows(options)  # before a service is started in vain
-        if options.serve and not options.log:
-            options.log = Path(tempfile.mkdtemp(prefix="bookkeep-")) / "replay.jsonl"
-        with _service(options) as url:
-            if options.stay:
-                print(f"Watch it learn: {url}/", file=sys.stderr)
-            report = replay(Client(url, token), options, rows)
-            if options.serve:
-                report["log"] = str(options.log)
-            if options.stay or not options.serve:
-                report["page"] = f"{url}/"
-            print(json.dumps(report) if options.json else in_words(report), flush=True)
-            if options.stay and not report["interrupted"]:
-                _stay(url)
-    except (Failed, OSError) as error:
-        print(f"replay: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 130 if report["interrupted"] else 0
+        yield
+    except OSError as error:
+        raise Failed(f"cannot read {path}: {error.strerror}") from None
+    except (csv.Error, UnicodeError, *ZIP_ERRORS) as error:
+        raise Failed(f"{path} is no CSV file: {error}") from None
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
+    """The CSV file in the path, to be read more than once."""
+    with open(path, "rb") as file:
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(file) as archive:
+                names = [name for name in archive.namelist() if name.endswith(".csv")]
+                if not names:
+                    raise Failed(f"there is no CSV file in {path}")
+                with archive.open(names[0]) as found:
+                    yield found
+        elif file.seekable():
+            yield file
+        else:  # a pipe can be read but once
+            with tempfile.TemporaryFile() as copy:
+                shutil.copyfileobj(file, copy)
+                copy.seek(0)
+                yield copy
+
+
+def _encoding(file: BinaryIO) -> str:
+    """UTF-16 if the file begins so, UTF-8 if all of it can be that, else Windows-1252."""
+    chunks = iter(lambda: file.read(1 << 20), b"")
+    try:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            return "utf-16"
+        file.seek(0)
+        for _ in codecs.iterdecode(chunks, "utf-8"):
+            pass
+        return "utf-8-sig"
+    except UnicodeDecodeError:
+        return "cp1252"
+    finally:
+        file.seek(0)
+
+
+def _dialect(header: str, wanted: Sequence[str]) -> tuple[str, str]:
+    """Separator and quotes: those between most of the columns that are wanted, or else of all."""
+
+    def found(dialect: tuple[str, str]) -> tuple[int, bool, int]:
+        with suppress(csv.Error):
+            [names] = _csv([header], *dialect)
+            return sum(column in names for column in wanted), '"' in dialect, len(names)
+        return 0, False, 0
+
+    return max(itertools.product(",;\t|", "\"'"), key=found)
+
+
+def _csv(lines: Iterable[str], separator: str, quote: str) -> Any:
+    return csv.reader(lines, delimiter=separator, quotechar=quote, strict=True)
+
+
+def by_date(rows: Iterable[Sample]) -> list[Sample]:
+    """The rows in the order in which they arose.
+
+    Raises Failed if they have no date, or if it cannot be told what is its day and what its month.
+    """
+    rows = list(rows)
+    try:
+        when = _sortable({row["BankEntryDate"] for row in rows})
+    except KeyError:
+        no_date = "there is no column BankEntryDate to sort by: --map date=COLUMN names another"
+        raise Failed(f"{no_date}; {AS_IT_STANDS}") from None
+    return sorted(rows, key=lambda row: (when[row["BankEntryDate"]], row["CompanyId"]))
+
+
+def _sortable(dates: Collection[str]) -> dict[str, tuple | str]:
+    """Each date as it sorts: 2016-02-29 as it stands, 29.02.2016 or 2/29/16 from the year on."""
+    found = {date: match.groups() for date in sorted(dates) if (match := DAY_OR_MONTH.match(date))}
+    others = [date for date in sorted(dates) if date and date not in found]
+    if not found:
+        return {date: date for date in dates}
+    parts = {date: (int(a), int(b), int(year)) for date, (a, _, b, year) in found.items()}
+    day_first = [date for date, (a, b, _) in parts.items() if a > 12 or "." in date]
+    month_first = [date for date, (a, b, _) in parts.items() if b > 12]
+    if others or (day_first and month_first):
+        one, other = (others or month_first)[0], (day_first or [*found])[0]
+        raise Failed(f"dates are written in two ways, as {one} and {other}; {AS_IT_STANDS}")
+    if not (day_first or month_first):
+        raise Failed(f"what is the day in {next(iter(found))} is not clear; {AS_IT_STANDS}")
+    when = {
+        date: (year, b, a) if day_first else (year, a, b) for date, (a, b, year) in parts.items()
+    }
+    return when | {"": (0, 0, 0)}
+
+
+# ------------------------------------------------------------------------------------------ Service
+
+
+def _service(options: argparse.Namespace) -> AbstractContextManager[str]:
+    """Gives the URL of the service that the options ask for."""
+    if not options.serve:
+        return nullcontext(options.url)
+    token = [f"--token-file={options.token_file}"] if options.token_file else []
+    return serving(options.log, *token)
+
+
+@contextmanager
+def serving(log: Path, *options: str) -> Iterator[str]:
+    """Starts bookkeep.py with that log on a free port, gives its URL and stops it at the end."""
+    with started(HERE / "bookkeep.py", f"--log={log}", *options) as (port, _):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def started(*command: object) -> Iterator[tuple[int, int]]:
+    """Starts a Python script that listens on a --port, gives that and its process, and stops it.
+
+    Raises Failed if it ends before it listens.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = (sys.executable, *command, f"--port={port}")
+    with tempfile.TemporaryFile() as messages:
+        # In a session of its own, so that Ctrl-C ends the replay first and the service after it.
+        service = subprocess.Popen(command, stderr=messages, start_new_session=True)
+        try:
+            while not _answers(port):
+                if service.poll() is not None:
+                    messages.seek(0)
+                    last = messages.read().decode(errors="replace").splitlines()[-1:]
+                    raise Failed(f"the service did not start: {''.join(last)}")
+                time.sleep(0.01)
+            yield port, service.pid
+        finally:
+            service.terminate()
+            service.wait()
+
+
+def _answers(port: int) -> bool:
+    """Whether it has read its log back."""
+    connection = HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status != 503
+    except (OSError, HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+# ----------------------------------------------------------------------------------------- Progress
+
+
+@contextmanager
+def _progress(total: int | None) -> Iterator[Callable[[int, dict | None], None]]:
+    """A function that shows how far it is and how good: a bar in a terminal, else plain lines."""
+    if tqdm and sys.stderr.isatty():
+        with tqdm(total=total, unit=" samples", dynamic_ncols=True) as bar:
+
+            def show(sent: int, report: dict | None) -> None:
+                bar.set_postfix_str(_in_short(report))
+                bar.update(sent - bar.n)
+
+            yield show
+        return
+
+    started = shown = time.monotonic()
+
+    def show(sent: int, report: dict | None) -> None:
+        nonlocal shown
+        if time.monotonic() - shown > 2:
+            shown = time.monotonic()
+            of_all = f" of {total:,}" if total else ""
+            rate = sent / (shown - started)
+            good = _in_short(report)
+            print(f"{sent:,}{of_all} samples, {rate:,.0f}/s{good and f', {good}'}", file=sys.stderr)
+
+    yield show
+
+
+def _in_short(report: dict | None) -> str:
+    names = ("accuracy", "precision", "recall") if report else ()
+    return ", ".join(f"{name} {report[name]:.3f}" for name in names)
+
+
+# ------------------------------------------------------------------------------------------- Replay
+
+LAST = 1000  # predictions that the report is about
+WINDOWS = (100, LAST, 10_000)  # the n of the /metrics/<n> in it
+WELL_BOOKED = 0.9  # accuracy from which on one may book unseen
 
 
 def replay(
-    client: "Client", options: argparse.Namespace, rows: Iterator[Sample], skip: bool = True
+    client: Client, options: argparse.Namespace, rows: Iterator[Sample], skip: bool = True
 ) -> dict:
     """Sends the rows in batches and reports; Ctrl-C ends it early. Raises Failed."""
     run = Run(client, options)
@@ -104,8 +842,11 @@ def replay(
             return replay(client, options, _rows(options), skip=False)
     except KeyboardInterrupt:
         interrupted = True
-        client.interrupted()
-    except Away as error:
+        client.close()
+        client.patience = 2
+    except ServiceError as error:
+        if not error.temporary:
+            raise
         log = f" --log {options.log}" if options.serve else ""
         how = f"; the same command goes on with --resume {run.start}{log}" if run.resumable else ""
         raise Failed(f"{error}{how}") from None
@@ -117,10 +858,7 @@ def replay(
         "samples_per_second": round(run.sent / seconds),
         "accounts": None,
         "metrics": {},
-        "report": None,
-        "unseen": None,
-        "booked_unseen": None,
-        "prediction": None,
+        **dict.fromkeys(("report", "unseen", "booked_unseen", "prediction")),
         "interrupted": interrupted,
         "resume": run.start if run.resumable else None,
     }
@@ -142,11 +880,13 @@ class Run:
     it once, whatever happened to the first attempt.
     """
 
-    def __init__(self, client: "Client", options: argparse.Namespace) -> None:
+    def __init__(self, client: Client, options: argparse.Namespace) -> None:
         self.client, self.options = client, options
         self.before = client.health()
         self.start = self.before["lines"] if options.resume is None else options.resume
         source = (options.file.name, options.order, options.batch, options.seed, self.start)
+        if options.map or options.company:
+            source += (sorted(options.map.items()), options.company)
         self.name = hashlib.sha256(repr(source).encode()).hexdigest()[:16]
         self.sent = self.resent = self.predicted = self.unpredicted = 0
         self.account_names: dict[tuple[str, str], str | None] = {}  # by company and account
@@ -171,7 +911,7 @@ class Run:
             if self.integrator and (self.sent or self.before["accounts"]):  # there is a model
                 batch = self.integrator.book(batch)
             key = f"replay {self.name} row {self.sent}"
-            answer = self.client.ask("POST", "/sample", batch, key)
+            answer = self.client.sample(batch, key)
             if skip and self.resent == self.sent > 0 and answer["first"] != self.start + self.sent:
                 return False  # others have booked in between
             self._count(answer, len(batch))
@@ -179,7 +919,7 @@ class Run:
                 self.sent == self.options.samples or time.monotonic() - asked > 0.1
             ):
                 asked = time.monotonic()
-                show(self.sent, self.client.ask("GET", f"/report/{LAST}"))
+                show(self.sent, self.client.report(LAST))
         return answer is not None or not self.sent
 
     def _count(self, answer: dict, size: int) -> None:
@@ -197,8 +937,8 @@ class Run:
             return
         yield "accounts", self.client.health()["accounts"]
         wanted = [n for n in WINDOWS if n == LAST or self.predicted >= n]
-        yield "metrics", {str(n): self.client.ask("GET", f"/metrics/{n}") for n in wanted}
-        report = self.client.ask("GET", f"/report/{LAST}")
+        yield "metrics", {str(n): self.client.metrics(n) for n in wanted}
+        report = self.client.report(LAST)
         yield "report", report
         yield "unseen", best_level(report["confidence"])
         if self.integrator:
@@ -209,7 +949,7 @@ class Run:
         if row is None or not self.sent:
             return None
         sample = without_account(row)
-        [suggestion] = self.client.ask("POST", "/suggest?top=1", sample)["suggestions"]
+        [suggestion] = self.client.suggest(sample, top=1)["suggestions"]
         account = suggestion["account"]
         return {
             "sample": sample,
@@ -228,7 +968,7 @@ class Integrator:
     It knows the truth, which the service does not: what would have been right.
     """
 
-    def __init__(self, client: "Client", book_from: float) -> None:
+    def __init__(self, client: Client, book_from: float) -> None:
         self.client, self.book_from = client, book_from
         # Of each suggestion: how sure it was, whether it was right, by whom it was booked.
         self.outcomes: list[tuple[float, bool, str]] = []
@@ -238,7 +978,7 @@ class Integrator:
         booked = []
         for chunk in chunks(rows, MAX_SUGGESTED):
             asked = [without_account(row) for row in chunk]
-            answers = self.client.ask("POST", f"/suggest?top=1&book_from={self.book_from}", asked)
+            answers = self.client.suggest(asked, 1, self.book_from, reasons=False)
             for row, sample, answer in zip(chunk, asked, answers, strict=True):
                 [suggestion] = answer["suggestions"]
                 account, who = suggestion["account"], BOOKED_AFTER[answer["decision"]]
@@ -254,7 +994,7 @@ class Integrator:
         scored = sum(who != "suggestion" for _, _, who in half)
         if not scored:
             return None
-        said = self.client.ask("GET", f"/report/{scored}?book_from={self.book_from}")
+        said = self.client.report(scored, book_from=self.book_from)
         level = next(row for row in said["confidence"] if row["at_least"] == self.book_from)
         unseen = [right for _, right, who in half if who == "suggestion"]
         sure = [right for confidence, right, _ in half if confidence >= self.book_from]
@@ -293,16 +1033,24 @@ def best_level(levels: Sequence[dict]) -> dict:
     return next(level for level in levels if level["at_least"] == 0.9)
 
 
-def _stay(url: str) -> None:
-    """Waits for Ctrl-C. Raises Failed if the service ends before."""
-    with suppress(KeyboardInterrupt):
-        print(f"The page is at {url}/ until Ctrl-C", file=sys.stderr)
-        while _listens(urlsplit(url).port):
-            time.sleep(1)
-        raise Failed("the service has ended")
+def _rows(options: argparse.Namespace) -> Iterator[Sample]:
+    """The file's rows in the order that is asked for. Raises Failed at once if it is no CSV."""
+    rows = read_rows(options.file, options.map, options.company)
+    if options.order == "date":
+        return iter(by_date(rows))
+    first = list(itertools.islice(rows, 1))
+    return itertools.chain(first, rows)
 
 
-# ----------------------------------------------------------------------------------------- Report
+def batches(rows: Iterable[Sample], largest: int, seed: int) -> Iterator[list[Sample]]:
+    """Batches of random size, from 1 to the largest."""
+    sizes = random.Random(seed)
+    rows = iter(rows)
+    while batch := list(itertools.islice(rows, sizes.randint(1, largest))):
+        yield batch
+
+
+# ------------------------------------------------------------------------------------------- Report
 
 
 def in_words(report: dict) -> str:
@@ -422,93 +1170,130 @@ def _next(report: dict) -> Iterator[str]:
         yield f"Its page is at {report['page']}"
 
 
-# ------------------------------------------------------------------------------------------- Rows
+# ------------------------------------------------------------------------------------------ Suggest
 
 
-def read_rows(path: Path) -> Iterator[Sample]:
-    """The rows of a CSV file, or of the one in a zip, one by one. Raises Failed."""
+def suggest(client: Client, options: argparse.Namespace) -> None:
+    """Writes the file to standard output, each row with an account, and how sure that is.
+
+    Both are empty where the service cannot take a row. Nothing is learned. Raises Failed.
+    """
+    with (
+        open_table(options.file, options.map, options.company, booked=False) as table,
+        _progress(table.rows) as show,
+    ):
+        if table.lacking:
+            logger.warning("%s: rows without a suggestion, %s", options.file, table.lack())
+        out, done = sys.stdout.buffer, 0
+        header = table.extended(table.header, "account", "confidence")
+        for records in chunks(table.records(), LARGE):
+            samples = [table.sample(record.values) if record.values else {} for record in records]
+            taken = [_features(sample) for sample in samples if table.takes(sample)]
+            answers = iter(client.suggest(taken, top=1, reasons=False))
+            out.write(header)
+            header = b""  # it is written once, and not before there is an answer
+            for record, sample in zip(records, samples, strict=True):
+                added = ["", ""] if sample else []  # an empty line stays one
+                if table.takes(sample):
+                    [best] = next(answers)["suggestions"]
+                    added = [best["account"], str(best["confidence"])]
+                out.write(table.extended(record.text, *added))
+            out.flush()
+            done += sum(map(bool, samples))
+            show(done, None)
+        out.write(header)
+
+
+def _features(sample: Sample) -> Sample:
+    """What a suggestion is made from."""
+    return {key: sample[key] for key in COLUMNS if key != TARGET}
+
+
+# ------------------------------------------------------------------------------------- Command line
+
+EXAMPLES = """\
+the demo, all in one:
+  replay.py --serve
+see how well your own bookings are predicted, teach a service that runs, and let it suggest:
+  replay.py OLD.csv --serve --company acme --map text=Payee+Purpose,amount=Sum,date=Day,account=To
+  replay.py OLD.csv --samples all --company acme --map (the same)
+  replay.py NEW.csv --suggest --company acme --map (the same) > SUGGESTED.csv
+from Python:
+  from replay import Client
+  Client("http://127.0.0.1:8080").predict({...})"""
+STOPS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+DATA = HERE / "data" if CHECKED_OUT else Path("data")
+DATA_SETS = [  # a real one first, if the user has put it there
+    DATA / "bank_expenses_obfuscated.csv.zip",
+    DATA / "bank_expenses_obfuscated.csv",
+    DATA / "bank_expenses_synthetic.csv.zip",
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Does what the options say and prints what came of it; the exit status."""
+    options = _options(arguments)
+    logger.handlers, logger.propagate = [_Sayer()], False
     try:
-        with _open(path) as file:
-            text = io.TextIOWrapper(file, newline="", encoding=_encoding(file))
-            header = text.readline()
-            lines = itertools.chain([header], text)
-            rows = csv.DictReader(lines, delimiter=_separator(header), strict=True)
-            missing = [column for column in COLUMNS if column not in (rows.fieldnames or [])]
-            if missing:
-                raise Failed(
-                    f"{path} is no CSV file with the column {', '.join(missing)} in its first line"
-                )
-            for row in rows:
-                if None in row or None in row.values():
-                    raise Failed(
-                        f"{path}, line {rows.line_num}: there must be {len(rows.fieldnames)} values"
-                    )
-                yield row
-    except OSError as error:
-        raise Failed(f"cannot read {path}: {error.strerror}") from None
-    except (csv.Error, UnicodeDecodeError, *ZIP_ERRORS) as error:
-        raise Failed(f"{path} is no CSV file: {error}") from None
+        for number in STOPS:  # each as Ctrl-C, so that a service is stopped, too
+            signal.signal(number, signal.default_int_handler)
+        options.file = options.file or _default_file()
+        token = _token(options.token_file)
+        rows = None if options.suggest else _rows(options)  # before a service is started in vain
+        if options.serve and not options.log:
+            options.log = Path(tempfile.mkdtemp(prefix="bookkeep-")) / "replay.jsonl"
+        with _service(options) as url:
+            client = Client(url, token)
+            if options.suggest:
+                suggest(client, options)
+                return 0
+            return _show(client, options, rows)
+    except BrokenPipeError:  # whoever read this has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except (Failed, OSError) as error:
+        print(f"replay: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
-    if path.suffix != ".zip":
-        with open(path, "rb") as file:
-            yield file
-        return
-    with zipfile.ZipFile(path) as archive:
-        names = [name for name in archive.namelist() if name.endswith(".csv")]
-        if not names:
-            raise Failed(f"there is no CSV file in {path}")
-        with archive.open(names[0]) as file:
-            yield file
+def _show(client: Client, options: argparse.Namespace, rows: Iterator[Sample]) -> int:
+    """Replays the rows and prints the report; the exit status."""
+    if options.stay:
+        print(f"Watch it learn: {client.url}/", file=sys.stderr)
+    report = replay(client, options, rows)
+    if options.serve:
+        report["log"] = str(options.log)
+    if options.stay or not options.serve:
+        report["page"] = f"{client.url}/"
+    print(json.dumps(report) if options.json else in_words(report), flush=True)
+    if report["interrupted"]:
+        return 130
+    if options.stay:
+        _stay(client.url)
+    return 0
 
 
-def _encoding(file: BinaryIO) -> str:
-    """UTF-16 if the file begins so, UTF-8 if all of it can be that, else Windows-1252."""
-    if not file.seekable():
-        return "utf-8-sig"  # a pipe can be read but once
-    chunks = iter(lambda: file.read(1 << 20), b"")
-    try:
-        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            return "utf-16"
-        file.seek(0)
-        for _ in codecs.iterdecode(chunks, "utf-8"):
-            pass
-        return "utf-8-sig"
-    except UnicodeDecodeError:
-        return "cp1252"
-    finally:
-        file.seek(0)
+def _stay(url: str) -> None:
+    """Waits for Ctrl-C. Raises Failed if the service ends before."""
+    with suppress(KeyboardInterrupt):
+        print(f"The page is at {url}/ until Ctrl-C", file=sys.stderr)
+        while _listens(urlsplit(url).port):
+            time.sleep(1)
+        raise Failed("the service has ended")
 
 
-def _separator(header: str) -> str:
-    """Comma, semicolon or tab: the one between most of the columns that a file needs."""
+class _Sayer(logging.Handler):
+    """Says warnings on standard error, and leaves a bar that is there whole."""
 
-    def found(separator: str) -> int:
-        [names] = csv.reader([header], delimiter=separator)
-        return sum(column in names for column in COLUMNS)
-
-    return max(",;\t", key=found)
+    def emit(self, record: logging.LogRecord) -> None:
+        say = tqdm.write if tqdm else print
+        say(f"replay: {self.format(record)}", file=sys.stderr)
 
 
-def _rows(options: argparse.Namespace) -> Iterator[Sample]:
-    """The file's rows in the order that is asked for. Raises Failed at once if it is no CSV."""
-    rows = read_rows(options.file)
-    if options.order == "date":
-        return iter(by_date(rows))
-    first = list(itertools.islice(rows, 1))
-    return itertools.chain(first, rows)
-
-
-def by_date(rows: Iterable[Sample]) -> list[Sample]:
-    """The rows in the order in which they arose. Raises Failed if they have no date."""
-    try:
-        return sorted(rows, key=lambda row: (row["BankEntryDate"], row["CompanyId"]))
-    except KeyError:
-        raise Failed(
-            "there is no column BankEntryDate to sort by; replay.py --order file needs none"
-        ) from None
+def _token(file: Path | None) -> str | None:
+    return file.read_text("latin-1").strip() if file else os.environ.get("BOOKKEEP_TOKEN")
 
 
 def _default_file() -> Path:
@@ -521,196 +1306,27 @@ def _default_file() -> Path:
     )
 
 
-def batches(rows: Iterable[Sample], largest: int, seed: int) -> Iterator[list[Sample]]:
-    """Batches of random size, from 1 to the largest."""
-    sizes = random.Random(seed)
-    rows = iter(rows)
-    while batch := list(itertools.islice(rows, sizes.randint(1, largest))):
-        yield batch
-
-
-# ---------------------------------------------------------------------------------------- Service
-
-
-class Client:
-    """One kept-alive connection to the service, opened again when it has to be."""
-
-    def __init__(self, url: str, token: str | None = None) -> None:
-        """Connects when first asked. Raises Failed if the URL is none of http or https."""
-        address = urlsplit(url)
-        kinds = {"http": HTTPConnection, "https": HTTPSConnection}
-        try:
-            if not address.hostname:
-                raise ValueError
-            self._connection = kinds[address.scheme](address.hostname, address.port, timeout=600)
-        except (KeyError, ValueError, HTTPException):
-            raise Failed(
-                f"{url} is not the URL of a service, as http://127.0.0.1:8080 is"
-            ) from None
-        self._url = url
-        self._path = address.path.rstrip("/")
-        self._headers = {"Content-Type": "application/json"}
-        if token:
-            self._headers["Authorization"] = f"Bearer {token}"
-        self._patience = 30.0  # seconds to try again for
-        self._said = False  # that it tries again
-
-    def ask(self, method: str, path: str, content: object = None, key: str = "") -> dict | list:
-        """The service's answer; tries again for a while if it is not there or not ready.
-
-        Bookings must have a key, by which the service knows them if they come again. Raises Away
-        if there is no answer in the end, or no space, and Failed if it is anything else but 200.
-        """
-        headers = self._headers | ({"Idempotency-Key": key} if key else {})
-        body = None if content is None else json.dumps(content).encode()
-        end = time.monotonic() + self._patience
-        pause = 0.1
-        while True:
-            try:
-                self._connection.request(method, self._path + path, body, headers)
-                with self._connection.getresponse() as response:
-                    status, answer = response.status, response.read()
-                if status == 200:
-                    return json.loads(answer)
-                reason = f"{status} {answer[:1000].decode(errors='replace')}"
-            except ConnectionRefusedError:
-                status = None
-                reason = f"connection refused: start it with {START}, or give --serve"
-            except (OSError, HTTPException) as error:
-                status, reason = None, f"no answer: {error!r}"
-            except ValueError as error:
-                raise Failed(f"{self._url}{path} is no bookkeep service: {error}") from None
-            if status is None:
-                self._connection.close()
-            if status not in (None, 503) or time.monotonic() + pause > end:
-                failed = Away if status in (None, 503, 507) else Failed
-                raise failed(f"{self._url}{path}: {reason}")
-            self._say_that_it_waits(reason)
-            time.sleep(pause)
-            pause = min(2 * pause, 2)
-
-    def _say_that_it_waits(self, reason: str) -> None:
-        if not self._said:
-            self._said = True
-            say = tqdm.write if tqdm else print  # tqdm's keeps the bar whole
-            say(
-                f"replay: waiting {self._patience:.0f} s for the service at {self._url} ({reason})",
-                file=sys.stderr,
-            )
-
-    def health(self) -> dict:
-        """The service's health. Raises Failed if it is no bookkeep."""
-        health = self.ask("GET", "/health")
-        if not (isinstance(health, dict) and isinstance(health.get("lines"), int)):
-            raise Failed(f"{self._url} is no bookkeep service")
-        return health
-
-    def interrupted(self) -> None:
-        """Drops what was under way, and tries again but for a moment from now on."""
-        self._connection.close()
-        self._patience = 2.0
-
-
-def _service(options: argparse.Namespace) -> AbstractContextManager[str]:
-    """Gives the URL of the service that the options ask for."""
-    if not options.serve:
-        return nullcontext(options.url)
-    token = [f"--token-file={options.token_file}"] if options.token_file else []
-    return serving(options.log, *token)
-
-
-@contextmanager
-def serving(log: Path, *options: str) -> Iterator[str]:
-    """Starts bookkeep.py with that log on a free port, gives its URL and stops it at the end."""
-    with started(HERE / "bookkeep.py", f"--log={log}", *options) as (port, _):
-        yield f"http://127.0.0.1:{port}"
-
-
-@contextmanager
-def started(*command: object) -> Iterator[tuple[int, int]]:
-    """Starts a Python script that listens on a --port, gives that and its process, and stops it.
-
-    Raises Failed if it ends before it listens.
-    """
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    command = (sys.executable, *command, f"--port={port}")
-    with tempfile.TemporaryFile() as messages:
-        # In a session of its own, so that Ctrl-C ends the replay first and the service after it.
-        service = subprocess.Popen(command, stderr=messages, start_new_session=True)
-        try:
-            while not _answers(port):
-                if service.poll() is not None:
-                    messages.seek(0)
-                    last = messages.read().decode(errors="replace").splitlines()[-1:]
-                    raise Failed(f"the service did not start: {''.join(last)}")
-                time.sleep(0.01)
-            yield port, service.pid
-        finally:
-            service.terminate()
-            service.wait()
-
-
-def _answers(port: int) -> bool:
-    """Whether it has read its log back."""
-    connection = HTTPConnection("127.0.0.1", port, timeout=10)
-    try:
-        connection.request("GET", "/health")
-        return connection.getresponse().status != 503
-    except (OSError, HTTPException):
-        return False
-    finally:
-        connection.close()
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-# ----------------------------------------------------------------------------------- Command line
-
-
-@contextmanager
-def _progress(total: int | None) -> Iterator[Callable[[int, dict], None]]:
-    """A function that shows how far it is and how good: a bar in a terminal, else plain lines."""
-    if tqdm and sys.stderr.isatty():
-        with tqdm(total=total, unit=" samples", dynamic_ncols=True) as bar:
-
-            def show(sent: int, report: dict) -> None:
-                bar.set_postfix_str(_in_short(report))
-                bar.update(sent - bar.n)
-
-            yield show
-        return
-
-    started = shown = time.monotonic()
-
-    def show(sent: int, report: dict) -> None:
-        nonlocal shown
-        if time.monotonic() - shown > 2:
-            shown = time.monotonic()
-            of_all = f" of {total:,}" if total else ""
-            rate = sent / (shown - started)
-            print(f"{sent:,}{of_all} samples, {rate:,.0f}/s, {_in_short(report)}", file=sys.stderr)
-
-    yield show
-
-
-def _in_short(report: dict) -> str:
-    return ", ".join(f"{name} {report[name]:.3f}" for name in ("accuracy", "precision", "recall"))
-
-
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="replay",
-        description="Streams a CSV file of bookings to bookkeep and shows how well it predicts.",
-        epilog="The demo, all in one: replay.py --serve",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Streams a CSV file of bookings to bookkeep and shows how well it predicts, or "
+        "writes\nthe file with the accounts that bookkeep suggests.",
+        epilog=EXAMPLES,
     )
-    _add_rows(parser)
+    _add_file(parser)
+    replays = _add_replay(parser)
     _add_service(parser)
-    parser.add_argument("--json", action="store_true", help="print the report as a JSON object")
     options = parser.parse_args(arguments)
+    options.map = {field: name for named in options.map for field, name in named.items()}
+    if options.company and "company" in options.map:
+        parser.error("give --company, or a company= in --map, not both")
+    if options.suggest:
+        if not options.file:
+            parser.error("--suggest needs a FILE")
+        for name, usual in (replays | {"stay": False}).items():
+            if getattr(options, name) != usual:
+                parser.error(f"--{name.replace('_', '-')} does not go with --suggest")
     if options.log and not options.serve:
         parser.error("--log goes with --serve")
     if options.book_from is not None and options.resume is not None:
@@ -722,21 +1338,47 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _add_rows(parser: argparse.ArgumentParser) -> None:
+def _add_file(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument_group(
-        "the bookings",
-        "The file's first line names its columns. It must have CompanyId, BankEntryText, "
-        "BankEntryAmount and AccountNumber; to sort by date BankEntryDate, as 2016-02-29, too. "
-        "AccountName is shown, others are sent along. Commas, semicolons or tabs separate values; "
-        "it is in UTF-8, UTF-16 or Windows-1252.",
+        "the file",
+        "Its first line names its columns. It must have CompanyId, BankEntryText, BankEntryAmount\n"
+        "and AccountNumber (but for --suggest), or columns that --map names; to sort by date\n"
+        "BankEntryDate, too. AccountName is shown, others are sent along. Commas, semicolons,\n"
+        "tabs or bars separate values; it is in UTF-8, UTF-16 or Windows-1252. Amounts are words\n"
+        "as > -1000, or numbers as 1,200.00, 1.200,00, (12.50) or € 12.50. What a comma means\n"
+        "all of the column shows. Dates are as 2016-02-29, 29.02.2016 or 2/29/2016. Rows in which\n"
+        "something is empty are left out.",
     ).add_argument
     option(
         "file",
         nargs="?",
         type=Path,
+        metavar="FILE",
         help="a CSV file or a zip with one; without it, bank_expenses_obfuscated.csv.zip or .csv "
         "in data/, or else the synthetic set there",
     )
+    option(
+        "--map",
+        type=columns,
+        action="append",
+        default=[],
+        metavar="FIELD=COLUMN,...",
+        help=f"which of its columns is which; the fields are {', '.join(FIELDS)}; text=A+B joins "
+        "the columns A and B",
+    )
+    option("--company", help="the company of all of its rows")
+    option(
+        "--suggest",
+        action="store_true",
+        help="write it to standard output, in UTF-8, with two more columns: the account that is "
+        "suggested, and how sure that is; nothing is learned",
+    )
+
+
+def _add_replay(parser: argparse.ArgumentParser) -> dict[str, object]:
+    """Adds what a replay alone has, and says what these are without being given."""
+    group = parser.add_argument_group("the replay")
+    option = group.add_argument
     option(
         "--samples",
         type=_count_or_all,
@@ -763,6 +1405,17 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
         help="book suggestions unseen from this confidence on, but for the checks, with the file "
         "as the accountant for all others; and say what the service says of it and what is true",
     )
+    option(
+        "--resume",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="FROM",
+        help="go on with an interrupted run that began when the log held FROM bookings (0, unless "
+        "given): what is stored is not stored again",
+    )
+    option("--json", action="store_true", help="print the report as a JSON object")
+    return {action.dest: action.default for action in group._group_actions}
 
 
 def _add_service(parser: argparse.ArgumentParser) -> None:
@@ -784,20 +1437,23 @@ def _add_service(parser: argparse.ArgumentParser) -> None:
         help="with --serve: the service's log (default: a new one in a temporary folder)",
     )
     option(
-        "--resume",
-        type=int,
-        nargs="?",
-        const=0,
-        metavar="FROM",
-        help="go on with an interrupted run that began when the log held FROM bookings (0, unless "
-        "given): what is stored is not stored again",
-    )
-    option(
         "--token-file",
         type=Path,
         metavar="FILE",
         help="file with the service's token; or set BOOKKEEP_TOKEN",
     )
+
+
+def columns(text: str) -> dict[str, str]:
+    """The columns by the fields that the text names, as text=Description,amount=Amount does."""
+    found = {}
+    for part in re.split(rf",\s*(?=(?:{'|'.join(FIELDS)})=)", text):
+        field, equals, name = part.partition("=")
+        if field not in FIELDS or not equals:
+            named = ", ".join(FIELDS)
+            raise argparse.ArgumentTypeError(f"{part} is not FIELD=COLUMN, with one of {named}")
+        found[field] = name
+    return found
 
 
 def count(text: str) -> int:
