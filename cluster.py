@@ -422,7 +422,7 @@ class Node(Bookkeeper):
         self._arrived: dict[int, Message] = {}  # what others say that they have appended
         self._wrote: dict[str, float] = {}  # node -> when it last did
         self._ordered: set[int] = set()  # lines that are to be forgotten
-        self._to_forget: queue.Queue[np.ndarray | None] = queue.Queue()
+        self._to_forget: queue.Queue[np.ndarray] = queue.Queue()
         self._appended = dict.fromkeys(("appends", "append_seconds", "overtaken", "forwarded"), 0)
         self._waits, self._removing = threading.Semaphore(WAITS), threading.Lock()
         self._news, self._wanted, self._ended = (threading.Event() for _ in range(3))
@@ -506,7 +506,7 @@ class Node(Bookkeeper):
         self._trouble = "it stops"
         self._ended.set()
         self._news.set()
-        self._to_forget.put(None)
+        self._to_forget.put(np.zeros(0, dtype=np.int64))  # which wakes it up
         super().close()
         self._stream.close()
 
@@ -775,7 +775,13 @@ class Node(Bookkeeper):
 
     def _obey(self) -> None:
         """Forgets what was ordered to be, and then erases the messages that held it."""
-        while (lines := self._to_forget.get()) is not None:
+        while True:
+            orders = [self._to_forget.get()]
+            while not self._to_forget.empty():  # all of them together, as erasing takes long
+                orders.append(self._to_forget.get())
+            if self._ended.is_set():
+                return
+            lines = np.unique(np.concatenate(orders))
             try:
                 self._forget_lines(lines)
                 self._ordered.difference_update(lines.tolist())
@@ -783,8 +789,7 @@ class Node(Bookkeeper):
             except Exception as error:
                 logger.warning("not all that was forgotten is erased yet: %s", error)
                 self._to_forget.put(lines)
-                if self._ended.wait(1):
-                    return
+                self._ended.wait(1)
 
     def _forget_lines(self, lines: np.ndarray) -> None:
         with self._removing:
