@@ -440,19 +440,6 @@ class Counts:
         self.add_evidence(evidence, np.arange(len(rows)), rows, accounts)
         return evidence
 
-    def items(self) -> Iterator[tuple[int, int, float, float]]:
-        """All that is not zero: token, account, N, M."""
-        for row in self.sizes.nonzero()[0].tolist():
-            if self.sizes[row] == DENSE:
-                units = self.dense_units[self.starts[row]]
-            else:
-                units = np.zeros(self.dense_units.shape[1:], dtype=np.int64)
-                _, column, entered = self.take(np.array([row]))
-                units[column >> 1, column & 1] = entered
-            for account in units.any(axis=1).nonzero()[0].tolist():
-                n, m = (units[account] / GRAIN).tolist()
-                yield int(self.vocabulary.tokens[row]), account, n, m
-
     def grow(self, accounts: int) -> None:
         """Makes room for so many accounts."""
         strips, room = self.dense_evidence.shape

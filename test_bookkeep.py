@@ -145,6 +145,19 @@ def taught(bookings, chunks=(), **constants):
     return model
 
 
+def entries_of(counts):
+    """All of its sums that are not zero: token, account, N, M."""
+    for row in counts.sizes.nonzero()[0].tolist():
+        units = np.zeros(counts.dense_units.shape[1:])
+        if counts.sizes[row] == bookkeep.DENSE:
+            units[:] = counts.dense_units[counts.starts[row]]
+        _, column, entered = counts.take(np.array([row]))
+        units[column >> 1, column & 1] += entered
+        for account in units.any(axis=1).nonzero()[0].tolist():
+            n, m = (units[account] / GRAIN).tolist()
+            yield int(counts.vocabulary.tokens[row]), account, n, m
+
+
 def counts(model):
     """All that a model has counted, whatever the order in which it did."""
     classes = zip(model.names, model.class_counts, model.feature_counts.T.tolist(), strict=True)
@@ -152,7 +165,7 @@ def counts(model):
         "classes": {name: (n, features) for name, n, features in classes if n or any(features)},
         "tokens": {
             (token, model.names[account]): (n, m)
-            for token, account, n, m in model.token_counts.items()
+            for token, account, n, m in entries_of(model.token_counts)
         },
         "known": model.token_counts.occupied.tolist(),
     }
@@ -809,7 +822,7 @@ def counted(counts, sums, times=1):
 
 
 def added_up(sums):
-    """What Counts.items() should give."""
+    """What the counts should hold."""
     expected = Counter()
     for token, account, side, units in sums:
         expected[token, account, side] += units / GRAIN
@@ -823,7 +836,7 @@ def items(counts):
     """All sums, by token and account; none stands there twice, and what is in use was counted."""
     assert counts.vocabulary.taken == np.count_nonzero(counts.vocabulary.tokens)
     assert counts.strips == np.count_nonzero(counts.sizes == bookkeep.DENSE) <= Counts.STRIPS
-    found = list(counts.items())
+    found = list(entries_of(counts))
     sums = {(token, account): (n, m) for token, account, n, m in found}
     assert len(sums) == len(found)
     return sums
