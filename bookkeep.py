@@ -408,10 +408,7 @@ class Counts:
             place = np.full(self.dense_evidence.shape[1], -1)
             place[accounts] = np.arange(len(accounts))
             account = place[account]
-            if account.size and account.min() < 0:
-                chosen = account >= 0
-                owner, account = owner[chosen], account[chosen]
-                column, units = column[chosen], units[chosen]
+            units = np.where(account < 0, 0, units)  # the others say nothing
         cell = documents[owner] * scores.shape[1] + account
         np.add.at(scores.reshape(-1), cell, self._evidence(column, units))
         for i, j in zip(documents[dense].tolist(), strip.tolist(), strict=True):
@@ -459,9 +456,8 @@ class Counts:
         if rows is None:
             live = self.sizes.nonzero()[0]  # the others are dropped
             vocabulary, moved, rows = self.vocabulary.renewed(live, tokens)
-            starts, sizes = (
-                np.zeros(len(vocabulary.tokens), old.dtype) for old in (self.starts, self.sizes)
-            )
+            starts = np.zeros(len(vocabulary.tokens), dtype=np.int64)
+            sizes = np.zeros(len(vocabulary.tokens), dtype=np.int32)
             starts[moved], sizes[moved] = self.starts[live], self.sizes[live]
             with changing():
                 self.vocabulary, self.starts, self.sizes = vocabulary, starts, sizes
@@ -584,19 +580,15 @@ class Counts:
         few = np.count_nonzero(units, axis=1) <= self.limit
         if not few.any():
             return
-        rows, units = rows[few], units[few]
+        units = units[few]
         owner, column = units.nonzero()
-        self._fill(rows, owner, column, units[owner, column])
-        self._drop_strips()
-
-    def _drop_strips(self) -> None:
-        """Drops the strips of rows that are not dense any more."""
-        rows = np.flatnonzero(self.sizes == DENSE)
-        strips = self.starts[rows]
+        self._fill(rows[few], owner, column, units[owner, column])
+        dense = np.flatnonzero(self.sizes == DENSE)  # that are left; drops the strips of the others
+        strips = self.starts[dense]
         self.dense_units = self.dense_units[strips]
         self.dense_evidence = self.dense_evidence[strips]
-        self.strips = len(rows)
-        self.starts[rows] = np.arange(self.strips)
+        self.strips = len(dense)
+        self.starts[dense] = np.arange(self.strips)
 
     def _resize(self, strips: int, accounts: int) -> None:
         self.dense_units = _grown(self.dense_units, strips, accounts, 2)
