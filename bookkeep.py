@@ -1687,6 +1687,8 @@ class Log:
         with self._placing:
             self._require_place()
             try:
+                fcntl.flock(copy.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.fchmod(copy.file, stat.S_IMODE(os.fstat(self._file).st_mode))
                 os.replace(copy.path, path)
             except OSError:
                 if not self._leads_to(copy.file):  # else it was done all the same
@@ -1730,7 +1732,7 @@ class Log:
         self._torn = False
 
 
-class Copy:
+class Copy(AbstractContextManager):
     """A log's lines, some of them emptied, in a file that may take the log's place."""
 
     BLOCK = 1 << 20  # bytes that are copied at a time
@@ -1743,15 +1745,6 @@ class Copy:
         self.file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o600)
         self.starts = array("q")
         self.size = 0
-
-    def __enter__(self) -> "Copy":
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.fchmod(self.file, stat.S_IMODE(os.fstat(self.log._file).st_mode))
-        except OSError:
-            self.__exit__()
-            raise
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Removes the file, unless it is the log by now, and lets go of it, or of the old log."""
