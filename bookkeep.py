@@ -1607,25 +1607,18 @@ class Log:
         The answer is all records with their places. Raises OSError if they could not be written;
         then the log is as it was before, unless the error says that it may not be.
         """
-        placed = self.place(batches)
-        self.order(placed)
-        self.write(placed)
-        return [record for batch in placed for record in batch.records]
-
-    def place(self, batches: list[tuple[str | None, list[dict]]]) -> list["Batch"]:
-        """What the log would say of batches if they came next."""
-        placed = []
-        seq = len(self)
+        placed, first = [], len(self)
         for key, records in batches:
-            first, end = seq, seq + len(records)
-            batch = first if key is None else key
+            batch, end = first if key is None else key, first + len(records)
             records = [
                 {"seq": seq, "batch": batch, "left": end - seq - 1} | record
                 for seq, record in enumerate(records, start=first)
             ]
             placed.append(Batch(records, [_line(record) for record in records], first + 1))
-            seq = end
-        return placed
+            first = end
+        self.order(placed)
+        self.write(placed)
+        return [record for batch in placed for record in batch.records]
 
     def write(self, batches: list["Batch"]) -> None:
         """Writes what was placed. Raises OSError, as append does."""
