@@ -1958,28 +1958,28 @@ def _repair(path: Path, damages: list[Damage]) -> None:
     target = path.with_name(f"{path.name}.repaired")
     if os.path.lexists(target):
         raise LogError(f"{target} is there already; move it away first")
-    copy = Log(target)
-    kept = last_line = 0
-    try:
-        for batches in chunks(_sound(path, damages), 16):
-            whole: list[tuple[str | None, list[dict]]] = []
-            due = len(copy)
-            for batch in batches:
-                if lost := batch.records[0]["seq"] - due:
-                    print(f"left out: seq {due} to {batch.records[0]['seq'] - 1}")
-                    whole.append((None, [{}] * lost))
-                whole.append((batch.key, list(map(_content, batch.records))))
-                due = batch.records[-1]["seq"] + 1
-                last_line = batch.line + len(batch.records) - 1
+    kept = due = last_line = 0
+    with open(target, "xb", opener=partial(os.open, mode=0o600)) as copy:
+        try:
+            for batch in _sound(path, damages):
+                first = batch.records[0]["seq"]
+                if due < first:
+                    print(f"left out: seq {due} to {first - 1}")
+                for seq in range(due, first):
+                    copy.write(_line({"seq": seq, "batch": due, "left": first - seq - 1}))
+                copy.writelines(batch.lines)
+                due = first + len(batch.lines)
+                last_line = batch.line + len(batch.lines) - 1
                 kept += sum("sample" in record for record in batch.records)
-            copy.append(whole)
-    except BaseException:
-        target.unlink()  # an unfinished copy must not pass for a finished one
-        raise
+            copy.flush()
+            os.fsync(copy.fileno())
+        except BaseException:
+            target.unlink()  # an unfinished copy must not pass for a finished one
+            raise
+    _fsync_folder(target.parent)
     if damages and damages[-1].line > last_line:
-        print(f"left out: all from seq {len(copy)} on")
+        print(f"left out: all from seq {due} on")
     print(f"{target}: {kept} booking{'s' * (kept != 1)}")
-    copy.close()
 
 
 def _sound(path: Path, damages: list[Damage]) -> Iterator[Batch]:
@@ -2063,10 +2063,6 @@ def _check_weights(record: dict) -> None:
     "".join(against).encode()  # which a lone surrogate cannot be
     if "" in against:
         raise ValueError("an account is empty")
-
-
-def _content(record: dict) -> dict:
-    return {key: value for key, value in record.items() if key not in PLACE}
 
 
 def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:

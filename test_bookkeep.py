@@ -2369,7 +2369,8 @@ def test_bookings_that_wait_together_are_predicted_and_learned_as_one_batch(path
         assert counts(other._model) == counts(bookkeeper._model)
         assert other.metrics(500) == bookkeeper.metrics(500)
     records = [
-        [bookkeep._content(record) for record in read(log)] for log in (path, other.log.path)
+        [record | dict.fromkeys(bookkeep.PLACE) for record in read(log)]
+        for log in (path, other.log.path)
     ]
     assert records[0] == records[1]
     assert [record["batch"] for record in read(other.log.path)[28:32]] == ["key0"] * 2 + [
@@ -5848,7 +5849,7 @@ def test_a_repaired_copy_has_every_batch_that_is_surely_whole(tmp_path):
     ]
     status, out, said = run(HERE / "bookkeep.py", "check", log, "--repair")
     assert (status, said) == (1, "")
-    assert out.splitlines()[:5] == problems
+    assert [line for line in out.splitlines() if ", line " in line] == problems
     assert "left out: seq 3 to 5" in out
     assert "left out: seq 12 to 14" in out
     assert "left out: all from seq 21 on" in out
