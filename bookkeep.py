@@ -482,42 +482,31 @@ class Counts:
     def _add_narrow(self, rows: np.ndarray, columns: np.ndarray, units: np.ndarray) -> None:
         cells = rows << 24 | columns
         order = cells.argsort()
-        cells = cells[order]
-        first = _run_starts(cells)
-        rows, columns = cells[first] >> 24, cells[first] & 0xFFFFFF
-        units = np.add.reduceat(units[order], first)
-        at, there = self._search(rows, columns)
-        self.entries[at[there]] += units[there]
+        first = _run_starts(cells[order])
+        cells, units = cells[order[first]], np.add.reduceat(units[order], first)
+        rows = cells >> 24
+        known = rows[_run_starts(rows)]
+        owner, at = self._spans(known)
+        old = known[owner] << 24 | self.entries[at] >> 40  # in order, too
+        place = old.searchsorted(cells)
+        there = np.append(old, -1)[place] == cells
+        at = at[place[there]]
+        self.entries[at] += units[there]
 
         # Rows that get new entries, or lose some, are filled anew.
         changed = ~there
-        changed[there] = self.entries[at[there]] & UNITS == 0
+        changed[there] = self.entries[at] & UNITS == 0
         if not changed.any():
             return
         anew = rows[changed]
         anew = anew[_run_starts(anew)]
-        owner, old_columns, old_units = self.take(anew)
-        new = (~there).nonzero()[0]
-        new_owner = anew.searchsorted(rows[new])
-        cells = np.concatenate([owner << 24 | old_columns, new_owner << 24 | columns[new]])
-        units = np.concatenate([old_units, units[new]])
+        owner, columns, old_units = self.take(anew)
+        cells = np.concatenate([anew[owner] << 24 | columns, cells[~there]])
+        units = np.concatenate([old_units, units[~there]])
         order = cells.argsort()
         order = order[units[order] != 0]
-        self._fill(anew, cells[order] >> 24, cells[order] & 0xFFFFFF, units[order])
-
-    def _search(self, rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where in narrow rows these columns' entries are, or would be, and whether they are there.
-
-        A binary search in all rows at once.
-        """
-        key = columns << 40
-        low = self.starts[rows]
-        high = end = low + self.sizes[rows]
-        for _ in range(int(self.sizes[rows].max()).bit_length()):
-            middle = low + high >> 1
-            less = (low < high) & (self.entries.take(middle, mode="clip") < key)
-            low, high = np.where(less, middle + 1, low), np.where(less, high, middle)
-        return low, (low < end) & (self.entries.take(low, mode="clip") >> 40 == columns)
+        owner = anew.searchsorted(cells[order] >> 24)
+        self._fill(anew, owner, cells[order] & 0xFFFFFF, units[order])
 
     def _fill(
         self, rows: np.ndarray, owner: np.ndarray, columns: np.ndarray, units: np.ndarray
