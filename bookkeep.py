@@ -2162,25 +2162,21 @@ class Change(NamedTuple):
     samples: Sequence[Sample] = ()
 
 
-class Writer:
-    """A thread that makes one change after the other, and is the only one to make any.
+class Writer(threading.Thread):
+    """The thread that makes one change after the other, and is the only one to make any.
 
     Bookings that wait together are handed on as a group, to share what it costs to store them.
     """
 
     def __init__(self, book: Callable[[list[Booking]], None], rest: Callable[[], None]) -> None:
         """`book` answers a group of bookings; `rest` is called after each group and change."""
+        super().__init__(name="writer", daemon=True)
         self._book, self._rest = book, rest
         self._queue: deque[Booking | Change] = deque()
         self._arrival = threading.Condition()  # of something in the queue, or of the end
         self._together = 0  # in the last group
         self._closed = False
         self.broken = False  # has what is known lost step with the log?
-        self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
-
-    def start(self) -> None:
-        """Begins with what is waiting."""
-        self._thread.start()
 
     def submit(self, work: Booking | Change) -> object:
         """What came of it, once it is done.
@@ -2205,7 +2201,7 @@ class Writer:
         with self._arrival:
             self._closed = True
             self._arrival.notify()
-        self._thread.join()
+        self.join()
 
     @contextmanager
     def must_succeed(self) -> Iterator[None]:
@@ -2216,7 +2212,8 @@ class Writer:
             self.broken = True
             raise
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Does what comes, until the end."""
         while group := self._next_group():
             try:
                 if self.broken:

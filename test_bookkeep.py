@@ -2034,7 +2034,7 @@ def learned_again(monkeypatch):
     with monkeypatch.context() as patch:
 
         def counted(self, records, rows):
-            if not self._writer._thread.is_alive():  # it is being made
+            if not self._writer.is_alive():  # it is being made
                 sizes.append(len(records))
             score(self, records, rows)
 
