@@ -3531,17 +3531,8 @@ STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 class Server:
     """Waitress, which calls the app: the one place that knows its insides."""
 
-    def __init__(
-        self,
-        app: Bottle,
-        listener: socket.socket,
-        threads: int,
-        max_body: int,
-    ) -> None:
-        """Listens, but does not answer yet.
-
-        Raises OSError if the system lets it open too few files.
-        """
+    def __init__(self, app: Bottle, listener: socket.socket, threads: int, max_body: int) -> None:
+        """Listens, but does not answer yet. Raises OSError if it may open too few files."""
         _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
         # A connection takes a socket, and a file for a body of over 512 KiB.
@@ -3634,9 +3625,6 @@ class Logged:
 
     def service(self) -> None:
         """Answers a request."""
-        if access.disabled:
-            super().service()
-            return
         arrived = self.channel.last_activity
         try:
             super().service()
