@@ -123,17 +123,12 @@ def parse_json(body: bytes) -> object:
         raise BadRequest(f"the body must be JSON: {error}") from None
 
 
-def parse_samples(body: bytes, booked: bool, most: int = MAX_BATCH) -> list[Sample]:
-    """The samples in a JSON body: a list of them, or, unless they must be `booked`, a single one.
+def check_samples(content: object, booked: bool, most: int = MAX_BATCH) -> list[Sample]:
+    """The samples that a body says: a list, or, unless they must be `booked`, a single one.
 
     A booked sample must name its account. Raises BadRequest, which counts the samples from 0, also
     if there are more than `most`.
     """
-    return check_samples(parse_json(body), booked, most)
-
-
-def check_samples(content: object, booked: bool, most: int) -> list[Sample]:
-    """The samples in what the body says. Raises BadRequest as parse_samples does."""
     if isinstance(content, dict) and not booked:
         content = [content]
     if not isinstance(content, list):
@@ -3343,13 +3338,13 @@ def create_app(
         key = request.environ.get("HTTP_IDEMPOTENCY_KEY")
         if key is not None and not re.fullmatch("[ -~]{1,200}", key):
             raise HTTPError(400, "an Idempotency-Key must be 1 to 200 printable ASCII characters")
-        stored = bookkeeper.book(received(partial(parse_samples, booked=True, most=max_batch)), key)
+        stored = bookkeeper.book(check_samples(received(parse_json), True, max_batch), key)
         first, last = (stored[0], stored[-1]) if stored else (None, None)
         return {"received": len(stored), "total": stored.stop, "first": first, "last": last}
 
     @app.post("/predict")
     def predict() -> list[str]:
-        return bookkeeper.predict(received(partial(parse_samples, booked=False, most=max_batch)))
+        return bookkeeper.predict(check_samples(received(parse_json), False, max_batch))
 
     @app.post("/suggest")
     def suggest() -> dict | list[dict]:
