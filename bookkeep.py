@@ -238,9 +238,8 @@ def _parts(sample: Sample) -> tuple[str, list[str], str]:
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     unique = dict(pairs)
     if len(unique) < len(pairs):
-        for key, _ in pairs:
-            if unique.pop(key, pairs) is pairs:  # popped before
-                raise BadRequest(f"the key {_shown(key)} occurs twice in one object")
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise BadRequest(f"the key {_shown(key)} occurs twice in one object")
     return unique
 
 
@@ -963,7 +962,6 @@ class NaiveBayes:
         rivals = [
             (i, 2 * self.accounts[rival] + 1, times * m)
             for i, lesson in enumerate(lessons)
-            if lesson.against
             for rival, m in lesson.against.items()
         ]
         if len(self.accounts) > len(self.names):
