@@ -39,7 +39,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache, partial
 from hashlib import blake2b, sha256
-from itertools import accumulate, chain, count, islice, pairwise, repeat
+from itertools import accumulate, chain, count, islice, pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
@@ -855,32 +855,31 @@ class NaiveBayes:
 
     def assess(self, documents: Sequence[Sequence[int]], labels: Sequence[str]) -> list[Assessment]:
         """Predictions for documents whose accounts, the labels, are known."""
-        found = self._look_up(documents)
-        return [
-            assessment
-            for part in self._blocks(len(documents))
-            for assessment in self._assess(found.part(part), labels[part])[1]
-        ]
+        return self._assess(self._look_up(documents), labels)[0]
 
     def _assess(
         self, found: LookedUp, labels: Sequence[str]
-    ) -> tuple[np.ndarray, Iterator[Assessment]]:
-        """(n, A) scores, and what is made of them."""
-        scores = self.joint_log_likelihood(found)
+    ) -> tuple[list[Assessment], np.ndarray | None]:
+        """The predictions, and the scores of those documents that were scored at once last."""
         if not self.known:
-            return scores, repeat(Assessment(None, None, None, 0), len(labels))
-        best, lead = self._best(scores)
-        booked = self._numbered(labels)
-        ranks = (best == booked).astype(np.int64)
-        for i in ((best != booked) & (booked >= 0)).nonzero()[0]:
-            ranks[i] = np.count_nonzero(scores[i] >= scores[i, booked[i]])
-        return scores, map(
-            Assessment,
-            [self.names[account] for account in best.tolist()],
-            [margin if margin < np.inf else None for margin in lead.round(4).tolist()],
-            [rank or None for rank in ranks.tolist()],
-            self.specificity(found).tolist(),
-        )
+            return [Assessment(None, None, None, 0)] * len(labels), None
+        made, scores = [], None
+        for part in self._blocks(len(labels)):
+            documents = found.part(part)
+            scores = self.joint_log_likelihood(documents)
+            best, lead = self._best(scores)
+            booked = self._numbered(labels[part])
+            ranks = (best == booked).astype(np.int64)
+            for i in ((best != booked) & (booked >= 0)).nonzero()[0]:
+                ranks[i] = np.count_nonzero(scores[i] >= scores[i, booked[i]])
+            made += map(
+                Assessment,
+                [self.names[account] for account in best.tolist()],
+                [margin if margin < np.inf else None for margin in lead.round(4).tolist()],
+                [rank or None for rank in ranks.tolist()],
+                self.specificity(documents).tolist(),
+            )
+        return made, scores
 
     def specificity(self, documents: Documents) -> np.ndarray:
         """(n,) the most that was known of each document, of KNOWN."""
@@ -993,14 +992,10 @@ class NaiveBayes:
         """
         insert = partial(self.token_counts.insert, changing=changing)
         found = self._look_up(documents, insert)
-        assessments, scores = [], None
-        for part in self._blocks(len(documents)):
-            scores, made = self._assess(found.part(part), labels[part])
-            assessments += made
-        parts = rounds(len(documents))
-        if len(parts) > 1 or (parts and len(scores) < len(documents)):
+        assessments, scores = self._assess(found, labels)
+        if len(documents) > min(ROUND, self.at_once):
             scores = None  # they are of another model by then, or of some documents only
-        for part in parts:
+        for part in rounds(len(documents)):
             taken = found.part(part)
             lessons = self.weigh(taken, labels[part], scores)
             with changing():
