@@ -1542,9 +1542,9 @@ class Log:
         """The CRC-32 of its first bytes, so many; None if there are fewer."""
         crc = 0
         with self._opened() as file:
-            while size and (part := file.read(min(size, 1 << 22))):
-                crc, size = zlib.crc32(part, crc), size - len(part)
-        return None if size else crc
+            for piece in _pieces(file, size):
+                crc = zlib.crc32(piece, crc)
+            return crc if file.tell() == size else None
 
     def __len__(self) -> int:
         """The lines of all whole batches, so that the next one's seq is this."""
@@ -1705,8 +1705,6 @@ class Log:
 class Copy(AbstractContextManager):
     """A log's lines, some of them emptied, in a file that may take the log's place."""
 
-    BLOCK = 1 << 20  # bytes that are copied at a time
-
     def __init__(self, log: Log) -> None:
         """Starts without a line. Raises OSError."""
         self.log = log
@@ -1732,19 +1730,13 @@ class Copy(AbstractContextManager):
         with self.log._placing:
             starts = np.append(np.array(self.log._starts[first:to]), self.log._start(to))
         sizes = np.diff(starts)
-        emptied = emptied - first
-        at = 0
-        while at < len(sizes):
-            end = max(at + 1, int(starts.searchsorted(starts[at] + self.BLOCK)) - 1)
-            block = os.pread(self.log._file, int(starts[end] - starts[at]), int(starts[at]))
-            pieces, done = [], 0
-            for line in emptied[slice(*emptied.searchsorted([at, end]))].tolist():
-                start, stop = (starts[line : line + 2] - starts[at]).tolist()
-                empty = _emptied(block[start:stop], first + line + 1)
-                pieces += [block[done:start], empty]
-                sizes[line], done = len(empty), stop
-            _write_all(self.file, b"".join([*pieces, block[done:]]))
-            at = end
+        with self.log._opened() as lines, open(self.file, "ab", closefd=False) as copy:
+            lines.seek(starts[0])
+            for line in (emptied[emptied >= first] - first).tolist():
+                copy.writelines(_pieces(lines, starts[line] - lines.tell()))
+                empty = _emptied(lines.read(sizes[line]), first + line + 1)
+                sizes[line] = copy.write(empty)
+            copy.writelines(_pieces(lines, starts[-1] - lines.tell()))
         os.fsync(self.file)
         self.starts.frombytes((self.size + sizes.cumsum() - sizes).tobytes())
         self.size += int(sizes.sum())
@@ -1897,6 +1889,13 @@ def _emptied(line: bytes, number: int) -> bytes:
         return _sealed(re.match(place, _unsealed(line))[0])
     except (TypeError, ValueError):  # there is no place, or the line is not as it was written
         raise ValueError(f"line {number} of the log could not be read") from None
+
+
+def _pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
+    """So many bytes of the file, or all that it has, a piece at a time."""
+    while size and (piece := file.read(min(size, 1 << 20))):
+        yield piece
+        size -= len(piece)
 
 
 def _write_all(file: int, data: bytes) -> None:

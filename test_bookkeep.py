@@ -5649,6 +5649,7 @@ FAILING(int, fsync, (int file), (file), of(file))
 FAILING(int, ftruncate, (int file, off_t size), (file, size), of(file))
 FAILING(int, ftruncate64, (int file, off64_t size), (file, size), of(file))
 FAILING(int, close, (int file), (file), of(file))
+FAILING(ssize_t, read, (int file, void *data, size_t size), (file, data, size), of(file))
 FAILING(ssize_t, pread64, (int file, void *data, size_t size, off64_t at), (file, data, size, at),
         of(file))
 FAILING(int, rename, (const char *from, const char *to), (from, to), from)
@@ -5671,7 +5672,7 @@ def test_whatever_call_fails_an_answer_says_whether_it_is_stored(serve, tmp_path
         under=["env", f"LD_PRELOAD={library}", f"FAULTS={control}"],
     )
     service, log = start(), []
-    calls = ["write", "fsync", "close", "pread64", "rename", "unlink"]
+    calls = ["write", "fsync", "close", "read", "pread64", "rename", "unlink"]
     calls += ["fsync,ftruncate,ftruncate64", "write,ftruncate,ftruncate64"]
     faults = list(itertools.product(calls, (1, 2, 3), (0, 1), (0, 1), range(4)))
     random.shuffle(faults)
