@@ -365,10 +365,6 @@ class Counts:
         self.dense_units = np.zeros((0, 0, 2), dtype=np.int64)  # (strips and room, A and room, 2)
         self.dense_evidence = np.zeros((0, 0))  # (strips and room, A and room)
 
-    def find(self, tokens: np.ndarray) -> np.ndarray:
-        """(m,) the row of each token, of size 0 if it is not known."""
-        return self.vocabulary.find(tokens)
-
     def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All e entries of the narrow ones of these rows: (e,) index of the row, column, units."""
         owner, at = self._spans(rows)
@@ -795,7 +791,7 @@ class NaiveBayes:
             return documents
         tokens = np.fromiter(chain.from_iterable(documents), dtype=np.int64)
         lengths = np.array([len(document) for document in documents], dtype=np.int64)
-        row = (rows_of or self.token_counts.find)(tokens)
+        row = (rows_of or self.token_counts.vocabulary.find)(tokens)
         return LookedUp(lengths, tokens >> KIND_SHIFT, row)
 
     def terms(self, document: Sequence[int], accounts: np.ndarray) -> np.ndarray:
@@ -1604,7 +1600,9 @@ class Log:
             self._cut_back()
         try:
             self._torn = True
-            _write_all(self._file, b"".join(line for batch in batches for line in batch.lines))
+            unwritten = memoryview(b"".join(line for batch in batches for line in batch.lines))
+            while unwritten:
+                unwritten = unwritten[os.write(self._file, unwritten) :]
             started = time.perf_counter()
             os.fsync(self._file)
             self.fsynced(time.perf_counter() - started)
@@ -1687,8 +1685,9 @@ class Log:
 
     def _keep(self, batch: "Batch") -> None:
         """Counts a whole batch that stands behind all others."""
-        if batch.key is not None:
-            self._keys[batch.key] = range(len(self), len(self) + len(batch.records))
+        key = batch.records[0]["batch"] if batch.records else None
+        if isinstance(key, str):  # its sender's
+            self._keys[key] = range(len(self), len(self) + len(batch.records))
             if len(self._keys) > MAX_KEYS:
                 self._keys.popitem(last=False)
         with self._placing:
@@ -1753,12 +1752,6 @@ class Batch(NamedTuple):
     records: list[dict]  # with their places
     lines: list[bytes]
     line: int  # the number of the first, from 1
-
-    @property
-    def key(self) -> str | None:
-        """What its sender called it, if anything."""
-        key = self.records[0]["batch"] if self.records else None
-        return key if isinstance(key, str) else None
 
 
 class Damage(NamedTuple):
@@ -1896,12 +1889,6 @@ def _pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
     while size and (piece := file.read(min(size, 1 << 20))):
         yield piece
         size -= len(piece)
-
-
-def _write_all(file: int, data: bytes) -> None:
-    unwritten = memoryview(data)
-    while unwritten:
-        unwritten = unwritten[os.write(file, unwritten) :]
 
 
 def _fsync_folder(path: Path) -> None:

@@ -884,7 +884,7 @@ def test_evidence_is_what_speaks_for_less_what_speaks_against(sums, asked, narro
     for i, account in np.ndindex(expected.shape):
         n, m = total.get((asked[i], account), (0, 0))
         expected[i, account] = math.log(1 + n / 0.1) - math.log(1 + m / 6)
-    rows = counts.find(np.array(asked, dtype=np.int64))
+    rows = counts.vocabulary.find(np.array(asked, dtype=np.int64))
     some = np.array([1, 4, 5, 9])
     np.testing.assert_allclose(counts.evidence(rows, np.arange(10)), expected, atol=1e-9)
     np.testing.assert_allclose(counts.evidence(rows, some), expected[:, some], atol=1e-9)
@@ -940,7 +940,7 @@ def test_evidence_is_the_same_a_few_entries_at_a_time(sums, asked, most):
     counts = Counts(0.1, 6)
     counted(counts, sums)
     counts.grow(10)
-    rows = counts.find(np.array(asked) % 8 * KIND + asked)
+    rows = counts.vocabulary.find(np.array(asked) % 8 * KIND + asked)
     expected = counts.evidence(rows, np.arange(10))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bookkeep, "MOST_ENTRIES", most)
