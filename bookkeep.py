@@ -3534,8 +3534,7 @@ class Server:
 
     def call(self, app: Bottle) -> None:
         """Has this app answer what comes from now on."""
-        self._server.application, self._server.refuses = app, app.refuses
-        self._dispatcher.is_quick, self._dispatcher.is_busy = app.is_quick, app.is_busy
+        self._server.application = self._dispatcher.app = app
 
     def answer(self, until: Future | None = None) -> bool:
         """Answers requests until one of STOPS, then those that are under way; or until it is done.
@@ -3653,7 +3652,7 @@ class Request(HTTPRequestParser):
             lacks = self.content_length > len(data) - consumed
             if (lacks or self.chunked or self.expect_continue) and not self.error:
                 environ = WSGITask(channel, self).get_environment()
-                if channel.server.refuses(environ):
+                if channel.server.application.refuses(environ):
                     self._go_without_body(channel)
         return consumed
 
@@ -3756,8 +3755,7 @@ class Dispatcher:
     back takes longer than to answer it. They take turns with all else that this thread does.
     """
 
-    is_quick: Callable[[int], bool]  # of the app
-    is_busy: Callable[[], bool]
+    app: Bottle
 
     def __init__(self, threads: int) -> None:
         self.receiver = threading.get_ident()
@@ -3787,11 +3785,11 @@ class Dispatcher:
     def answer_short(self) -> None:
         """Answers short questions, for no longer than a turn takes."""
         end = time.perf_counter() + TURN
-        while self.short and not self.is_busy() and time.perf_counter() < end:
+        while self.short and not self.app.is_busy() and time.perf_counter() < end:
             channel = self.short.popleft()
             # Before a further request, it might wait for what only this thread can send.
             alone = len(channel.requests) == 1
-            if alone and self.is_quick(channel.requests[0].content_length):
+            if alone and self.app.is_quick(channel.requests[0].content_length):
                 channel.service()
             else:
                 self._hand_out(channel)
