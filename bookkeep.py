@@ -842,11 +842,9 @@ class NaiveBayes:
 
     def top(self, scores: np.ndarray, most: int) -> np.ndarray:
         """(k,) the accounts of the highest of (A,) scores, best first; of equals, by name."""
-        known = np.flatnonzero(scores > -np.inf)
-        if len(known) > most:
-            least = np.partition(scores[known], -most)[-most]
-            known = known[scores[known] >= least]
-        best = sorted(known.tolist(), key=lambda account: (-scores[account], self.names[account]))
+        least = np.sort(scores)[-most:][0]
+        some = np.flatnonzero((scores >= least) & (scores > -np.inf)).tolist()
+        best = sorted(some, key=lambda account: (-scores[account], self.names[account]))
         return np.array(best[:most], dtype=np.int64)
 
     def assess(self, documents: Sequence[Sequence[int]], labels: Sequence[str]) -> list[Assessment]:
