@@ -615,10 +615,7 @@ def _unpacked(array: np.ndarray) -> object:
 
 def _rounded(logs: np.ndarray) -> np.ndarray:
     """Rounded to multiples of 2 ** -40, so that sums of them are exact in any order, too."""
-    logs *= 2.0**40
-    np.rint(logs, out=logs)
-    logs *= 2.0**-40
-    return logs
+    return np.rint(logs * 2.0**40) * 2.0**-40
 
 
 def _parted(entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
