@@ -107,6 +107,10 @@ class Gone(Exception):
         self.asked = asked  # may it have done what it was asked for?
 
 
+class Refused(Busy):
+    """This node cannot book, and has not tried to; another one may."""
+
+
 class Foreign(Exception):
     """The stream is not of this log; the message says what to do."""
 
@@ -157,6 +161,7 @@ class Stream:
         self.created: datetime | None = None
         self._loop = asyncio.new_event_loop()
         self._answering = ThreadPoolExecutor(16)
+        self._answers: set[asyncio.Future] = set()  # under way
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
 
     def _do(self, work: Coroutine) -> object:
@@ -187,8 +192,8 @@ class Stream:
             await message.respond(found)
 
         async def begin(message: Msg) -> None:
-            answers.add(task := asyncio.ensure_future(answer(message)))
-            task.add_done_callback(answers.discard)
+            self._answers.add(task := asyncio.ensure_future(answer(message)))
+            task.add_done_callback(self._answers.discard)
 
         async def hear(message: Msg) -> None:
             sequence, _, rest = message.data.partition(b" ")
@@ -215,7 +220,6 @@ class Stream:
             ):
                 await self._nats.subscribe(f"{self.name}.{subject}", cb=callback)
 
-        answers: set[asyncio.Future] = set()
         self._do(connect())
 
     def state(self, make: bool = False) -> StreamState | None:
@@ -379,9 +383,14 @@ class Stream:
         return self._do(ask())
 
     def close(self) -> None:
-        """Ends the connection."""
+        """Ends the connection, once what others asked is answered."""
+
+        async def close() -> None:
+            await asyncio.gather(*self._answers, return_exceptions=True)
+            await self._nats.close()
+
         with suppress(Unreachable, AttributeError):  # it may never have had one
-            self._do(self._nats.close())
+            self._do(close())
         self._answering.shutdown(wait=False)
 
 
@@ -700,9 +709,9 @@ class Node(Bookkeeper):
         looked = -math.inf
         while not self._ended.is_set():
             if time.monotonic() - looked > 1:
-                looked = time.monotonic()
+                looked, passed = time.monotonic(), self._sequence
                 state = self._stream.state()
-                if state is None or state.last_seq < self._sequence:
+                if state is None or state.last_seq < passed:
                     raise Foreign(LOST)
                 self._quorum = self._stream.quorum
                 if state.last_seq == self._sequence:
@@ -818,8 +827,8 @@ class Node(Bookkeeper):
             if again or not gone.asked:
                 return None
             raise Busy(f"the node that was to book this is gone; {UNSURE}") from None
-        if answer.get("reason") == RESTART:  # it was not done; this node can do it
-            return None
+        if answer.get("error") == "Refused" or answer.get("reason") == RESTART:
+            return None  # it was not tried; this node may do it
         if "error" in answer:
             raise ERRORS.get(answer["error"], Busy)(answer["reason"])
         self._appended["forwarded"] += 1
@@ -833,8 +842,8 @@ class Node(Bookkeeper):
         try:
             if what == "sequence":
                 made: object = math.inf if self._trouble else self._sequence  # else all would wait
-            elif self._reason():
-                raise NotReady(RESTART)
+            elif reason := self._reason():
+                raise Refused(reason)
             elif what == "correct":
                 made = [super().correct(*arguments)]
             else:
@@ -866,7 +875,7 @@ class Node(Bookkeeper):
 
     def _require_stream(self) -> None:
         if reason := self._reason():
-            raise Busy(f"stream {self._stream.name}: {reason}")
+            raise Refused(f"stream {self._stream.name}: {reason}")
 
     def _lag(self) -> int:
         return max(0, self._heard - len(self.log))

@@ -7370,8 +7370,8 @@ class Servers:
             self.processes[number].kill()
             self.processes[number].wait()
 
-    def address(self, stream, user="", options=""):
-        return f"nats://{user}{self.hosts}/{stream}{options}"
+    def address(self, topic, user="", options=""):
+        return f"nats://{user}{self.hosts}/{topic}{options}"
 
     def do(self, work):
         """What a coroutine does with JetStream."""
@@ -7385,21 +7385,21 @@ class Servers:
 
         return asyncio.run(run())
 
-    def make(self, stream, **configuration):
+    def make(self, topic, **configuration):
         """Makes a stream like a bookkeep's, but for this."""
-        like = {"subjects": [f"{stream}.lines", f"{stream}.orders"], "num_replicas": 3}
+        like = {"subjects": [f"{topic}.lines", f"{topic}.orders"], "num_replicas": 3}
         like |= {"allow_direct": True} | configuration
-        self.do(lambda js: js.add_stream(nats.js.api.StreamConfig(stream, **like)))
+        self.do(lambda js: js.add_stream(nats.js.api.StreamConfig(topic, **like)))
 
-    def messages(self, stream):
+    def messages(self, topic):
         """What is in it: sequence -> subject, head and what is compressed."""
 
         async def read(js):
             found = {}
-            state = (await js.stream_info(stream)).state
+            state = (await js.stream_info(topic)).state
             for sequence in range(state.first_seq, state.last_seq + 1):
                 with suppress(nats.js.errors.NotFoundError):
-                    message = await js.get_msg(stream, sequence)
+                    message = await js.get_msg(topic, sequence)
                     head, _, data = message.data.partition(b"\n")
                     found[sequence] = (message.subject, json.loads(head), data)
             return found
@@ -7425,21 +7425,22 @@ def makes_streams(servers):
 
 
 @pytest.fixture
-def stream(servers, request):
+def topic(servers, request):
     """A name for the test's stream, which is deleted at its end."""
-    stream = re.sub(r"\W", "_", request.node.name)[:80]
-    yield stream
+    topic = re.sub(r"\W", "_", request.node.name)[:80]
+    yield topic
     with suppress(nats.errors.Error):
-        servers.do(lambda js: js.delete_stream(stream))
+        servers.do(lambda js: js.delete_stream(topic))
 
 
 @pytest.fixture
-def joined(servers, stream, tmp_path):
+def joined(servers, topic, tmp_path):
     """Starts nodes in this process, each with a log of that name, and closes them at the end."""
     nodes = []
 
-    def start(name, ready=True, address=servers.address(stream)):
-        nodes.append(cluster.Node(address, Log(tmp_path / name), bookkeep.UNSAVED))
+    def start(name, ready=True, address=None):
+        log = Log(tmp_path / name)
+        nodes.append(cluster.Node(address or servers.address(topic), log, bookkeep.UNSAVED))
         nodes[-1].path = tmp_path / name
         if ready:
             wait_until(lambda: is_ready(nodes[-1]))
@@ -7514,9 +7515,9 @@ def test_nodes_have_equal_logs_and_know_the_same(joined):
         assert state(bookkeeper, bookings(50, seed=1)) == tuple(a)
 
 
-def test_a_node_says_how_it_stands_to_the_stream(serve, servers, stream, tmp_path):
+def test_a_node_says_how_it_stands_to_the_stream(serve, servers, topic, tmp_path):
     a, b = (
-        serve("--stream", servers.address(stream), log=tmp_path / name, reads=True) for name in "ab"
+        serve("--stream", servers.address(topic), log=tmp_path / name, reads=True) for name in "ab"
     )
     wait_until(lambda: a.get("/ready") == b.get("/ready") == (200, {"status": "ready"}))
     said = a.get("/health")[1]["stream"]
@@ -7525,10 +7526,9 @@ def test_a_node_says_how_it_stands_to_the_stream(serve, servers, stream, tmp_pat
     assert (status, answer["total"]) == (200, 20)
     wait_until(lambda: b.get("/health")[1]["stream"]["writer"] == said["node"])
     assert b.post("/sample", bookings(5))[1]["total"] == 25  # by the other one
-    asked = [booking() for _ in range(2)]
-    for at_least, status in (("25", 200), ("26", 503), ("-1", 400), ("x", 400)):
+    for at_least, status in (("25", 200), ("-1", 400), ("x", 400)):
         headers = {"Bookkeep-At-Least": at_least}
-        assert b.ask("POST", "/predict", asked, headers=headers)[0] == status
+        assert b.ask("POST", "/predict", booking(), headers=headers)[0] == status
     figures = b.ask("GET", "/metrics", kind="text/plain; version=0.0.4; charset=utf-8")[2].decode()
     assert re.findall(r"^bookkeep_stream_(forwarded_total|lag|writable) (\S+)", figures, re.M) == [
         ("forwarded_total", "1"),
@@ -7539,8 +7539,37 @@ def test_a_node_says_how_it_stands_to_the_stream(serve, servers, stream, tmp_pat
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_a_key_is_booked_once_whoever_is_sent_it_when(servers, stream, joined):
-    servers.make(stream, duplicate_window=0.1)
+def test_who_asks_for_more_than_is_known_waits_but_keeps_nobody_waiting(joined):
+    a, b = joined("a"), joined("b")
+    a.book(bookings(5))
+    b.require_lines(5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster, "LATE", 1)
+        raised = []
+
+        def wait():
+            try:
+                b.require_lines(6)
+            except Busy as error:
+                raised.append((time.monotonic() - started, str(error)))
+
+        started = time.monotonic()
+        threads = [threading.Thread(target=wait) for _ in range(40)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(raised) == 40
+    assert sum(after >= 1 for after, _ in raised) in range(1, 16)  # of 16 threads for questions
+    later = threading.Thread(target=wait)
+    later.start()
+    a.book(bookings(1))
+    later.join()
+    assert len(raised) == 40
+
+
+def test_a_key_is_booked_once_whoever_is_sent_it_when(servers, topic, joined):
+    servers.make(topic, duplicate_window=0.1)
     nodes = [joined(name) for name in "abc"]
     numbers = []
 
@@ -7561,8 +7590,8 @@ def test_a_key_is_booked_once_whoever_is_sent_it_when(servers, stream, joined):
     assert nodes[0].book(bookings(1)) == range(7, 8)
 
 
-def test_an_acknowledgement_that_is_lost_doubles_nothing(servers, stream, joined):
-    servers.make(stream, duplicate_window=0.1)
+def test_an_acknowledgement_that_is_lost_doubles_nothing(servers, topic, joined):
+    servers.make(topic, duplicate_window=0.1)
     a, b = joined("a"), joined("b")
     publish, lost = a._stream._stream.publish, []
 
@@ -7583,7 +7612,7 @@ def test_an_acknowledgement_that_is_lost_doubles_nothing(servers, stream, joined
     assert len(a.log) == 4
 
 
-def test_a_list_of_several_messages_is_taken_whole_or_not_at_all(servers, stream, joined):
+def test_a_list_of_several_messages_is_taken_whole_or_not_at_all(servers, topic, joined):
     a, b = joined("a"), joined("b")
     rng = random.Random(0)
     large = [booking(text=rng.randbytes(500).hex()) for _ in range(200)]  # 100 KB, compressed
@@ -7603,7 +7632,7 @@ def test_a_list_of_several_messages_is_taken_whole_or_not_at_all(servers, stream
         assert a.book(large, "key") == range(201, 401)
     assert range(200, 201) in between
     assert equal([a, b, joined("c")])
-    places = [(head["base"], head["part"]) for _, head, _ in servers.messages(stream).values()]
+    places = [(head["base"], head["part"]) for _, head, _ in servers.messages(topic).values()]
     places = places[places.index((200, 0)) :]
     assert places[:4] == [(200, 0), (200, 0), (201, 0), (201, 1)]
     assert a.book(large, "key") == b.book(large, "key") == range(201, 401)
@@ -7622,9 +7651,9 @@ sys.exit(bookkeep.main(sys.argv[2:]))
 
 
 def test_a_node_that_crashes_before_it_has_written_what_it_appended(
-    serve, servers, stream, joined, tmp_path
+    serve, servers, topic, joined, tmp_path
 ):
-    options = ["--stream", servers.address(stream)]
+    options = ["--stream", servers.address(topic)]
     service = serve(*options, log=tmp_path / "a", program=("-c", CRASHES, tmp_path))
     other = joined("b")
     wait_until(lambda: service.get("/ready")[0] == 200)
@@ -7647,9 +7676,9 @@ def test_a_node_that_crashes_before_it_has_written_what_it_appended(
 
 
 def test_a_disk_that_fails_after_the_acknowledgement_skips_nothing(
-    serve, servers, stream, joined, tmp_path
+    serve, servers, topic, joined, tmp_path
 ):
-    service, other = serve("--stream", servers.address(stream), log=tmp_path / "a"), joined("b")
+    service, other = serve("--stream", servers.address(topic), log=tmp_path / "a"), joined("b")
     wait_until(lambda: service.get("/ready")[0] == 200)
     assert service.post("/sample", bookings(50))[0] == 200
     full = (tmp_path / "a").stat().st_size
@@ -7673,7 +7702,7 @@ def test_a_disk_that_fails_after_the_acknowledgement_skips_nothing(
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_a_company_is_forgotten_by_all_nodes_and_by_the_stream(servers, stream, joined):
+def test_a_company_is_forgotten_by_all_nodes_and_by_the_stream(servers, topic, joined):
     a, b, away = (joined(name) for name in "abc")
     secret = [booking(company="secret", text=f"confidential {i}") for i in range(4)]
     for i, batch in enumerate([[*bookings(5), secret[0]], bookings(3), secret[1:], bookings(2)]):
@@ -7688,10 +7717,10 @@ def test_a_company_is_forgotten_by_all_nodes_and_by_the_stream(servers, stream, 
     a.book(bookings(2))
     wait_until(lambda: equal([a, b]))
     assert b"confidential" not in a.path.read_bytes()
-    wait_until(lambda: {*servers.messages(stream)} & {1, 3, 5} == set())
-    assert {*servers.messages(stream)} == {2, 4, 6, 7}
+    wait_until(lambda: {*servers.messages(topic)} & {1, 3, 5} == set())
+    assert {*servers.messages(topic)} == {2, 4, 6, 7}
     for of in servers.folders:
-        for block in of.glob(f"**/streams/{stream}/msgs/*.blk"):
+        for block in of.glob(f"**/streams/{topic}/msgs/*.blk"):
             assert b"confidential" not in plain(block.read_bytes())
     assert b"confidential" in away.path.read_bytes()
     back = joined("c")
@@ -7713,13 +7742,13 @@ def plain(content):
     return b"".join(pieces)
 
 
-def test_a_node_that_is_alone_erases_what_it_forgot(servers, stream, joined):
+def test_a_node_that_is_alone_erases_what_it_forgot(servers, topic, joined):
     node = joined("a")
-    for i in range(3):
+    for i in range(2):
         node.book([booking(company=f"secret{i}")])
-    for i in range(3):
+    for i in range(2):
         assert node.forget(f"secret{i}") == 1
-        wait_until(lambda i=i: i + 1 not in servers.messages(stream))
+        wait_until(lambda i=i: i + 1 not in servers.messages(topic))
 
 
 def test_two_who_forget_a_company_while_a_third_books_it_agree(joined):
@@ -7752,9 +7781,9 @@ def test_two_who_forget_a_company_while_a_third_books_it_agree(joined):
 
 
 def test_a_node_that_crashes_before_it_has_forgotten_does_it_later(
-    serve, servers, stream, joined, tmp_path
+    serve, servers, topic, joined, tmp_path
 ):
-    options = ["--stream", servers.address(stream)]
+    options = ["--stream", servers.address(topic)]
     crashes = CRASHES.replace("write", "replace").replace("batches", "copy")
     service = serve(*options, log=tmp_path / "a", program=("-c", crashes, tmp_path))
     other = joined("b")
@@ -7830,9 +7859,7 @@ def test_another_log_is_refused_and_kept(joined, tmp_path):
     assert len(a.log) == 6
 
 
-def test_a_log_of_one_machine_goes_into_a_cluster_and_back(
-    serve, servers, stream, joined, tmp_path
-):
+def test_a_log_of_one_machine_goes_into_a_cluster_and_back(serve, servers, topic, joined, tmp_path):
     with bookkeeping(tmp_path / "a") as bookkeeper:
         for number, batch in enumerate(batches_of(bookings(3000), 500)):
             bookkeeper.book(batch, f"key{number}")
@@ -7840,11 +7867,11 @@ def test_a_log_of_one_machine_goes_into_a_cluster_and_back(
     first = bookings(3000)[:500]
     before = (tmp_path / "a").read_bytes()
     shutil.copy(tmp_path / "a", tmp_path / "same")
-    killed = serve("--stream", servers.address(stream), log=tmp_path / "a")
-    wait_until(lambda: has_messages(servers, stream))
+    killed = serve("--stream", servers.address(topic), log=tmp_path / "a")
+    wait_until(lambda: has_messages(servers, topic))
     killed.process.kill()
     killed.process.wait()
-    sizes = len(servers.messages(stream))
+    sizes = len(servers.messages(topic))
     a, same, new = joined("a", ready=False), joined("same", ready=False), joined("new", ready=False)
     wait_until(lambda: all(map(is_ready, [a, same, new])))
     assert equal([a, same, new])
@@ -7862,20 +7889,38 @@ def test_a_log_of_one_machine_goes_into_a_cluster_and_back(
     assert "lost lines that this log has" in stands(changed)
 
 
-def has_messages(servers, stream):
+def has_messages(servers, topic):
     with suppress(nats.errors.Error):
-        return servers.do(lambda js: js.stream_info(stream)).state.messages > 0
+        return servers.do(lambda js: js.stream_info(topic)).state.messages > 0
+
+
+def test_what_is_booked_while_the_stream_is_looked_at_is_not_missed(joined):
+    node = joined("a")
+    looked, state = threading.Event(), node._stream.state
+
+    def slow():
+        found = state()
+        if threading.current_thread().name == "_keep_up":
+            node.book(bookings(1))
+            looked.set()
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(node._stream, "state", slow)
+        assert looked.wait(30)
+        time.sleep(0.1)
+        assert stands(node) == "ok"
 
 
 @pytest.mark.parametrize("again", ["never", "with as many messages"])
-def test_a_stream_that_is_gone_is_noticed(servers, stream, joined, again):
+def test_a_stream_that_is_gone_is_noticed(servers, topic, joined, again):
     a, b = joined("a"), joined("b")
     a.book(bookings(20))
     assert equal([a, b])
-    servers.do(lambda js: js.delete_stream(stream))
+    servers.do(lambda js: js.delete_stream(topic))
     if again == "with as many messages":
-        servers.make(stream)
-        servers.do(lambda js: js.publish(f"{stream}.lines", first_message(bookings(3))))
+        servers.make(topic)
+        servers.do(lambda js: js.publish(f"{topic}.lines", first_message(bookings(3))))
     for node in (a, b):
         wait_until(lambda node=node: stands(node) not in ("ok", None))
         assert "stream is gone" in stands(node)
@@ -7896,15 +7941,15 @@ def first_message(samples):
     return json.dumps(head).encode() + b"\n" + zlib.compress(b"".join(lines))
 
 
-def test_a_log_that_is_too_far_behind_says_what_to_copy(servers, stream, joined):
-    servers.make(stream, max_age=3600)
+def test_a_log_that_is_too_far_behind_says_what_to_copy(servers, topic, joined):
+    servers.make(topic, max_age=3600)
     a, away = joined("a"), joined("b")
     a.book(bookings(5))
     assert equal([a, away])
     away.close()
     for seed in range(3):
         a.book(bookings(5, seed=seed))
-    servers.do(lambda js: js.purge_stream(stream, seq=4))  # as its age would
+    servers.do(lambda js: js.purge_stream(topic, seq=4))  # as its age would
     behind, new = joined("b", ready=False), joined("new", ready=False)
     for node in (behind, new):
         wait_until(lambda node=node: "copy the log of another" in stands(node))
@@ -7913,7 +7958,7 @@ def test_a_log_that_is_too_far_behind_says_what_to_copy(servers, stream, joined)
     new.path.write_bytes(file.read(size))
     copied = joined("new")
     copied.book(bookings(2))
-    servers.do(lambda js: js.purge_stream(stream))
+    servers.do(lambda js: js.purge_stream(topic))
     behind.path.write_bytes(new.path.read_bytes())
     behind.path.with_name("b.stream").unlink()
     a.close()
@@ -7938,17 +7983,17 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
-def test_a_stream_that_would_not_keep_a_log_is_refused(servers, stream, joined, wrong):
-    servers.make(stream, **wrong)
+def test_a_stream_that_would_not_keep_a_log_is_refused(servers, topic, joined, wrong):
+    servers.make(topic, **wrong)
     node = joined("a", ready=False)
     wait_until(lambda: " must " in stands(node))
     with pytest.raises(NotReady, match=" must "):
         node.book(bookings(1))
 
 
-def test_what_is_no_bookkeepers_message_is_named(servers, stream, joined):
+def test_what_is_no_bookkeepers_message_is_named(servers, topic, joined):
     node = joined("a")
-    servers.do(lambda js: js.publish(f"{stream}.lines", b"hello"))
+    servers.do(lambda js: js.publish(f"{topic}.lines", b"hello"))
     wait_until(lambda: "no bookkeep" in stands(node))
     with pytest.raises(NotReady, match="no bookkeep"):
         node.book(bookings(1))
@@ -7965,18 +8010,18 @@ def test_a_user_of_nats_needs_few_permissions(servers, joined):
     wait_until(lambda: [*servers.messages("narrow")] == [1, 3])
 
 
-def test_a_node_that_may_not_connect_says_so(servers, stream, joined):
-    wrong = joined("a", ready=False, address=servers.address(stream, user="narrow:wrong@"))
+def test_a_node_that_may_not_connect_says_so(servers, topic, joined):
+    wrong = joined("a", ready=False, address=servers.address(topic, user="narrow:wrong@"))
     wait_until(lambda: "uthorization" in stands(wrong))
 
 
 def test_unsafe_servers_are_named_and_those_that_are_away_stop_nobody(
-    servers, stream, joined, caplog
+    servers, topic, joined, caplog
 ):
     with socket.create_server(("127.0.0.1", 0)) as away:
         monitors = [f"http://127.0.0.1:{port}" for port in servers.monitors]
         monitors += [f"http://127.0.0.1:{away.getsockname()[1]}", "nonsense"]
-        joined("a", address=servers.address(stream, options="?monitor=" + ",".join(monitors)))
+        joined("a", address=servers.address(topic, options="?monitor=" + ",".join(monitors)))
     assert all(monitor not in caplog.text for monitor in monitors[:3])
     assert all(monitor in caplog.text for monitor in monitors[3:])
 
@@ -8013,12 +8058,12 @@ def test_without_nats_py_it_says_what_to_install(tmp_path):
     (tmp_path / "nats.py").write_text("raise ModuleNotFoundError(name='nats')")
     environ = os.environ | {"PYTHONPATH": str(tmp_path)}
     line = assert_refuses(tmp_path, "--stream=nats://a/b", env=environ)
-    assert "cluster" in line and "pip install" in line
+    assert "pip install" in line
 
 
-def test_bookings_under_way_are_answered_before_a_node_stops(serve, servers, stream, tmp_path):
+def test_bookings_under_way_are_answered_before_a_node_stops(serve, servers, topic, tmp_path):
     """And the other goes on; also if all stop, and start again."""
-    options = ["--stream", servers.address(stream)]
+    options = ["--stream", servers.address(topic)]
     nodes = [serve(*options, log=tmp_path / name) for name in "ab"]
     wait_until(lambda: all(node.get("/ready")[0] == 200 for node in nodes))
     answered, refused = [], []
@@ -8027,7 +8072,8 @@ def test_bookings_under_way_are_answered_before_a_node_stops(serve, servers, str
         with suppress(OSError, HTTPException):
             for i in itertools.count():
                 batch = bookings(2, seed=100 * number + i)
-                status, answer = nodes[number % 2].post("/sample", batch)
+                key = {"Idempotency-Key": f"{number}-{i}"}
+                status, _, answer = nodes[number % 2].ask("POST", "/sample", batch, headers=key)
                 if status != 200:
                     return refused.append((number, answer))
                 answered.append((answer["first"], batch))
@@ -8039,8 +8085,9 @@ def test_bookings_under_way_are_answered_before_a_node_stops(serve, servers, str
     names = [node.get("/health")[1]["stream"]["node"] for node in nodes]
     writes = names.index(min(names))
     assert nodes[writes].stop() == 0
-    wait_until(lambda so_far=len(answered): len(answered) > so_far + 40)
-    assert [number for number, _ in refused if number % 2 != writes] == []
+    so_far = len(answered)
+    wait_until(lambda: len(answered) > so_far + 40 or refused)
+    assert [each for each in refused if each[0] % 2 != writes] == []
     assert nodes[1 - writes].stop() == 0
     for thread in threads:
         thread.join()
@@ -8053,8 +8100,8 @@ def test_bookings_under_way_are_answered_before_a_node_stops(serve, servers, str
     assert "Traceback" not in "".join(node.said() for node in nodes)
 
 
-def test_a_node_that_was_stopped_for_some_time_doubles_nothing(serve, servers, stream, tmp_path):
-    options = ["--stream", servers.address(stream)]
+def test_a_node_that_was_stopped_for_some_time_doubles_nothing(serve, servers, topic, tmp_path):
+    options = ["--stream", servers.address(topic)]
     nodes = [serve(*options, log=tmp_path / name) for name in "ab"]
     wait_until(lambda: all(node.get("/ready")[0] == 200 for node in nodes))
     names = [node.get("/health")[1]["stream"]["node"] for node in nodes]
@@ -8084,8 +8131,8 @@ def test_a_node_that_was_stopped_for_some_time_doubles_nothing(serve, servers, s
 IMPATIENT = "import sys, bookkeep, cluster; cluster.PATIENCE = 2; sys.exit(bookkeep.main())"
 
 
-def test_without_a_quorum_all_but_bookings_goes_on(serve, servers, stream, tmp_path):
-    options = ["--stream", servers.address(stream)]
+def test_without_a_quorum_all_but_bookings_goes_on(serve, servers, topic, tmp_path):
+    options = ["--stream", servers.address(topic)]
     nodes = [serve(*options, log=tmp_path / name, program=("-c", IMPATIENT)) for name in "ab"]
     wait_until(lambda: all(node.get("/ready")[0] == 200 for node in nodes))
     for batch in batches_of(bookings(50), 25):
@@ -8096,7 +8143,7 @@ def test_without_a_quorum_all_but_bookings_goes_on(serve, servers, stream, tmp_p
     try:
         for node in nodes:
             assert node.post("/correct", {"seq": 0, "AccountNumber": "1"})[0] == 503
-            status, _, answer = node.ask("POST", "/sample", bookings(9, seed=1), headers=headers)
+            status, _, _ = node.ask("POST", "/sample", bookings(9, seed=1), headers=headers)
             assert status == 503
             started = time.monotonic()
             for _ in range(3):
@@ -8220,6 +8267,11 @@ def held(process, seconds):
     process.send_signal(signal.SIGCONT)
 
 
+def wait_for_20_more(answered):
+    so_far = len(answered)
+    wait_until(lambda: len(answered) > so_far + 20)
+
+
 def test_whatever_dies_nothing_is_lost_or_doubled(serve, tmp_path):
     """As many faults as BOOKKEEP_ROUNDS says, while four send and send again."""
     rounds = int(os.environ.get("BOOKKEEP_ROUNDS", 0))
@@ -8236,11 +8288,11 @@ def test_whatever_dies_nothing_is_lost_or_doubled(serve, tmp_path):
         for thread in sending:
             thread.start()
         for number in range(rounds):
-            wait_until(lambda so_far=len(answered): len(answered) > so_far + 20)
+            wait_for_20_more(answered)
             kind = Fleet.FAULTS[number % len(Fleet.FAULTS)]
             before = len(answered) - 1
             excused = fleet.fault(kind, rng)
-            wait_until(lambda so_far=len(answered): len(answered) > so_far + 20)
+            wait_for_20_more(answered)
             assert all(thread.is_alive() for thread in sending)
             pause = np.diff([when for when, *_ in answered[before:]]).max() - excused
             pauses[kind].append(round(float(pause), 2))
@@ -8262,13 +8314,13 @@ def test_whatever_dies_nothing_is_lost_or_doubled(serve, tmp_path):
     print(len(answered), "lists", most, "lines")
     logs = [log.read_bytes() for log in fleet.logs]
     assert logs[0] == logs[1] == logs[2]
-    log = booked(fleet.logs[0])
+    log = standing_bookings(fleet.logs[0])
     sent = [(first + i, sample) for _, first, batch in answered for i, sample in enumerate(batch)]
     assert all(log[seq] == sample for seq, sample in sent)
     assert len(log) == len(sent)
 
 
-def booked(path):
+def standing_bookings(path):
     """What a log says of bookings, as they are corrected: seq -> sample."""
     samples = {}
     for record in scanned(path):
