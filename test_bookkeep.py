@@ -31,6 +31,7 @@ import wsgiref.validate
 import zipfile
 import zlib
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from decimal import ROUND_HALF_UP, Decimal
 from functools import partial
@@ -5067,7 +5068,7 @@ class Walk:
         ("GET", "/report/x", None, 400),
         ("GET", "/samples?from=-1", None, 400),
         ("GET", "/sample", None, 405),
-        ("GET", "/company", None, 404),
+        ("GET", "/company", None, 405),
     )
 
     def __init__(self, start, rng):
@@ -7383,7 +7384,8 @@ class Servers:
             finally:
                 await client.close()
 
-        return asyncio.run(run())
+        with ThreadPoolExecutor(1) as thread:  # in this one, a browser may have a loop
+            return thread.submit(asyncio.run, run()).result()
 
     def make(self, topic, **configuration):
         """Makes a stream like a bookkeep's, but for this."""
