@@ -48,7 +48,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache, partial
 from hashlib import blake2b, sha256
-from itertools import accumulate, chain, count, islice, pairwise, repeat
+from itertools import accumulate, chain, count, islice, pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
@@ -141,17 +141,12 @@ def parse_json(body: bytes) -> object:
         raise BadRequest(f"the body must be JSON: {error}") from None
 
 
-def parse_samples(body: bytes, booked: bool, most: int = MAX_BATCH) -> list[Sample]:
-    """The samples in a JSON body: a list of them, or, unless they must be `booked`, a single one.
+def check_samples(content: object, booked: bool, most: int = MAX_BATCH) -> list[Sample]:
+    """The samples that a body says: a list, or, unless they must be `booked`, a single one.
 
     A booked sample must name its account. Raises BadRequest, which counts the samples from 0, also
     if there are more than `most`.
     """
-    return check_samples(parse_json(body), booked, most)
-
-
-def check_samples(content: object, booked: bool, most: int) -> list[Sample]:
-    """The samples in what the body says. Raises BadRequest as parse_samples does."""
     if isinstance(content, dict) and not booked:
         content = [content]
     if not isinstance(content, list):
@@ -275,9 +270,8 @@ _is_decimal = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?").fullmatch
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     unique = dict(pairs)
     if len(unique) < len(pairs):
-        for key, _ in pairs:
-            if unique.pop(key, pairs) is pairs:  # popped before
-                raise BadRequest(f"the key {_shown(key)} occurs twice in one object")
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise BadRequest(f"the key {_shown(key)} occurs twice in one object")
     return unique
 
 
@@ -403,10 +397,6 @@ class Counts:
         self.dense_units = np.zeros((0, 0, 2), dtype=np.int64)  # (strips and room, A and room, 2)
         self.dense_evidence = np.zeros((0, 0))  # (strips and room, A and room)
 
-    def find(self, tokens: np.ndarray) -> np.ndarray:
-        """(m,) the row of each token, of size 0 if it is not known."""
-        return self.vocabulary.find(tokens)
-
     def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All e entries of the narrow ones of these rows: (e,) index of the row, column, units."""
         owner, at = self._spans(rows)
@@ -440,10 +430,7 @@ class Counts:
             place = np.full(self.dense_evidence.shape[1], -1)
             place[accounts] = np.arange(len(accounts))
             account = place[account]
-            if account.size and account.min() < 0:
-                chosen = account >= 0
-                owner, account = owner[chosen], account[chosen]
-                column, units = column[chosen], units[chosen]
+            units = np.where(account < 0, 0, units)  # the others say nothing
         cell = documents[owner] * scores.shape[1] + account
         np.add.at(scores.reshape(-1), cell, self._evidence(column, units))
         for i, j in zip(documents[dense].tolist(), strip.tolist(), strict=True):
@@ -472,19 +459,6 @@ class Counts:
         self.add_evidence(evidence, np.arange(len(rows)), rows, accounts)
         return evidence
 
-    def items(self) -> Iterator[tuple[int, int, float, float]]:
-        """All that is not zero: token, account, N, M."""
-        for row in self.sizes.nonzero()[0].tolist():
-            if self.sizes[row] == DENSE:
-                units = self.dense_units[self.starts[row]]
-            else:
-                units = np.zeros(self.dense_units.shape[1:], dtype=np.int64)
-                _, column, entered = self.take(np.array([row]))
-                units[column >> 1, column & 1] = entered
-            for account in units.any(axis=1).nonzero()[0].tolist():
-                n, m = (units[account] / GRAIN).tolist()
-                yield int(self.vocabulary.tokens[row]), account, n, m
-
     def grow(self, accounts: int) -> None:
         """Makes room for so many accounts."""
         strips, room = self.dense_evidence.shape
@@ -504,9 +478,8 @@ class Counts:
         if rows is None:
             live = self.sizes.nonzero()[0]  # the others are dropped
             vocabulary, moved, rows = self.vocabulary.renewed(live, tokens)
-            starts, sizes = (
-                np.zeros(len(vocabulary.tokens), old.dtype) for old in (self.starts, self.sizes)
-            )
+            starts = np.zeros(len(vocabulary.tokens), dtype=np.int64)
+            sizes = np.zeros(len(vocabulary.tokens), dtype=np.int32)
             starts[moved], sizes[moved] = self.starts[live], self.sizes[live]
             with changing():
                 self.vocabulary, self.starts, self.sizes = vocabulary, starts, sizes
@@ -531,42 +504,31 @@ class Counts:
     def _add_narrow(self, rows: np.ndarray, columns: np.ndarray, units: np.ndarray) -> None:
         cells = rows << 24 | columns
         order = cells.argsort()
-        cells = cells[order]
-        first = _run_starts(cells)
-        rows, columns = cells[first] >> 24, cells[first] & 0xFFFFFF
-        units = np.add.reduceat(units[order], first)
-        at, there = self._search(rows, columns)
-        self.entries[at[there]] += units[there]
+        first = _run_starts(cells[order])
+        cells, units = cells[order[first]], np.add.reduceat(units[order], first)
+        rows = cells >> 24
+        known = rows[_run_starts(rows)]
+        owner, at = self._spans(known)
+        old = known[owner] << 24 | self.entries[at] >> 40  # in order, too
+        place = old.searchsorted(cells)
+        there = np.append(old, -1)[place] == cells
+        at = at[place[there]]
+        self.entries[at] += units[there]
 
         # Rows that get new entries, or lose some, are filled anew.
         changed = ~there
-        changed[there] = self.entries[at[there]] & UNITS == 0
+        changed[there] = self.entries[at] & UNITS == 0
         if not changed.any():
             return
         anew = rows[changed]
         anew = anew[_run_starts(anew)]
-        owner, old_columns, old_units = self.take(anew)
-        new = (~there).nonzero()[0]
-        new_owner = anew.searchsorted(rows[new])
-        cells = np.concatenate([owner << 24 | old_columns, new_owner << 24 | columns[new]])
-        units = np.concatenate([old_units, units[new]])
+        owner, columns, old_units = self.take(anew)
+        cells = np.concatenate([anew[owner] << 24 | columns, cells[~there]])
+        units = np.concatenate([old_units, units[~there]])
         order = cells.argsort()
         order = order[units[order] != 0]
-        self._fill(anew, cells[order] >> 24, cells[order] & 0xFFFFFF, units[order])
-
-    def _search(self, rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where in narrow rows these columns' entries are, or would be, and whether they are there.
-
-        A binary search in all rows at once.
-        """
-        key = columns << 40
-        low = self.starts[rows]
-        high = end = low + self.sizes[rows]
-        for _ in range(int(self.sizes[rows].max()).bit_length()):
-            middle = low + high >> 1
-            less = (low < high) & (self.entries.take(middle, mode="clip") < key)
-            low, high = np.where(less, middle + 1, low), np.where(less, high, middle)
-        return low, (low < end) & (self.entries.take(low, mode="clip") >> 40 == columns)
+        owner = anew.searchsorted(cells[order] >> 24)
+        self._fill(anew, owner, cells[order] & 0xFFFFFF, units[order])
 
     def _fill(
         self, rows: np.ndarray, owner: np.ndarray, columns: np.ndarray, units: np.ndarray
@@ -629,19 +591,15 @@ class Counts:
         few = np.count_nonzero(units, axis=1) <= self.limit
         if not few.any():
             return
-        rows, units = rows[few], units[few]
+        units = units[few]
         owner, column = units.nonzero()
-        self._fill(rows, owner, column, units[owner, column])
-        self._drop_strips()
-
-    def _drop_strips(self) -> None:
-        """Drops the strips of rows that are not dense any more."""
-        rows = np.flatnonzero(self.sizes == DENSE)
-        strips = self.starts[rows]
+        self._fill(rows[few], owner, column, units[owner, column])
+        dense = np.flatnonzero(self.sizes == DENSE)  # that are left; drops the strips of the others
+        strips = self.starts[dense]
         self.dense_units = self.dense_units[strips]
         self.dense_evidence = self.dense_evidence[strips]
-        self.strips = len(rows)
-        self.starts[rows] = np.arange(self.strips)
+        self.strips = len(dense)
+        self.starts[dense] = np.arange(self.strips)
 
     def _resize(self, strips: int, accounts: int) -> None:
         self.dense_units = _grown(self.dense_units, strips, accounts, 2)
@@ -689,10 +647,7 @@ def _unpacked(array: np.ndarray) -> object:
 
 def _rounded(logs: np.ndarray) -> np.ndarray:
     """Rounded to multiples of 2 ** -40, so that sums of them are exact in any order, too."""
-    logs *= 2.0**40
-    np.rint(logs, out=logs)
-    logs *= 2.0**-40
-    return logs
+    return np.rint(logs * 2.0**40) * 2.0**-40
 
 
 def _parted(entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -865,7 +820,7 @@ class NaiveBayes:
             return documents
         tokens = np.fromiter(chain.from_iterable(documents), dtype=np.int64)
         lengths = np.array([len(document) for document in documents], dtype=np.int64)
-        row = (rows_of or self.token_counts.find)(tokens)
+        row = (rows_of or self.token_counts.vocabulary.find)(tokens)
         return LookedUp(lengths, tokens >> KIND_SHIFT, row)
 
     def terms(self, document: Sequence[int], accounts: np.ndarray) -> np.ndarray:
@@ -930,32 +885,31 @@ class NaiveBayes:
 
     def assess(self, documents: Sequence[Sequence[int]], labels: Sequence[str]) -> list[Assessment]:
         """Predictions for documents whose accounts, the labels, are known."""
-        found = self._look_up(documents)
-        return [
-            assessment
-            for part in self._blocks(len(documents))
-            for assessment in self._assess(found.part(part), labels[part])[1]
-        ]
+        return self._assess(self._look_up(documents), labels)[0]
 
     def _assess(
         self, found: LookedUp, labels: Sequence[str]
-    ) -> tuple[np.ndarray, Iterator[Assessment]]:
-        """(n, A) scores, and what is made of them."""
-        scores = self.joint_log_likelihood(found)
+    ) -> tuple[list[Assessment], np.ndarray | None]:
+        """The predictions, and the scores of those documents that were scored at once last."""
         if not self.known:
-            return scores, repeat(Assessment(None, None, None, 0), len(labels))
-        best, lead = self._best(scores)
-        booked = self._numbered(labels)
-        ranks = (best == booked).astype(np.int64)
-        for i in ((best != booked) & (booked >= 0)).nonzero()[0]:
-            ranks[i] = np.count_nonzero(scores[i] >= scores[i, booked[i]])
-        return scores, map(
-            Assessment,
-            [self.names[account] for account in best.tolist()],
-            [margin if margin < np.inf else None for margin in lead.round(4).tolist()],
-            [rank or None for rank in ranks.tolist()],
-            self.specificity(found).tolist(),
-        )
+            return [Assessment(None, None, None, 0)] * len(labels), None
+        made, scores = [], None
+        for part in self._blocks(len(labels)):
+            documents = found.part(part)
+            scores = self.joint_log_likelihood(documents)
+            best, lead = self._best(scores)
+            booked = self._numbered(labels[part])
+            ranks = (best == booked).astype(np.int64)
+            for i in ((best != booked) & (booked >= 0)).nonzero()[0]:
+                ranks[i] = np.count_nonzero(scores[i] >= scores[i, booked[i]])
+            made += map(
+                Assessment,
+                [self.names[account] for account in best.tolist()],
+                [margin if margin < np.inf else None for margin in lead.round(4).tolist()],
+                [rank or None for rank in ranks.tolist()],
+                self.specificity(documents).tolist(),
+            )
+        return made, scores
 
     def specificity(self, documents: Documents) -> np.ndarray:
         """(n,) the most that was known of each document, of KNOWN."""
@@ -1037,7 +991,6 @@ class NaiveBayes:
         rivals = [
             (i, 2 * self.accounts[rival] + 1, times * m)
             for i, lesson in enumerate(lessons)
-            if lesson.against
             for rival, m in lesson.against.items()
         ]
         if len(self.accounts) > len(self.names):
@@ -1069,14 +1022,10 @@ class NaiveBayes:
         """
         insert = partial(self.token_counts.insert, changing=changing)
         found = self._look_up(documents, insert)
-        assessments, scores = [], None
-        for part in self._blocks(len(documents)):
-            scores, made = self._assess(found.part(part), labels[part])
-            assessments += made
-        parts = rounds(len(documents))
-        if len(parts) > 1 or (parts and len(scores) < len(documents)):
+        assessments, scores = self._assess(found, labels)
+        if len(documents) > min(ROUND, self.at_once):
             scores = None  # they are of another model by then, or of some documents only
-        for part in parts:
+        for part in rounds(len(documents)):
             taken = found.part(part)
             lessons = self.weigh(taken, labels[part], scores)
             with changing():
@@ -1693,9 +1642,9 @@ class Log:
         """The CRC-32 of its first bytes, so many; None if there are fewer."""
         crc = 0
         with self._opened() as file:
-            while size and (part := file.read(min(size, 1 << 22))):
-                crc, size = zlib.crc32(part, crc), size - len(part)
-        return None if size else crc
+            for piece in _pieces(file, size):
+                crc = zlib.crc32(piece, crc)
+            return crc if file.tell() == size else None
 
     def __len__(self) -> int:
         """The lines of all whole batches, so that the next one's seq is this."""
@@ -1735,25 +1684,18 @@ class Log:
         The answer is all records with their places. Raises OSError if they could not be written;
         then the log is as it was before, unless the error says that it may not be.
         """
-        placed = self.place(batches)
-        self.order(placed)
-        self.write(placed)
-        return [record for batch in placed for record in batch.records]
-
-    def place(self, batches: list[tuple[str | None, list[dict]]]) -> list["Batch"]:
-        """What the log would say of batches if they came next."""
-        placed = []
-        seq = len(self)
+        placed, first = [], len(self)
         for key, records in batches:
-            first, end = seq, seq + len(records)
-            batch = first if key is None else key
+            batch, end = first if key is None else key, first + len(records)
             records = [
                 {"seq": seq, "batch": batch, "left": end - seq - 1} | record
                 for seq, record in enumerate(records, start=first)
             ]
             placed.append(Batch(records, [_line(record) for record in records], first + 1))
-            seq = end
-        return placed
+            first = end
+        self.order(placed)
+        self.write(placed)
+        return [record for batch in placed for record in batch.records]
 
     def write(self, batches: list["Batch"]) -> None:
         """Writes what was placed. Raises OSError, as append does."""
@@ -1762,7 +1704,9 @@ class Log:
             self._cut_back()
         try:
             self._torn = True
-            _write_all(self._file, b"".join(line for batch in batches for line in batch.lines))
+            unwritten = memoryview(b"".join(line for batch in batches for line in batch.lines))
+            while unwritten:
+                unwritten = unwritten[os.write(self._file, unwritten) :]
             started = time.perf_counter()
             os.fsync(self._file)
             self.fsynced(time.perf_counter() - started)
@@ -1823,6 +1767,8 @@ class Log:
         with self._placing:
             self._require_place()
             try:
+                fcntl.flock(copy.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.fchmod(copy.file, stat.S_IMODE(os.fstat(self._file).st_mode))
                 os.replace(copy.path, path)
             except OSError:
                 if not self._leads_to(copy.file):  # else it was done all the same
@@ -1851,8 +1797,9 @@ class Log:
 
     def _keep(self, batch: "Batch") -> None:
         """Counts a whole batch that stands behind all others."""
-        if batch.key is not None:
-            self._keys[batch.key] = range(len(self), len(self) + len(batch.records))
+        key = batch.records[0]["batch"] if batch.records else None
+        if isinstance(key, str):  # its sender's
+            self._keys[key] = range(len(self), len(self) + len(batch.records))
             if len(self._keys) > MAX_KEYS:
                 self._keys.popitem(last=False)
         with self._placing:
@@ -1866,10 +1813,8 @@ class Log:
         self._torn = False
 
 
-class Copy:
+class Copy(AbstractContextManager):
     """A log's lines, some of them emptied, in a file that may take the log's place."""
-
-    BLOCK = 1 << 20  # bytes that are copied at a time
 
     def __init__(self, log: Log) -> None:
         """Starts without a line. Raises OSError."""
@@ -1879,15 +1824,6 @@ class Copy:
         self.file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o600)
         self.starts = array("q")
         self.size = 0
-
-    def __enter__(self) -> "Copy":
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.fchmod(self.file, stat.S_IMODE(os.fstat(self.log._file).st_mode))
-        except OSError:
-            self.__exit__()
-            raise
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Removes the file, unless it is the log by now, and lets go of it, or of the old log."""
@@ -1905,19 +1841,13 @@ class Copy:
         with self.log._placing:
             starts = np.append(np.array(self.log._starts[first:to]), self.log._start(to))
         sizes = np.diff(starts)
-        emptied = emptied - first
-        at = 0
-        while at < len(sizes):
-            end = max(at + 1, int(starts.searchsorted(starts[at] + self.BLOCK)) - 1)
-            block = os.pread(self.log._file, int(starts[end] - starts[at]), int(starts[at]))
-            pieces, done = [], 0
-            for line in emptied[slice(*emptied.searchsorted([at, end]))].tolist():
-                start, stop = (starts[line : line + 2] - starts[at]).tolist()
-                empty = _emptied(block[start:stop], first + line + 1)
-                pieces += [block[done:start], empty]
-                sizes[line], done = len(empty), stop
-            _write_all(self.file, b"".join([*pieces, block[done:]]))
-            at = end
+        with self.log._opened() as lines, open(self.file, "ab", closefd=False) as copy:
+            lines.seek(starts[0])
+            for line in (emptied[emptied >= first] - first).tolist():
+                copy.writelines(_pieces(lines, starts[line] - lines.tell()))
+                empty = _emptied(lines.read(sizes[line]), first + line + 1)
+                sizes[line] = copy.write(empty)
+            copy.writelines(_pieces(lines, starts[-1] - lines.tell()))
         os.fsync(self.file)
         self.starts.frombytes((self.size + sizes.cumsum() - sizes).tobytes())
         self.size += int(sizes.sum())
@@ -1971,12 +1901,6 @@ class Batch(NamedTuple):
     records: list[dict]  # with their places
     lines: list[bytes]
     line: int  # the number of the first, from 1
-
-    @property
-    def key(self) -> str | None:
-        """What its sender called it, if anything."""
-        key = self.records[0]["batch"] if self.records else None
-        return key if isinstance(key, str) else None
 
 
 class Damage(NamedTuple):
@@ -2109,10 +2033,11 @@ def _emptied(line: bytes, number: int) -> bytes:
         raise ValueError(f"line {number} of the log could not be read") from None
 
 
-def _write_all(file: int, data: bytes) -> None:
-    unwritten = memoryview(data)
-    while unwritten:
-        unwritten = unwritten[os.write(file, unwritten) :]
+def _pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
+    """So many bytes of the file, or all that it has, a piece at a time."""
+    while size and (piece := file.read(min(size, 1 << 20))):
+        yield piece
+        size -= len(piece)
 
 
 def _fsync_folder(path: Path) -> None:
@@ -2145,28 +2070,28 @@ def _repair(path: Path, damages: list[Damage]) -> None:
     target = path.with_name(f"{path.name}.repaired")
     if os.path.lexists(target):
         raise LogError(f"{target} is there already; move it away first")
-    copy = Log(target)
-    kept = last_line = 0
-    try:
-        for batches in chunks(_sound(path, damages), 16):
-            whole: list[tuple[str | None, list[dict]]] = []
-            due = len(copy)
-            for batch in batches:
-                if lost := batch.records[0]["seq"] - due:
-                    print(f"left out: seq {due} to {batch.records[0]['seq'] - 1}")
-                    whole.append((None, [{}] * lost))
-                whole.append((batch.key, list(map(_content, batch.records))))
-                due = batch.records[-1]["seq"] + 1
-                last_line = batch.line + len(batch.records) - 1
+    kept = due = last_line = 0
+    with open(target, "xb", opener=partial(os.open, mode=0o600)) as copy:
+        try:
+            for batch in _sound(path, damages):
+                first = batch.records[0]["seq"]
+                if due < first:
+                    print(f"left out: seq {due} to {first - 1}")
+                for seq in range(due, first):
+                    copy.write(_line({"seq": seq, "batch": due, "left": first - seq - 1}))
+                copy.writelines(batch.lines)
+                due = first + len(batch.lines)
+                last_line = batch.line + len(batch.lines) - 1
                 kept += sum("sample" in record for record in batch.records)
-            copy.append(whole)
-    except BaseException:
-        target.unlink()  # an unfinished copy must not pass for a finished one
-        raise
+            copy.flush()
+            os.fsync(copy.fileno())
+        except BaseException:
+            target.unlink()  # an unfinished copy must not pass for a finished one
+            raise
+    _fsync_folder(target.parent)
     if damages and damages[-1].line > last_line:
-        print(f"left out: all from seq {len(copy)} on")
+        print(f"left out: all from seq {due} on")
     print(f"{target}: {kept} booking{'s' * (kept != 1)}")
-    copy.close()
 
 
 def _sound(path: Path, damages: list[Damage]) -> Iterator[Batch]:
@@ -2250,10 +2175,6 @@ def _check_weights(record: dict) -> None:
     "".join(against).encode()  # which a lone surrogate cannot be
     if "" in against:
         raise ValueError("an account is empty")
-
-
-def _content(record: dict) -> dict:
-    return {key: value for key, value in record.items() if key not in PLACE}
 
 
 def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -2366,14 +2287,15 @@ class Change(NamedTuple):
     samples: Sequence[Sample] = ()
 
 
-class Writer:
-    """A thread that makes one change after the other, and is the only one to make any.
+class Writer(threading.Thread):
+    """The thread that makes one change after the other, and is the only one to make any.
 
     Bookings that wait together are handed on as a group, to share what it costs to store them.
     """
 
     def __init__(self, book: Callable[[list[Booking]], None], rest: Callable[[], None]) -> None:
         """`book` answers a group of bookings; `rest` is called after each group and change."""
+        super().__init__(name="writer", daemon=True)
         self._book, self._rest = book, rest
         self._queue: deque[Booking | Change] = deque()
         self._arrival = threading.Condition()  # of something in the queue, or of the end
@@ -2381,11 +2303,6 @@ class Writer:
         self._closed = False
         self.broken = False  # has what is known lost step with the log?
         self.failed = 0  # groups and changes that could not be stored
-        self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
-
-    def start(self) -> None:
-        """Begins with what is waiting."""
-        self._thread.start()
 
     def submit(self, work: Booking | Change) -> object:
         """What came of it, once it is done.
@@ -2410,7 +2327,7 @@ class Writer:
         with self._arrival:
             self._closed = True
             self._arrival.notify()
-        self._thread.join()
+        self.join()
 
     @contextmanager
     def must_succeed(self) -> Iterator[None]:
@@ -2421,7 +2338,8 @@ class Writer:
             self.broken = True
             raise
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Does what comes, until the end."""
         while group := self._next_group():
             try:
                 if self.broken:
@@ -3807,9 +3725,9 @@ def create_app(
         seconds = time.perf_counter() - request.environ["bookkeep.arrival"]
         durations.observe(seconds, f'path="{path}",status="{response.status_code}"')
 
-    def received(parse: Callable[[bytes], T]) -> T:
+    def received() -> object:
         with parsing if request.content_length > LARGE_BODY else nullcontext():
-            return parse(request.body.read())
+            return parse_json(request.body.read())
 
     def number(name: str, text: str, least: int, most: int = MAX_NUMBER) -> int:
         if not re.fullmatch("[0-9]{1,18}", text) or not least <= int(text) <= most:
@@ -3851,20 +3769,20 @@ def create_app(
         key = request.environ.get("HTTP_IDEMPOTENCY_KEY")
         if key is not None and not re.fullmatch("[ -~]{1,200}", key):
             raise HTTPError(400, "an Idempotency-Key must be 1 to 200 printable ASCII characters")
-        stored = bookkeeper.book(received(partial(parse_samples, booked=True, most=max_batch)), key)
+        stored = bookkeeper.book(check_samples(received(), True, max_batch), key)
         first, last = (stored[0], stored[-1]) if stored else (None, None)
         return {"received": len(stored), "total": stored.stop, "first": first, "last": last}
 
     @app.post("/predict")
     def predict() -> list[str]:
-        return bookkeeper.predict(received(partial(parse_samples, booked=False, most=max_batch)))
+        return bookkeeper.predict(check_samples(received(), False, max_batch))
 
     @app.post("/suggest")
     def suggest() -> dict | list[dict]:
         top = number("top", request.query.get("top", "3"), 1, Calibration.RANKS)
         level = share_asked("book_from")
         with_reasons = choice_asked("reasons", yes=True, no=False) is not False
-        asked = received(parse_json)
+        asked = received()
         most = MAX_SUGGESTED // top
         if with_reasons and isinstance(asked, list) and len(asked) > most:
             raise BadRequest(
@@ -3877,7 +3795,7 @@ def create_app(
 
     @app.post("/correct")
     def correct() -> dict:
-        match received(parse_json):
+        match received():
             case {"seq": float(seq), "AccountNumber": account, **others} if not others:
                 check_sample({TARGET: account}, (TARGET,))
                 if not (seq.is_integer() and 0 <= seq <= MAX_NUMBER):
@@ -4099,17 +4017,8 @@ STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 class Server:
     """Waitress, which calls the app: the one place that knows its insides."""
 
-    def __init__(
-        self,
-        app: Bottle,
-        listener: socket.socket,
-        threads: int,
-        max_body: int,
-    ) -> None:
-        """Listens, but does not answer yet.
-
-        Raises OSError if the system lets it open too few files.
-        """
+    def __init__(self, app: Bottle, listener: socket.socket, threads: int, max_body: int) -> None:
+        """Listens, but does not answer yet. Raises OSError if it may open too few files."""
         _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
         # A connection takes a socket, and a file for a body of over 512 KiB.
@@ -4137,8 +4046,7 @@ class Server:
 
     def call(self, app: Bottle) -> None:
         """Has this app answer what comes from now on."""
-        self._server.application, self._server.refuses = app, app.refuses
-        self._dispatcher.is_quick, self._dispatcher.is_busy = app.is_quick, app.is_busy
+        self._server.application = self._dispatcher.app = app
 
     def answer(self, until: Future | None = None) -> bool:
         """Answers requests until one of STOPS, then those that are under way; or until it is done.
@@ -4202,9 +4110,6 @@ class Logged:
 
     def service(self) -> None:
         """Answers a request."""
-        if access.disabled:
-            super().service()
-            return
         arrived = self.channel.last_activity
         try:
             super().service()
@@ -4259,7 +4164,7 @@ class Request(HTTPRequestParser):
             lacks = self.content_length > len(data) - consumed
             if (lacks or self.chunked or self.expect_continue) and not self.error:
                 environ = WSGITask(channel, self).get_environment()
-                if channel.server.refuses(environ):
+                if channel.server.application.refuses(environ):
                     self._go_without_body(channel)
         return consumed
 
@@ -4362,8 +4267,7 @@ class Dispatcher:
     back takes longer than to answer it. They take turns with all else that this thread does.
     """
 
-    is_quick: Callable[[int], bool]  # of the app
-    is_busy: Callable[[], bool]
+    app: Bottle
 
     def __init__(self, threads: int) -> None:
         self.receiver = threading.get_ident()
@@ -4393,11 +4297,11 @@ class Dispatcher:
     def answer_short(self) -> None:
         """Answers short questions, for no longer than a turn takes."""
         end = time.perf_counter() + TURN
-        while self.short and not self.is_busy() and time.perf_counter() < end:
+        while self.short and not self.app.is_busy() and time.perf_counter() < end:
             channel = self.short.popleft()
             # Before a further request, it might wait for what only this thread can send.
             alone = len(channel.requests) == 1
-            if alone and self.is_quick(channel.requests[0].content_length):
+            if alone and self.app.is_quick(channel.requests[0].content_length):
                 channel.service()
             else:
                 self._hand_out(channel)
