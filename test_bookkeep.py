@@ -132,7 +132,7 @@ def parse_samples(body, **options):
 
 def wait_until(condition):
     """Returns once it holds; fails if it does not within 30 seconds."""
-    end = time.monotonic() + 12
+    end = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
