@@ -162,6 +162,7 @@ class Stream:
         self._loop = asyncio.new_event_loop()
         self._answering = ThreadPoolExecutor(16)
         self._answers: set[asyncio.Future] = set()  # under way
+        self._asked: set[bytes] = set()  # names of the questions that these are for
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
 
     def _do(self, work: Coroutine) -> object:
@@ -186,10 +187,14 @@ class Stream:
             failed(error)
 
         async def answer(message: Msg) -> None:
-            found = b""  # to somebody who only asks whether this node is there
-            if message.data:
-                found = await self._loop.run_in_executor(self._answering, asked, message.data)
-            await message.respond(found)
+            name, _, content = message.data.partition(b" ")
+            if content:
+                self._asked.add(name)
+                found = await self._loop.run_in_executor(self._answering, asked, content)
+                await message.respond(found)
+                self._asked.discard(name)
+            else:  # is it under way? If not, the answer was sent before this one, or it never came
+                await message.respond(b"yes" if name in self._asked else b"")
 
         async def begin(message: Msg) -> None:
             self._answers.add(task := asyncio.ensure_future(answer(message)))
@@ -354,11 +359,14 @@ class Stream:
         """What another node answers, however long it takes. Raises Gone if it is not there."""
 
         async def ask() -> bytes:
-            subject = f"{self.name}.node.{node}"
-            answer = asyncio.ensure_future(self._nats.request(subject, content, timeout=3600))
+            subject, name = f"{self.name}.node.{node}", secrets.token_hex(8).encode()
+            asking = self._nats.request(subject, name + b" " + content, timeout=3600)
+            answer = asyncio.ensure_future(asking)
             try:
                 while not (await asyncio.wait([answer], timeout=0.2))[0]:
-                    await self._nats.request(subject, b"", timeout=1)
+                    known = await self._nats.request(subject, name, timeout=1)
+                    if not known.data and not (await asyncio.wait([answer], timeout=0.2))[0]:
+                        raise Gone(True)  # it got lost, or the answer did
                 return answer.result().data
             except (nats.errors.Error, OSError):
                 early = answer.done() and isinstance(answer.exception(), NoRespondersError)
@@ -374,7 +382,7 @@ class Stream:
         async def ask() -> list[bytes]:
             inbox = self._nats.new_inbox()
             answers = await self._nats.subscribe(inbox)
-            await self._nats.publish(f"{self.name}.node", content, reply=inbox)
+            await self._nats.publish(f"{self.name}.node", b"all " + content, reply=inbox)
             await asyncio.sleep(1)
             found = [(await answers.next_msg()).data for _ in range(answers.pending_msgs)]
             await answers.unsubscribe()

@@ -7611,6 +7611,33 @@ def test_an_acknowledgement_that_is_lost_doubles_nothing(servers, topic, joined)
     assert len(a.log) == 4
 
 
+def test_what_is_lost_on_its_way_to_the_node_that_writes_is_not_waited_for(joined):
+    """As it may be if a server dies that both were connected to."""
+    nodes = sorted([joined("a"), joined("b")], key=lambda node: node.health()["stream"]["node"])
+    writer, other = nodes
+    writer.book(bookings(3))
+    wait_until(other._writer_of_all)
+    request, lost = other._stream._nats.request, []
+
+    async def lose(subject, content, **options):
+        if ".node." in subject and len(content) > 50:
+            lost.append(subject)
+            await asyncio.sleep(3600)
+        return await request(subject, content, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(other._stream._nats, "request", lose)
+        started = time.monotonic()
+        assert other.book(bookings(2), "key") == range(3, 5)
+        writer.book(bookings(1))
+        wait_until(lambda: other._writer_of_all() == writer.health()["stream"]["node"])
+        with pytest.raises(Busy, match=bookkeep.UNSURE):
+            other.book(bookings(2))
+    assert time.monotonic() - started < 3
+    assert len(lost) == 2
+    assert equal(nodes)
+
+
 def test_a_list_of_several_messages_is_taken_whole_or_not_at_all(servers, topic, joined):
     a, b = joined("a"), joined("b")
     rng = random.Random(0)
