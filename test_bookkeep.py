@@ -1700,6 +1700,25 @@ def test_a_history_knows_who_named_an_account_last():
     assert history.last_named(companies, accounts).tolist() == [-1, 4, -1, -1, -1]
 
 
+def test_a_history_can_be_read_while_bookings_come():
+    def add(history):
+        for seq in range(300):
+            add_rows(history, [{"seq": seq}])
+
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(60):
+            history, found = History(), []
+            adding = threading.Thread(target=add, args=[history])
+            adding.start()
+            while adding.is_alive():
+                found.append(len(history.of("A")))
+            assert found == sorted(found)
+    finally:
+        sys.setswitchinterval(usual)
+
+
 # -------------------------------------------------------------------------------------------- Log
 
 
