@@ -15,7 +15,9 @@ import os
 import signal
 import sys
 
-if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "bookkeep":
+if (__name__ == "__main__" or os.path.basename(sys.argv[0]) == "bookkeep") and (
+    signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+):
     # Quiet from the start: to import all that follows takes a moment. It is main's afterwards.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
@@ -29,13 +31,10 @@ import ipaddress
 import json
 import logging
 import math
-import os
 import re
 import resource
-import signal
 import socket
 import stat
-import sys
 import threading
 import time
 import zlib

@@ -5898,11 +5898,13 @@ def test_who_does_not_finish_or_read_does_not_keep_it_from_stopping(serve, tmp_p
     assert serve().samples() == 1
 
 
-def test_nohup_keeps_it_from_stopping_on_a_hangup(serve):
-    service = serve(limit=partial(signal.signal, signal.SIGHUP, signal.SIG_IGN))
-    service.process.send_signal(signal.SIGHUP)
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])  # nohup; & in a script
+def test_a_signal_that_is_ignored_when_it_starts_does_not_stop_it(serve, number):
+    service = serve(limit=partial(signal.signal, number, signal.SIG_IGN))
+    service.process.send_signal(number)
     assert service.samples() == 0
     assert service.stop() == 0
+    assert number.name not in service.said()
 
 
 def test_kills_at_any_moment_lose_nothing_and_double_nothing(serve, tmp_path):
