@@ -15,7 +15,9 @@ import os
 import signal
 import sys
 
-if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "bookkeep":
+if (__name__ == "__main__" or os.path.basename(sys.argv[0]) == "bookkeep") and (
+    signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+):
     # Quiet from the start: to import all that follows takes a moment. It is main's afterwards.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
@@ -29,13 +31,10 @@ import ipaddress
 import json
 import logging
 import math
-import os
 import re
 import resource
-import signal
 import socket
 import stat
-import sys
 import threading
 import time
 import zlib
@@ -1130,7 +1129,8 @@ class History:
         self.companies = _numbers()
         self._sizes: Counter[int] = Counter()  # company -> how many bookings
         self._table = np.zeros(1024, dtype=self.ROW)
-        self._end = 0
+        # All of them: an array that stays as it is, but for corrections, whatever comes later.
+        self.rows = self._table[:0]
 
     def state(self) -> Arrays:
         """The whole table; arrays that are its own."""
@@ -1139,15 +1139,9 @@ class History:
     def restore(self, state: Arrays) -> None:
         """Takes over the table of another."""
         self.accounts, self.companies = map(_numbers, _unpacked(state["history_names"]))
-        self._table = state["history"]
-        self._end = len(self._table)
+        self.rows = self._table = state["history"]
         companies, sizes = np.unique(self.rows["company"], return_counts=True)
         self._sizes.update(dict(zip(companies.tolist(), sizes.tolist(), strict=True)))
-
-    @property
-    def rows(self) -> np.ndarray:
-        """All rows: an array that stays as it is, but for corrections, whatever comes later."""
-        return self._table[: self._end]
 
     def append(
         self, rows: np.ndarray, names: Iterable[tuple[str, str, str | None, str | None]]
@@ -1167,11 +1161,11 @@ class History:
             .reshape(-1, 4)
             .T
         )
-        end = self._end + len(rows)
+        end = len(self.rows) + len(rows)
         if end > len(self._table):
             self._table = _grown(self._table, 2 * end)
-        self._table[self._end : end] = rows
-        self._end = end
+        self._table[len(self.rows) : end] = rows
+        self.rows = self._table[:end]
         self._sizes.update(rows["company"].tolist())
 
     def size(self, company: str) -> int:
@@ -1190,7 +1184,8 @@ class History:
 
     def of(self, company: str) -> np.ndarray:
         """All rows of a company."""
-        return self.rows[self.rows["company"] == self.companies.get(company, -1)]
+        rows = self.rows  # once: another thread may append
+        return rows[rows["company"] == self.companies.get(company, -1)]
 
     def find(self, seqs: np.ndarray) -> np.ndarray:
         """(m,) which rows have these seqs."""
@@ -1263,8 +1258,8 @@ class History:
     def forget(self, seqs: np.ndarray) -> np.ndarray:
         """Drops the rows of these (m,) seqs, or of those that have one, and gives them."""
         gone = np.isin(self.rows["seq"], seqs)
-        rows, self._table = self.rows[gone], self.rows[~gone]
-        self._end = len(self._table)
+        rows = self.rows[gone]
+        self.rows = self._table = self.rows[~gone]
         self._sizes.subtract(rows["company"].tolist())
         for company, number in [*self.companies.items()]:
             if not self._sizes[number]:

@@ -14,7 +14,9 @@ import os
 import signal
 import sys
 
-if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "bookkeep-replay":
+if (__name__ == "__main__" or os.path.basename(sys.argv[0]) == "bookkeep-replay") and (
+    signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+):
     # Quiet from the start: to import all that follows takes a moment. It is main's afterwards.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
@@ -1236,7 +1238,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logger.handlers, logger.propagate = [_Sayer()], False
     try:
         for number in STOPS:  # each as Ctrl-C, so that a service is stopped, too
-            signal.signal(number, signal.default_int_handler)
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup ignores SIGHUP
+                signal.signal(number, signal.default_int_handler)
         options.file = options.file or _default_file()
         token = _token(options.token_file)
         rows = None if options.suggest else _rows(options)  # before a service is started in vain

@@ -1700,6 +1700,25 @@ def test_a_history_knows_who_named_an_account_last():
     assert history.last_named(companies, accounts).tolist() == [-1, 4, -1, -1, -1]
 
 
+def test_a_history_can_be_read_while_bookings_come():
+    def add(history):
+        for seq in range(300):
+            add_rows(history, [{"seq": seq}])
+
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(60):
+            history, found = History(), []
+            adding = threading.Thread(target=add, args=[history])
+            adding.start()
+            while adding.is_alive():
+                found.append(len(history.of("A")))
+            assert found == sorted(found)
+    finally:
+        sys.setswitchinterval(usual)
+
+
 # -------------------------------------------------------------------------------------------- Log
 
 
@@ -5879,11 +5898,13 @@ def test_who_does_not_finish_or_read_does_not_keep_it_from_stopping(serve, tmp_p
     assert serve().samples() == 1
 
 
-def test_nohup_keeps_it_from_stopping_on_a_hangup(serve):
-    service = serve(limit=partial(signal.signal, signal.SIGHUP, signal.SIG_IGN))
-    service.process.send_signal(signal.SIGHUP)
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])  # nohup; & in a script
+def test_a_signal_that_is_ignored_when_it_starts_does_not_stop_it(serve, number):
+    service = serve(limit=partial(signal.signal, number, signal.SIG_IGN))
+    service.process.send_signal(number)
     assert service.samples() == 0
     assert service.stop() == 0
+    assert number.name not in service.said()
 
 
 def test_kills_at_any_moment_lose_nothing_and_double_nothing(serve, tmp_path):
