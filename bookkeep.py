@@ -4846,9 +4846,10 @@ const whole = (...children) => make('span', { className: 'whole' }, ...children)
 const row = (...cells) => make('tr', { role: 'row' }, ...cells);
 const button = (how, ...children) => make('button', { type: 'button', ...how }, ...children);
 const day = ({ BankEntryDate: date }) => date?.slice(0, 10) || '–';
-const names = new Map(); // of accounts
-const account = (id) => // with its name
-  [whole(value(id, 40)), ...names.has(id) ? [' ', quiet(value(names.get(id)))] : []];
+const names = new Map(); // of accounts, as each company calls them
+const named = (whose, id) => names.get(JSON.stringify([whose, id]));
+const account = (whose, id) => // with its name
+  [whole(value(id, 40)), ...named(whose, id) ? [' ', quiet(value(named(whose, id)))] : []];
 const filled = new Map();
 function fill(id, items, line) { // a table, unless it shows these
   const state = JSON.stringify(items);
@@ -5045,8 +5046,8 @@ async function suggest(box, sample) {
     } else {
       ({ suggestions } = found);
       verdict = [isNew ? 'Nothing is known of this company yet. By what others book, m' : 'M',
-        'ost likely ', make('b', {}, ...account(first)), `, with ${percent(confidence)} `,
-        'confidence.'];
+        'ost likely ', make('b', {}, ...account(sample.CompanyId, first)),
+        `, with ${percent(confidence)} confidence.`];
       basis = rests(sample.CompanyId, first, record, isNew);
     }
   } catch (error) {
@@ -5055,7 +5056,8 @@ async function suggest(box, sample) {
   if (turn !== turns.get(box)) return;
   told.replaceChildren(...verdict);
   rest.replaceChildren(...basis);
-  ranking.replaceChildren(...suggestions.map(suggestion));
+  ranking.replaceChildren(...suggestions.map((each, rank) =>
+    suggestion(each, rank, sample.CompanyId)));
   note.hidden = suggestions.length < 2;
 }
 
@@ -5074,12 +5076,12 @@ function tally(whose, which, { suggestions, right }) {
   return [start, whose, suggestions > 1 ? ` ${count(suggestions)}` : '', ' suggestions ', ...which,
     end];
 }
-function suggestion({ account: id, confidence, over, margin, prior, reasons }, rank) {
+function suggestion({ account: id, confidence, over, margin, prior, reasons }, rank, name) {
   const sure = make('span', { className: 'bar' }, make('span', {}));
   sure.firstChild.style.width = percent(confidence);
   const why = make('div', {}, over === null ? 'There is no other account yet to compare it with.'
     : weights(over, margin, prior, reasons));
-  const summary = make('summary', {}, clip(...account(id)), sure,
+  const summary = make('summary', {}, clip(...account(name, id)), sure,
     make('span', { className: 'number' }, percent(confidence)));
   return make('li', {}, make('details', { open: rank === 0 }, summary, why));
 }
@@ -5130,8 +5132,8 @@ function hear(booking) {
   const before = bookings.get(seq);
   bookings.set(seq, booking);
   companies.add(sample.CompanyId);
-  if (name) names.set(id, name);
-  if (other) names.set(predicted, other);
+  names.set(JSON.stringify([sample.CompanyId, id]), name);
+  names.set(JSON.stringify([sample.CompanyId, predicted]), other);
   if (before && (before.account !== id || before.reviewed !== reviewed)) redraw(seq);
   return booking;
 }
@@ -5155,9 +5157,10 @@ function line(booking) {
     tabIndex: chosen ? 0 : -1 }, clip(value(sample.BankEntryText)));
   pick.setAttribute('aria-describedby', 'when facts');
   const suggested = changeOf(seq) ? standing(booking)
-    : predicted === id ? [quiet('the same')] : predicted ? account(predicted) : ['–'];
+    : predicted === id ? [quiet('the same')]
+      : predicted ? account(sample.CompanyId, predicted) : ['–'];
   const made = row(cell(day(sample)), cell(clip(value(sample.CompanyId))), cell(pick),
-    number(clip(value(sample.BankEntryAmount))), cell(clip(...account(id))),
+    number(clip(value(sample.BankEntryAmount))), cell(clip(...account(sample.CompanyId, id))),
     cell(clip(...suggested)), number(percent(confidence)));
   made.dataset.seq = seq;
   return Object.assign(made, { className: changeOf(seq) ? 'done' : '',
@@ -5187,9 +5190,10 @@ function showChosen() {
   $('when').replaceChildren(make('a', { href }, value(sample.CompanyId, 60)), ` · ${day(sample)}`);
   $('text').replaceChildren(value(sample.BankEntryText, 400));
   $('amount').replaceChildren(value(sample.BankEntryAmount));
-  $('booked').replaceChildren(...account(id), ...standing(booking));
+  $('booked').replaceChildren(...account(sample.CompanyId, id), ...standing(booking));
   $('suggested').replaceChildren(...predicted === null ? ['nothing']
-    : [...predicted === id ? ['the same'] : account(predicted), `, ${percent(confidence)} sure`]);
+    : [...predicted === id ? ['the same'] : account(sample.CompanyId, predicted),
+      `, ${percent(confidence)} sure`]);
 }
 
 function explain() {
@@ -5280,7 +5284,7 @@ async function store(seq, check, to, tell) {
     if (objection) return say(`${objection} Nothing was changed.`, true);
     const { before } = await call('correct', { body: { seq, AccountNumber: to } });
     ledgers.delete(now.sample.CompanyId);
-    hear({ ...now, account: to, name: names.get(to) ?? null, reviewed: true });
+    hear({ ...now, account: to, name: named(now.sample.CompanyId, to) ?? null, reviewed: true });
     const words = tell(now, before);
     redraw(seq);
     say(words + (changeOf(seq) ? await move(1, changeOf) : ''));
@@ -5336,14 +5340,15 @@ const leaveChooser = () => { showChooser(false); (pickOf(current) ?? $('other'))
 const chooser = new Completion('account', 'Accounts', {
   found(text) {
     const { sample, account: id, predicted, confidence } = bookings.get(current);
-    const { accounts } = ledger(sample.CompanyId), typed = text.trim();
+    const whose = sample.CompanyId, { accounts } = ledger(whose), typed = text.trim();
     const often = [...accounts.keys()]
       .sort((one, other) => accounts.get(other).times - accounts.get(one).times);
     const ids = [...new Set([predicted ?? id, id, ...often])];
     const note = (each) => each === id ? 'now' : each === predicted ? `${percent(confidence)} sure`
       : count(accounts.get(each).times);
-    const found = fitting(ids, text, (each) => [each, names.get(each) ?? '']);
-    return [...found.map((each) => [each, make('span', {}, ...account(each)), quiet(note(each))]),
+    const found = fitting(ids, text, (each) => [each, named(whose, each) ?? '']);
+    const shown = (each) => [each, make('span', {}, ...account(whose, each)), quiet(note(each))];
+    return [...found.map(shown),
       ...!typed || ids.includes(typed) ? [] : [[typed, value(typed), quiet('new here')]]];
   },
   choose(id) { leaveChooser(); if (id) book(id); },
@@ -5452,11 +5457,12 @@ async function showOwn() {
   $('own-figures').replaceChildren(...figures.flatMap(([what, figure, more]) =>
     [make('dt', {}, what), make('dd', {}, figure, ' ', quiet(more))]));
   const often = [...made.accounts].sort(([, a], [, b]) => b.times - a.times);
-  fill('accounts-of', often.map(([id, { times, last }]) => [id, count(times), last, names.get(id)]),
-    ([id, times, last]) => row(cell(clip(...account(id))), number(times), cell(whole(last))));
+  fill('accounts-of',
+    often.map(([id, { times, last }]) => [id, count(times), last, name, named(name, id)]),
+    ([id, times, last]) => row(cell(clip(...account(name, id))), number(times), cell(whole(last))));
   fill('latest-of', made.latest, ({ sample, account: id }) => row(cell(whole(day(sample))),
     cell(clip(value(sample.BankEntryText))), number(value(sample.BankEntryAmount, 40)),
-    cell(clip(...account(id)))));
+    cell(clip(...account(name, id)))));
 }
 
 /* A cell of a CSV file. A spreadsheet runs what begins so as a formula, but for a number. */
@@ -5470,11 +5476,13 @@ function asCsv(log) {
     const { seq, sample, predicted: Predicted, confidence: Confidence, reviewed: Reviewed = true,
       corrects, AccountNumber } = JSON.parse(text), row = rows.get(corrects);
     if (sample) rows.set(seq, { ...sample, Seq: seq, Predicted, Confidence, Reviewed });
-    else if (row?.AccountNumber === AccountNumber) row.Reviewed = true;
-    else if (row) {
-      const AccountName = names.get(AccountNumber);
-      Object.assign(row, { AccountNumber, AccountName, AccountTypeName: '', Reviewed: true });
+    if (!row) continue;
+    if (row.AccountNumber !== AccountNumber) {
+      const AccountName = named(row.CompanyId, AccountNumber);
+      Object.assign(row, { AccountNumber, AccountName, AccountTypeName: '' });
     }
+    if (row.BookedBy === 'suggestion') row.BookedBy = 'person';
+    row.Reviewed = true;
   }
   const columns = [...new Set([...rows.values()].flatMap(Object.keys))];
   const table = [...rows.values()].map((each) => columns.map((name) => each[name]));

@@ -7169,7 +7169,8 @@ def test_a_company_has_a_view_a_csv_file_and_an_end(desk, visit, tmp_path):
         booking("acme", '+47 "x",\n@y', "> -1000", "7140", AccountName="Travel"),
     ]
     *_, last = range(desk.post("/sample", odd)[1]["last"] + 1)
-    assert desk.post("/correct", {"seq": last, "AccountNumber": "6300"})[0] == 200
+    for seq in (last, 20):
+        assert desk.post("/correct", {"seq": seq, "AccountNumber": "6300"})[0] == 200
     page = visit(desk, expected=["status of 404"])
     page.locator("#list [data-seq]").first.wait_for()
     page.goto(f"http://127.0.0.1:{desk.port}/#company=acme")
@@ -7193,7 +7194,8 @@ def test_a_company_has_a_view_a_csv_file_and_an_end(desk, visit, tmp_path):
     assert [row["BankEntryText"] for row in rows[-2:]] == ["'=cmd|' /C calc'!A0", '\'+47 "x",\n@y']
     assert [row["AccountNumber"] for row in rows] == ["6300"] * 22
     assert rows[-1]["AccountName"] == "Office costs"  # not the name of the account it was on
-    assert Counter(row["Reviewed"] for row in rows) == {"true": 12, "false": 10}
+    assert Counter(row["Reviewed"] for row in rows) == {"true": 13, "false": 9}
+    assert Counter(row["BookedBy"] for row in rows) == {"": 12, "person": 1, "suggestion": 9}
     page.click("#forget")
     submit = page.get_by_role("button", name="Forget it")
     expect(submit).to_be_disabled()
@@ -7208,6 +7210,16 @@ def test_a_company_has_a_view_a_csv_file_and_an_end(desk, visit, tmp_path):
     assert desk.get("/report/1000?company=acme")[0] == 404
     expect(page.locator("#own")).to_be_hidden()
     expect(page.locator("#list tbody")).not_to_contain_text("acme")
+
+
+@IN_A_BROWSER
+def test_an_account_is_called_as_its_own_company_calls_it(desk, visit):
+    theirs = booking("other", "rent 3", account="6300", AccountName="Warehouse")
+    assert desk.post("/sample", [by("suggestion", theirs)])[0] == 200
+    page = visit(desk)
+    lines = page.locator("#list tbody tr[data-seq]")
+    for company, name in (("acme", "Office costs"), ("other", "Warehouse")):
+        expect(lines.filter(has_text=company).first).to_contain_text(f"6300 {name}")
 
 
 @IN_A_BROWSER
