@@ -2655,10 +2655,9 @@ class Bookkeeper:
 
     def booking(self, seq: int) -> dict:
         """What one booking is by now. Raises NotFound."""
-        self._booking(seq)
         for standing in self._standing(np.array([seq])):
             return standing
-        raise NotFound(f"there is no booking {seq}")  # it is on its way, or was just forgotten
+        raise NotFound(f"there is no booking {seq}")
 
     def lines(self, company: str, first: int, limit: int) -> tuple[Lines, int]:
         """The company's lines in the log from that seq on, as Log.export_some. Raises NotFound."""
@@ -2681,6 +2680,8 @@ class Bookkeeper:
             # Once a person has looked at what was booked unseen, it is the person's.
             person = {BOOKED_BY: "person"} if reviewed and not times else {}
             sample = record["sample"] | {TARGET: names[booked]} | person
+            if record["sample"][TARGET] != names[booked]:
+                sample.pop(NAME, None)  # which is the other account's
             found.append(
                 {
                     "seq": seq,
@@ -3329,7 +3330,11 @@ FIELDS = {  # of records and parameters: the schema, what it says, an example
     "text": (_FILLED, "what the bank statement says", "Office rent June"),
     "amount": (_FILLED, "the amount", "> -10000"),
     "reviewed": (_YES, "whether a person has looked at it", True),
-    "sample": (_of("Booked"), "the booking as it was sent, but as it is booked now"),
+    "sample": (
+        _of("Booked"),
+        "the booking as it was sent, but as it is booked now, then without the name of the other "
+        "account",
+    ),
     "Booked.AccountNumber": (_FILLED, "the account that it is booked to", "6300"),
     "name": (_or_null(_FILLED), "the latest name of the account, if it has any", "Office costs"),
     "Standing.predicted": (_or_null(_FILLED), "the account that was predicted, if any", "7140"),
@@ -3356,7 +3361,7 @@ FIELDS = {  # of records and parameters: the schema, what it says, an example
         *(_COUNT | {"minimum": 1, "maximum": MAX_PAGE, "default": 50}, "how many, at most", 20),
     ),
     "bookings.before": (
-        {"type": "string", "pattern": "^[0-9]\\.[0-9]{1,20}:[0-9]{1,18}$"},
+        {"type": "string", "pattern": "^[0-9.e-]{1,30}:[0-9]{1,18}$"},
         "next of the page before",
         "0.62:14950",
     ),

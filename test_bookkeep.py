@@ -3834,7 +3834,7 @@ def test_a_booking_is_told_as_it_stands_now(path):
         assert bookkeeper.booking(2) == unseen | confirmed
         bookkeeper.correct(4, "2")
         food = {"account": "2", "name": "Food", "rank": None, "corrected": {"from": "1"}}
-        food |= {"sample": by("check", **rent | {"account": "2"}), "booked_by": "check"}
+        food |= {"sample": by("check", account="2", Note="x"), "booked_by": "check"}
         assert bookkeeper.booking(4).items() >= food.items()
         bookkeeper.correct(5, "1")
         assert bookkeeper.booking(5)["rank"] == 1
@@ -4184,6 +4184,17 @@ def test_a_companys_own_lines_are_exported(serve):
 )
 def test_what_is_no_page_of_bookings_is_refused(service, query, said):
     assert service.get(f"/bookings?{query}") == (400, {"error": said})
+
+
+def test_the_description_allows_a_page_that_follows_any_confidence(service):
+    asked = service.get("/openapi.json")[1]["paths"]["/bookings"]["get"]["parameters"]
+    [before] = [each["schema"]["pattern"] for each in asked if each["name"] == "before"]
+    for confidence in (0.0001, 0.62, 1):
+        history, rows = History(), [{"seq": 0}, {"seq": 1, "confidence": confidence}]
+        add_rows(history, rows)
+        _, (sure, seq) = history.page(1)
+        assert re.search(before, f"{sure}:{seq}")
+        assert service.get(f"/bookings?before={sure}:{seq}")[0] == 200
 
 
 def test_slow_readers_of_the_export_stop_nobody(serve, tmp_path):
