@@ -7554,6 +7554,8 @@ def test_nodes_have_equal_logs_and_know_the_same(joined):
     assert equal(nodes)
     a, b, c = (told(node, bookings(50, seed=1)) for node in nodes)
     assert a == b == c
+    assert len({node.gauges()["last_batch_accuracy"][1] for node in nodes}) == 1
+    assert {node._last_batch for node in nodes} == {14 * 21}
     with bookkeeping(nodes[0].path.with_name("copy")) as bookkeeper:
         assert len(bookkeeper.log) == 0
     shutil.copy(nodes[0].path, nodes[0].path.with_name("copy"))
