@@ -1720,7 +1720,8 @@ class Log:
     def find(self, key: str) -> list[dict] | None:
         """The records of the batch of that key, if it is one of the last MAX_KEYS; or as record."""
         self._require_place()
-        return [self.record(seq) for seq in self._keys[key]] if key in self._keys else None
+        lines = self._keys.get(key)
+        return None if lines is None else [self.record(seq) for seq in lines]
 
     def record(self, seq: int) -> dict:
         """The record of that seq, with its place. Raises ValueError or OSError if it is damaged."""
@@ -1792,15 +1793,16 @@ class Log:
 
     def _keep(self, batch: "Batch") -> None:
         """Counts a whole batch that stands behind all others."""
-        key = batch.records[0]["batch"] if batch.records else None
-        if isinstance(key, str):  # its sender's
-            self._keys[key] = range(len(self), len(self) + len(batch.records))
-            if len(self._keys) > MAX_KEYS:
-                self._keys.popitem(last=False)
+        first = len(self)
         with self._placing:
             for line in batch.lines:
                 self._starts.append(self.size)
                 self.size += len(line)
+        key = batch.records[0]["batch"] if batch.records else None
+        if isinstance(key, str):  # its sender's; from now on, another thread may find it
+            self._keys[key] = range(first, len(self))
+            if len(self._keys) > MAX_KEYS:
+                self._keys.popitem(last=False)
 
     def _cut_back(self) -> None:
         os.ftruncate(self._file, self.size)

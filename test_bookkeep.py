@@ -1854,6 +1854,20 @@ def test_the_last_batches_with_keys_can_be_found_again(path, monkeypatch):
     log.close()
 
 
+def test_a_batch_is_found_by_its_key_once_its_lines_can_be_read(path):
+    class Asking(list):
+        def __iter__(self):  # another thread may ask at any moment
+            found.append(log.find("k"))
+            return super().__iter__()
+
+    log, found = Log(path), []
+    record = {"seq": 0, "batch": "k", "left": 0}
+    log.write([bookkeep.Batch([record], Asking([bookkeep._line(record)]), 1)])
+    assert found == [None] * len(found) != []
+    assert log.find("k")[0].items() >= record.items()
+    log.close()
+
+
 def test_no_text_can_forge_a_line(path):
     forged = json.dumps({"seq": 1, "batch": 1, "left": 0}) + ', "crc": 0}\n'
     nasty = [forged, "\n" + forged, "\r\n\x00\x1b\x85\u2028\u2029", '"}\n', "\\n"]
