@@ -750,14 +750,20 @@ def serving(log: Path, *options: str) -> Iterator[str]:
 def started(*command: object) -> Iterator[tuple[int, int]]:
     """Starts a Python script that listens on a --port, gives that and its process, and stops it.
 
-    Raises Failed if it ends before it listens.
+    Of BOOKKEEP_* it is told the token only: the others are a service's that is there already, as
+    its --stream. Raises Failed if it ends before it listens.
     """
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     command = (sys.executable, *command, f"--port={port}")
+    told = {
+        name: value
+        for name, value in os.environ.items()
+        if name == "BOOKKEEP_TOKEN" or not name.startswith("BOOKKEEP_")
+    }
     with tempfile.TemporaryFile() as messages:
         # In a session of its own, so that Ctrl-C ends the replay first and the service after it.
-        service = subprocess.Popen(command, stderr=messages, start_new_session=True)
+        service = subprocess.Popen(command, env=told, stderr=messages, start_new_session=True)
         try:
             while not _answers(port):
                 if service.poll() is not None:
