@@ -3646,9 +3646,9 @@ def create_app(
 ) -> Bottle:
     """The WSGI app that answers for this bookkeeper, all but the page in JSON, errors too.
 
-    With a token, all but the page and /health is for those who send it. With hosts, it is for those
-    who call the service by one of these names: a web page whose own name was made to lead here does
-    not. Its `refuses` says of an environ whether its headers suffice to refuse the request, its
+    With a token, all but OPEN is for those who send it. With hosts, it is for those who call the
+    service by one of these names: a web page whose own name was made to lead here does not. Its
+    `refuses` says of an environ whether its headers suffice to refuse the request, its
     `is_quick` whether a prediction for one sample of so many bytes takes no time, its `is_busy`
     whether that would have to wait.
     """
@@ -4465,7 +4465,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     option("log", kept, lambda path: Path(path).absolute(), "data/bookkeep.jsonl")
     stream = "NATS JetStream that holds the log of several bookkeeps: docs/cluster.md"
     option("stream", stream, metavar="nats://HOST:PORT,.../NAME")
-    token = "file with a token that all but /health and the page need; or set BOOKKEEP_TOKEN"
+    token = "file with a token, which all but /health, /ready and the page need, or BOOKKEEP_TOKEN"
     option("token-file", token, Path, metavar="FILE")
     reach = "listen without a token where other machines can reach it"
     option("open", reach, _yes_or_no, False, action="store_true")
