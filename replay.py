@@ -47,7 +47,7 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnec
 from pathlib import Path
 from ssl import CertificateError
 from typing import Any, BinaryIO, NamedTuple, TypeVar, overload
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import urlencode, urlsplit
 
 try:
     from tqdm import tqdm
@@ -225,8 +225,7 @@ class Client:
 
         If no answer came, ask again: a ServiceError with the status 404 says that it is forgotten.
         """
-        path = f"/company?id={quote(company, safe='')}"
-        return self.ask("DELETE", path, again=False)["forgotten"]
+        return self.ask("DELETE", _query("/company", {"id": company}), again=False)["forgotten"]
 
     def metrics(self, n: int = 1000) -> dict:
         """{"precision", "recall"}, the means over accounts, of the last n predictions."""
