@@ -2531,13 +2531,6 @@ class Bookkeeper:
         return True
 
     def suggest(
-        self, sample: Sample, top: int, place: int = 0, book_from: float | None = None
-    ) -> dict[str, object]:
-        """What suggest_all says of a sample in that place of the request, with the reasons."""
-        [answer] = self._suggest([sample], place, top, book_from, True)
-        return answer
-
-    def suggest_all(
         self,
         samples: Sequence[Sample],
         top: int,
@@ -2565,7 +2558,7 @@ class Bookkeeper:
     def _suggest(
         self, samples: Sequence[Sample], place: int, top: int, book_from: float | None, why: bool
     ) -> Iterator[dict[str, object]]:
-        """What suggest_all says of samples that follow in a request from that place on."""
+        """What suggest says of samples that follow in a request from that place on."""
         documents = [tokens(sample) for sample in samples]
         with self._model_at_rest() as model:
             scores = model.joint_log_likelihood(documents)
@@ -3792,7 +3785,7 @@ def create_app(
                 "?reasons=no leaves them out"
             )
         samples = check_samples(asked, False, max_batch)
-        answers = bookkeeper.suggest_all(samples, top, level, with_reasons)
+        answers = bookkeeper.suggest(samples, top, level, with_reasons)
         return answers if isinstance(asked, list) else answers[0]
 
     @app.post("/correct")
