@@ -1720,7 +1720,8 @@ class Log:
     def find(self, key: str) -> list[dict] | None:
         """The records of the batch of that key, if it is one of the last MAX_KEYS; or as record."""
         self._require_place()
-        return [self.record(seq) for seq in self._keys[key]] if key in self._keys else None
+        lines = self._keys.get(key)
+        return None if lines is None else [self.record(seq) for seq in lines]
 
     def record(self, seq: int) -> dict:
         """The record of that seq, with its place. Raises ValueError or OSError if it is damaged."""
@@ -1792,15 +1793,16 @@ class Log:
 
     def _keep(self, batch: "Batch") -> None:
         """Counts a whole batch that stands behind all others."""
-        key = batch.records[0]["batch"] if batch.records else None
-        if isinstance(key, str):  # its sender's
-            self._keys[key] = range(len(self), len(self) + len(batch.records))
-            if len(self._keys) > MAX_KEYS:
-                self._keys.popitem(last=False)
+        first = len(self)
         with self._placing:
             for line in batch.lines:
                 self._starts.append(self.size)
                 self.size += len(line)
+        key = batch.records[0]["batch"] if batch.records else None
+        if isinstance(key, str):  # its sender's; from now on, another thread may find it
+            self._keys[key] = range(first, len(self))
+            if len(self._keys) > MAX_KEYS:
+                self._keys.popitem(last=False)
 
     def _cut_back(self) -> None:
         os.ftruncate(self._file, self.size)
@@ -2529,13 +2531,6 @@ class Bookkeeper:
         return True
 
     def suggest(
-        self, sample: Sample, top: int, place: int = 0, book_from: float | None = None
-    ) -> dict[str, object]:
-        """What suggest_all says of a sample in that place of the request, with the reasons."""
-        [answer] = self._suggest([sample], place, top, book_from, True)
-        return answer
-
-    def suggest_all(
         self,
         samples: Sequence[Sample],
         top: int,
@@ -2563,7 +2558,7 @@ class Bookkeeper:
     def _suggest(
         self, samples: Sequence[Sample], place: int, top: int, book_from: float | None, why: bool
     ) -> Iterator[dict[str, object]]:
-        """What suggest_all says of samples that follow in a request from that place on."""
+        """What suggest says of samples that follow in a request from that place on."""
         documents = [tokens(sample) for sample in samples]
         with self._model_at_rest() as model:
             scores = model.joint_log_likelihood(documents)
@@ -2655,10 +2650,9 @@ class Bookkeeper:
 
     def booking(self, seq: int) -> dict:
         """What one booking is by now. Raises NotFound."""
-        self._booking(seq)
         for standing in self._standing(np.array([seq])):
             return standing
-        raise NotFound(f"there is no booking {seq}")  # it is on its way, or was just forgotten
+        raise NotFound(f"there is no booking {seq}")
 
     def lines(self, company: str, first: int, limit: int) -> tuple[Lines, int]:
         """The company's lines in the log from that seq on, as Log.export_some. Raises NotFound."""
@@ -2681,6 +2675,8 @@ class Bookkeeper:
             # Once a person has looked at what was booked unseen, it is the person's.
             person = {BOOKED_BY: "person"} if reviewed and not times else {}
             sample = record["sample"] | {TARGET: names[booked]} | person
+            if record["sample"][TARGET] != names[booked]:
+                sample.pop(NAME, None)  # which is the other account's
             found.append(
                 {
                     "seq": seq,
@@ -3329,7 +3325,11 @@ FIELDS = {  # of records and parameters: the schema, what it says, an example
     "text": (_FILLED, "what the bank statement says", "Office rent June"),
     "amount": (_FILLED, "the amount", "> -10000"),
     "reviewed": (_YES, "whether a person has looked at it", True),
-    "sample": (_of("Booked"), "the booking as it was sent, but as it is booked now"),
+    "sample": (
+        _of("Booked"),
+        "the booking as it was sent, but as it is booked now, then without the name of the other "
+        "account",
+    ),
     "Booked.AccountNumber": (_FILLED, "the account that it is booked to", "6300"),
     "name": (_or_null(_FILLED), "the latest name of the account, if it has any", "Office costs"),
     "Standing.predicted": (_or_null(_FILLED), "the account that was predicted, if any", "7140"),
@@ -3356,7 +3356,7 @@ FIELDS = {  # of records and parameters: the schema, what it says, an example
         *(_COUNT | {"minimum": 1, "maximum": MAX_PAGE, "default": 50}, "how many, at most", 20),
     ),
     "bookings.before": (
-        {"type": "string", "pattern": "^[0-9]\\.[0-9]{1,20}:[0-9]{1,18}$"},
+        {"type": "string", "pattern": "^[0-9.e-]{1,30}:[0-9]{1,18}$"},
         "next of the page before",
         "0.62:14950",
     ),
@@ -3639,9 +3639,9 @@ def create_app(
 ) -> Bottle:
     """The WSGI app that answers for this bookkeeper, all but the page in JSON, errors too.
 
-    With a token, all but the page and /health is for those who send it. With hosts, it is for those
-    who call the service by one of these names: a web page whose own name was made to lead here does
-    not. Its `refuses` says of an environ whether its headers suffice to refuse the request, its
+    With a token, all but OPEN is for those who send it. With hosts, it is for those who call the
+    service by one of these names: a web page whose own name was made to lead here does not. Its
+    `refuses` says of an environ whether its headers suffice to refuse the request, its
     `is_quick` whether a prediction for one sample of so many bytes takes no time, its `is_busy`
     whether that would have to wait.
     """
@@ -3785,7 +3785,7 @@ def create_app(
                 "?reasons=no leaves them out"
             )
         samples = check_samples(asked, False, max_batch)
-        answers = bookkeeper.suggest_all(samples, top, level, with_reasons)
+        answers = bookkeeper.suggest(samples, top, level, with_reasons)
         return answers if isinstance(asked, list) else answers[0]
 
     @app.post("/correct")
@@ -4458,7 +4458,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     option("log", kept, lambda path: Path(path).absolute(), "data/bookkeep.jsonl")
     stream = "NATS JetStream that holds the log of several bookkeeps: docs/cluster.md"
     option("stream", stream, metavar="nats://HOST:PORT,.../NAME")
-    token = "file with a token that all but /health and the page need; or set BOOKKEEP_TOKEN"
+    token = "file with a token, which all but /health, /ready and the page need, or BOOKKEEP_TOKEN"
     option("token-file", token, Path, metavar="FILE")
     reach = "listen without a token where other machines can reach it"
     option("open", reach, _yes_or_no, False, action="store_true")
@@ -4846,9 +4846,10 @@ const whole = (...children) => make('span', { className: 'whole' }, ...children)
 const row = (...cells) => make('tr', { role: 'row' }, ...cells);
 const button = (how, ...children) => make('button', { type: 'button', ...how }, ...children);
 const day = ({ BankEntryDate: date }) => date?.slice(0, 10) || '–';
-const names = new Map(); // of accounts
-const account = (id) => // with its name
-  [whole(value(id, 40)), ...names.has(id) ? [' ', quiet(value(names.get(id)))] : []];
+const names = new Map(); // of accounts, as each company calls them
+const named = (whose, id) => names.get(JSON.stringify([whose, id]));
+const account = (whose, id) => // with its name
+  [whole(value(id, 40)), ...named(whose, id) ? [' ', quiet(value(named(whose, id)))] : []];
 const filled = new Map();
 function fill(id, items, line) { // a table, unless it shows these
   const state = JSON.stringify(items);
@@ -5045,8 +5046,8 @@ async function suggest(box, sample) {
     } else {
       ({ suggestions } = found);
       verdict = [isNew ? 'Nothing is known of this company yet. By what others book, m' : 'M',
-        'ost likely ', make('b', {}, ...account(first)), `, with ${percent(confidence)} `,
-        'confidence.'];
+        'ost likely ', make('b', {}, ...account(sample.CompanyId, first)),
+        `, with ${percent(confidence)} confidence.`];
       basis = rests(sample.CompanyId, first, record, isNew);
     }
   } catch (error) {
@@ -5055,7 +5056,8 @@ async function suggest(box, sample) {
   if (turn !== turns.get(box)) return;
   told.replaceChildren(...verdict);
   rest.replaceChildren(...basis);
-  ranking.replaceChildren(...suggestions.map(suggestion));
+  ranking.replaceChildren(...suggestions.map((each, rank) =>
+    suggestion(each, rank, sample.CompanyId)));
   note.hidden = suggestions.length < 2;
 }
 
@@ -5074,12 +5076,12 @@ function tally(whose, which, { suggestions, right }) {
   return [start, whose, suggestions > 1 ? ` ${count(suggestions)}` : '', ' suggestions ', ...which,
     end];
 }
-function suggestion({ account: id, confidence, over, margin, prior, reasons }, rank) {
+function suggestion({ account: id, confidence, over, margin, prior, reasons }, rank, name) {
   const sure = make('span', { className: 'bar' }, make('span', {}));
   sure.firstChild.style.width = percent(confidence);
   const why = make('div', {}, over === null ? 'There is no other account yet to compare it with.'
     : weights(over, margin, prior, reasons));
-  const summary = make('summary', {}, clip(...account(id)), sure,
+  const summary = make('summary', {}, clip(...account(name, id)), sure,
     make('span', { className: 'number' }, percent(confidence)));
   return make('li', {}, make('details', { open: rank === 0 }, summary, why));
 }
@@ -5130,8 +5132,8 @@ function hear(booking) {
   const before = bookings.get(seq);
   bookings.set(seq, booking);
   companies.add(sample.CompanyId);
-  if (name) names.set(id, name);
-  if (other) names.set(predicted, other);
+  names.set(JSON.stringify([sample.CompanyId, id]), name);
+  names.set(JSON.stringify([sample.CompanyId, predicted]), other);
   if (before && (before.account !== id || before.reviewed !== reviewed)) redraw(seq);
   return booking;
 }
@@ -5155,9 +5157,10 @@ function line(booking) {
     tabIndex: chosen ? 0 : -1 }, clip(value(sample.BankEntryText)));
   pick.setAttribute('aria-describedby', 'when facts');
   const suggested = changeOf(seq) ? standing(booking)
-    : predicted === id ? [quiet('the same')] : predicted ? account(predicted) : ['–'];
+    : predicted === id ? [quiet('the same')]
+      : predicted ? account(sample.CompanyId, predicted) : ['–'];
   const made = row(cell(day(sample)), cell(clip(value(sample.CompanyId))), cell(pick),
-    number(clip(value(sample.BankEntryAmount))), cell(clip(...account(id))),
+    number(clip(value(sample.BankEntryAmount))), cell(clip(...account(sample.CompanyId, id))),
     cell(clip(...suggested)), number(percent(confidence)));
   made.dataset.seq = seq;
   return Object.assign(made, { className: changeOf(seq) ? 'done' : '',
@@ -5187,9 +5190,10 @@ function showChosen() {
   $('when').replaceChildren(make('a', { href }, value(sample.CompanyId, 60)), ` · ${day(sample)}`);
   $('text').replaceChildren(value(sample.BankEntryText, 400));
   $('amount').replaceChildren(value(sample.BankEntryAmount));
-  $('booked').replaceChildren(...account(id), ...standing(booking));
+  $('booked').replaceChildren(...account(sample.CompanyId, id), ...standing(booking));
   $('suggested').replaceChildren(...predicted === null ? ['nothing']
-    : [...predicted === id ? ['the same'] : account(predicted), `, ${percent(confidence)} sure`]);
+    : [...predicted === id ? ['the same'] : account(sample.CompanyId, predicted),
+      `, ${percent(confidence)} sure`]);
 }
 
 function explain() {
@@ -5280,7 +5284,7 @@ async function store(seq, check, to, tell) {
     if (objection) return say(`${objection} Nothing was changed.`, true);
     const { before } = await call('correct', { body: { seq, AccountNumber: to } });
     ledgers.delete(now.sample.CompanyId);
-    hear({ ...now, account: to, name: names.get(to) ?? null, reviewed: true });
+    hear({ ...now, account: to, name: named(now.sample.CompanyId, to) ?? null, reviewed: true });
     const words = tell(now, before);
     redraw(seq);
     say(words + (changeOf(seq) ? await move(1, changeOf) : ''));
@@ -5336,14 +5340,15 @@ const leaveChooser = () => { showChooser(false); (pickOf(current) ?? $('other'))
 const chooser = new Completion('account', 'Accounts', {
   found(text) {
     const { sample, account: id, predicted, confidence } = bookings.get(current);
-    const { accounts } = ledger(sample.CompanyId), typed = text.trim();
+    const whose = sample.CompanyId, { accounts } = ledger(whose), typed = text.trim();
     const often = [...accounts.keys()]
       .sort((one, other) => accounts.get(other).times - accounts.get(one).times);
     const ids = [...new Set([predicted ?? id, id, ...often])];
     const note = (each) => each === id ? 'now' : each === predicted ? `${percent(confidence)} sure`
       : count(accounts.get(each).times);
-    const found = fitting(ids, text, (each) => [each, names.get(each) ?? '']);
-    return [...found.map((each) => [each, make('span', {}, ...account(each)), quiet(note(each))]),
+    const found = fitting(ids, text, (each) => [each, named(whose, each) ?? '']);
+    const shown = (each) => [each, make('span', {}, ...account(whose, each)), quiet(note(each))];
+    return [...found.map(shown),
       ...!typed || ids.includes(typed) ? [] : [[typed, value(typed), quiet('new here')]]];
   },
   choose(id) { leaveChooser(); if (id) book(id); },
@@ -5452,11 +5457,12 @@ async function showOwn() {
   $('own-figures').replaceChildren(...figures.flatMap(([what, figure, more]) =>
     [make('dt', {}, what), make('dd', {}, figure, ' ', quiet(more))]));
   const often = [...made.accounts].sort(([, a], [, b]) => b.times - a.times);
-  fill('accounts-of', often.map(([id, { times, last }]) => [id, count(times), last, names.get(id)]),
-    ([id, times, last]) => row(cell(clip(...account(id))), number(times), cell(whole(last))));
+  fill('accounts-of',
+    often.map(([id, { times, last }]) => [id, count(times), last, name, named(name, id)]),
+    ([id, times, last]) => row(cell(clip(...account(name, id))), number(times), cell(whole(last))));
   fill('latest-of', made.latest, ({ sample, account: id }) => row(cell(whole(day(sample))),
     cell(clip(value(sample.BankEntryText))), number(value(sample.BankEntryAmount, 40)),
-    cell(clip(...account(id)))));
+    cell(clip(...account(name, id)))));
 }
 
 /* A cell of a CSV file. A spreadsheet runs what begins so as a formula, but for a number. */
@@ -5470,11 +5476,13 @@ function asCsv(log) {
     const { seq, sample, predicted: Predicted, confidence: Confidence, reviewed: Reviewed = true,
       corrects, AccountNumber } = JSON.parse(text), row = rows.get(corrects);
     if (sample) rows.set(seq, { ...sample, Seq: seq, Predicted, Confidence, Reviewed });
-    else if (row?.AccountNumber === AccountNumber) row.Reviewed = true;
-    else if (row) {
-      const AccountName = names.get(AccountNumber);
-      Object.assign(row, { AccountNumber, AccountName, AccountTypeName: '', Reviewed: true });
+    if (!row) continue;
+    if (row.AccountNumber !== AccountNumber) {
+      const AccountName = named(row.CompanyId, AccountNumber);
+      Object.assign(row, { AccountNumber, AccountName, AccountTypeName: '' });
     }
+    if (row.BookedBy === 'suggestion') row.BookedBy = 'person';
+    row.Reviewed = true;
   }
   const columns = [...new Set([...rows.values()].flatMap(Object.keys))];
   const table = [...rows.values()].map((each) => columns.map((name) => each[name]));

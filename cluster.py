@@ -680,6 +680,9 @@ class Node(Bookkeeper):
         with self._writer.must_succeed():
             for chunk in chunks(records, CHUNK):
                 self._follow(chunk)
+        for batch in batches:
+            if "sample" in batch.records[0]:
+                self._last_batch = batch.line - 1
 
     def _pass(self, sequence: int) -> None:
         self._sequence = sequence

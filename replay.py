@@ -47,7 +47,7 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnec
 from pathlib import Path
 from ssl import CertificateError
 from typing import Any, BinaryIO, NamedTuple, TypeVar, overload
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import urlencode, urlsplit
 
 try:
     from tqdm import tqdm
@@ -225,8 +225,7 @@ class Client:
 
         If no answer came, ask again: a ServiceError with the status 404 says that it is forgotten.
         """
-        path = f"/company?id={quote(company, safe='')}"
-        return self.ask("DELETE", path, again=False)["forgotten"]
+        return self.ask("DELETE", _query("/company", {"id": company}), again=False)["forgotten"]
 
     def metrics(self, n: int = 1000) -> dict:
         """{"precision", "recall"}, the means over accounts, of the last n predictions."""
@@ -750,14 +749,20 @@ def serving(log: Path, *options: str) -> Iterator[str]:
 def started(*command: object) -> Iterator[tuple[int, int]]:
     """Starts a Python script that listens on a --port, gives that and its process, and stops it.
 
-    Raises Failed if it ends before it listens.
+    Of BOOKKEEP_* it is told the token only: the others are a service's that is there already, as
+    its --stream. Raises Failed if it ends before it listens.
     """
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     command = (sys.executable, *command, f"--port={port}")
+    told = {
+        name: value
+        for name, value in os.environ.items()
+        if name == "BOOKKEEP_TOKEN" or not name.startswith("BOOKKEEP_")
+    }
     with tempfile.TemporaryFile() as messages:
         # In a session of its own, so that Ctrl-C ends the replay first and the service after it.
-        service = subprocess.Popen(command, stderr=messages, start_new_session=True)
+        service = subprocess.Popen(command, env=told, stderr=messages, start_new_session=True)
         try:
             while not _answers(port):
                 if service.poll() is not None:
