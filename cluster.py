@@ -10,8 +10,8 @@ replication of its own here; those are JetStream's. docs/cluster.md says what fo
 A message is a line of JSON and compressed bytes. `base` is how many lines the log has before it; a
 group of messages, part 0 to `parts` - 1, holds what is too long for one:
 
-    NAME.lines   {"base": 1200, "lines": 500, "part": 0, "parts": 1, "node": "b-1f03a2c4"}
-    NAME.orders  {"base": 1700, "lines": 0, "part": 0, "parts": 1, "node": "b-1f03a2c4"}
+    NAME.lines   {"base": 1200, "lines": 500, "part": 0, "parts": 1, "node": "1f03a2c4"}
+    NAME.orders  {"base": 1700, "lines": 0, "part": 0, "parts": 1, "node": "1f03a2c4"}
 
 The bytes are lines of the log, or the numbers of lines to empty, as differences: an order to forget
 has no name. A group counts for nothing if another node's message stands where its next part should.
@@ -25,7 +25,6 @@ import os
 import queue
 import re
 import secrets
-import socket
 import ssl
 import threading
 import time
@@ -157,7 +156,7 @@ class Stream:
             open(options["credentials"][0], "rb").close()
         if scheme == "tls" or "ca" in options:
             self._options["tls"] = ssl.create_default_context(cafile=options.get("ca", [None])[0])
-        self.node = f"{re.sub('[^A-Za-z0-9]', '-', socket.gethostname())}-{secrets.token_hex(4)}"
+        self.node = secrets.token_hex(4)
         self.created: datetime | None = None
         self._loop = asyncio.new_event_loop()
         self._answering = ThreadPoolExecutor(16)
