@@ -5011,7 +5011,11 @@ class Described:
         is_corrected = any(line.get("corrects") == seq for line in self.lines)
         return {
             "seq": seq,
-            "sample": sample
+            "sample": {
+                key: value
+                for key, value in sample.items()
+                if key != "AccountName" or account == sample["AccountNumber"]
+            }
             | {"AccountNumber": account}
             | ({"BookedBy": "person"} if person else {}),
             "account": account,
