@@ -1203,7 +1203,9 @@ def suggest(client: Client, options: argparse.Namespace) -> None:
                 added = ["", ""] if sample else []  # an empty line stays one
                 if table.takes(sample):
                     [best] = next(answers)["suggestions"]
-                    added = [best["account"], str(best["confidence"])]
+                    account = best["account"]  # which another company may have taught
+                    formula = account[0] in "=+-@\t\r" and not re.fullmatch(r"[-+]?\d+", account)
+                    added = ["'" * formula + account, str(best["confidence"])]
                 out.write(table.extended(record.text, *added))
             out.flush()
             done += sum(map(bool, samples))

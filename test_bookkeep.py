@@ -9113,6 +9113,21 @@ def test_a_file_is_written_with_what_is_suggested_and_nothing_is_learned(serve, 
     assert service.get("/health")[1]["lines"] == before
 
 
+@pytest.mark.parametrize(
+    ("account", "written"), [("=1+2", "'=1+2"), ("-6300", "-6300"), ("@x", "'@x"), ("6300", "6300")]
+)
+def test_a_spreadsheet_does_not_run_an_account(serve, tmp_path, account, written):
+    service = serve()
+    service.post("/sample", [booking(account=account)] * 2)
+    path = write_csv(tmp_path / "new.csv", [booking()])
+    url = f"--url=http://127.0.0.1:{service.port}"
+    command = [sys.executable, HERE / "replay.py", path, "--suggest", url]
+    done = subprocess.run(command, capture_output=True, timeout=60, check=True)
+    assert [row["account"] for row in csv.DictReader(done.stdout.decode().splitlines())] == [
+        written
+    ]
+
+
 def test_a_file_of_quoted_values_gets_quoted_ones(service, tmp_path):
     rows = [booking(company=f"{i}", text='two\r\nlines, "quoted"') for i in range(2500)]
     path = write_csv(tmp_path / "new.csv", rows, "utf-16", quoting=csv.QUOTE_ALL, delimiter="\t")
