@@ -832,8 +832,10 @@ class Node(Bookkeeper):
         """What the node that writes answers; None if this one is to do it, `again` if need be."""
         self._require_stream()
         writer = self._writer_of_all()
+        if writer in (None, self._stream.node):
+            return None
         content = zlib.compress(json.dumps([what, arguments]).encode(), 1)
-        if writer in (None, self._stream.node) or len(content) > self._stream.room:
+        if len(content) > self._stream.room:
             return None
         try:
             answer = json.loads(self._stream.ask(writer, content))
