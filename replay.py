@@ -1195,22 +1195,27 @@ def suggest(client: Client, options: argparse.Namespace) -> None:
         header = table.extended(table.header, "account", "confidence")
         for records in chunks(table.records(), LARGE):
             samples = [table.sample(record.values) if record.values else {} for record in records]
-            taken = [_features(sample) for sample in samples if table.takes(sample)]
-            answers = iter(client.suggest(taken, top=1, reasons=False))
+            takes = [table.takes(sample) for sample in samples]
+            asked = [_features(sample) for sample in itertools.compress(samples, takes)]
+            answers = iter(client.suggest(asked, top=1, reasons=False))
             out.write(header)
             header = b""  # it is written once, and not before there is an answer
-            for record, sample in zip(records, samples, strict=True):
+            for record, sample, is_asked in zip(records, samples, takes, strict=True):
                 added = ["", ""] if sample else []  # an empty line stays one
-                if table.takes(sample):
+                if is_asked:
                     [best] = next(answers)["suggestions"]
-                    account = best["account"]  # which another company may have taught
-                    formula = account[0] in "=+-@\t\r" and not re.fullmatch(r"[-+]?\d+", account)
-                    added = ["'" * formula + account, str(best["confidence"])]
+                    added = [_not_run(best["account"]), str(best["confidence"])]
                 out.write(table.extended(record.text, *added))
             out.flush()
             done += sum(map(bool, samples))
             show(done, None)
         out.write(header)
+
+
+def _not_run(account: str) -> str:
+    """An account, which another company may have taught, so that no spreadsheet runs it."""
+    is_formula = account[0] in "=+-@\t\r" and not re.fullmatch(r"[-+]?\d+", account)
+    return f"'{account}" if is_formula else account
 
 
 def _features(sample: Sample) -> Sample:
