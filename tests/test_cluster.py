@@ -1,0 +1,1072 @@
+"""Several bookkeeps on one stream, with real NATS servers."""
+
+import asyncio
+import itertools
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
+from http.client import HTTPException
+from pathlib import Path
+
+import cluster
+import nats
+import numpy as np
+import pytest
+
+import bookkeep
+from bookkeep import Busy, Conflict, Log, NotFound, NotReady
+from conftest import (
+    SERVICE,
+    batches_of,
+    booking,
+    bookings,
+    bookkeeping,
+    free_port,
+    scanned,
+    state,
+    wait_until,
+)
+
+
+class Servers:
+    """Three real NATS servers in processes of their own. A message has 64 KB at most."""
+
+    PROGRAM = Path(sys.executable).with_name("nats-server")
+    CONFIGURATION = """
+        server_name: n%d, listen: "127.0.0.1:%d", http: "127.0.0.1:%d", max_payload: 65536
+        jetstream { store_dir: "%s", sync_interval: always }
+        cluster { name: c, listen: "127.0.0.1:%d", routes: %s }
+        no_auth_user: anybody
+        authorization { users: [
+            { user: anybody, password: anything }
+            { user: narrow, password: "a secret", permissions: {
+                publish: [ narrow.lines, narrow.orders, narrow.news, narrow.node, "narrow.node.*"
+                    "_INBOX.>", "$JS.API.STREAM.INFO.narrow", "$JS.API.STREAM.CREATE.narrow"
+                    "$JS.API.STREAM.MSG.GET.narrow", "$JS.API.STREAM.MSG.DELETE.narrow"
+                    "$JS.API.DIRECT.GET.narrow" ]
+                subscribe: [ narrow.node, "narrow.node.*", narrow.news, "_INBOX.>" ] } }
+        ] }
+    """
+
+    def __init__(self, folder):
+        clients, self.monitors, routes = ([free_port() for _ in range(3)] for _ in range(3))
+        self.hosts = ",".join(f"127.0.0.1:{port}" for port in clients)
+        self.folders = [folder / f"n{number}" for number in range(3)]
+        for number, of in enumerate(self.folders):
+            of.mkdir()
+            ports = number, clients[number], self.monitors[number], of, routes[number]
+            others = json.dumps([f"nats://127.0.0.1:{port}" for port in routes])
+            (of / "configuration").write_text(self.CONFIGURATION % (*ports, others))
+        self.processes = [None] * 3
+        self.start(0, 1, 2)
+
+    def start(self, *numbers):
+        for number in numbers:
+            of = self.folders[number]
+            command = [self.PROGRAM, "-c", of / "configuration", "-l", of / "log"]
+            self.processes[number] = subprocess.Popen(command)
+
+    def kill(self, *numbers):
+        for number in numbers:
+            self.processes[number].kill()
+            self.processes[number].wait()
+
+    def address(self, topic, user="", options=""):
+        return f"nats://{user}{self.hosts}/{topic}{options}"
+
+    def do(self, work):
+        """What a coroutine does with JetStream."""
+
+        async def run():
+            client = await nats.connect([f"nats://{host}" for host in self.hosts.split(",")])
+            try:
+                return await work(client.jetstream(timeout=5))
+            finally:
+                await client.close()
+
+        with ThreadPoolExecutor(1) as thread:  # in this one, a browser may have a loop
+            return thread.submit(asyncio.run, run()).result()
+
+    def make(self, topic, **configuration):
+        """Makes a stream like a bookkeep's, but for this."""
+        like = {"subjects": [f"{topic}.lines", f"{topic}.orders"], "num_replicas": 3}
+        like |= {"allow_direct": True} | configuration
+        self.do(lambda js: js.add_stream(nats.js.api.StreamConfig(topic, **like)))
+
+    def messages(self, topic):
+        """What is in it: sequence -> subject, head and what is compressed."""
+
+        async def read(js):
+            found = {}
+            state = (await js.stream_info(topic)).state
+            for sequence in range(state.first_seq, state.last_seq + 1):
+                with suppress(nats.js.errors.NotFoundError):
+                    message = await js.get_msg(topic, sequence)
+                    head, _, data = message.data.partition(b"\n")
+                    found[sequence] = (message.subject, json.loads(head), data)
+            return found
+
+        return self.do(read)
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory):
+    """What all tests share; each has a stream of its own in it."""
+    servers = Servers(tmp_path_factory.mktemp("nats"))
+    try:
+        wait_until(partial(makes_streams, servers))
+        yield servers
+    finally:
+        servers.kill(0, 1, 2)
+
+
+def makes_streams(servers):
+    with suppress(nats.errors.Error, OSError):
+        servers.make("ready")
+        return servers.do(lambda js: js.delete_stream("ready"))
+
+
+@pytest.fixture
+def topic(request):
+    """A name for the test's stream."""
+    return re.sub(r"\W", "_", request.node.name)[:80]
+
+
+@pytest.fixture
+def joined(servers, topic, tmp_path):
+    """Starts nodes in this process, each with a log of that name, and closes them at the end."""
+    nodes = []
+
+    def start(name, ready=True, address=None):
+        log = Log(tmp_path / name)
+        nodes.append(cluster.Node(address or servers.address(topic), log, bookkeep.UNSAVED))
+        nodes[-1].path = tmp_path / name
+        if ready:
+            wait_until(lambda: is_ready(nodes[-1]))
+        return nodes[-1]
+
+    yield start
+    for node in nodes:
+        if not node._ended.is_set():
+            node.close()
+
+
+def is_ready(node):
+    with suppress(NotReady):
+        node.require_ready()
+        return True
+
+
+def stands(node):
+    """How a node in this process says that it stands to the stream."""
+    return node.health()["stream"]["status"]
+
+
+def equal(nodes):
+    """Waits until the logs of nodes have as many lines; whether these are the same."""
+    most = max(len(node.log) for node in nodes)
+    wait_until(lambda: all(len(node.log) == most for node in nodes))
+    return len({node.path.read_bytes() for node in nodes}) == 1
+
+
+@contextmanager
+def behind(node):
+    """Inside, the node makes no change, so that it learns nothing of what others append."""
+    held, let_go = threading.Event(), threading.Event()
+
+    def hold():
+        held.set()
+        assert let_go.wait(30)
+
+    thread = threading.Thread(target=node._change_by, args=[hold])
+    thread.start()
+    assert held.wait(30)
+    try:
+        yield
+    finally:
+        let_go.set()
+        thread.join()
+
+
+def told(node, asked):
+    """What a node in this process knows and says of samples, but for its place in the stream."""
+    said = list(state(node, asked))
+    said[-1] = {name: said[-1][name] for name in said[-1] if name != "stream"}
+    return said
+
+
+def test_nodes_have_equal_logs_and_know_the_same(joined):
+    nodes = [joined(name) for name in "abc"]
+    for number, batch in enumerate(batches_of(bookings(300), 20)):
+        numbers = nodes[number % 3].book(batch, f"key{number}")
+        assert numbers == range(number * 21, number * 21 + 20)
+        other = nodes[(number + 1) % 3]
+        other.require_lines(numbers.stop)
+        assert other.correct(numbers[3], "9999") == batch[3]["AccountNumber"]
+        nodes[number % 3].require_lines(numbers.stop + 1)
+    assert equal(nodes)
+    a, b, c = (told(node, bookings(50, seed=1)) for node in nodes)
+    assert a == b == c
+    assert len({node.gauges()["last_batch_accuracy"][1] for node in nodes}) == 1
+    assert {node._last_batch for node in nodes} == {14 * 21}
+    with bookkeeping(nodes[0].path.with_name("copy")) as bookkeeper:
+        assert len(bookkeeper.log) == 0
+    shutil.copy(nodes[0].path, nodes[0].path.with_name("copy"))
+    with bookkeeping(nodes[0].path.with_name("copy")) as bookkeeper:
+        assert state(bookkeeper, bookings(50, seed=1)) == tuple(a)
+
+
+def test_a_node_says_how_it_stands_to_the_stream(serve, servers, topic, tmp_path):
+    a, b = (
+        serve("--stream", servers.address(topic), log=tmp_path / name, reads=True) for name in "ab"
+    )
+    wait_until(lambda: a.get("/ready") == b.get("/ready") == (200, {"status": "ready"}))
+    said = a.get("/health")[1]["stream"]
+    assert said == {"status": "ok", "node": said["node"], "writer": None, "lag": 0, "quorum": True}
+    status, answer = a.post("/sample", bookings(20))
+    assert (status, answer["total"]) == (200, 20)
+    wait_until(lambda: b.get("/health")[1]["stream"]["writer"] == said["node"])
+    assert b.post("/sample", bookings(5))[1]["total"] == 25  # by the other one
+    for at_least, status in (("25", 200), ("-1", 400), ("x", 400)):
+        headers = {"Bookkeep-At-Least": at_least}
+        assert b.ask("POST", "/predict", booking(), headers=headers)[0] == status
+    figures = b.ask("GET", "/metrics", kind="text/plain; version=0.0.4; charset=utf-8")[2].decode()
+    assert re.findall(r"^bookkeep_stream_(forwarded_total|lag|writable) (\S+)", figures, re.M) == [
+        ("forwarded_total", "1"),
+        ("lag", "0"),
+        ("writable", "1"),
+    ]
+    assert b.stop() == a.stop() == 0
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_who_asks_for_more_than_is_known_waits_but_keeps_nobody_waiting(joined):
+    a, b = joined("a"), joined("b")
+    a.book(bookings(5))
+    b.require_lines(5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster, "LATE", 1)
+        raised = []
+
+        def wait():
+            try:
+                b.require_lines(6)
+            except Busy as error:
+                raised.append((time.monotonic() - started, str(error)))
+
+        started = time.monotonic()
+        threads = [threading.Thread(target=wait) for _ in range(40)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(raised) == 40
+    assert sum(after >= 1 for after, _ in raised) in range(1, 16)  # of 16 threads for questions
+    later = threading.Thread(target=wait)
+    later.start()
+    a.book(bookings(1))
+    later.join()
+    assert len(raised) == 40
+
+
+def test_a_key_is_booked_once_whoever_is_sent_it_when(servers, topic, joined):
+    servers.make(topic, duplicate_window=0.1)
+    nodes = [joined(name) for name in "abc"]
+    numbers = []
+
+    def send(node):
+        numbers.append(node.book(bookings(7), "key"))
+
+    for _ in range(2):
+        threads = [threading.Thread(target=send, args=[nodes[i % 3]]) for i in range(9)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        time.sleep(0.2)  # then the server has forgotten the message's own id
+    assert numbers == [range(7)] * 18
+    with pytest.raises(Conflict):
+        nodes[0].book(bookings(6), "key")
+    assert equal(nodes)
+    assert nodes[0].book(bookings(1)) == range(7, 8)
+
+
+def test_an_acknowledgement_that_is_lost_doubles_nothing(servers, topic, joined):
+    servers.make(topic, duplicate_window=0.1)
+    a, b = joined("a"), joined("b")
+    publish, lost = a._stream._stream.publish, []
+
+    async def lose(*arguments, **options):
+        found = await publish(*arguments, **options)
+        if not lost:
+            lost.append(found)
+            await asyncio.sleep(0.3)
+            raise nats.errors.TimeoutError
+        return found
+
+    a._stream._stream.publish = lose
+    assert a.book(bookings(3)) == range(3)
+    lost.clear()
+    assert a.correct(1, "9999") == bookings(3)[1]["AccountNumber"]
+    assert len(lost) == 1
+    assert equal([a, b])
+    assert len(a.log) == 4
+
+
+def test_what_is_lost_on_its_way_to_the_node_that_writes_is_not_waited_for(joined):
+    """As it may be if a server dies that both were connected to."""
+    nodes = sorted([joined("a"), joined("b")], key=lambda node: node.health()["stream"]["node"])
+    writer, other = nodes
+    writer.book(bookings(3))
+    wait_until(other._writer_of_all)
+    request, lost = other._stream._nats.request, []
+
+    async def lose(subject, content, **options):
+        if ".node." in subject and len(content) > 50:
+            lost.append(subject)
+            await asyncio.sleep(3600)
+        return await request(subject, content, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(other._stream._nats, "request", lose)
+        started = time.monotonic()
+        assert other.book(bookings(2), "key") == range(3, 5)
+        writer.book(bookings(1))
+        wait_until(lambda: other._writer_of_all() == writer.health()["stream"]["node"])
+        with pytest.raises(Busy, match=bookkeep.UNSURE):
+            other.book(bookings(2))
+    assert time.monotonic() - started < 3
+    assert len(lost) == 2
+    assert equal(nodes)
+
+
+def test_a_list_of_several_messages_is_taken_whole_or_not_at_all(servers, topic, joined):
+    a, b = joined("a"), joined("b")
+    rng = random.Random(0)
+    large = [booking(text=rng.randbytes(500).hex()) for _ in range(200)]  # 100 KB, compressed
+    assert a.book(large) == range(200)
+    publish, between = a._stream._publish, []
+
+    async def interrupted(subject, message, last, end):
+        if between == ["first part"]:
+            run = asyncio.get_running_loop().run_in_executor
+            between.append(await run(None, b.book, [booking(account="1")]))
+        between.append("first part")
+        await publish(subject, message, last, end)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(a._stream, "_publish", interrupted)
+        patch.setattr(b, "_writer_of_all", lambda: None)  # else it would ask the other one
+        assert a.book(large, "key") == range(201, 401)
+    assert range(200, 201) in between
+    assert equal([a, b, joined("c")])
+    places = [(head["base"], head["part"]) for _, head, _ in servers.messages(topic).values()]
+    places = places[places.index((200, 0)) :]
+    assert places[:4] == [(200, 0), (200, 0), (201, 0), (201, 1)]
+    assert a.book(large, "key") == b.book(large, "key") == range(201, 401)
+
+
+CRASHES = """
+import os, sys, bookkeep
+write = bookkeep.Log.write
+def crash(log, batches):
+    if os.path.exists(sys.argv[1] + "/crash"):
+        os._exit(9)
+    write(log, batches)
+bookkeep.Log.write = crash
+sys.exit(bookkeep.main(sys.argv[2:]))
+"""
+
+
+def test_a_node_that_crashes_before_it_has_written_what_it_appended(
+    serve, servers, topic, joined, tmp_path
+):
+    options = ["--stream", servers.address(topic)]
+    service = serve(*options, log=tmp_path / "a", program=("-c", CRASHES, tmp_path))
+    other = joined("b")
+    wait_until(lambda: service.get("/ready")[0] == 200)
+    assert service.post("/sample", bookings(10))[0] == 200
+    (tmp_path / "crash").touch()
+    headers = {"Idempotency-Key": "key"}
+    with pytest.raises((OSError, HTTPException)):
+        service.ask("POST", "/sample", bookings(5, seed=1), headers=headers)
+    other.require_lines(15)
+    assert len((tmp_path / "a").read_bytes().splitlines()) == 10
+    assert other.book(bookings(5, seed=1), "key") == range(10, 15)
+    assert other.book(bookings(1)) == range(15, 16)
+    whole = (tmp_path / "a").read_bytes()
+    (tmp_path / "a").write_bytes(whole[:-9])  # as if what was written before were not on disk
+    service = serve(*options, log=tmp_path / "a")
+    wait_until(lambda: service.get("/ready")[0] == 200)
+    assert service.ask("POST", "/sample", bookings(5, seed=1), headers=headers)[2]["first"] == 10
+    assert service.samples() == 16
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_disk_that_fails_after_the_acknowledgement_skips_nothing(
+    serve, servers, topic, joined, tmp_path
+):
+    service, other = serve("--stream", servers.address(topic), log=tmp_path / "a"), joined("b")
+    wait_until(lambda: service.get("/ready")[0] == 200)
+    assert service.post("/sample", bookings(50))[0] == 200
+    full = (tmp_path / "a").stat().st_size
+    unlimited = resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, (full, -1))
+    headers = {"Idempotency-Key": "key"}
+    status, _, answer = service.ask("POST", "/sample", bookings(9, seed=1), headers=headers)
+    assert status == 507
+    assert bookkeep.UNSURE in answer["error"]
+    assert service.get("/ready")[0] == 503
+    wait_until(lambda: "could not be written" in service.get("/health")[1]["stream"]["status"])
+    assert service.post("/sample", bookings(1, seed=2))[0] in (503, 507)
+    assert service.post("/predict", booking())[0] == 200
+    assert other.book(bookings(9, seed=1), "key") == range(50, 59)
+    other.book(bookings(3, seed=3))
+    assert service.get("/health")[1]["lines"] == 50
+    resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, unlimited)
+    wait_until(lambda: service.get("/ready")[0] == 200)
+    status, _, answer = service.ask("POST", "/sample", bookings(9, seed=1), headers=headers)
+    assert (status, answer["first"]) == (200, 50)
+    wait_until(lambda: service.samples() == 62)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_company_is_forgotten_by_all_nodes_and_by_the_stream(servers, topic, joined):
+    a, b, away = (joined(name) for name in "abc")
+    secret = [booking(company="secret", text=f"confidential {i}") for i in range(4)]
+    for i, batch in enumerate([[*bookings(5), secret[0]], bookings(3), secret[1:], bookings(2)]):
+        [a, b][i % 2].book(batch)
+        assert equal([a, b, away])
+    b.correct(5, "9999")
+    assert equal([a, b, away])
+    away.close()
+    assert a.forget("secret") == 4
+    for node in (a, b):
+        wait_until(lambda node=node: node.health()["samples"] == 10)
+    a.book(bookings(2))
+    wait_until(lambda: equal([a, b]))
+    assert b"confidential" not in a.path.read_bytes()
+    wait_until(lambda: {*servers.messages(topic)} & {1, 3, 5} == set())
+    assert {*servers.messages(topic)} == {2, 4, 6, 7}
+    for of in servers.folders:
+        for block in of.glob(f"**/streams/{topic}/msgs/*.blk"):
+            assert b"confidential" not in plain(block.read_bytes())
+    assert b"confidential" in away.path.read_bytes()
+    back = joined("c")
+    wait_until(lambda: back.health()["samples"] == 12)
+    wait_until(lambda: equal([a, b, back]))
+    new = joined("d", ready=False)  # it lacks what stood in messages that are gone
+    wait_until(lambda: "copy the log of another" in stands(new))
+    with pytest.raises(NotFound):
+        b.forget("secret")
+
+
+def plain(content):
+    """All that is compressed in this, one after the other."""
+    starts = [found.start() for found in re.finditer(b"\x78\x01", content)]
+    pieces = []
+    for start in starts:
+        with suppress(zlib.error):
+            pieces.append(zlib.decompressobj().decompress(content[start:]))
+    return b"".join(pieces)
+
+
+def test_a_node_that_is_alone_erases_what_it_forgot(servers, topic, joined):
+    node = joined("a")
+    for i in range(2):
+        node.book([booking(company=f"secret{i}")])
+    for i in range(2):
+        assert node.forget(f"secret{i}") == 1
+        wait_until(lambda i=i: i + 1 not in servers.messages(topic))
+
+
+def test_two_who_forget_a_company_while_a_third_books_it_agree(joined):
+    nodes = [joined(name) for name in "abc"]
+    secret = [booking(company="secret", text=f"{i}") for i in range(300)]
+    nodes[0].book(secret[:100])
+    nodes[0].book(bookings(5))
+    assert equal(nodes)
+    forgotten = []
+
+    def forget(node):
+        with suppress(NotFound):
+            forgotten.append(node.forget("secret"))
+
+    threads = [threading.Thread(target=forget, args=[node]) for node in nodes[:2]]
+    for thread in threads:
+        thread.start()
+    for sample in secret[100:]:
+        numbers = nodes[2].book([sample])
+    for thread in threads:
+        thread.join()
+    assert 100 <= sum(forgotten) <= 300
+    nodes[0].require_lines(numbers.stop)
+    assert nodes[0].forget("secret") == 300 - sum(forgotten)
+    wait_until(lambda: [node.health()["samples"] for node in nodes] == [5] * 3)
+    assert equal(nodes)
+    first = told(nodes[0], bookings(20))  # it has unlearned all, the others may be about to
+    wait_until(lambda: all(told(node, bookings(20)) == first for node in nodes[1:]))
+
+
+def test_a_node_that_crashes_before_it_has_forgotten_does_it_later(
+    serve, servers, topic, joined, tmp_path
+):
+    options = ["--stream", servers.address(topic)]
+    crashes = CRASHES.replace("write", "replace").replace("batches", "copy")
+    service = serve(*options, log=tmp_path / "a", program=("-c", crashes, tmp_path))
+    other = joined("b")
+    wait_until(lambda: service.get("/ready")[0] == 200)
+    assert service.post("/sample", [booking(company="secret"), booking()])[0] == 200
+    (tmp_path / "crash").touch()
+    with pytest.raises((OSError, HTTPException)):
+        service.delete("/company/secret")
+    wait_until(lambda: other.health()["samples"] == 1)
+    service = serve(*options, log=tmp_path / "a")
+    wait_until(lambda: service.samples() == 1)
+    wait_until(lambda: (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes())
+
+
+def test_what_is_ordered_to_be_forgotten_cannot_be_corrected(joined):
+    a, b = joined("a"), joined("b")
+    a.book([booking(company="secret"), booking()])
+    assert equal([a, b])
+    raised = []
+
+    def correct():
+        try:
+            b.correct(0, "9999")
+        except Exception as error:
+            raised.append(error)
+
+    with behind(b), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(b, "_writer_of_all", lambda: None)
+        late = threading.Thread(target=correct)
+        late.start()
+        wait_until(lambda: len(b._writer._queue) == 1)
+        assert a.forget("secret") == 1
+    late.join()
+    assert [type(error) for error in raised] == [NotFound]
+    wait_until(lambda: b.health()["companies"] == 1 and equal([a, b]))
+    assert [*bookkeep.check_records(scanned(a.path), 1)] == []
+    with bookkeeping(shutil.copy(a.path, a.path.with_name("copy"))) as bookkeeper:
+        assert bookkeeper.health()["samples"] == 1
+
+
+def test_a_correction_is_compared_with_what_others_have_booked_last(joined):
+    a, b = joined("a"), joined("b")
+    a.book([booking(account="1")])
+    assert equal([a, b])
+    said = []
+    with behind(b), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(b, "_writer_of_all", lambda: None)
+        late = threading.Thread(target=lambda: said.append(b.correct(0, "1")))
+        late.start()
+        wait_until(lambda: len(b._writer._queue) == 1)
+        assert a.correct(0, "2") == "1"
+    late.join()
+    assert said == ["2"]
+    assert equal([a, b])
+
+
+def test_another_log_is_refused_and_kept(joined, tmp_path):
+    a = joined("a")
+    a.book(bookings(5))
+    with bookkeeping(tmp_path / "b") as bookkeeper:
+        bookkeeper.book(bookings(5, seed=1))
+    before = (tmp_path / "b").read_bytes()
+    b = joined("b", ready=False)
+    wait_until(lambda: "of another log, by its line 1" in stands(b))
+    with pytest.raises(NotReady, match="of another log"):
+        b.book(bookings(1))
+    assert b.predict([booking()]) != []
+    with pytest.raises(NotReady):
+        b.require_ready()
+    a.book(bookings(1))
+    time.sleep(0.1)
+    assert (tmp_path / "b").read_bytes() == before
+    assert len(a.log) == 6
+
+
+def test_a_log_of_one_machine_goes_into_a_cluster_and_back(serve, servers, topic, joined, tmp_path):
+    with bookkeeping(tmp_path / "a") as bookkeeper:
+        for number, batch in enumerate(batches_of(bookings(3000), 500)):
+            bookkeeper.book(batch, f"key{number}")
+        bookkeeper.correct(3, "9999")
+    first = bookings(3000)[:500]
+    before = (tmp_path / "a").read_bytes()
+    shutil.copy(tmp_path / "a", tmp_path / "same")
+    killed = serve("--stream", servers.address(topic), log=tmp_path / "a")
+    wait_until(lambda: has_messages(servers, topic))
+    killed.process.kill()
+    killed.process.wait()
+    sizes = len(servers.messages(topic))
+    a, same, new = joined("a", ready=False), joined("same", ready=False), joined("new", ready=False)
+    wait_until(lambda: all(map(is_ready, [a, same, new])))
+    assert equal([a, same, new])
+    assert new.path.read_bytes() == before
+    assert new.book(first, "key0") == range(500)
+    new.book(bookings(2, seed=9))
+    assert equal([a, same, new])
+    assert sizes > 0
+    new.close()
+    with bookkeeping(new.path) as bookkeeper:
+        assert bookkeeper.book(bookings(1)) == range(3003, 3004)
+    a.close()
+    changed = joined("new", ready=False)
+    wait_until(lambda: stands(changed) != "it has not joined the stream yet")
+    assert "lost lines that this log has" in stands(changed)
+
+
+def has_messages(servers, topic):
+    with suppress(nats.errors.Error):
+        return servers.do(lambda js: js.stream_info(topic)).state.messages > 0
+
+
+def test_what_is_booked_while_the_stream_is_looked_at_is_not_missed(joined):
+    node = joined("a")
+    looked, state = threading.Event(), node._stream.state
+
+    def slow():
+        found = state()
+        if threading.current_thread().name == "_keep_up":
+            node.book(bookings(1))
+            looked.set()
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(node._stream, "state", slow)
+        assert looked.wait(30)
+        time.sleep(0.1)
+        assert stands(node) == "ok"
+
+
+@pytest.mark.parametrize("again", ["never", "with as many messages"])
+def test_a_stream_that_is_gone_is_noticed(servers, topic, joined, again):
+    a, b = joined("a"), joined("b")
+    a.book(bookings(20))
+    assert equal([a, b])
+    servers.do(lambda js: js.delete_stream(topic))
+    if again == "with as many messages":
+        servers.make(topic)
+        servers.do(lambda js: js.publish(f"{topic}.lines", first_message(bookings(3))))
+    for node in (a, b):
+        wait_until(lambda node=node: stands(node) not in ("ok", None))
+        assert "stream is gone" in stands(node)
+        with pytest.raises(NotReady, match="stream is gone"):
+            node.book(bookings(1))
+        assert len(node.predict(bookings(3))) == 3
+    a.close()
+    a = joined("a", ready=False)
+    wait_until(lambda: stands(a) != "it has not joined the stream yet")
+    assert "gone" in stands(a) or "another log" in stands(a)
+    assert len(a.log) == len(b.log) == 20
+
+
+def first_message(samples):
+    """A message as a node would append it first of all."""
+    lines = [bookkeep._line({"seq": i, "batch": 0, "left": 2 - i}) for i in range(len(samples))]
+    head = {"base": 0, "lines": len(samples), "part": 0, "parts": 1, "node": "n"}
+    return json.dumps(head).encode() + b"\n" + zlib.compress(b"".join(lines))
+
+
+def test_a_log_that_is_too_far_behind_says_what_to_copy(servers, topic, joined):
+    servers.make(topic, max_age=3600)
+    a, away = joined("a"), joined("b")
+    a.book(bookings(5))
+    assert equal([a, away])
+    away.close()
+    for seed in range(3):
+        a.book(bookings(5, seed=seed))
+    servers.do(lambda js: js.purge_stream(topic, seq=4))  # as its age would
+    behind, new = joined("b", ready=False), joined("new", ready=False)
+    for node in (behind, new):
+        wait_until(lambda node=node: "copy the log of another" in stands(node))
+        node.close()
+    file, size = a.log.export(range(0, 20))
+    new.path.write_bytes(file.read(size))
+    copied = joined("new")
+    copied.book(bookings(2))
+    servers.do(lambda js: js.purge_stream(topic))
+    behind.path.write_bytes(new.path.read_bytes())
+    behind.path.with_name("b.stream").unlink()
+    a.close()
+    assert not is_ready(joined("b", ready=False))
+    a = joined("a")  # it knows that it has all that was in the stream
+    a.book(bookings(1))
+    assert equal([a, copied])
+
+
+WRONG = {
+    "two replicas": {"num_replicas": 2},
+    "memory": {"storage": "memory"},
+    "another subject": {"subjects": ["wrong.>"]},
+    "read once": {"retention": "workqueue"},
+    "no direct gets": {"allow_direct": False},
+    "nothing deleted": {"deny_delete": True},
+    "the last only": {"max_msgs_per_subject": 1},
+    "small messages": {"max_msg_size": 1000},
+    "no acknowledgement": {"no_ack": True},
+    "no more than": {"max_msgs": 100, "discard": "new"},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
+def test_a_stream_that_would_not_keep_a_log_is_refused(servers, topic, joined, wrong):
+    servers.make(topic, **wrong)
+    node = joined("a", ready=False)
+    wait_until(lambda: " must " in stands(node))
+    with pytest.raises(NotReady, match=" must "):
+        node.book(bookings(1))
+
+
+def test_what_is_no_bookkeepers_message_is_named(servers, topic, joined):
+    node = joined("a")
+    servers.do(lambda js: js.publish(f"{topic}.lines", b"hello"))
+    wait_until(lambda: "no bookkeep" in stands(node))
+    with pytest.raises(NotReady, match="no bookkeep"):
+        node.book(bookings(1))
+
+
+def test_a_user_of_nats_needs_few_permissions(servers, joined):
+    address = servers.address("narrow", user="narrow:a%20secret@")
+    a, b = joined("a", address=address), joined("b", address=address)
+    assert a.book(bookings(3)) == range(3)
+    wait_until(lambda: b.health()["stream"]["writer"])
+    assert b.book([booking(company="secret")]) == range(3, 4)
+    assert b.forget("secret") == 1
+    wait_until(lambda: equal([a, b]))
+    wait_until(lambda: [*servers.messages("narrow")] == [1, 3])
+
+
+def test_a_node_that_may_not_connect_says_so(servers, topic, joined):
+    wrong = joined("a", ready=False, address=servers.address(topic, user="narrow:wrong@"))
+    wait_until(lambda: "uthorization" in stands(wrong))
+
+
+def test_unsafe_servers_are_named_and_those_that_are_away_stop_nobody(
+    servers, topic, joined, caplog
+):
+    with socket.create_server(("127.0.0.1", 0)) as away:
+        monitors = [f"http://127.0.0.1:{port}" for port in servers.monitors]
+        monitors += [f"http://127.0.0.1:{away.getsockname()[1]}", "nonsense"]
+        joined("a", address=servers.address(topic, options="?monitor=" + ",".join(monitors)))
+    assert all(monitor not in caplog.text for monitor in monitors[:3])
+    assert all(monitor in caplog.text for monitor in monitors[3:])
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "a",
+        "http://a/b",
+        "nats://a:1",
+        "nats://a:1/b/c",
+        "nats://a:1/b?x",
+        "nats://a:1/b?x=1",
+        "nats://a:1/b?ca=/nowhere",
+        "nats://a:1/b?credentials=/nowhere",
+        "nats://a:1/b?credentials=/nowhere&credentials=/nowhere",
+        "nats://a:x/b",
+    ],
+)
+def test_an_address_that_is_none_is_an_error_in_one_sentence(tmp_path, address):
+    assert_refuses(tmp_path, f"--stream={address}")
+
+
+def assert_refuses(tmp_path, *options, **more):
+    command = [sys.executable, SERVICE, f"--log={tmp_path}/log", "--port=0", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, **more)
+    assert done.returncode == 1, done
+    assert "Traceback" not in done.stderr
+    [line] = done.stderr.splitlines()
+    return line
+
+
+def test_without_nats_py_it_says_what_to_install(tmp_path):
+    (tmp_path / "nats.py").write_text("raise ModuleNotFoundError(name='nats')")
+    environ = os.environ | {"PYTHONPATH": str(tmp_path)}
+    line = assert_refuses(tmp_path, "--stream=nats://a/b", env=environ)
+    assert "pip install" in line
+
+
+def test_bookings_under_way_are_answered_before_a_node_stops(serve, servers, topic, tmp_path):
+    """And the other goes on; also if all stop, and start again."""
+    options = ["--stream", servers.address(topic)]
+    nodes = [serve(*options, log=tmp_path / name) for name in "ab"]
+    wait_until(lambda: all(node.get("/ready")[0] == 200 for node in nodes))
+    answered, refused = [], []
+
+    def send(number):
+        with suppress(OSError, HTTPException):
+            for i in itertools.count():
+                batch = bookings(2, seed=100 * number + i)
+                key = {"Idempotency-Key": f"{number}-{i}"}
+                status, _, answer = nodes[number % 2].ask("POST", "/sample", batch, headers=key)
+                if status != 200:
+                    return refused.append((number, answer))
+                answered.append((answer["first"], batch))
+
+    threads = [threading.Thread(target=send, args=[number]) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(answered) > 40)
+    names = [node.get("/health")[1]["stream"]["node"] for node in nodes]
+    writes = names.index(min(names))
+    assert nodes[writes].stop() == 0
+    so_far = len(answered)
+    wait_until(lambda: len(answered) > so_far + 40 or refused)
+    assert [each for each in refused if each[0] % 2 != writes] == []
+    assert nodes[1 - writes].stop() == 0
+    for thread in threads:
+        thread.join()
+    nodes = [serve(*options, log=tmp_path / name) for name in "ab"]
+    wait_until(lambda: all(node.get("/ready")[0] == 200 for node in nodes))
+    logs = [(tmp_path / name).read_bytes() for name in "ab"]
+    assert logs[0] == logs[1]
+    log = [record["sample"] for record in scanned(tmp_path / "a")]
+    assert all(log[first : first + 2] == batch for first, batch in answered)
+    assert "Traceback" not in "".join(node.said() for node in nodes)
+
+
+def test_a_node_that_was_stopped_for_some_time_doubles_nothing(serve, servers, topic, tmp_path):
+    options = ["--stream", servers.address(topic)]
+    nodes = [serve(*options, log=tmp_path / name) for name in "ab"]
+    wait_until(lambda: all(node.get("/ready")[0] == 200 for node in nodes))
+    names = [node.get("/health")[1]["stream"]["node"] for node in nodes]
+    writer, other = (nodes[names.index(name)] for name in sorted(names))
+    assert writer.post("/sample", bookings(1))[0] == 200
+    wait_until(lambda: other.get("/health")[1]["stream"]["writer"] == min(names))
+    writer.process.send_signal(signal.SIGSTOP)
+    headers = {"Idempotency-Key": "key"}
+    late = []
+    sending = threading.Thread(
+        target=lambda: late.append(writer.ask("POST", "/sample", bookings(2), headers=headers))
+    )
+    sending.start()
+    status, _, answer = other.ask("POST", "/sample", bookings(2), headers=headers)
+    assert (status, answer["first"]) == (200, 1)
+    assert other.post("/correct", {"seq": 0, "AccountNumber": "1"})[0] == 200
+    assert other.post("/correct", {"seq": 0, "AccountNumber": "2"})[0] == 200
+    time.sleep(1)
+    writer.process.send_signal(signal.SIGCONT)
+    sending.join()
+    assert (late[0][0], late[0][2]["first"]) == (200, 1)
+    assert other.post("/sample", bookings(1))[1]["first"] == 5
+    wait_until(lambda: writer.get("/health")[1]["lines"] == 6)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+IMPATIENT = "import sys, bookkeep, cluster; cluster.PATIENCE = 2; sys.exit(bookkeep.main())"
+
+
+def test_without_a_quorum_all_but_bookings_goes_on(serve, servers, topic, tmp_path):
+    options = ["--stream", servers.address(topic)]
+    nodes = [serve(*options, log=tmp_path / name, program=("-c", IMPATIENT)) for name in "ab"]
+    wait_until(lambda: all(node.get("/ready")[0] == 200 for node in nodes))
+    for batch in batches_of(bookings(50), 25):
+        assert nodes[0].post("/sample", batch)[0] == 200
+    headers = {"Idempotency-Key": "key"}
+    wait_until(lambda: nodes[1].samples() == 50)
+    servers.kill(0, 1)
+    try:
+        for node in nodes:
+            assert node.post("/correct", {"seq": 0, "AccountNumber": "1"})[0] == 503
+            status, _, _ = node.ask("POST", "/sample", bookings(9, seed=1), headers=headers)
+            assert status == 503
+            started = time.monotonic()
+            for _ in range(3):
+                status, said, _ = node.ask("POST", "/sample", bookings(3), headers=headers)
+                assert (status, said["Retry-After"]) == (503, "1")
+                assert node.post("/correct", {"seq": 0, "AccountNumber": "1"})[0] == 503
+            assert node.delete("/company/company1")[0] == 503
+            assert time.monotonic() - started < 1
+            assert node.post("/predict", booking())[0] == 200
+            assert node.get("/metrics/10")[0] == 200
+            assert len(node.ask("GET", "/samples", kind=bookkeep.JSON_LINES)[2].splitlines()) == 50
+        for node in nodes:
+            wait_until(lambda node=node: not node.get("/health")[1]["stream"]["quorum"])
+            assert node.get("/ready")[0] == 503
+    finally:
+        servers.start(0, 1)
+    wait_until(lambda: all(node.get("/ready")[0] == 200 for node in nodes))
+    said = [node.ask("POST", "/sample", bookings(9, seed=1), headers=headers) for node in nodes]
+    assert [status for status, _, _ in said] == [200, 200]
+    assert said[0][2]["first"] == said[1][2]["first"]
+    wait_until(lambda: nodes[0].samples() == nodes[1].samples() == 59)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_node_stops_at_once_without_its_stream(serve, tmp_path):
+    nowhere = f"nats://127.0.0.1:{free_port()}/nothing"
+    service = serve("--stream", nowhere, log=tmp_path / "a")
+    wait_until(lambda: "connect" in service.get("/health")[1]["stream"]["status"].lower())
+    assert service.post("/sample", bookings(1))[0] == 503
+    assert service.get("/ready")[0] == 503
+    started = time.monotonic()
+    assert service.stop() == 0
+    assert time.monotonic() - started < 2
+
+
+class Fleet:
+    """Three bookkeeps on three NATS servers, with what may happen to each."""
+
+    def __init__(self, servers, serve, folder):
+        self.servers, self.logs = servers, [folder / f"{number}.jsonl" for number in range(3)]
+        ports = [free_port() for _ in range(3)]
+        options = ["--stream", servers.address("fleet")]
+        self.serve = lambda i: serve(*options, log=self.logs[i], port=ports[i], unsaved=500)
+        self.nodes = [self.serve(number) for number in range(3)]
+
+    def servers_dead(self, numbers, seconds):
+        self.servers.kill(*numbers)
+        time.sleep(seconds)
+        self.servers.start(*numbers)
+
+    def leader(self):
+        while True:
+            with suppress(nats.errors.Error, OSError):
+                info = self.servers.do(lambda js: js.stream_info("fleet"))
+                return int(info.cluster.leader.removeprefix("n"))
+
+    def fault(self, kind, rng):
+        """Lets it happen; for how many seconds nothing could be booked for sure."""
+        leader, node = self.leader(), rng.randrange(3)
+        if kind == "a server that leads is killed":
+            self.servers_dead([leader], 2)
+        elif kind == "a server that follows is killed":
+            self.servers_dead([(leader + rng.choice([1, 2])) % 3], 2)
+        elif kind == "a server that leads is stopped for some seconds":
+            held(self.servers.processes[leader], rng.uniform(3, 8))
+        elif kind == "two servers are dead":
+            self.servers_dead([leader, (leader + 1) % 3], 4)
+            return 4
+        elif kind == "three servers are dead":
+            self.servers_dead([0, 1, 2], 4)
+            return 4
+        elif kind == "a bookkeep is killed":
+            self.nodes[node].process.kill()
+            self.nodes[node].process.wait()
+            time.sleep(1)
+            self.nodes[node] = self.serve(node)
+        elif kind == "a bookkeep is ended":
+            assert self.nodes[node].stop() == 0
+            self.nodes[node] = self.serve(node)
+        else:
+            held(self.nodes[node].process, rng.uniform(1, 8))
+        return 0
+
+    FAULTS = (
+        *("a server that leads is killed", "a server that follows is killed"),
+        *("a server that leads is stopped for some seconds", "two servers are dead"),
+        *("three servers are dead", "a bookkeep is killed", "a bookkeep is ended"),
+        "a bookkeep is stopped for some seconds",
+    )
+
+    def keep_sending(self, number, ended, answered):
+        """Books lists, each under its key until it is, and corrects one of each. Notes answers."""
+        rng = random.Random(number)
+        for turn in itertools.count():
+            if ended.is_set():
+                return
+            key = f"{number}-{turn}"
+            batch = [booking(text=f"{key} {i}") for i in range(rng.randint(1, 20))]
+            headers = {"Idempotency-Key": key}
+            answer = self.until_done(rng, "POST", "/sample", batch, headers=headers)
+            answered.append((time.monotonic(), answer["first"], batch))
+            if turn % 5 == 0:
+                corrected = {"seq": answer["last"], "AccountNumber": key}
+                self.until_done(rng, "POST", "/correct", corrected)
+                batch[-1]["AccountNumber"] = key
+
+    def until_done(self, rng, *what, **more):
+        while True:
+            with suppress(OSError, HTTPException):
+                status, _, answer = rng.choice(self.nodes).ask(*what, **more)
+                if status == 200:
+                    return answer
+                assert status in (503, 507), answer
+            time.sleep(0.05)
+
+
+def held(process, seconds):
+    """Stops a process for some seconds."""
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGCONT)
+
+
+def wait_for_20_more(answered):
+    so_far = len(answered)
+    wait_until(lambda: len(answered) > so_far + 20)
+
+
+def test_whatever_dies_nothing_is_lost_or_doubled(serve, tmp_path):
+    """As many faults as BOOKKEEP_ROUNDS says, while four send and send again."""
+    rounds = int(os.environ.get("BOOKKEEP_ROUNDS", 0))
+    if not rounds:
+        pytest.skip("it takes ten seconds for each of BOOKKEEP_ROUNDS")
+    rng = random.Random(int(os.environ.get("BOOKKEEP_SEED", random.randrange(10**6))))
+    servers, ended, answered, pauses = Servers(tmp_path), threading.Event(), [], defaultdict(list)
+    try:
+        fleet = Fleet(servers, serve, tmp_path)
+        sending = [
+            threading.Thread(target=fleet.keep_sending, args=[number, ended, answered])
+            for number in range(4)
+        ]
+        for thread in sending:
+            thread.start()
+        for number in range(rounds):
+            wait_for_20_more(answered)
+            kind = Fleet.FAULTS[number % len(Fleet.FAULTS)]
+            before = len(answered) - 1
+            excused = fleet.fault(kind, rng)
+            wait_for_20_more(answered)
+            assert all(thread.is_alive() for thread in sending)
+            pause = np.diff([when for when, *_ in answered[before:]]).max() - excused
+            pauses[kind].append(round(float(pause), 2))
+            print(number, kind, pauses[kind][-1], flush=True)
+        ended.set()
+        for thread in sending:
+            thread.join()
+        wait_until(lambda: all(node.get("/ready")[0] == 200 for node in fleet.nodes))
+        most = max(node.get("/health")[1]["lines"] for node in fleet.nodes)
+        wait_until(lambda: all(node.get("/health")[1]["lines"] == most for node in fleet.nodes))
+        for node in fleet.nodes:
+            assert node.stop() == 0
+            assert "Traceback" not in node.said()
+    finally:
+        ended.set()
+        servers.kill(0, 1, 2)
+    for kind, seconds in pauses.items():
+        print(f"{kind}: {len(seconds)}, pauses up to {max(seconds)} s", sorted(seconds))
+    print(len(answered), "lists", most, "lines")
+    logs = [log.read_bytes() for log in fleet.logs]
+    assert logs[0] == logs[1] == logs[2]
+    log = standing_bookings(fleet.logs[0])
+    sent = [(first + i, sample) for _, first, batch in answered for i, sample in enumerate(batch)]
+    assert all(log[seq] == sample for seq, sample in sent)
+    assert len(log) == len(sent)
+
+
+def standing_bookings(path):
+    """What a log says of bookings, as they are corrected: seq -> sample."""
+    samples = {}
+    for record in scanned(path):
+        if "sample" in record:
+            samples[record["seq"]] = record["sample"]
+        else:
+            samples[record["corrects"]]["AccountNumber"] = record["AccountNumber"]
+    return samples
