@@ -2569,45 +2569,41 @@ def check_records(records: Sequence[dict], line: int) -> Iterator[Damage]:
         try:
             if "corrects" in record:
                 check_sample({TARGET: record[TARGET]}, (TARGET,))
-                corrected = record["corrects"]
-                if type(corrected) is not int or not 0 <= corrected < record["seq"]:
+                if record["corrects"] not in range(record["seq"]):
                     raise ValueError("it corrects no booking before it")
-                _check_weights(record)
+                _check_counts(record["weight"], record["against"])
             elif len(record) > len(PLACE):  # else it was emptied
-                if "known" not in record:
-                    raise ValueError("a version before 0.3 wrote it")
-                check_sample(record["sample"], (*FEATURES, TARGET))
-                _check_prediction(record)
-                if score_weight(record["sample"]):
-                    _check_weights(record)
-                elif "weight" in record or record["reviewed"] is not False:
-                    raise ValueError("what was booked unseen counts nothing")
+                _check_booking(record)
         except KeyError as error:
             yield Damage(number, f"{error} is missing")
-        except (AttributeError, OverflowError, TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             yield Damage(number, str(error))
 
 
-def _check_prediction(record: dict) -> None:
+def _check_booking(record: dict) -> None:
+    if "known" not in record:
+        raise ValueError("a version before 0.3 wrote it")
+    check_sample(record["sample"], (*FEATURES, TARGET))
+    if score_weight(record["sample"]):
+        _check_counts(record["weight"], record["against"])
+    elif "weight" in record or record["reviewed"] is not False:
+        raise ValueError("what was booked unseen counts nothing")
     if not isinstance(record["predicted"], str | None):
         raise ValueError("predicted is no account")
-    for name, most in (("confidence", 1), ("margin", sys.float_info.max)):
-        if record[name] is not None and not 0 <= float(record[name]) <= most:
+    most = {"confidence": 1, "margin": sys.float_info.max, "known": len(SPECIFICITY) - 1}
+    for name, highest in most.items():
+        if record[name] is not None and not 0 <= record[name] <= highest:
             raise ValueError(f"no prediction can have that {name}")
     if record["rank"] is not None and (type(record["rank"]) is not int or record["rank"] < 1):
         raise ValueError("no account can have that rank")
-    if record["known"] not in range(len(SPECIFICITY)):
-        raise ValueError("nothing like that can be known")
 
 
-def _check_weights(record: dict) -> None:
-    weight, against = record["weight"], record["against"]
-    for least, counted in ((FLOOR, [weight]), (1 / GRAIN, against.values())):
-        for each in counted:
-            if not least <= each <= 1 or each * GRAIN % 1:
-                raise ValueError("no booking can have that weight")
-    "".join(against).encode()  # which a lone surrogate cannot be
-    if "" in against:
+def _check_counts(weight: float, against: dict[str, float]) -> None:
+    if not all(
+        1 / GRAIN <= each <= 1 and each * GRAIN % 1 == 0 for each in (weight, *against.values())
+    ):
+        raise ValueError("no booking can have that weight")
+    if not all(against):
         raise ValueError("an account is empty")
 
 
@@ -3141,15 +3137,8 @@ PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-BESIDE = Path(__file__).resolve().parent / "bookkeep_extra"
-
-STATUS = {  # of what is raised above
-    BadRequest: 400,
-    NotFound: 404,
-    Conflict: 422,
-    NotReady: 503,
-    NotStored: 507,
-}
+PAGE = Path(__file__).resolve().parent / "bookkeep_extra" / "page"
+STATUS = {BadRequest: 400, NotFound: 404, Conflict: 422, NotReady: 503, NotStored: 507}
 
 # What a route takes beside a body: each name with its JSON Schema. The name is in the path, or a
 # header, or else after the ?. From this come the refusals, the handler's arguments, and what
@@ -3159,16 +3148,10 @@ WHOLE_NUMBER: Schema = {"type": "integer", "format": "int64", "minimum": 0, "max
 FRACTION: Schema = {"type": "number", "format": "double", "minimum": 0, "maximum": 1}
 TEXT: Schema = {"type": "string", "minLength": 1}
 YES_OR_NO: Schema = {"type": "string", "enum": ["yes", "no"]}
-KEY: Schema = {
-    "type": "string",
-    "pattern": "^[!-~]([ -~]{0,198}[!-~])?$",
-    "title": "1 to 200 printable ASCII characters",
-}
-PAGE_END: Schema = {
-    "type": "string",
-    "pattern": "^[0-9.e-]{1,30}:[0-9]{1,18}$",
-    "title": "what the page before says is `next`",
-}
+KEY: Schema = {"type": "string", "pattern": "^[!-~]([ -~]{0,198}[!-~])?$"}
+KEY |= {"title": "1 to 200 printable ASCII characters"}
+PAGE_END: Schema = {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?(e-[0-9]+)?:[0-9]{1,18}$"}
+PAGE_END |= {"title": "what the page before says is `next`", "maxLength": 40}
 
 
 def takes(schemas: dict[str, Schema] | None = None, body: Callable | None = None) -> Callable:
@@ -3199,7 +3182,7 @@ def value_of(name: str, schema: Schema, text: str | None) -> object:
         if text in schema["enum"]:
             return text
         needed = " or ".join(schema["enum"])
-    elif re.fullmatch(schema.get("pattern", "(?s:.+)"), text):
+    elif re.search(schema.get("pattern", "."), text, re.DOTALL):
         return text
     else:
         needed = schema.get("title", "filled")
@@ -3211,8 +3194,8 @@ class Histogram:
 
     BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)  # seconds
 
-    def __init__(self, name: str, text: str) -> None:
-        self._name, self._text = name, text
+    def __init__(self, what: str, text: str) -> None:
+        self._name, self._text = f"bookkeep_{what}_duration_seconds", text
         self._lock = threading.Lock()
         self._seen: dict[str, tuple[list[int], list[float]]] = {}  # labels -> counts, [sum]
 
@@ -3265,20 +3248,12 @@ def create_app(
     app = Bottle()
     app.install(partial(_answering, keeper, max_body, threading.Lock()))
     app.default_error_handler = _error_in_json
-    requests = Histogram(
-        "bookkeep_request_duration_seconds", "How long requests took, by path and status."
-    )
-    fsyncs = Histogram(
-        "bookkeep_fsync_duration_seconds", "How long the disk took to store batches."
-    )
+    requests = Histogram("request", "How long requests took, by path and status.")
+    fsyncs = Histogram("fsync", "How long the disk took to store batches.")
     keeper.log.fsynced = fsyncs.observe
-    pages = {path.name: path.read_text() for path in sorted((BESIDE / "page").glob("*"))}
-
-    def booked(content: object) -> list[Sample]:
-        return check_samples(content, True, max_batch)
-
-    def asked(content: object) -> list[Sample]:
-        return check_samples(content, False, max_batch)
+    pages = {path.name: path.read_text() for path in PAGE.glob("*")}
+    booked = partial(check_samples, booked=True, most=max_batch)
+    asked = partial(check_samples, booked=False, most=max_batch)
 
     @app.hook("before_request")
     def authorize() -> None:
@@ -3323,9 +3298,7 @@ def create_app(
         },
         body=lambda content: (asked(content), isinstance(content, list)),
     )
-    def post_suggest(
-        sent: tuple[list[Sample], bool], top: int, book_from: float | None, reasons: str
-    ) -> dict | list[dict]:
+    def post_suggest(sent: tuple, top: int, book_from: float | None, reasons: str) -> dict | list:
         samples, as_list = sent
         most = MAX_SUGGESTED // top
         if reasons == "yes" and len(samples) > most:
@@ -3371,28 +3344,15 @@ def create_app(
             "before": PAGE_END,
         }
     )
-    def get_bookings(
-        company: str | None,
-        reviewed: str | None,
-        below: float | None,
-        order: str,
-        limit: int,
-        before: str | None,
-    ) -> dict:
+    def get_bookings(company, reviewed, below, order, limit, before) -> dict:
         sure, _, seq = (before or "").partition(":")
-        try:
-            end = (float(sure), int(seq)) if before else None
-        except ValueError:
-            raise BadRequest(f"before must be {PAGE_END['title']}") from None
-        found, end = bookings(
-            keeper,
-            limit,
-            company,
-            reviewed=reviewed and reviewed == "yes",
-            below=below,
-            by_confidence=order == "confidence",
-            before=end,
-        )
+        asked = {
+            "reviewed": reviewed and reviewed == "yes",
+            "below": below,
+            "by_confidence": order == "confidence",
+            "before": (float(sure), int(seq)) if before else None,
+        }
+        found, end = bookings(keeper, limit, company, **asked)
         return {"bookings": found, "next": end and "{}:{}".format(*end)}
 
     @app.get("/bookings/<seq>")
@@ -3456,11 +3416,12 @@ def create_app(
     ):
         app.get(path, callback=takes()(partial(page, name, media)))
 
+    paths = " ".join(dict.fromkeys(map(described_path, app.routes)))
+
     @app.error(404)
     def not_found(error: HTTPError) -> str:
         if error.body.startswith("Not found: "):  # Bottle's own
-            paths = dict.fromkeys(map(described_path, app.routes))
-            error.body = f"there is nothing here; {' '.join(paths)} is all"
+            error.body = f"there is nothing here; {paths} is all"
         return _error_in_json(error)
 
     @app.error(405)
@@ -3492,7 +3453,7 @@ def described_path(route: Route) -> str:
 def _answering(
     keeper: Bookkeeper, max_body: int, parsing: threading.Lock, handler: Callable
 ) -> Callable:
-    """A Bottle plugin: gives a handler what it takes, and makes JSON of what it returns or raises.
+    """A Bottle plugin: gives a handler what it takes, makes JSON of what it returns or raises.
 
     Texts and files are left as they are.
     """
