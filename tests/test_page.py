@@ -181,7 +181,7 @@ def test_how_much_can_be_booked_unseen_of_all_companies_or_of_one(learned, visit
             key=lambda level: abs(level["at_least"] - 0.9),
         )
         share, accuracy, error = (shown(usual[name]) for name in ("share", "accuracy", "error"))
-        expect(page.locator("#sentence")).to_have_text(
+        expect(page.locator("#coverage-sentence")).to_have_text(
             f"If it books by itself from {usual['at_least']:.0%} confidence on: {share} of the "
             f"bookings, {accuracy} ± {error} of them right."
         )
@@ -204,19 +204,19 @@ def test_how_much_can_be_booked_unseen_of_all_companies_or_of_one(learned, visit
     told = answer["error"].capitalize() + "."
     for node in (part.get_by_role("status"), page.locator("#empty")):
         expect(node).to_have_text(told)
-    expect(page.locator("#steps")).to_be_hidden()
+    expect(page.locator("#coverage")).to_be_hidden()
     expect(page.locator("#curve")).to_be_visible()
     expect(page.locator("#state")).to_have_text("Connected")
     company.fill("")
     company.press("Tab")
-    expect(page.locator("#steps")).to_be_visible()
+    expect(page.locator("#coverage")).to_be_visible()
     shows()
 
 
 @IN_A_BROWSER
 def test_a_filter_overtakes_what_was_asked_for_before_it(learned, visit):
     page = visit(learned)
-    expect(page.locator("#steps")).to_be_visible()
+    expect(page.locator("#coverage")).to_be_visible()
     held = []
     page.route("**/overview*", lambda route: held.append(route))
     while not held:
@@ -253,17 +253,17 @@ def test_the_page_tells_what_was_booked_unseen(serve, visit):
     expect(page.locator("#list tbody tr").nth(1)).to_contain_text("B")
     page.locator("#list tbody tr").nth(1).click()
     expect(page.locator("#booked")).to_have_text("7 · unseen")
-    expect(page.locator("#steps")).to_be_visible()
+    expect(page.locator("#coverage")).to_be_visible()
     page.fill("#company", "B")
     page.press("#company", "Enter")
-    expect(page.locator("#none")).to_have_text(
+    expect(page.locator("#no-coverage")).to_have_text(
         "No prediction for this company could be compared with a person’s booking yet."
     )
     page.fill("#company", "")
     page.press("#company", "Enter")
-    expect(page.locator("#steps")).to_be_visible()
+    expect(page.locator("#coverage")).to_be_visible()
     service.post("/sample", [booking("B", BookedBy="check")])
-    expect(page.locator("#checks")).to_have_text(
+    expect(page.locator("#evidence")).to_have_text(
         f"100 bookings by a person, 1 of them a check, which stands for {bookkeep.CHECKS}"
     )
 
@@ -343,14 +343,14 @@ def test_what_is_hostile_stays_text(learned, visit):
     page.select_option("#order", "newest")
     page.select_option("#reviewed", "yes")
     expect(page.locator("#list tbody")).to_contain_text(HOSTILE)
-    page.click("#ask")
-    expect(page.locator("#why li").first).to_contain_text(re.compile("<|[0-9]"))
-    page.click("#other")
+    page.click("#why")
+    expect(page.locator("#explanation li").first).to_contain_text(re.compile("<|[0-9]"))
+    page.click("#change")
     expect(page.locator("#account-list")).to_contain_text(HOSTILE)
     page.keyboard.press("Escape")
     page.click("#when a")
-    expect(page.locator("#own-title")).to_have_text(HOSTILE)
-    expect(page.locator("#latest-of")).to_contain_text(HOSTILE)
+    expect(page.locator("#company-title")).to_have_text(HOSTILE)
+    expect(page.locator("#company-latest")).to_contain_text(HOSTILE)
     for key in bookkeep.FEATURES:
         page.fill(f"#try [name={key}]", HOSTILE)
     page.click("#try button")
@@ -374,18 +374,18 @@ def test_the_page_is_as_wide_as_the_window_in_light_and_dark(learned, visit):
     page = visit(learned)
     page.fill("#company", "wide")
     page.press("#company", "Enter")
-    expect(page.locator("#own")).to_be_visible()
+    expect(page.locator("#company-view")).to_be_visible()
     for key, value in zip(bookkeep.FEATURES, ("W" * 100, HOSTILE, HOSTILE), strict=True):
         page.fill(f"#try [name={key}]", value)
     page.click("#try button")
     expect(page.locator("#suggestions > p").first).to_contain_text("Nothing is known")
-    page.click("#ask")
-    expect(page.locator("#why summary").first).to_contain_text(LONG_ACCOUNT)
+    page.click("#why")
+    expect(page.locator("#explanation summary").first).to_contain_text(LONG_ACCOUNT)
     for width, scheme in itertools.product((360, 800, 1400), ("light", "dark")):
         page.set_viewport_size({"width": width, "height": 800})
         page.emulate_media(color_scheme=scheme)
         assert page.evaluate("document.documentElement.scrollWidth") == width
-        for place in ("#list .whole", "#why summary .whole", "#accounts-of .whole"):
+        for place in ("#list .one-line", "#explanation summary .one-line", "#company-accounts .one-line"):
             assert page.locator(place).first.bounding_box()["height"] < 30  # one line
         background = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (max(map(int, re.findall("[0-9]+", background))) < 99) == (scheme == "dark")
@@ -408,9 +408,9 @@ def test_an_empty_service_says_what_to_do_first(serve, visit):
     assert service.post("/sample", json.loads(body))[0] == 200
     expect(page.locator("#precision")).to_have_text("1.000")
     expect(page.locator("#list tbody")).to_contain_text("Office rent May")
-    expect(page.locator("#steps")).to_be_hidden()
+    expect(page.locator("#coverage")).to_be_hidden()
     assert service.post("/sample", [booking()] * 100)[0] == 200
-    expect(page.locator("#steps")).to_be_visible()
+    expect(page.locator("#coverage")).to_be_visible()
 
 
 @IN_A_BROWSER
@@ -422,7 +422,7 @@ def test_the_page_asks_for_the_token_once(serve, visit, monkeypatch):
     page = visit(service, expected=["status of 401"])
     page.fill("#token", "wrong")
     page.press("#token", "Enter")
-    expect(page.locator("#wanted")).to_contain_text("refused")
+    expect(page.locator("#access-status")).to_contain_text("refused")
     page.fill("#token", "s3cret")
     page.press("#token", "Enter")
     expect(page.locator("#samples")).to_have_text("1")
@@ -445,10 +445,10 @@ def test_a_refresh_keeps_what_the_user_is_at(learned, visit):
     assert page.evaluate("document.activeElement.name") == "BankEntryText"
     assert page.input_value("#try [name=BankEntryText]") == "half a te"
     assert page.evaluate("scrollY") == 300
-    expect(page.locator("#fresh")).to_be_visible()
+    expect(page.locator("#reload")).to_be_visible()
     assert row.evaluate("row => row.isConnected")  # the list waits until one wants it anew
-    page.click("#fresh")
-    expect(page.locator("#fresh")).to_be_hidden()
+    page.click("#reload")
+    expect(page.locator("#reload")).to_be_hidden()
 
 
 @IN_A_BROWSER
@@ -504,7 +504,7 @@ def chosen(page):
 
 
 def says(page, text):
-    expect(page.locator("#said")).to_have_text(text)
+    expect(page.locator("#review-status")).to_have_text(text)
 
 
 @IN_A_BROWSER
@@ -565,10 +565,10 @@ def test_the_buttons_do_what_the_keys_do(desk, visit):
     fifth = chosen(page)
     page.keyboard.press("k")
     assert chosen(page) != fifth
-    page.click("#ask")
-    expect(page.locator("#why > p").first).to_contain_text("Most likely")
+    page.click("#why")
+    expect(page.locator("#explanation > p").first).to_contain_text("Most likely")
     page.click(f"[data-seq='{second}']")
-    page.click("#other")
+    page.click("#change")
     page.fill("#account", "office")  # by its name, which only the other company uses
     expect(page.locator("#account-list")).not_to_contain_text("Travel")
     page.fill("#account", "tra" if standing_of(desk, second)[0] == "7140" else "off")
@@ -632,8 +632,8 @@ def test_a_company_has_a_view_a_csv_file_and_an_end(desk, visit, tmp_path):
     for level in report["confidence"][2:4]:
         words = f"Could be booked unseen from {level['at_least']:.0%} confidence on"
         expect(own).to_contain_text(words + shown(level["share"]))
-    expect(page.locator("#accounts-of tbody tr")).to_have_text("6300 Office costs22–")
-    expect(page.locator("#latest-of tbody tr").first).to_contain_text("@y")
+    expect(page.locator("#company-accounts tbody tr")).to_have_text("6300 Office costs22–")
+    expect(page.locator("#company-latest tbody tr").first).to_contain_text("@y")
     with page.expect_download() as download:
         page.click("#download")
     download.value.save_as(tmp_path / "acme.csv")
@@ -659,7 +659,7 @@ def test_a_company_has_a_view_a_csv_file_and_an_end(desk, visit, tmp_path):
     submit.click()
     says(page, "22 bookings are forgotten.")
     assert desk.get("/report/1000?company=acme")[0] == 404
-    expect(page.locator("#own")).to_be_hidden()
+    expect(page.locator("#company-view")).to_be_hidden()
     expect(page.locator("#list tbody")).not_to_contain_text("acme")
 
 
@@ -699,7 +699,7 @@ def test_two_tabs_do_not_undo_each_other(desk, visit):
     desk.delete(f"/company/{quote(company)}")
     gone = chosen(other)
     other.keyboard.press("c")
-    expect(other.locator("#said")).to_contain_text("There is no booking")
+    expect(other.locator("#review-status")).to_contain_text("There is no booking")
     expect(other.locator(f"[data-seq='{gone}']")).to_have_count(0)
 
 
@@ -711,7 +711,7 @@ def test_what_the_service_refuses_is_said_in_a_sentence(desk, visit, tmp_path, s
     log = tmp_path / "log.jsonl"
     log.rename(tmp_path / "elsewhere")
     page.keyboard.press("c")
-    expect(page.locator("#said.error")).to_have_text(re.compile(r"^The log .*\.$"))
+    expect(page.locator("#review-status.error")).to_have_text(re.compile(r"^The log .*\.$"))
     (tmp_path / "elsewhere").rename(log)
     page.context.set_offline(True)
     page.keyboard.press("c")
@@ -788,9 +788,9 @@ def test_axe_finds_nothing_to_object_to_in_any_state(learned, serve, visit):
     fine(visit(serve()))
     page = visit(learned, viewport={"width": 1300, "height": 900})
     page.locator("#list [data-seq]").first.wait_for()
-    expect(page.locator("#steps tbody tr")).to_have_count(6)
+    expect(page.locator("#coverage tbody tr")).to_have_count(6)
     page.keyboard.press("w")
-    page.wait_for_selector("#why li")
+    page.wait_for_selector("#explanation li")
     page.keyboard.press("a")
     expect(page.locator("#account-list li").first).to_be_visible()
     fine(page)
@@ -803,7 +803,7 @@ def test_axe_finds_nothing_to_object_to_in_any_state(learned, serve, visit):
     page.set_viewport_size({"width": 360, "height": 800})
     page.fill("#company", "company1")
     page.press("#company", "Enter")
-    page.locator("#latest-of tbody tr").first.wait_for()
+    page.locator("#company-latest tbody tr").first.wait_for()
     fine(page)
     page.click("#forget")
     fine(page)
