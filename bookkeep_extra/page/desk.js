@@ -1,7 +1,8 @@
-// The page's script. It asks the service again and again, and sends what a person reviews.
+// The page's script: asks the service for its figures every two seconds, lists bookings to review,
+// and sends what a person confirms or changes.
 //
-// Sections, each of which uses mostly those above it: Elements, Service, Completion, Suggestions,
-// Bookings, Review, Changes, Keys, Company, CSV, Curve, Coverage, Refresh.
+// Its sections: Elements, Service, Completion, Suggestions, Bookings, Review, Changes, Keys,
+// Company, CSV, Curve, Coverage, Refresh. The last one starts it.
 
 // --------------------------------------------------------------------------------------- Elements
 
@@ -233,13 +234,13 @@ async function suggest(box, sample) {
     verdict = [span("error", asSentence(error))];
   }
   if (latestOf.get(box) !== sample) return; // it was asked for another one meanwhile
-  const [verdictLine, evidenceLine, note, ranking] = box.children;
+  const [verdictLine, evidenceLine, legend, ranking] = box.children;
   verdictLine.replaceChildren(...verdict);
   evidenceLine.replaceChildren(...evidence);
   ranking.replaceChildren(
     ...suggestions.map((each, place) => suggestionItem(each, place, sample.CompanyId)),
   );
-  note.hidden = suggestions.length < 2;
+  legend.hidden = suggestions.length < 2;
 }
 
 // What a confidence rests on: the company's own suggestions of that account, and all companies'.
@@ -259,13 +260,8 @@ function evidenceText(company, account, { known, own, all }, isNew) {
 function tally(whose, which, { suggestions, right }) {
   if (suggestions === 0) return ["There are none yet of ", whose, " suggestions ", ...which, "."];
   if (suggestions === 1) {
-    return [
-      "The only one of ",
-      whose,
-      " suggestions ",
-      ...which,
-      ` was ${right ? "right" : "wrong"}.`,
-    ];
+    const verdict = right ? "right" : "wrong";
+    return ["The only one of ", whose, " suggestions ", ...which, ` was ${verdict}.`];
   }
   const end = `, ${right ? count(right) : "none"} ${right === 1 ? "was" : "were"} right.`;
   return ["Of ", whose, ` ${count(suggestions)} suggestions `, ...which, end];
@@ -330,7 +326,7 @@ on("try", "submit", (event) => {
 // --------------------------------------------------------------------------------------- Bookings
 
 let health; // of the service, as last heard of
-let company = ""; // that the page is about; all, if it is empty
+let shownCompany = ""; // all companies, if it is empty
 const bookings = new Map(); // seq -> the booking, as last heard of
 const companies = new Set(); // that were heard of
 const accountNames = new Map(); // [company, account] as JSON -> as the company calls it
@@ -382,8 +378,10 @@ async function* recentPages(filters) {
 const FIRST = 10; // bookings of the list
 const MORE = 25;
 
-// What the list shows: the filters it was asked with, the phases that are still to come ("no": not
-// reviewed, "yes": reviewed), the seqs so far, `before` which the next page starts.
+// What the list shows: {filters, phases, seqs, before, samples, ...}. The service is asked for one
+// phase after the other (reviewed "no", then "yes"); `phases` are those that are not at their end,
+// `before` says where the next page starts, `samples` how many bookings there were at its start.
+// It is `used` once somebody works with it.
 let queue;
 let selected; // a seq
 
@@ -439,9 +437,9 @@ function bookingRow(booking) {
 }
 
 // The tab key reaches one row of the list, the selected one; the arrow keys go from there.
-function markSelected(row, isSelected) {
-  row.ariaCurrent = isSelected ? "true" : null;
-  row.querySelector("button").tabIndex = isSelected ? 0 : -1;
+function markSelected(listRow, isSelected) {
+  listRow.ariaCurrent = isSelected ? "true" : null;
+  listRow.querySelector("button").tabIndex = isSelected ? 0 : -1;
 }
 
 function redraw(seq) {
@@ -485,7 +483,7 @@ function explain() {
 }
 
 function loadQueue() {
-  const filters = { company, below: $("below").value, order: $("order").value };
+  const filters = { company: shownCompany, below: $("below").value, order: $("order").value };
   const phases = $("reviewed").value.split(" ");
   queue = { filters, phases, seqs: [], samples: health.samples };
   return loadMore(FIRST);
@@ -566,8 +564,8 @@ async function move(step, isSkipped = () => false) {
 
 // ---------------------------------------------------------------------------------------- Changes
 
-// What was confirmed or changed in this tab, the oldest first: {seq, from, to, wasUnseen, company,
-// text}.
+// What was confirmed or changed in this tab, the oldest first, each with {seq, from, to, wasUnseen,
+// company, text}. It is confirmed if `from` and `to` are the same account.
 let session = JSON.parse(sessionStorage.getItem("session") ?? "[]");
 let isStoring = false;
 
@@ -668,14 +666,16 @@ const chooser = new Completion("account", "Accounts", {
     const { sample, account, predicted, confidence } = bookings.get(selected);
     const company = sample.CompanyId;
     const { accounts } = summaryOf(company);
-    const byCount = [...accounts].sort(([, a], [, b]) => b.count - a.count).map(([each]) => each);
-    const all = [...new Set([predicted ?? account, account, ...byCount])];
+    const byTimes = [...accounts.keys()].sort(
+      (a, b) => accounts.get(b).times - accounts.get(a).times,
+    );
+    const all = [...new Set([predicted ?? account, account, ...byTimes])];
     const found = fitting(all, text, (each) => [each, accountName(company, each) ?? ""]);
     const choices = found.map((each) => {
       let hint;
       if (each === account) hint = "now";
       else if (each === predicted) hint = `${percent(confidence)} sure`;
-      else hint = count(accounts.get(each).count);
+      else hint = count(accounts.get(each).times);
       return [each, span("", ...accountText(company, each)), muted(hint)];
     });
     const typed = text.trim();
@@ -753,16 +753,16 @@ const LATEST = 12; // bookings of the company, or changes of the session
 const REREAD = 10_000; // milliseconds after which its bookings are asked for again
 const summaries = new Map(); // company -> what its bookings say
 
-// What a company's recent bookings say: {accounts: account -> {count, last}, bookings, latest, next}.
-// It fills up until `read` is done.
+// What a company's recent bookings say: how often each account was booked, and on which day last;
+// how many bookings there are; the latest. It fills up until the promise `read` is done.
 function summaryOf(company) {
   if (summaries.has(company)) return summaries.get(company);
   const summary = { accounts: new Map(), bookings: 0, latest: [] };
   const read = async () => {
     for await (const page of recentPages({ company })) {
       for (const { account, sample } of page.bookings) {
-        const { count = 0, last = dayOf(sample) } = summary.accounts.get(account) ?? {};
-        summary.accounts.set(account, { count: count + 1, last });
+        const { times = 0, last = dayOf(sample) } = summary.accounts.get(account) ?? {};
+        summary.accounts.set(account, { times: times + 1, last });
       }
       summary.bookings += page.bookings.length;
       summary.latest.push(...page.bookings.slice(0, LATEST - summary.latest.length));
@@ -783,17 +783,17 @@ let companyTime = 0; // when that was
 async function showCompany() {
   companyLines = health.lines;
   companyTime = Date.now();
-  const asked = company;
-  if (!asked) return;
-  summaries.delete(asked);
-  const summary = summaryOf(asked);
-  const report = await ask(`report/1000?${asQuery({ company: asked })}`).catch(() => null);
+  const company = shownCompany;
+  if (!company) return;
+  summaries.delete(company);
+  const summary = summaryOf(company);
+  const report = await ask(`report/1000?${asQuery({ company })}`).catch(() => null);
   await summary.read;
-  if (asked !== company) return;
+  if (company !== shownCompany) return; // another one was chosen meanwhile
   $("company-view").hidden = Boolean(summary.error);
   if (summary.error) return;
 
-  $("company-title").replaceChildren(userText(asked, 60));
+  $("company-title").replaceChildren(userText(company, 60));
   const figures = [["Bookings", count(summary.bookings), summary.next ? "the last ones" : ""]];
   figures.push(...reportFigures(report));
   const asTerms = ([what, figure, more]) => [
@@ -802,16 +802,13 @@ async function showCompany() {
   ];
   $("company-figures").replaceChildren(...figures.flatMap(asTerms));
 
-  const byCount = [...summary.accounts].sort(([, a], [, b]) => b.count - a.count);
-  const accounts = byCount.map(([account, { count, last }]) => ({
-    account,
-    name: accountName(asked, account),
-    times: count,
-    last,
-  }));
+  const byTimes = [...summary.accounts].sort(([, a], [, b]) => b.times - a.times);
+  const accounts = byTimes.map(([account, { times, last }]) => {
+    return { account, name: accountName(company, account), times, last };
+  });
   fillTable("company-accounts", accounts, ({ account, times, last }) =>
     row(
-      cell(span("clip", ...accountText(asked, account))),
+      cell(span("clip", ...accountText(company, account))),
       numberCell(count(times)),
       cell(span("one-line", last)),
     ),
@@ -821,7 +818,7 @@ async function showCompany() {
       cell(span("one-line", dayOf(sample))),
       cell(span("clip", userText(sample.BankEntryText))),
       numberCell(userText(sample.BankEntryAmount, 40)),
-      cell(span("clip", ...accountText(asked, account))),
+      cell(span("clip", ...accountText(company, account))),
     ),
   );
 }
@@ -851,8 +848,8 @@ const goTo = (name) => {
 function follow() {
   const name = new URLSearchParams(location.hash.slice(1)).get("company") ?? "";
   $("company").value = name;
-  if (name === company) return;
-  company = name;
+  if (name === shownCompany) return;
+  shownCompany = name;
   $("forgetting").close();
   $("company-view").hidden = true;
   setText($("company-status"), "");
@@ -891,11 +888,11 @@ const finder = new Completion("company", "Companies", {
   },
   choose: goTo,
   reset() {
-    $("company").value = company;
+    $("company").value = shownCompany;
   },
   leave(text) {
     // A field of one line holds no line breaks, but the name of a company may.
-    if (text !== company.replace(/[\r\n]/g, "")) goTo(text);
+    if (text !== shownCompany.replace(/[\r\n]/g, "")) goTo(text);
   },
 });
 
@@ -904,8 +901,8 @@ const typeable = (name) => name.replace(/[\s\p{C}]+/gu, " ").trim() || "forget";
 const FORGET_TIMEOUT = 600_000; // milliseconds
 
 on("forget", "click", () => {
-  $("forgetting-title").replaceChildren("Forget ", userText(company, 60), "?");
-  $("to-type").replaceChildren(userText(typeable(company)));
+  $("forgetting-title").replaceChildren("Forget ", userText(shownCompany, 60), "?");
+  $("to-type").replaceChildren(userText(typeable(shownCompany)));
   $("typed").value = "";
   $("forget-now").disabled = true;
   setText($("forget-status"), "");
@@ -914,17 +911,17 @@ on("forget", "click", () => {
 
 on("typed", "input", () => {
   const typed = $("typed").value;
-  $("forget-now").disabled = !typed || typeable(typed) !== typeable(company);
+  $("forget-now").disabled = !typed || typeable(typed) !== typeable(shownCompany);
 });
 
 on("forgetting", "submit", (event) => {
   event.preventDefault();
   sayOutcome($("forget-status"), "Forgetting it.", async () => {
-    const name = company;
-    const path = `company?id=${encodeURIComponent(name)}`;
+    const company = shownCompany;
+    const path = `company?${asQuery({ id: company })}`;
     const { forgotten } = await ask(path, { method: "DELETE", timeout: FORGET_TIMEOUT });
-    companies.delete(name);
-    keepSession(session.filter((change) => change.company !== name));
+    companies.delete(company);
+    keepSession(session.filter((change) => change.company !== company));
     $("forgetting").close();
     goTo("");
     say(`${count(forgotten)} bookings are forgotten.`);
@@ -958,17 +955,17 @@ function csvRow({ seq, sample, account, name, predicted, confidence, reviewed, c
 
 // Lines of a CSV file. Its columns are those that any booking has.
 function csvLines(rows) {
-  const columns = [...new Set(rows.flatMap((row) => [...row.keys()]))];
-  const table = [columns, ...rows.map((row) => columns.map((column) => row.get(column)))];
+  const columns = [...new Set(rows.flatMap((each) => [...each.keys()]))];
+  const table = [columns, ...rows.map((each) => columns.map((column) => each.get(column)))];
   return table.map((cells) => `${cells.map(csvCell).join(",")}\r\n`);
 }
 
 on("download", "click", () =>
   sayOutcome($("company-status"), "Asking for its bookings.", async () => {
-    const asked = company;
+    const company = shownCompany;
     const rows = [];
-    for await (const page of pages({ company: asked })) rows.push(...page.bookings.map(csvRow));
-    const download = `${asked.replace(/[^\p{L}\p{N}_-]+/gu, "-").slice(0, 60)}.csv`;
+    for await (const page of pages({ company })) rows.push(...page.bookings.map(csvRow));
+    const download = `${company.replace(/[^\p{L}\p{N}_-]+/gu, "-").slice(0, 60)}.csv`;
     const file = new Blob(["\ufeff", ...csvLines(rows.reverse())], { type: "text/csv" });
     const href = URL.createObjectURL(file);
     element("a", { href, download }).click();
@@ -1035,7 +1032,7 @@ function showCoverage(levels, scored, unknown) {
   const each = checks > 1 ? "checks, each of" : "a check,";
   const ofThem = checks ? `, ${count(checks)} of them ${each} which stands for ${CHECK}` : "";
   setText($("evidence"), `${count(scored)} bookings by a person${ofThem}`);
-  setText($("coverage-of"), company && `Of ${company.slice(0, 60)} only. `);
+  setText($("coverage-of"), shownCompany && `Of ${shownCompany.slice(0, 60)} only. `);
 
   const distance = ({ at_least: from }) => Math.abs(from - 0.9);
   const measured = levels.filter(({ accuracy }) => accuracy !== null);
@@ -1048,7 +1045,7 @@ function showCoverage(levels, scored, unknown) {
         `bookings, ${percent(accuracy)} ± ${percent(error)} of them right.`,
     );
   }
-  const ofCompany = company && "for this company ";
+  const ofCompany = shownCompany && "for this company ";
   const none =
     health.samples < ENOUGH
       ? `Too early to say: this takes ${ENOUGH} bookings.`
@@ -1082,7 +1079,7 @@ let lastSeen; // a time of day
 // What the service says of all, and of the company. If there is no such company, why.
 async function overview() {
   try {
-    return await ask(`overview?${asQuery({ company })}`);
+    return await ask(`overview?${asQuery({ company: shownCompany })}`);
   } catch (error) {
     if (error.cause !== 404) throw error;
     return { ...(await ask("overview")), confidence: [], unknown: asSentence(error) };
@@ -1094,10 +1091,10 @@ async function refresh() {
   if (isRefreshing || needsToken || document.hidden) return;
   isRefreshing = true;
   clearTimeout(timer);
-  const asked = company;
+  const asked = shownCompany;
   try {
     const found = await overview();
-    if (asked === company) show(found);
+    if (asked === shownCompany) show(found);
     lastSeen = new Date().toLocaleTimeString("en-GB");
     pause = PAUSE;
     $("access").hidden = true;
@@ -1111,7 +1108,7 @@ async function refresh() {
     if (!(error instanceof ServiceError)) throw error;
   } finally {
     isRefreshing = false;
-    timer = setTimeout(refresh, asked === company ? pause : 0);
+    timer = setTimeout(refresh, asked === shownCompany ? pause : 0);
   }
 }
 
