@@ -39,6 +39,7 @@ import socket
 import sys
 import threading
 import time
+import unicodedata
 import zlib
 from array import array
 from bisect import bisect_left
@@ -46,8 +47,9 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import blake2b
+from heapq import nsmallest
 from itertools import chain, count, islice, pairwise, repeat
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
@@ -81,6 +83,7 @@ MAX_VALUE = 10_000  # characters in a key or a value
 SHORT = ("CompanyId", "BankEntryAmount", TARGET)  # of at most MAX_SHORT characters
 MAX_SHORT = 100
 MAX_WORDS = 100  # words of a text that become tokens: its first ones
+LONG_WORD = 11  # characters of a word beyond which its parts are words, too
 
 BOUNDS = [-10000, -1000, -100, -10, 0, 10, 100, 1000, 10000]  # each the last of its range
 RANGES = (  # of amounts
@@ -89,7 +92,7 @@ RANGES = (  # of amounts
     "big positive",
 )
 
-KINDS = (  # of tokens, in a person's words
+KINDS = (  # of tokens, in a person's words; c is the company
     "company",
     "amount",
     "word",
@@ -98,6 +101,10 @@ KINDS = (  # of tokens, in a person's words
     "first word with this amount in this company",
     "first two words in this company",
     "whole text",
+    "sum in this company",
+    "context",
+    "context in this company",
+    "text in this context",
 )
 SPECIFICITY = (  # how much of a sample was known, in a person's words, from least to most
     "nothing of the company",
@@ -107,10 +114,9 @@ SPECIFICITY = (  # how much of a sample was known, in a person's words, from lea
     "the first word and the amount",
     "the first two words",
 )
-SPECIFICITY_BY_KIND = np.array([1, 0, 0, 2, 3, 4, 5, 0])  # if a token of this kind is known
-KIND_SHIFT = 60  # a token's kind stands in its upper bits
+SPECIFICITY_BY_KIND = np.array([1, 0, 0, 2, 3, 4, 5, 0, 0, 0, 0, 0])  # if a token of it is known
+KIND_SHIFT = 59  # a token's kind stands in its upper bits
 HASH = (1 << KIND_SHIFT) - 1  # the others
-_KIND = [kind << KIND_SHIFT for kind in range(len(KINDS))]
 
 Sample = dict[str, str]
 T = TypeVar("T")
@@ -196,25 +202,103 @@ def score_weight(sample: Sample) -> int:
     return SCORE_WEIGHTS[booked_by]
 
 
-def tokens(sample: Sample) -> list[int]:
+def tokens(sample: Sample, context: Sequence[str] = ()) -> list[int]:
     """The sample's tokens: positive 63-bit integers, the kind and a hash of what they say.
 
-    That any two of five million tokens have the same hash has a probability of less than 1 in
-    50,000.
+    `context` are keys that count, too. That any two of five million tokens have the same hash has
+    a probability of less than 1 in 40,000.
     """
-    company, words, amount = _parts(sample)
-    c, a, *w = map(_digests.__getitem__, [company, amount, *words])
+    texts = words(sample["BankEntryText"])
+    c, *w = map(_digests.__getitem__, [sample["CompanyId"], *texts])
+    a, exact, ending = _amount_digests(sample["BankEntryAmount"])
     made = [c, _KIND[1] | a, *[_KIND[2] | word for word in w]]
+    first = w[:1]
     if w:
         kind = _KIND[3]
         made += [kind | hash((c, word)) & HASH for word in w]
         made += [
-            _KIND[4] | hash((c, w[0])) & HASH,
-            _KIND[5] | hash((c, a, w[0])) & HASH,
+            _KIND[4] | hash((c, *first)) & HASH,
+            _KIND[5] | hash((c, a, *first)) & HASH,
             _KIND[6] | hash((c, *w[:2])) & HASH,
             _KIND[7] | hash(tuple(w)) & HASH,
         ]
+    if exact:
+        said = [(c, exact), (c, ending), *[(c, exact, word) for word in first]]
+        made += [_KIND[8] | hash(each) & HASH for each in said]
+    for key in context:
+        if value := sample.get(key):
+            k, v = _digests[key], _digests[value]
+            made += [_KIND[9] | hash((k, v)) & HASH, _KIND[10] | hash((c, k, v)) & HASH]
+            if w:
+                made.append(_KIND[11] | hash((c, k, v, *first)) & HASH)
+                made.append(_KIND[11] | hash((c, k, v, *w)) & HASH)
     return made
+
+
+def wordings(sample: Sample, context: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """What each of the sample's tokens says to a person: its kind and the sample's own words."""
+    amount, w = sample["BankEntryAmount"], words(sample["BankEntryText"])
+    first, text, exact = w[:1], " ".join(w), exact_sum(amount)
+    made = [(KINDS[0], sample["CompanyId"]), (KINDS[1], amount_range(amount))]
+    made += [(kind, word) for kind in KINDS[2:4] for word in w]
+    if w:
+        made += zip(KINDS[4:8], [*first, *first, " ".join(w[:2]), text], strict=True)
+    if exact is not None:
+        made += [("this very sum", exact), ("a sum that ends like this", exact[-2:])]
+        made += [("first word with this very sum", f"{word} {exact}") for word in first]
+    for key in context:
+        if value := sample.get(key):
+            made += [(key, value), (f"{key} in this company", value)]
+            if w:
+                made += [(f"first word in that {key}", w[0]), (f"this text in that {key}", text)]
+    return made
+
+
+def words(text: str) -> list[str]:
+    """The words of a text that count, at most MAX_WORDS.
+
+    "Büro  MIETE" -> büro, miete; "東京電力" -> 東京, 京電, 電力; "Amazon.co.uk*1f37" -> amazon.co.uk*1f37,
+    and, behind all others, amazon
+    """
+    ascii_only = text.isascii()
+    if not ascii_only:  # full-width letters, accents in two characters and the like
+        text = unicodedata.normalize("NFKC", text)
+    made, parts = [], []
+    for word in text.casefold().split(maxsplit=MAX_WORDS)[:MAX_WORDS]:
+        if not ascii_only and len(word) > 2 and _east_asian(word):
+            made += [first + second for first, second in pairwise(word)]
+            continue
+        made.append(word)
+        if len(word) > LONG_WORD and _joined(word):
+            parts += _letters(word)
+    return (made + parts)[:MAX_WORDS]
+
+
+_east_asian = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af]").search
+_joined = re.compile(r"\w[^\w\s]\w").search
+_letters = re.compile(r"[^\W\d_]{3,}").findall
+
+
+def amount_range(amount: str) -> str:
+    """The range that a plain decimal number is in; any other amount is one of its own.
+
+    -9875.50 -> > -10000, -1000 -> > -10000, 0 -> > -10, 10 -> < 10, 1,200.00 -> 1,200.00
+    """
+    if _decimal(amount):
+        return RANGES[bisect_left(BOUNDS, float(amount))]
+    return amount
+
+
+def exact_sum(amount: str) -> str | None:
+    """A plain decimal number as it is shortest: +1200.00 -> 1200, -0.50 -> -0.5; None otherwise."""
+    if not (number := _decimal(amount)):
+        return None
+    sign, whole, cents = number.groups(default="")
+    shortest = f"{whole}.{cents}" if cents else whole
+    return "-" + shortest if sign == "-" and shortest != "0" else shortest
+
+
+_decimal = re.compile(r"([+-]?)0*([0-9]+?)(?:\.(?=[0-9])([0-9]*?)0*)?").fullmatch
 
 
 def digest(text: str) -> int:
@@ -234,34 +318,16 @@ class Digests(dict):
         return made
 
 
+@lru_cache(1 << 13)
+def _amount_digests(amount: str) -> tuple[int, int, int]:
+    """Of an amount's range, of the sum, and of how it ends; 0 for both unless it is a number."""
+    exact = exact_sum(amount)
+    ends = (0, 0) if exact is None else (digest(exact), digest(f"...{exact[-2:]}"))
+    return digest(amount_range(amount)), *ends
+
+
 _digests = Digests()
-
-
-def wordings(sample: Sample) -> list[tuple[str, str]]:
-    """What each of the sample's tokens says to a person: its kind and the sample's own words."""
-    company, words, amount = _parts(sample)
-    first = [words[0], words[0], " ".join(words[:2]), " ".join(words)] if words else []
-    crossed = [(kind, word) for kind in KINDS[2:4] for word in words]
-    return [(KINDS[0], company), (KINDS[1], amount), *crossed, *zip(KINDS[4:], first, strict=False)]
-
-
-def _parts(sample: Sample) -> tuple[str, list[str], str]:
-    """The sample's company, the words of its text that count, and its amount, or the range."""
-    words = sample["BankEntryText"].split(maxsplit=MAX_WORDS)[:MAX_WORDS]
-    return sample["CompanyId"], words, amount_range(sample["BankEntryAmount"])
-
-
-def amount_range(amount: str) -> str:
-    """The range that a plain decimal number is in; any other amount is one of its own.
-
-    -9875.50 -> > -10000, -1000 -> > -10000, 0 -> > -10, 10 -> < 10, 1,200.00 -> 1,200.00
-    """
-    if _is_decimal(amount):
-        return RANGES[bisect_left(BOUNDS, float(amount))]
-    return amount
-
-
-_is_decimal = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?").fullmatch
+_KIND = [kind << KIND_SHIFT for kind in range(len(KINDS))]
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -290,347 +356,226 @@ def _shown(key: str) -> str:
 # ----------------------------------------------------------------------------------------- Counts
 
 GRAIN = 1024  # weights are multiples of 1 / GRAIN, so sums of them are exact in any order
-DENSE = -1  # the size of a dense row
+RARE = 200  # sums that a token has at most if the accounts that it has met are candidates
 UNITS = (1 << 40) - 1  # of an entry
-MOST_ENTRIES = 1 << 19  # that are at work at once, unless one row has more
+SIZE = (1 << 24) - 1  # of a row
 
 Arrays = dict[str, np.ndarray]
 
 
-class Vocabulary:
-    """Gives each token a row: an open hash table with triangular probing, at most 5/8 full.
+class Table:
+    """A whole number for each key: an open hash table with triangular probing, at most 5/8 full.
 
-    A token is an integer above 0 whose lower bits are as good as random. Its row is its slot in the
-    table. A table does not grow: who needs more room makes a larger one.
+    A key is an integer above 0 whose lower bits are as good as random. Its number is in
+    `values[slot]`, which is 0 as long as there is none.
     """
 
-    def __init__(self, tokens: np.ndarray) -> None:
-        self.tokens = tokens  # in each slot, 0 if it is free
-        self.most = len(tokens) * 5 // 8
-        self.taken = int(np.count_nonzero(tokens))  # slots
+    def __init__(self, keys: np.ndarray | None = None, values: np.ndarray | None = None) -> None:
+        self.keys = np.zeros(2, dtype=np.int64) if keys is None else keys  # 0 where a slot is free
+        self.values = np.zeros(len(self.keys), dtype=np.int64) if values is None else values
+        self.taken = int(np.count_nonzero(self.keys))  # slots
 
-    @classmethod
-    def with_room(cls, most: int) -> "Vocabulary":
-        """An empty table for at least so many tokens."""
-        return cls(np.zeros(1 << (most * 8 // 5 + 1).bit_length(), dtype=np.int64))
-
-    def renewed(
-        self, live: np.ndarray, tokens: np.ndarray
-    ) -> tuple["Vocabulary", np.ndarray, np.ndarray]:
-        """A table for the tokens in these rows and (m,) others, the rows of these, and of those."""
-        more = len(live) // 8 + len(_run_starts(np.sort(tokens)))
-        vocabulary = Vocabulary.with_room(len(live) + more)
-        return vocabulary, vocabulary.add(self.tokens[live]), vocabulary.add(tokens)
-
-    def find(self, tokens: np.ndarray) -> np.ndarray:
-        """(m,) the row of each token, or the free one that it would get."""
-        last = len(self.tokens) - 1
-        rows = tokens & last
-        there = self.tokens[rows]
-        far = ((there != tokens) & (there != 0)).nonzero()[0]
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """(m,) the slot of each key, or the free one that it would get."""
+        last = len(self.keys) - 1
+        if len(keys) <= 32:  # one after the other is faster
+            return np.array([self._find(key, last) for key in keys.tolist()], dtype=np.int64)
+        slots = keys & last
+        there = self.keys[slots]
+        far = ((there != keys) & (there != 0)).nonzero()[0]
         step = 0
         while len(far):
             step += 1
-            rows[far] = at = rows[far] + step & last
-            there = self.tokens[at]
-            far = far[(there != tokens[far]) & (there != 0)]
-        return rows
+            slots[far] = at = slots[far] + step & last
+            there = self.keys[at]
+            far = far[(there != keys[far]) & (there != 0)]
+        return slots
 
-    def find_each(self, tokens: Iterable[int]) -> list[int]:
-        """As find, one token after the other, which for a single document is faster."""
-        last, token_at = len(self.tokens) - 1, self.tokens.item
-        rows = []
-        for token in tokens:
-            row, step = token & last, 0
-            while token_at(row) not in (token, 0):
-                step += 1
-                row = row + step & last
-            rows.append(row)
-        return rows
+    def _find(self, key: int, last: int) -> int:
+        slot, step, key_at = key & last, 0, self.keys.item
+        while key_at(slot) not in (key, 0):
+            step += 1
+            slot = slot + step & last
+        return slot
 
-    def add(self, tokens: np.ndarray) -> np.ndarray | None:
-        """(m,) the row of each token, its own from now on; None if there may be no room."""
-        rows = self.find(tokens)
-        homeless = (self.tokens[rows] != tokens).nonzero()[0]
-        new = np.sort(tokens[homeless])
+    def insert(
+        self,
+        keys: np.ndarray,
+        changing: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> np.ndarray:
+        """(m,) the slot of each key, its own from now on.
+
+        If there may be no room, all that have a number move to a larger table; what `changing`
+        gives is entered to put that in the place of this one.
+        """
+        slots = self.find(keys)
+        homeless = (self.keys[slots] != keys).nonzero()[0]
+        new = np.sort(keys[homeless])
         new = new[_run_starts(new)]
-        if self.taken + len(new) > self.most:
-            return None
+        if (self.taken + len(new)) * 8 > len(self.keys) * 5:
+            live = self.values.nonzero()[0]
+            room = (len(live) * 9 // 8 + len(new)) * 8 // 5 + 1
+            larger = Table(np.zeros(1 << room.bit_length(), dtype=np.int64))
+            larger.values[larger.insert(self.keys[live])] = self.values[live]
+            slots = larger.insert(keys)
+            with changing():
+                self.keys, self.values, self.taken = larger.keys, larger.values, larger.taken
+            return slots
         self.taken += len(new)
         while len(new):
             wanted = self.find(new)
-            self.tokens[wanted] = new  # of those that want a slot, one gets it
-            new = new[self.tokens[wanted] != new]
-        rows[homeless] = self.find(tokens[homeless])
-        return rows
+            self.keys[wanted] = new  # of those that want a slot, one gets it
+            new = new[self.keys[wanted] != new]
+        slots[homeless] = self.find(keys[homeless])
+        return slots
 
 
 class Counts:
     """A sparse matrix of exact sums, token by account, twice: N for an account, M against it.
 
-    Evidence is log (1 + N / alpha) - log (1 + M / beta). Most tokens meet few accounts, an amount
-    meets nearly all. So a row is either narrow: a span of entries in one long array, in ascending
-    order, with room for the next power of two, that moves to the end when it outgrows that; or
-    dense: a strip of a matrix over all accounts, beside which their evidence is kept. An entry is
-    one number: the column (2 * account for N, the next one for M) in the upper 23 bits, the sum in
-    the lower 40, in units of 1 / GRAIN. Entries that become zero are dropped. A row is dense if it
-    has more than `limit` entries, which doubles when too many rows are.
+    A sum stands in a column, 2 * account for N and the next one for M, in units of 1 / GRAIN; one
+    that becomes zero is dropped. A token's row is narrow or wide. A narrow row has at most RARE
+    sums, or is a company's: its accounts are read. It is a span of entries in one long array, in
+    the order of their columns, with room for the next power of two, and moves to the end when it
+    outgrows that. An entry is one number, with the column in the upper 23 bits and the sum in the
+    lower 40. A wide row has met so many accounts that it is only asked for the sums of some: each
+    of them stands in a hash table, so that no row costs more the more accounts there are.
     """
 
-    NARROW = 96  # the limit, as long as there are no more than
-    STRIPS = 128  # dense rows
-
-    def __init__(self, alpha: float, beta: float) -> None:
-        self._per_unit = 1 / (GRAIN * np.array([alpha, beta]))
-        self._sign = np.array([1.0, -1.0])
-        self.vocabulary = Vocabulary.with_room(0)
-        self.starts = np.zeros(2, dtype=np.int64)  # of each row's span, or which strip it is
-        self.sizes = np.zeros(2, dtype=np.int32)  # how many entries each row has, or DENSE
-        self.occupied = np.zeros(len(KINDS), dtype=np.int64)  # known tokens of each kind
+    def __init__(self) -> None:
+        self.rows = Table()  # of a token: where its span starts, 0 for a wide row; how many sums
         self.entries = np.zeros(1, dtype=np.int64)  # the first is in no span
         self.end = 1  # of the last span
-        self.limit = self.NARROW
-        self.strips = 0  # in use
-        self.dense_units = np.zeros((0, 0, 2), dtype=np.int64)  # (strips and room, A and room, 2)
-        self.dense_evidence = np.zeros((0, 0))  # (strips and room, A and room)
+        self.cells = Table()  # the sums of wide rows
+        self.columns = 0  # that there are
+        self.occupied = np.zeros(len(KINDS), dtype=np.int64)  # known tokens of each kind
+
+    def sizes(self, rows: np.ndarray) -> np.ndarray:
+        """(m,) how many sums each row has."""
+        return self.rows.values[rows] & SIZE
+
+    def is_wide(self, rows: np.ndarray) -> np.ndarray:
+        """(m,) is it a wide row?"""
+        values = self.rows.values[rows]
+        return (values > 0) & (values <= SIZE)
 
     def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All e entries of the narrow ones of these rows: (e,) index of the row, column, units."""
-        owner, at = self._spans(rows)
-        return owner, *_parted(self.entries[at])
+        """All e sums of the narrow ones of these rows: (e,) index of the row, column, units."""
+        values = self.rows.values[rows]
+        starts = values >> 24
+        owner, at = _ranges(starts, np.where(starts > 0, values & SIZE, 0))
+        entries = self.entries[at]
+        return owner, entries >> 40, entries & UNITS
 
-    def add_evidence(
-        self,
-        scores: np.ndarray,
-        documents: np.ndarray,
-        rows: np.ndarray,
-        accounts: np.ndarray | None = None,
-    ) -> None:
-        """Adds the evidence of m rows to the scores of the document that each is in.
+    def units(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """The sums of wide rows in these columns."""
+        cells = self._cells(rows, columns)
+        return self.cells.values[self.cells.find(cells.ravel())].reshape(cells.shape)
 
-        Scores are (n, A), or (n, k) of the chosen accounts.
-        """
-        if len(rows) > 1 and np.maximum(self.sizes[rows], 0).sum() > MOST_ENTRIES:
-            half = len(rows) // 2
-            for part in (slice(half), slice(half, None)):
-                self.add_evidence(scores, documents[part], rows[part], accounts)
-            return
-        owner, column, units = self.take(rows)
-        account = column >> 1
-        dense = (self.sizes[rows] == DENSE).nonzero()[0]
-        strip = self.starts[rows[dense]]
-        if accounts is None:
-            evidence = self.dense_evidence[:, : scores.shape[1]]
-        else:
-            strips, strip = np.unique(strip, return_inverse=True)
-            evidence = self.dense_evidence[strips[:, np.newaxis], accounts]
-            place = np.full(self.dense_evidence.shape[1], -1)
-            place[accounts] = np.arange(len(accounts))
-            account = place[account]
-            units = np.where(account < 0, 0, units)  # the others say nothing
-        cell = documents[owner] * scores.shape[1] + account
-        np.add.at(scores.reshape(-1), cell, self._evidence(column, units))
-        for i, j in zip(documents[dense].tolist(), strip.tolist(), strict=True):
-            scores[i] += evidence[j]
-
-    def of_document(self, document: Sequence[int], accounts: int) -> tuple[list[int], np.ndarray]:
-        """Of one document: how many known tokens of each kind it has, and (A,) their evidence."""
-        size_of, start_of = self.sizes.item, self.starts.item
-        lengths, spans = [0] * len(KINDS), [self.entries[:0]]
-        evidence = np.zeros(accounts)
-        for token, row in zip(document, self.vocabulary.find_each(document), strict=True):
-            if size := size_of(row):
-                lengths[token >> KIND_SHIFT] += 1
-                start = start_of(row)
-                if size == DENSE:
-                    evidence += self.dense_evidence[start, :accounts]
-                else:
-                    spans.append(self.entries[start : start + size])
-        column, units = _parted(np.concatenate(spans))
-        np.add.at(evidence, column >> 1, self._evidence(column, units))
-        return lengths, evidence
-
-    def evidence(self, rows: np.ndarray, accounts: np.ndarray) -> np.ndarray:
-        """(m, k) the evidence of m rows for each of k accounts."""
-        evidence = np.zeros((len(rows), len(accounts)))
-        self.add_evidence(evidence, np.arange(len(rows)), rows, accounts)
-        return evidence
-
-    def grow(self, accounts: int) -> None:
-        """Makes room for so many accounts."""
-        strips, room = self.dense_evidence.shape
-        if accounts > room:
-            self._resize(strips, accounts + accounts // 2)
-
-    def insert(
-        self,
-        tokens: np.ndarray,
-        changing: Callable[[], AbstractContextManager] = nullcontext,
-    ) -> np.ndarray:
-        """(m,) the row of each token, which has one from now on.
-
-        What `changing` gives is entered to move the rows of others, if there is no more room.
-        """
-        rows = self.vocabulary.add(tokens)
-        if rows is None:
-            live = self.sizes.nonzero()[0]  # the others are dropped
-            vocabulary, moved, rows = self.vocabulary.renewed(live, tokens)
-            starts = np.zeros(len(vocabulary.tokens), dtype=np.int64)
-            sizes = np.zeros(len(vocabulary.tokens), dtype=np.int32)
-            starts[moved], sizes[moved] = self.starts[live], self.sizes[live]
-            with changing():
-                self.vocabulary, self.starts, self.sizes = vocabulary, starts, sizes
-        return rows
+    def _cells(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        return (self.rows.keys[rows] ^ columns * -0x61C8864680B583EB) & (1 << 63) - 1
 
     def add(self, rows: np.ndarray, columns: np.ndarray, units: np.ndarray) -> None:
         """Adds so many units to the sum in each row and column."""
-        is_dense = self.sizes[rows] == DENSE
-        for add, those in ((self._add_dense, is_dense), (self._add_narrow, ~is_dense)):
+        self.columns = max(self.columns, int(columns.max()) + 1)
+        touched = np.sort(rows)
+        touched = touched[_run_starts(touched)]
+        known = self.rows.values[touched] > 0
+        wide = self.is_wide(rows)
+        for add, those in ((self._add_wide, wide), (self._add_narrow, ~wide)):
             chosen = those.nonzero()[0]
             if len(chosen):
                 add(rows[chosen], columns[chosen], units[chosen])
-
-    def _add_dense(self, rows: np.ndarray, columns: np.ndarray, units: np.ndarray) -> None:
-        strips, accounts = self.starts[rows], columns >> 1
-        cells = strips, accounts, columns & 1
-        np.add.at(self.dense_units, cells, units)
-        self.dense_evidence[strips, accounts] = self._of_both(self.dense_units[strips, accounts])
-        if not self.dense_units[cells].all():
-            self._make_narrow(np.unique(rows))
+        changed = (self.rows.values[touched] > 0).astype(np.int64) - known
+        np.add.at(self.occupied, self.rows.keys[touched] >> KIND_SHIFT, changed)
 
     def _add_narrow(self, rows: np.ndarray, columns: np.ndarray, units: np.ndarray) -> None:
-        cells = rows << 24 | columns
+        touched = np.sort(rows)
+        touched = touched[_run_starts(touched)]
+        owner, old_columns, old_units = self.take(touched)
+        cells = np.concatenate([touched[owner] << 24 | old_columns, rows << 24 | columns])
         order = cells.argsort()
-        first = _run_starts(cells[order])
-        cells, units = cells[order[first]], np.add.reduceat(units[order], first)
-        rows = cells >> 24
-        known = rows[_run_starts(rows)]
-        owner, at = self._spans(known)
-        old = known[owner] << 24 | self.entries[at] >> 40  # in order, too
-        place = old.searchsorted(cells)
-        there = np.append(old, -1)[place] == cells
-        at = at[place[there]]
-        self.entries[at] += units[there]
-
-        # Rows that get new entries, or lose some, are filled anew.
-        changed = ~there
-        changed[there] = self.entries[at] & UNITS == 0
-        if not changed.any():
-            return
-        anew = rows[changed]
-        anew = anew[_run_starts(anew)]
-        owner, columns, old_units = self.take(anew)
-        cells = np.concatenate([anew[owner] << 24 | columns, cells[~there]])
-        units = np.concatenate([old_units, units[~there]])
-        order = cells.argsort()
-        order = order[units[order] != 0]
-        owner = anew.searchsorted(cells[order] >> 24)
-        self._fill(anew, owner, cells[order] & 0xFFFFFF, units[order])
+        cells = cells[order]
+        first = _run_starts(cells)
+        units = np.add.reduceat(np.concatenate([old_units, units])[order], first)
+        kept = units.nonzero()[0]
+        cells, units = cells[first[kept]], units[kept]
+        self._fill(touched, touched.searchsorted(cells >> 24), cells & 0xFFFFFF, units)
 
     def _fill(
         self, rows: np.ndarray, owner: np.ndarray, columns: np.ndarray, units: np.ndarray
     ) -> None:
-        """Puts these entries, in order, into narrow rows, and makes those dense that should be."""
+        """Puts these sums, in order, into rows, in the place of theirs."""
         sizes = np.bincount(owner, minlength=len(rows))
-        had = self.sizes[rows]
-        room, had_room = _room(sizes), _room(had)
-        moved = (room > had_room).nonzero()[0]
-        room = room[moved]
+        many = (sizes > RARE) & (self.rows.keys[rows] > HASH)
+        narrow = np.where(many, 0, sizes)
+        starts = self.rows.values[rows] >> 24
+        moved = (_room(narrow) > _room(self.sizes(rows))).nonzero()[0]
+        room = _room(narrow[moved])
         self._make_room(int(room.sum()))
-        self.starts[rows[moved]] = self.end + room.cumsum() - room
+        starts[moved] = self.end + room.cumsum() - room
         self.end += int(room.sum())
-        kinds = self.vocabulary.tokens[rows] >> KIND_SHIFT
-        np.add.at(self.occupied, kinds, (sizes > 0).astype(np.int64) - (had != 0))
-        self.sizes[rows] = sizes
-        _, at = self._spans(rows)
-        self.entries[at] = columns << 40 | units
-        many = sizes > self.limit
+        self.rows.values[rows] = np.where(narrow > 0, starts << 24 | narrow, 0)
         if many.any():
-            self._make_dense(rows[many])
+            wide = many[owner]
+            self._add_wide(rows[owner[wide]], columns[wide], units[wide])
+            columns, units = columns[~wide], units[~wide]
+        self.entries[_ranges(starts, narrow)[1]] = columns << 40 | units
 
     def _make_room(self, more: int) -> None:
         """If so many more entries don't fit, makes more room, or moves all spans together."""
         if self.end + more <= len(self.entries):
             return
-        rows = np.flatnonzero(self.sizes > 0)
-        sizes = self.sizes[rows]
+        rows = (self.rows.values > SIZE).nonzero()[0]
+        sizes = self.sizes(rows)
         room = _room(sizes)
         if int(room.sum()) + more > self.end / 2:
             self.entries = _grown(self.entries, self.end + max(more, self.end // 2))
             return
         starts = 1 + room.cumsum() - room
         entries = np.zeros(len(self.entries) + more, dtype=np.int64)
-        entries[_ranges(starts, sizes)[1]] = self.entries[self._spans(rows)[1]]
-        self.entries, self.starts[rows], self.end = entries, starts, 1 + int(room.sum())
+        old = self.rows.values[rows] >> 24
+        entries[_ranges(starts, sizes)[1]] = self.entries[_ranges(old, sizes)[1]]
+        self.entries, self.end = entries, 1 + int(room.sum())
+        self.rows.values[rows] = starts << 24 | sizes
 
-    def _spans(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where the narrow rows' entries lie, in order, each with its index into `rows`."""
-        return _ranges(self.starts[rows], np.maximum(self.sizes[rows], 0))
+    def _add_wide(self, rows: np.ndarray, columns: np.ndarray, units: np.ndarray) -> None:
+        slots = self.cells.insert(self._cells(rows, columns))
+        cells, first = np.unique(slots, return_index=True)
+        had = self.cells.values[cells] != 0
+        np.add.at(self.cells.values, slots, units)
+        more = (self.cells.values[cells] != 0).astype(np.int64) - had
+        np.add.at(self.rows.values, rows[first], more)
+        for row in np.unique(rows[first[more < 0]]):
+            if self.sizes(row) <= RARE:
+                self._make_narrow(row)
 
-    def _make_dense(self, rows: np.ndarray) -> None:
-        strips = self.strips + np.arange(len(rows))
-        self.strips += len(rows)
-        if self.strips > len(self.dense_units):
-            self._resize(2 * self.strips, self.dense_evidence.shape[1])
-        owner, column, units = self.take(rows)
-        self.dense_units[strips] = 0
-        self.dense_units[strips[owner], column >> 1, column & 1] = units
-        self.dense_evidence[strips] = self._of_both(self.dense_units[strips])
-        self.starts[rows] = strips
-        self.sizes[rows] = DENSE
-        while self.strips > self.STRIPS:
-            self.limit *= 2
-            self._make_narrow(np.flatnonzero(self.sizes == DENSE))
-
-    def _make_narrow(self, rows: np.ndarray) -> None:
-        """Makes those of the dense rows narrow that have few enough entries."""
-        units = self.dense_units[self.starts[rows]].reshape(len(rows), -1)
-        few = np.count_nonzero(units, axis=1) <= self.limit
-        if not few.any():
-            return
-        units = units[few]
-        owner, column = units.nonzero()
-        self._fill(rows[few], owner, column, units[owner, column])
-        dense = np.flatnonzero(self.sizes == DENSE)  # that are left; drops the strips of the others
-        strips = self.starts[dense]
-        self.dense_units = self.dense_units[strips]
-        self.dense_evidence = self.dense_evidence[strips]
-        self.strips = len(dense)
-        self.starts[dense] = np.arange(self.strips)
-
-    def _resize(self, strips: int, accounts: int) -> None:
-        self.dense_units = _grown(self.dense_units, strips, accounts, 2)
-        self.dense_evidence = _grown(self.dense_evidence, strips, accounts)
-
-    def _evidence(self, column: np.ndarray, units: np.ndarray) -> np.ndarray:
-        against = column & 1
-        logs = np.log(1 + units * self._per_unit[against])
-        return _rounded(logs * self._sign[against])
-
-    def _of_both(self, units: np.ndarray) -> np.ndarray:
-        """(...) the evidence of (..., 2) sums, for and against."""
-        return self._evidence(np.arange(2), units).sum(axis=-1)
+    def _make_narrow(self, row: int) -> None:
+        columns = np.arange(self.columns)
+        cells = self.cells.find(self._cells(row, columns))
+        units = self.cells.values[cells]
+        self.cells.values[cells] = self.rows.values[row] = 0
+        had = units.nonzero()[0]
+        self._fill(np.array([row]), np.zeros_like(had), columns[had], units[had])
 
     def state(self) -> Arrays:
         """All sums; arrays that are its own."""
         return {
-            "tokens": self.vocabulary.tokens,
-            "starts": self.starts,
-            "sizes": self.sizes,
+            "tokens": self.rows.keys,
+            "spans": self.rows.values,
             "entries": self.entries[: self.end],
-            "dense_units": self.dense_units[: self.strips],
+            "cells": self.cells.keys,
+            "cell_units": self.cells.values,
+            "columns": np.array(self.columns),
             "occupied": self.occupied,
-            "limit": np.array(self.limit),
         }
 
     def restore(self, state: Arrays) -> None:
         """Takes over all sums of another."""
-        self.limit = int(state["limit"])
-        self.vocabulary = Vocabulary(state["tokens"])
-        self.starts, self.sizes, self.occupied = (state[k] for k in ("starts", "sizes", "occupied"))
-        self.entries, self.dense_units = state["entries"], state["dense_units"]
-        self.end, self.strips = len(self.entries), len(self.dense_units)
-        self.dense_evidence = self._of_both(self.dense_units)
+        self.rows = Table(state["tokens"], state["spans"])
+        self.cells = Table(state["cells"], state["cell_units"])
+        self.entries, self.occupied = state["entries"], state["occupied"]
+        self.end, self.columns = len(self.entries), int(state["columns"])
 
 
 def _packed(content: object) -> np.ndarray:
@@ -640,16 +585,6 @@ def _packed(content: object) -> np.ndarray:
 
 def _unpacked(array: np.ndarray) -> object:
     return json.loads(array.tobytes())
-
-
-def _rounded(logs: np.ndarray) -> np.ndarray:
-    """Rounded to multiples of 2 ** -40, so that sums of them are exact in any order, too."""
-    return np.rint(logs * 2.0**40) * 2.0**-40
-
-
-def _parted(entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Columns, and sums in units of 1 / GRAIN."""
-    return entries >> 40, entries & UNITS
 
 
 def _room(sizes: np.ndarray) -> np.ndarray:
@@ -686,32 +621,34 @@ def _ranges(starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 # ------------------------------------------------------------------------------------------ Model
 
-ALPHA = 0.1  # smooths what speaks for an account
-BETA = 6  # smooths what speaks against it
+ALPHA = 0.15  # smooths what speaks for an account
+BETA = 4  # smooths what speaks against it
+FACTORS = (2, 1, 1, 1 / 2, 1, 1, 1, 1, 1, 2, 1, 1 / 2)  # of the evidence of each kind of tokens
 SOFTENING = 3  # divides scores for the weights: Naive Bayes is too sure of itself
 SHARE = 0.75  # of its surprise that a booking counts
-FLOOR = 1 / 32  # what it counts at the least, even if it surprises nobody
-SECOND = 0.1  # the probability above which a booking counts against a second rival, too
-RARE = 96  # entries that a token has at most if the accounts that it has met can be rivals
+FLOOR = 1 / 64  # what it counts at the least, even if it surprises nobody
+RIVALS = 2  # that it counts against at most
+NEAR = 1 / 32  # the probability from which on an account is a rival
 ROUND = 64  # documents of a batch that are weighed, and learned, at once
-CELLS = 1 << 19  # scores that are at work at once, unless one document has more
+AT_WORK = 1 << 16  # sums that are at work at once, unless one document has more
+ACCOUNT = (1 << 23) - 1  # the lower bits of a pair of a document and an account
 
 
 class Assessment(NamedTuple):
     """What the model made of a booking before it learned it."""
 
     predicted: str | None  # the most probable account; None while there is no model
-    margin: float | None  # its log-odds over the second; None while there is no second
-    rank: int | None  # of the booked account, 1 for the most probable; None if it was not known
+    margin: float | None  # its log-odds over the second; None if there is no second
+    rank: int | None  # of the booked account, 1 for the most probable; None if it is no candidate
     specificity: int  # how much was known of it, of SPECIFICITY
 
 
 class Lesson(NamedTuple):
-    """What a document counts for its account, and against which rivals."""
+    """What a document counts for its account, and the rivals, against each of which it counts 1."""
 
     account: str
     weight: float
-    against: Mapping[str, float] = {}
+    against: Sequence[str] = ()
 
 
 class LookedUp(NamedTuple):
@@ -737,7 +674,19 @@ class LookedUp(NamedTuple):
         return LookedUp(self.lengths[documents], self.kind[at], self.row[at])
 
 
-Documents = Sequence[Sequence[int]] | LookedUp
+class Scores(NamedTuple):
+    """The scores of n documents' candidates: p pairs, in the order of documents, then accounts.
+
+    Where labels are given, those that are known have a pair, too, even if they are no candidates.
+    """
+
+    document: np.ndarray  # (p,)
+    account: np.ndarray  # (p,)
+    score: np.ndarray  # (p,) -inf, if it is only the label
+    start: np.ndarray  # (n,) the first pair of each document
+    labelled: np.ndarray  # (l,) documents with a known label
+    label: np.ndarray  # (l,) the pair of it
+    label_score: np.ndarray  # (l,)
 
 
 class NaiveBayes:
@@ -746,26 +695,31 @@ class NaiveBayes:
     The score of an account a (a class) for a document is log P(a | document), up to a constant:
 
         log N(a) - 1/2 sum over kinds k of n_k log (T_k(a) + alpha V_k)
-            + sum over known tokens t of [ log (1 + N(t, a) / alpha) - log (1 + M(t, a) / beta) ]
+            + sum over known tokens t of c_k [ L(N(t, a) / alpha) - L(M(t, a) / beta) ]
 
     N are sums of weights for an account, M against it. n_k is how many known tokens of kind k the
     document has, T_k(a) the weight of a's tokens of kind k, V_k how many tokens of kind k are
-    known. With nothing against and 1 for 1/2 it is scikit-learn's MultinomialNB of each kind,
-    fitted with sample_weight, added up.
+    known, c_k its factor. L is `root_log`. With nothing against, 1 for 1/2 and for all c_k, and L
+    the log of 1 + x, it is scikit-learn's MultinomialNB of each kind, fitted with sample_weight,
+    added up.
 
-    A document is a list of tokens; n documents with A accounts give (n, A) scores. Accounts count
-    from 0 in the order in which they were first seen. Scores are exact sums of rounded logs: the
-    same, bit for bit, however many are computed at once.
+    Only candidates have a score: the accounts that the document's company or one of its rare tokens
+    has met, or, if there are none, all. A document is a list of tokens. Accounts count from 0 in
+    the order in which they were first seen. Scores are exact sums of rounded numbers: the same, bit
+    for bit, however many are computed at once.
     """
 
     def __init__(self, alpha: float = ALPHA, beta: float = BETA) -> None:
-        self.alpha = alpha
+        self.alpha, self.beta = alpha, beta
         self.accounts = _numbers()  # account -> number
         self.names: list[str] = []  # (A,) the accounts by number
-        self.token_counts = Counts(alpha, beta)  # N(t, a) and M(t, a)
-        self.class_counts = np.zeros(0)  # (A,) N(a)
-        self.feature_counts = np.zeros((len(KINDS), 0))  # (kinds, A) T_k(a)
-        self._logs: np.ndarray | None = None  # of both, until they change
+        self.token_counts = Counts()  # N(t, a) and M(t, a)
+        self.sums = np.zeros((0, 1 + len(KINDS)))  # (A and room, 1 + kinds) N(a), T_k(a)
+
+    @property
+    def class_counts(self) -> np.ndarray:
+        """(A,) N(a)."""
+        return self.sums[: len(self.names), 0]
 
     @property
     def n_classes(self) -> int:
@@ -778,107 +732,158 @@ class NaiveBayes:
         return int(self.token_counts.occupied.sum())
 
     def joint_log_likelihood(
-        self, documents: Documents, accounts: np.ndarray | None = None
-    ) -> np.ndarray:
-        """(n, A) scores, or (n, k) those of chosen accounts."""
-        if isinstance(documents, list) and len(documents) == 1:
-            # One token after the other, which for a single document is faster than all at once.
-            lengths, evidence = self.token_counts.of_document(documents[0], len(self.names))
-            return (np.array([1.0, *lengths]) @ self._log_counts() + evidence)[np.newaxis]
+        self, documents: Sequence[Sequence[int]] | LookedUp, labels: Sequence[str] = ()
+    ) -> Scores:
+        """The scores of all candidates. There must be a model, that is an account."""
         found = self._look_up(documents)
-        document, n, columns = found.document, len(found.lengths), 1 + len(KINDS)
-        known = self.token_counts.sizes[found.row].nonzero()[0]
-        cell = document[known] * columns + found.kind[known] + 1
-        lengths = np.bincount(cell, minlength=n * columns).reshape(n, columns).astype(np.float64)
-        lengths[:, 0] = 1
-        scores = lengths @ self._log_counts(accounts)
-        self.token_counts.add_evidence(scores, document, found.row, accounts)
-        return scores
+        n, document = len(found.lengths), found.document
 
-    def _log_counts(self, accounts: np.ndarray | None = None) -> np.ndarray:
-        """(1 + kinds, A) log N(a), and - 1/2 log (T_k(a) + alpha V_k) for each kind."""
-        if accounts is None and self._logs is not None:
-            return self._logs
-        chosen = slice(None) if accounts is None else accounts
-        occupied = self.token_counts.occupied[:, np.newaxis]
-        # A kind without known tokens has no use for its log, which must be finite.
-        totals = self.feature_counts[:, chosen] + np.where(occupied, self.alpha * occupied, 1)
-        with np.errstate(divide="ignore"):  # an account wholly unlearned: log 0
-            logs = _rounded(np.log(np.vstack([self.class_counts[chosen], totals])))
-        logs[1:] /= -2
-        if accounts is None:
-            self._logs = logs
-        return logs
+        # What narrow rows say: their accounts are the candidates.
+        token, column, units = self.token_counts.take(found.row)
+        if self.n_classes < len(self.names):  # an account wholly unlearned is no candidate
+            alive = (self.class_counts[column >> 1] > 0).nonzero()[0]
+            token, column, units = token[alive], column[alive], units[alive]
+        evidence = self._evidence(found.kind[token], column & 1, units)
+        owner = document[token]
+        pairs = owner << 23 | column >> 1
+        lonely = (np.bincount(owner, minlength=n) == 0).nonzero()[0]
+        numbers = self._numbered(labels)
+        labelled = (numbers >= 0).nonzero()[0]
+        label = labelled << 23 | numbers[labelled]
+        if len(lonely) or len(labels):
+            everyone = lonely[:, np.newaxis] << 23 | self.class_counts.nonzero()[0]
+            pairs = np.concatenate([pairs, everyone.ravel(), label])
+            evidence = _grown(evidence, len(pairs))
+        order = pairs.argsort()
+        pairs = pairs[order]
+        first = _run_starts(pairs)
+        score = np.add.reduceat(evidence[order], first)
+        pairs, end = pairs[first], len(pairs)
+        document_of, account = pairs >> 23, pairs & ACCOUNT
+        start = _run_starts(document_of)
+
+        # The prior and the normalisers; either of these accounts or, if they are fewer, of all.
+        known = (self.token_counts.rows.values[found.row] > 0).nonzero()[0]
+        columns = self.sums.shape[1]
+        cell = document[known] * columns + found.kind[known] + 1
+        lengths = np.bincount(cell, minlength=n * columns).reshape(n, columns)
+        score += np.einsum("pk,pk->p", self._log_counts(account), _per_kind(lengths)[document_of])
+
+        # What wide rows say of the candidates.
+        wide = self.token_counts.is_wide(found.row).nonzero()[0]
+        if len(wide):
+            of = document[wide]
+            token, at = _ranges(start[of], np.diff(start, append=len(pairs))[of])
+            token = wide[token]
+            np.add.at(score, at, self._wide_evidence(found, token, account[at]))
+
+        at = pairs.searchsorted(label)
+        label_score = score[at]
+        once = np.diff(first, append=end)[at] == 1
+        score[at[once]] = -np.inf
+        return Scores(document_of, account, score, start, labelled, at, label_score)
+
+    def _evidence(self, kind: np.ndarray, against: np.ndarray, units: np.ndarray) -> np.ndarray:
+        """What sums for or against an account say; exact in sums, too."""
+        per_unit = 1 / (GRAIN * np.array([self.alpha, self.beta]))
+        factors = np.multiply.outer([1, -1], FACTORS)
+        return _rounded(root_log(units * per_unit[against]) * factors[against, kind])
+
+    def _wide_evidence(
+        self, found: LookedUp, token: np.ndarray, account: np.ndarray
+    ) -> np.ndarray:
+        """What these tokens of wide rows say of each of these accounts."""
+        row, kind = found.row[token], found.kind[token]
+        against = np.array([[0], [1]])
+        units = self.token_counts.units(row, 2 * account + against)
+        return self._evidence(kind, against, units).sum(axis=0)
+
+    def _log_counts(self, account: np.ndarray) -> np.ndarray:
+        """(p, 1 + kinds) log N(a), and log (T_k(a) + alpha V_k) of each kind, of p accounts."""
+        smoothing = np.append(0, self.alpha * self.token_counts.occupied)
+        smoothing[1:][smoothing[1:] == 0] = 1  # a kind without known tokens has no use for its log
+        if len(account) > len(self.names):  # it is quicker to take all accounts' logs
+            with np.errstate(divide="ignore"):  # an account wholly unlearned: log 0
+                return _rounded(np.log(self.sums[: len(self.names)] + smoothing))[account]
+        return _rounded(np.log(self.sums[account] + smoothing))
 
     def _look_up(
-        self, documents: Documents, rows_of: Callable[[np.ndarray], np.ndarray] | None = None
+        self,
+        documents: Sequence[Sequence[int]] | LookedUp,
+        rows_of: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> LookedUp:
         if isinstance(documents, LookedUp):
             return documents
         tokens = np.fromiter(chain.from_iterable(documents), dtype=np.int64)
         lengths = np.array([len(document) for document in documents], dtype=np.int64)
-        row = (rows_of or self.token_counts.vocabulary.find)(tokens)
+        row = (rows_of or self.token_counts.rows.find)(tokens)
         return LookedUp(lengths, tokens >> KIND_SHIFT, row)
 
     def terms(self, document: Sequence[int], accounts: np.ndarray) -> np.ndarray:
-        """(k, 1 + T) what makes up the scores of k accounts: the prior, then each of T tokens.
+        """(k, 1 + T) what makes up the scores of k candidates: the prior, then each of T tokens.
 
         The difference between two accounts' terms is a list of log-odds that add up to the
         difference of their scores. The terms of an unknown token are 0.
         """
         found = self._look_up([document])
-        logs = self._log_counts(accounts)
-        terms = self.token_counts.evidence(found.row, accounts)
-        known = self.token_counts.sizes[found.row].nonzero()[0]
-        terms[known] += logs[1 + found.kind[known]]
-        return np.vstack([logs[0], terms]).T
+        accounts = np.asarray(accounts)
+        terms = np.zeros((len(document), len(accounts)))
+        token, column, units = self.token_counts.take(found.row)
+        evidence = self._evidence(found.kind[token], column & 1, units)
+        entry, place = (column[:, np.newaxis] >> 1 == accounts).nonzero()
+        np.add.at(terms, (token[entry], place), evidence[entry])
+        for i in self.token_counts.is_wide(found.row).nonzero()[0]:
+            terms[i] = self._wide_evidence(found, np.array([i]), accounts)
+        logs = self._log_counts(accounts) * _per_kind(np.ones(self.sums.shape[1]))
+        known = (self.token_counts.rows.values[found.row] > 0).nonzero()[0]
+        terms[known] += logs.T[1 + found.kind[known]]
+        return np.vstack([logs[:, 0], terms]).T
 
     def predict(self, documents: Sequence[Sequence[int]]) -> list[str]:
         """The most probable account of each document. There must be a model, that is an account."""
         return [
-            self.names[best]
-            for part in self._blocks(len(documents))
-            for best in self._best(self.joint_log_likelihood(documents[part]))[0].tolist()
+            self.names[account]
+            for part in self._parts(self._look_up(documents))
+            for account in self._best(self.joint_log_likelihood(part))[0].tolist()
         ]
 
-    @property
-    def at_once(self) -> int:
-        """How many documents to score at once: few enough to stay in a processor's cache."""
-        return max(1, min(128, CELLS // max(1, len(self.names))))
+    def _parts(self, found: LookedUp) -> Iterator[LookedUp]:
+        """The documents, so many at a time that their sums stay in a processor's cache."""
+        values = self.token_counts.rows.values[found.row]
+        sums = np.bincount(found.document, np.where(values > SIZE, values & SIZE, 0))
+        sums = np.where(sums > 0, sums, len(self.names)).cumsum()
+        ends = 1 + np.flatnonzero(np.diff(sums // AT_WORK, append=-1))
+        return (found.part(slice(*ends)) for ends in pairwise([0, *ends.tolist()]))
 
-    def _blocks(self, n: int) -> Iterator[slice]:
-        step = self.at_once
-        return (slice(start, start + step) for start in range(0, n, step))
+    def _best(self, scores: Scores) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) the account of each document's highest score, and (n,) its lead over the second.
 
-    def _best(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(n,) the account of the highest of (n, A) scores, and (n,) its lead over the second.
-
-        Of equals, it is the first by name.
+        Of equals, it is the first by name. The lead over none is infinite.
         """
-        each = np.arange(len(scores))
-        best = scores.argmax(axis=1)
-        highest = scores[each, best]
-        scores[each, best] = -np.inf
-        lead = highest - scores.max(axis=1)
-        scores[each, best] = highest
-        for i in (lead == 0).nonzero()[0]:
-            tied = (scores[i] == highest[i]).nonzero()[0].tolist()
-            best[i] = min(tied, key=self.names.__getitem__)
-        return best, lead
+        score, start = scores.score, scores.start
+        highest = np.maximum.reduceat(score, start)
+        best = (score == highest[scores.document]).nonzero()[0]
+        if len(best) > len(start):
+            names = {p: (scores.document[p], self.names[scores.account[p]]) for p in best.tolist()}
+            best = np.array(sorted(best.tolist(), key=names.__getitem__))
+            tied = _run_starts(scores.document[best])
+            best = best[tied]
+        score[best] = -np.inf
+        lead = highest - np.maximum.reduceat(score, start)
+        score[best] = highest
+        return scores.account[best], lead
 
-    def top(self, scores: np.ndarray, most: int) -> np.ndarray:
-        """(n, k) the accounts of the highest of (n, A) scores, best first; of equals, by name."""
-        each, left = np.arange(len(scores)), scores.copy()
-        best = np.zeros((len(scores), min(most, self.n_classes)), dtype=np.int64)
-        for rank in range(best.shape[1]):
-            best[:, rank] = left.argmax(axis=1)
-            left[each, best[:, rank]] = -np.inf
-        highest = np.column_stack([np.take_along_axis(scores, best, axis=1), left.max(axis=1)])
-        for i in (highest[:, 1:] == highest[:, :-1]).any(axis=1).nonzero()[0]:
-            high = np.flatnonzero(scores[i] >= highest[i, -2]).tolist()
-            high.sort(key=lambda account, of=scores[i]: (-of[account], self.names[account]))
-            best[i] = high[: best.shape[1]]
-        return best
+    def top(self, documents: Sequence[Sequence[int]], most: int) -> list[list[tuple[float, int]]]:
+        """The score and the account of each document's candidates, best first; of equals, by name.
+
+        They are at most so many.
+        """
+        found = []
+        scores = self.joint_log_likelihood(documents)
+        for start, end in pairwise([*scores.start.tolist(), len(scores.score)]):
+            pairs = zip(scores.score[start:end].tolist(), scores.account[start:end].tolist())
+            found.append(nsmallest(most, pairs, key=lambda pair: (-pair[0], self.names[pair[1]])))
+        return found
 
     def assess(self, documents: Sequence[Sequence[int]], labels: Sequence[str]) -> list[Assessment]:
         """Predictions for documents whose accounts, the labels, are known."""
@@ -886,19 +891,21 @@ class NaiveBayes:
 
     def _assess(
         self, found: LookedUp, labels: Sequence[str]
-    ) -> tuple[list[Assessment], np.ndarray | None]:
-        """The predictions, and the scores of those documents that were scored at once last."""
+    ) -> tuple[list[Assessment], list[Scores]]:
         if not self.n_classes:
-            return [Assessment(None, None, None, 0)] * len(labels), None
-        made, scores = [], None
-        for part in self._blocks(len(labels)):
-            documents = found.part(part)
-            scores = self.joint_log_likelihood(documents)
+            return [Assessment(None, None, None, 0)] * len(labels), []
+        made, parts = [], []
+        for documents in self._parts(found):
+            n = len(documents.lengths)
+            scores = self.joint_log_likelihood(documents, labels[len(made) :][:n])
             best, lead = self._best(scores)
-            booked = self._numbered(labels[part])
-            ranks = (best == booked).astype(np.int64)
-            for i in ((best != booked) & (booked >= 0)).nonzero()[0]:
-                ranks[i] = np.count_nonzero(scores[i] >= scores[i, booked[i]])
+            ranks = np.zeros(n, dtype=np.int64)
+            booked = np.full(n, np.inf)
+            booked[scores.labelled] = scores.score[scores.label]
+            ranks = np.add.reduceat(scores.score >= booked[scores.document], scores.start)
+            ranks = np.where(np.isfinite(booked), ranks, 0)
+            right = scores.account[scores.label] == best[scores.labelled]
+            ranks[scores.labelled[right]] = 1
             made += map(
                 Assessment,
                 [self.names[account] for account in best.tolist()],
@@ -906,12 +913,13 @@ class NaiveBayes:
                 [rank or None for rank in ranks.tolist()],
                 self.specificity(documents).tolist(),
             )
-        return made, scores
+            parts.append(scores)
+        return made, parts
 
-    def specificity(self, documents: Documents) -> np.ndarray:
+    def specificity(self, documents: Sequence[Sequence[int]] | LookedUp) -> np.ndarray:
         """(n,) how much was known of each document, of SPECIFICITY."""
         found = self._look_up(documents)
-        known = self.token_counts.sizes[found.row] != 0
+        known = self.token_counts.rows.values[found.row] > 0
         return np.maximum.reduceat(known * SPECIFICITY_BY_KIND[found.kind], found.start)
 
     def _numbered(self, accounts: Sequence[str]) -> np.ndarray:
@@ -920,61 +928,46 @@ class NaiveBayes:
         numbers[self.class_counts[numbers] == 0] = -1
         return numbers
 
-    def weigh(
-        self, documents: Documents, labels: Sequence[str], scores: np.ndarray | None = None
-    ) -> list[Lesson]:
-        """What documents, whose (n, A) scores may be there already, are to count.
+    def weigh(self, documents: Sequence[Sequence[int]], labels: Sequence[str]) -> list[Lesson]:
+        """What documents are to count for their labels, and against which rivals.
 
         For the label b, max(FLOOR, SHARE (1 - P(b))), much as in the discriminative frequency
-        estimate (Su, Zhang, Ling, Matwin, ICML 2008). Against the most probable other account r,
-        P(r), and likewise against the second, if its P is above SECOND. P is the posterior,
-        softened, over the label and the accounts that the document's rare tokens have met. An
-        account not seen before counts 1 and has no rivals. All are multiples of 1 / GRAIN.
+        estimate (Su, Zhang, Ling, Matwin, ICML 2008), in multiples of 1 / GRAIN. Rivals are the
+        most probable other accounts, at most RIVALS, whose P is NEAR or above. P is the posterior,
+        softened, over the candidates and the label. An account not seen before counts 1 and has no
+        rivals.
         """
         if not self.n_classes:
             return [Lesson(label, 1.0) for label in labels]
-        found = self._look_up(documents)
-        each = np.arange(len(labels))
-        booked = self._numbered(labels)
-        own = np.where(booked < 0, self.class_counts.argmax(), booked)  # any, if it is not known
-        rare = (self.token_counts.sizes[found.row] <= RARE).nonzero()[0]
-        token, column, _ = self.token_counts.take(found.row[rare])
-        document = np.concatenate([found.document[rare[token]], each])
-        account = np.concatenate([column >> 1, own])
-        if scores is not None:
-            accounts = np.arange(len(self.names))
-        else:  # those of the few accounts that any of the documents has met will do
-            few = np.zeros(len(self.names), dtype=bool)
-            few[account] = True
-            place, accounts = few.cumsum() - 1, few.nonzero()[0]
-            account, own = place[account], place[own]
-            scores = self.joint_log_likelihood(found, accounts)
-        met = np.zeros(scores.shape, dtype=bool)
-        met[document, account] = True
-        softened = np.where(met, scores, -np.inf) / SOFTENING
-        posterior = np.exp((softened - softened.max(axis=1, keepdims=True)).astype(np.float32))
-        posterior /= posterior.sum(axis=1, keepdims=True)
+        return self._weigh(self.joint_log_likelihood(documents, labels), labels)
 
-        weights = np.maximum(FLOOR, _in_grains(SHARE * (1 - posterior[each, own])))
-        weights[booked < 0] = 1
-        posterior[each, own] = posterior[booked < 0] = 0
-        return list(map(Lesson, labels, weights.tolist(), self._rivals(posterior, accounts)))
+    def _weigh(self, scores: Scores, labels: Sequence[str]) -> list[Lesson]:
+        score = scores.score / SOFTENING
+        score[scores.label] = scores.label_score / SOFTENING
+        highest = np.maximum.reduceat(score, scores.start)
+        posterior = _rounded(np.exp(score - highest[scores.document]))
+        posterior /= np.add.reduceat(posterior, scores.start)[scores.document]
+        weights, against = np.ones(len(labels)), [[] for _ in labels]
+        surprise = np.rint(GRAIN * SHARE * (1 - posterior[scores.label])) / GRAIN
+        weights[scores.labelled] = np.maximum(FLOOR, surprise)
+        known = np.zeros(len(labels), dtype=bool)
+        known[scores.labelled] = True
+        posterior[scores.label] = 0
+        near = ((posterior >= NEAR) & known[scores.document]).nonzero()[0]
+        for document, account, p in zip(
+            *(each[near].tolist() for each in (scores.document, scores.account, posterior)),
+            strict=True,
+        ):
+            against[document].append((-p, self.names[account]))
+        rivals = ([name for _, name in sorted(each)[:RIVALS]] for each in against)
+        return list(map(Lesson, labels, weights.tolist(), rivals))
 
-    def _rivals(self, posterior: np.ndarray, accounts: np.ndarray) -> list[dict[str, float]]:
-        """What n documents count against the two most probable of (n, k) accounts."""
-        each = np.arange(len(posterior))
-        against: list[dict[str, float]] = [{} for _ in each]
-        for least in (0.5 / GRAIN, SECOND):
-            rival = posterior.argmax(axis=1)
-            probability = posterior[each, rival]
-            posterior[each, rival] = 0
-            chosen = (probability > least).nonzero()[0]
-            counted = _in_grains(probability[chosen]).tolist()
-            for i, r, m in zip(chosen, accounts[rival[chosen]], counted, strict=True):
-                against[i][self.names[r]] = m
-        return against
-
-    def learn(self, documents: Documents, lessons: Sequence[Lesson], sign: int = 1) -> None:
+    def learn(
+        self,
+        documents: Sequence[Sequence[int]] | LookedUp,
+        lessons: Sequence[Lesson],
+        sign: int = 1,
+    ) -> None:
         """Adds what documents count to the sums; with sign = -1 takes it away again.
 
         Weights are multiples of 1 / GRAIN, so the sums are exact: the same in any order and any
@@ -982,30 +975,28 @@ class NaiveBayes:
         """
         if not lessons:
             return
-        found = self._look_up(documents, self.token_counts.insert)
+        found = self._look_up(documents, self.token_counts.rows.insert)
         account = np.array([self.accounts[lesson.account] for lesson in lessons])
         weight = np.array([sign * lesson.weight for lesson in lessons])
         rivals = [
-            (i, 2 * self.accounts[rival] + 1, sign * m)
+            (i, 2 * self.accounts[rival] + 1)
             for i, lesson in enumerate(lessons)
-            for rival, m in lesson.against.items()
+            for rival in lesson.against
         ]
-        if len(self.accounts) > len(self.names):
-            self.names += islice(self.accounts, len(self.names), None)
-            self.class_counts = _grown(self.class_counts, len(self.names))
-            self.feature_counts = _grown(self.feature_counts, len(KINDS), len(self.names))
-            self.token_counts.grow(len(self.names))
-        np.add.at(self.class_counts, account, weight)
-        cell = found.kind, account.repeat(found.lengths)
-        np.add.at(self.feature_counts, cell, weight.repeat(found.lengths))
+        self.names += islice(self.accounts, len(self.names), None)
+        if len(self.names) > len(self.sums):
+            self.sums = _grown(self.sums, len(self.names) * 3 // 2, self.sums.shape[1])
+        np.add.at(self.sums[:, 0], account, weight)
+        cell = account.repeat(found.lengths), 1 + found.kind
+        np.add.at(self.sums, cell, weight.repeat(found.lengths))
 
-        against = np.array(rivals).reshape(-1, 3).T
-        document = np.concatenate([np.arange(len(lessons)), against[0]]).astype(np.int64)
-        column = np.concatenate([2 * account, against[1]]).astype(np.int64)
-        units = np.rint(GRAIN * np.concatenate([weight, against[2]])).astype(np.int64)
+        loser, column = np.array(rivals, dtype=np.int64).reshape(-1, 2).T
+        document = np.concatenate([np.arange(len(lessons)), loser])
+        column = np.concatenate([2 * account, column])
+        units = np.rint(GRAIN * weight).astype(np.int64)
+        units = np.concatenate([units, np.full(len(loser), sign * GRAIN)])
         of, token = _ranges(found.start[document], found.lengths[document])
         self.token_counts.add(found.row[token], column[of], units[of])
-        self._logs = None
 
     def book(
         self,
@@ -1017,14 +1008,15 @@ class NaiveBayes:
 
         What `changing` gives is entered for as long as the model changes.
         """
-        insert = partial(self.token_counts.insert, changing=changing)
+        insert = partial(self.token_counts.rows.insert, changing=changing)
         found = self._look_up(documents, insert)
         assessments, scores = self._assess(found, labels)
-        if len(documents) > min(ROUND, self.at_once):
-            scores = None  # they are of another model by then, or of some documents only
         for part in rounds(len(documents)):
             taken = found.part(part)
-            lessons = self.weigh(taken, labels[part], scores)
+            if len(documents) <= ROUND and len(scores) == 1:  # they are still those of this model
+                lessons = self._weigh(scores[0], labels)
+            else:
+                lessons = self.weigh(taken, labels[part])
             with changing():  # for him who takes them, too: should he fail, it is half a change
                 self.learn(taken, lessons)
                 yield part, assessments[part], lessons
@@ -1033,8 +1025,7 @@ class NaiveBayes:
         """All that it has counted; arrays that are its own."""
         return {
             "account_names": _packed(self.names),
-            "class_counts": self.class_counts,
-            "feature_counts": self.feature_counts,
+            "sums": self.sums[: len(self.names)],
             **self.token_counts.state(),
         }
 
@@ -1042,9 +1033,13 @@ class NaiveBayes:
         """Takes over what a model had counted."""
         self.names = _unpacked(state["account_names"])
         self.accounts = _numbers({name: number for number, name in enumerate(self.names)})
-        self.class_counts, self.feature_counts = state["class_counts"], state["feature_counts"]
+        self.sums = state["sums"]
         self.token_counts.restore(state)
-        self._logs = None
+
+
+def root_log(x: np.ndarray) -> np.ndarray:
+    """8 ((1 + x) ** (1 / 8) - 1): a little above log (1 + x), and the same on every machine."""
+    return 8 * (np.sqrt(np.sqrt(np.sqrt(1 + x))) - 1)
 
 
 def rounds(n: int) -> list[slice]:
@@ -1057,8 +1052,16 @@ def rounds(n: int) -> list[slice]:
     return [slice(start, n, step) for start in range(step)]
 
 
-def _in_grains(weights: np.ndarray) -> np.ndarray:
-    return np.rint(GRAIN * weights.astype(np.float64)) / GRAIN
+def _per_kind(lengths: np.ndarray) -> np.ndarray:
+    """What the logs of an account's counts count: once N(a), minus half each token's T_k(a)."""
+    weights = lengths * -0.5
+    weights[..., 0] = 1
+    return weights
+
+
+def _rounded(numbers: np.ndarray) -> np.ndarray:
+    """Rounded to multiples of 2 ** -36, so that sums of them are exact in any order, too."""
+    return np.rint(numbers * 2.0**36) * 2.0**-36
 
 
 def _numbers(known: Mapping[Hashable, int] = {}) -> defaultdict:
