@@ -364,39 +364,41 @@ Arrays = dict[str, np.ndarray]
 
 
 class Table:
-    """A whole number for each key: an open hash table with triangular probing, at most 5/8 full.
+    """Whole numbers for each key: an open hash table with triangular probing, at most 5/8 full.
 
-    A key is an integer above 0 whose lower bits are as good as random. Its number is in
-    `values[slot]`, which is 0 as long as there is none.
+    A key is an integer above 0 whose lower bits are as good as random. Its numbers, so many as the
+    table is wide, are in `values[slot]`, all 0 as long as there are none.
     """
 
-    def __init__(self, keys: np.ndarray | None = None, values: np.ndarray | None = None) -> None:
-        self.keys = np.zeros(2, dtype=np.int64) if keys is None else keys  # 0 where a slot is free
-        self.values = np.zeros(len(self.keys), dtype=np.int64) if values is None else values
-        self.taken = int(np.count_nonzero(self.keys))  # slots
+    PROBES = np.array([[0], [1], [3], [6]])  # that are looked at in one go
+
+    def __init__(self, *width: int, slots: int = 2) -> None:
+        self.keys = np.zeros(slots, dtype=np.int64)  # 0 where a slot is free
+        self.values = np.zeros((slots, *width), dtype=np.int64)
+        self.taken = 0  # slots
+
+    @classmethod
+    def of(cls, keys: np.ndarray, values: np.ndarray) -> "Table":
+        """The table that had these keys and values."""
+        table = cls()
+        table.keys, table.values, table.taken = keys, values, int(np.count_nonzero(keys))
+        return table
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """(m,) the slot of each key, or the free one that it would get."""
         last = len(self.keys) - 1
-        if len(keys) <= 32:  # one after the other is faster
-            return np.array([self._find(key, last) for key in keys.tolist()], dtype=np.int64)
-        slots = keys & last
-        there = self.keys[slots]
-        far = ((there != keys) & (there != 0)).nonzero()[0]
-        step = 0
+        slots = (keys + self.PROBES) & last
+        there = self.keys.take(slots)
+        ends = (there == keys) | (there == 0)
+        slots = slots[ends.argmax(axis=0), np.arange(len(keys))]
+        far = (~ends.any(axis=0)).nonzero()[0]
+        step = len(self.PROBES)
         while len(far):
-            step += 1
-            slots[far] = at = slots[far] + step & last
+            slots[far] = at = keys[far] + step * (step + 1) // 2 & last
             there = self.keys[at]
             far = far[(there != keys[far]) & (there != 0)]
-        return slots
-
-    def _find(self, key: int, last: int) -> int:
-        slot, step, key_at = key & last, 0, self.keys.item
-        while key_at(slot) not in (key, 0):
             step += 1
-            slot = slot + step & last
-        return slot
+        return slots
 
     def insert(
         self,
@@ -413,9 +415,9 @@ class Table:
         new = np.sort(keys[homeless])
         new = new[_run_starts(new)]
         if (self.taken + len(new)) * 8 > len(self.keys) * 5:
-            live = self.values.nonzero()[0]
+            live = self.values.reshape(len(self.keys), -1).any(axis=1).nonzero()[0]
             room = (len(live) * 9 // 8 + len(new)) * 8 // 5 + 1
-            larger = Table(np.zeros(1 << room.bit_length(), dtype=np.int64))
+            larger = Table(*self.values.shape[1:], slots=1 << room.bit_length())
             larger.values[larger.insert(self.keys[live])] = self.values[live]
             slots = larger.insert(keys)
             with changing():
@@ -433,47 +435,45 @@ class Table:
 class Counts:
     """A sparse matrix of exact sums, token by account, twice: N for an account, M against it.
 
-    A sum stands in a column, 2 * account for N and the next one for M, in units of 1 / GRAIN; one
-    that becomes zero is dropped. A token's row is narrow or wide. A narrow row has at most RARE
-    sums, or is a company's: its accounts are read. It is a span of entries in one long array, in
-    the order of their columns, with room for the next power of two, and moves to the end when it
-    outgrows that. An entry is one number, with the column in the upper 23 bits and the sum in the
-    lower 40. A wide row has met so many accounts that it is only asked for the sums of some: each
-    of them stands in a hash table, so that no row costs more the more accounts there are.
+    Sums are in units of 1 / GRAIN; one that becomes zero is dropped. A token's row is narrow or
+    wide. A narrow row has at most RARE sums, or is a company's: its accounts are candidates. It is
+    a span of entries in one long array, with room for a few more, and moves to the end when it
+    outgrows that. An entry is one number: the column (2 * account for N, the next one for M) in the
+    upper 23 bits, the sum in the lower 40. A wide row has met so many accounts that it is only
+    asked about some: its sums are in a hash table, beside their evidence, which `evidence_of`
+    gives, so that it costs no more the more accounts there are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, evidence_of: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]):
+        """It gives the evidence, as whole numbers, of sums by their kind, column and units."""
+        self._evidence_of = evidence_of
         self.rows = Table()  # of a token: where its span starts, 0 for a wide row; how many sums
         self.entries = np.zeros(1, dtype=np.int64)  # the first is in no span
         self.end = 1  # of the last span
-        self.cells = Table()  # the sums of wide rows
+        self.cells = Table(3)  # of a wide row's account: N, M, their evidence
         self.columns = 0  # that there are
         self.occupied = np.zeros(len(KINDS), dtype=np.int64)  # known tokens of each kind
 
     def sizes(self, rows: np.ndarray) -> np.ndarray:
         """(m,) how many sums each row has."""
-        return self.rows.values[rows] & SIZE
+        return self.rows.values.take(rows) & SIZE
 
     def is_wide(self, rows: np.ndarray) -> np.ndarray:
         """(m,) is it a wide row?"""
-        values = self.rows.values[rows]
+        values = self.rows.values.take(rows)
         return (values > 0) & (values <= SIZE)
 
     def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All e sums of the narrow ones of these rows: (e,) index of the row, column, units."""
-        values = self.rows.values[rows]
-        starts = values >> 24
-        owner, at = _ranges(starts, np.where(starts > 0, values & SIZE, 0))
-        entries = self.entries[at]
+        values = self.rows.values.take(rows)
+        owner, at = _ranges(values >> 24, np.where(values > SIZE, values & SIZE, 0))
+        entries = self.entries.take(at)
         return owner, entries >> 40, entries & UNITS
 
-    def units(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """The sums of wide rows in these columns."""
-        cells = self._cells(rows, columns)
-        return self.cells.values[self.cells.find(cells.ravel())].reshape(cells.shape)
-
-    def _cells(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        return (self.rows.keys[rows] ^ columns * -0x61C8864680B583EB) & (1 << 63) - 1
+    def asked(self, tokens: np.ndarray, accounts: np.ndarray) -> np.ndarray:
+        """The evidence of tokens with wide rows for accounts."""
+        cells = _cells(tokens, accounts)
+        return self.cells.values[:, 2].take(self.cells.find(cells.ravel())).reshape(cells.shape)
 
     def add(self, rows: np.ndarray, columns: np.ndarray, units: np.ndarray) -> None:
         """Adds so many units to the sum in each row and column."""
@@ -508,19 +508,20 @@ class Counts:
         """Puts these sums, in order, into rows, in the place of theirs."""
         sizes = np.bincount(owner, minlength=len(rows))
         many = (sizes > RARE) & (self.rows.keys[rows] > HASH)
-        narrow = np.where(many, 0, sizes)
-        starts = self.rows.values[rows] >> 24
-        moved = (_room(narrow) > _room(self.sizes(rows))).nonzero()[0]
-        room = _room(narrow[moved])
-        self._make_room(int(room.sum()))
-        starts[moved] = self.end + room.cumsum() - room
-        self.end += int(room.sum())
-        self.rows.values[rows] = np.where(narrow > 0, starts << 24 | narrow, 0)
         if many.any():
+            self.rows.values[rows[many]] = 0
             wide = many[owner]
             self._add_wide(rows[owner[wide]], columns[wide], units[wide])
-            columns, units = columns[~wide], units[~wide]
-        self.entries[_ranges(starts, narrow)[1]] = columns << 40 | units
+            rows, owner = rows[~many], ((~many).cumsum() - 1)[owner[~wide]]
+            sizes, columns, units = sizes[~many], columns[~wide], units[~wide]
+        moved = (sizes > _room(self.sizes(rows))).nonzero()[0]
+        room = _room(sizes[moved])
+        self._make_room(int(room.sum()))
+        starts = self.rows.values[rows] >> 24
+        starts[moved] = self.end + room.cumsum() - room
+        self.end += int(room.sum())
+        self.rows.values[rows] = np.where(sizes > 0, starts << 24 | sizes, 0)
+        self.entries[_ranges(starts, sizes)[1]] = columns << 40 | units
 
     def _make_room(self, more: int) -> None:
         """If so many more entries don't fit, makes more room, or moves all spans together."""
@@ -533,30 +534,31 @@ class Counts:
             self.entries = _grown(self.entries, self.end + max(more, self.end // 2))
             return
         starts = 1 + room.cumsum() - room
-        entries = np.zeros(len(self.entries) + more, dtype=np.int64)
         old = self.rows.values[rows] >> 24
-        entries[_ranges(starts, sizes)[1]] = self.entries[_ranges(old, sizes)[1]]
-        self.entries, self.end = entries, 1 + int(room.sum())
+        self.entries[_ranges(starts, sizes)[1]] = self.entries[_ranges(old, sizes)[1]]
+        self.end = 1 + int(room.sum())
         self.rows.values[rows] = starts << 24 | sizes
 
     def _add_wide(self, rows: np.ndarray, columns: np.ndarray, units: np.ndarray) -> None:
-        slots = self.cells.insert(self._cells(rows, columns))
+        slots = self.cells.insert(_cells(self.rows.keys[rows], columns >> 1))
         cells, first = np.unique(slots, return_index=True)
-        had = self.cells.values[cells] != 0
-        np.add.at(self.cells.values, slots, units)
-        more = (self.cells.values[cells] != 0).astype(np.int64) - had
-        np.add.at(self.rows.values, rows[first], more)
-        for row in np.unique(rows[first[more < 0]]):
+        had = np.count_nonzero(self.cells.values[cells, :2], axis=1)
+        np.add.at(self.cells.values, (slots, columns & 1), units)
+        sums, rows = self.cells.values[cells, :2], rows[first]
+        kinds = self.rows.keys[rows, np.newaxis] >> KIND_SHIFT
+        self.cells.values[cells, 2] = self._evidence_of(kinds, np.arange(2), sums).sum(axis=1)
+        more = np.count_nonzero(sums, axis=1) - had
+        np.add.at(self.rows.values, rows, more)
+        for row in np.unique(rows[more < 0]):
             if self.sizes(row) <= RARE:
                 self._make_narrow(row)
 
     def _make_narrow(self, row: int) -> None:
-        columns = np.arange(self.columns)
-        cells = self.cells.find(self._cells(row, columns))
-        units = self.cells.values[cells]
+        cells = self.cells.find(_cells(self.rows.keys[row], np.arange(self.columns // 2 + 1)))
+        units = self.cells.values[cells, :2].ravel()
         self.cells.values[cells] = self.rows.values[row] = 0
-        had = units.nonzero()[0]
-        self._fill(np.array([row]), np.zeros_like(had), columns[had], units[had])
+        columns = units.nonzero()[0]
+        self._fill(np.array([row]), np.zeros_like(columns), columns, units[columns])
 
     def state(self) -> Arrays:
         """All sums; arrays that are its own."""
@@ -565,17 +567,22 @@ class Counts:
             "spans": self.rows.values,
             "entries": self.entries[: self.end],
             "cells": self.cells.keys,
-            "cell_units": self.cells.values,
+            "cell_sums": self.cells.values,
             "columns": np.array(self.columns),
             "occupied": self.occupied,
         }
 
     def restore(self, state: Arrays) -> None:
         """Takes over all sums of another."""
-        self.rows = Table(state["tokens"], state["spans"])
-        self.cells = Table(state["cells"], state["cell_units"])
+        self.rows = Table.of(state["tokens"], state["spans"])
+        self.cells = Table.of(state["cells"], state["cell_sums"])
         self.entries, self.occupied = state["entries"], state["occupied"]
         self.end, self.columns = len(self.entries), int(state["columns"])
+
+
+def _cells(tokens: np.ndarray, accounts: np.ndarray) -> np.ndarray:
+    """Keys of tokens with accounts."""
+    return (tokens ^ accounts * -0x61C8864680B583EB) & (1 << 63) - 1
 
 
 def _packed(content: object) -> np.ndarray:
@@ -588,8 +595,9 @@ def _unpacked(array: np.ndarray) -> object:
 
 
 def _room(sizes: np.ndarray) -> np.ndarray:
-    """The power of two that holds so many entries: 0 -> 0, 1 -> 1, 2 -> 2, 3 -> 4, 5 -> 8."""
-    return np.where(sizes > 0, 1 << np.frexp(sizes - 1.0)[1], 0)
+    """Room for so many entries, and some more: 0, 1, 2, 3, 4, 6, 8, 12, 16 and so on."""
+    room = np.where(sizes > 0, 1 << np.frexp(sizes - 1.0)[1], 0)
+    return np.where(4 * sizes > 3 * room, room, room - room // 4)
 
 
 def _grown(values: np.ndarray, *shape: int) -> np.ndarray:
@@ -609,6 +617,17 @@ def _run_starts(values: np.ndarray) -> np.ndarray:
     return starts.nonzero()[0]
 
 
+def _grouped(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """An order of keys below 2 ** 39, where in it each group of equal ones starts, and its key.
+
+    [7, 3, 7] -> [1, 0, 2], [0, 1], [3, 7]
+    """
+    keys = np.sort(keys << 24 | np.arange(len(keys)))  # faster than argsort
+    order, keys = keys & 0xFFFFFF, keys >> 24
+    first = _run_starts(keys)
+    return order, first, keys.take(first)
+
+
 def _ranges(starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The numbers in ranges of these sizes from these starts on, each with its range's index.
 
@@ -616,7 +635,7 @@ def _ranges(starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarr
     """
     owner = np.arange(len(sizes)).repeat(sizes)
     before = sizes.cumsum() - sizes
-    return owner, (starts - before)[owner] + np.arange(len(owner))
+    return owner, (starts - before).repeat(sizes) + np.arange(len(owner))
 
 
 # ------------------------------------------------------------------------------------------ Model
@@ -631,6 +650,7 @@ RIVALS = 2  # that it counts against at most
 NEAR = 1 / 32  # the probability from which on an account is a rival
 ROUND = 64  # documents of a batch that are weighed, and learned, at once
 AT_WORK = 1 << 16  # sums that are at work at once, unless one document has more
+EVIDENCE = 2.0**-36  # evidence and logs are multiples of it, so sums of them are exact, too
 ACCOUNT = (1 << 23) - 1  # the lower bits of a pair of a document and an account
 
 
@@ -710,21 +730,20 @@ class NaiveBayes:
     """
 
     def __init__(self, alpha: float = ALPHA, beta: float = BETA) -> None:
-        self.alpha, self.beta = alpha, beta
+        self.alpha = alpha
+        self._per_unit = 1 / (GRAIN * np.array([alpha, beta]))
+        self._halved = np.array([1, *[-0.5] * len(KINDS)])
+        self._factors = np.multiply.outer([1, -1], FACTORS)  # for and against
         self.accounts = _numbers()  # account -> number
         self.names: list[str] = []  # (A,) the accounts by number
-        self.token_counts = Counts()  # N(t, a) and M(t, a)
+        self.token_counts = Counts(self._evidence)  # N(t, a) and M(t, a)
         self.sums = np.zeros((0, 1 + len(KINDS)))  # (A and room, 1 + kinds) N(a), T_k(a)
+        self.n_classes = 0  # accounts it can predict: all that were learned but the wholly unlearned
 
     @property
     def class_counts(self) -> np.ndarray:
         """(A,) N(a)."""
         return self.sums[: len(self.names), 0]
-
-    @property
-    def n_classes(self) -> int:
-        """How many accounts it can predict: all that were learned but those wholly unlearned."""
-        return int(np.count_nonzero(self.class_counts))
 
     @property
     def n_tokens(self) -> int:
@@ -737,15 +756,18 @@ class NaiveBayes:
         """The scores of all candidates. There must be a model, that is an account."""
         found = self._look_up(documents)
         n, document = len(found.lengths), found.document
+        if n == 1:
+            return self._score_one(found, labels)
 
         # What narrow rows say: their accounts are the candidates.
         token, column, units = self.token_counts.take(found.row)
+        evidence = self._evidence(found.kind.take(token), column & 1, units)
+        account = column >> 1
         if self.n_classes < len(self.names):  # an account wholly unlearned is no candidate
-            alive = (self.class_counts[column >> 1] > 0).nonzero()[0]
-            token, column, units = token[alive], column[alive], units[alive]
-        evidence = self._evidence(found.kind[token], column & 1, units)
-        owner = document[token]
-        pairs = owner << 23 | column >> 1
+            alive = (self.class_counts[account] > 0).nonzero()[0]
+            token, account, evidence = token[alive], account[alive], evidence[alive]
+        owner = document.take(token)
+        pairs = owner << 23 | account
         lonely = (np.bincount(owner, minlength=n) == 0).nonzero()[0]
         numbers = self._numbered(labels)
         labelled = (numbers >= 0).nonzero()[0]
@@ -754,58 +776,92 @@ class NaiveBayes:
             everyone = lonely[:, np.newaxis] << 23 | self.class_counts.nonzero()[0]
             pairs = np.concatenate([pairs, everyone.ravel(), label])
             evidence = _grown(evidence, len(pairs))
-        order = pairs.argsort()
-        pairs = pairs[order]
-        first = _run_starts(pairs)
-        score = np.add.reduceat(evidence[order], first)
-        pairs, end = pairs[first], len(pairs)
+        order, first, pairs = _grouped(pairs)
+        score = np.add.reduceat(evidence.take(order), first)
         document_of, account = pairs >> 23, pairs & ACCOUNT
         start = _run_starts(document_of)
 
-        # The prior and the normalisers; either of these accounts or, if they are fewer, of all.
-        known = (self.token_counts.rows.values[found.row] > 0).nonzero()[0]
+        # The prior and the normalisers.
+        known = (self.token_counts.rows.values.take(found.row) > 0).nonzero()[0]
         columns = self.sums.shape[1]
         cell = document[known] * columns + found.kind[known] + 1
-        lengths = np.bincount(cell, minlength=n * columns).reshape(n, columns)
-        score += np.einsum("pk,pk->p", self._log_counts(account), _per_kind(lengths)[document_of])
+        lengths = np.bincount(cell, minlength=n * columns).reshape(n, columns).astype(np.float64)
+        lengths[:, 0] = 1
+        logs = self._log_counts(account)
+        score = score + np.einsum("pk,pk->p", logs, lengths.take(document_of, axis=0))
 
         # What wide rows say of the candidates.
         wide = self.token_counts.is_wide(found.row).nonzero()[0]
         if len(wide):
             of = document[wide]
             token, at = _ranges(start[of], np.diff(start, append=len(pairs))[of])
-            token = wide[token]
-            np.add.at(score, at, self._wide_evidence(found, token, account[at]))
+            token = self.token_counts.rows.keys.take(found.row[wide].take(token))
+            said = self.token_counts.asked(token, account.take(at))
+            score += np.bincount(at, said, minlength=len(score))
 
+        score = score * EVIDENCE
         at = pairs.searchsorted(label)
         label_score = score[at]
-        once = np.diff(first, append=end)[at] == 1
+        once = np.diff(first, append=len(order))[at] == 1
         score[at[once]] = -np.inf
         return Scores(document_of, account, score, start, labelled, at, label_score)
 
-    def _evidence(self, kind: np.ndarray, against: np.ndarray, units: np.ndarray) -> np.ndarray:
-        """What sums for or against an account say; exact in sums, too."""
-        per_unit = 1 / (GRAIN * np.array([self.alpha, self.beta]))
-        factors = np.multiply.outer([1, -1], FACTORS)
-        return _rounded(root_log(units * per_unit[against]) * factors[against, kind])
+    def _score_one(self, found: LookedUp, labels: Sequence[str]) -> Scores:
+        """As joint_log_likelihood, of one document: the same in fewer steps."""
+        spans, sizes, kinds, wide = [np.zeros(0, dtype=np.int64)], [0], [0], []
+        lengths = np.zeros(1 + len(KINDS))
+        lengths[0] = 1
+        values = self.token_counts.rows.values.take(found.row).tolist()
+        for kind, row, value in zip(found.kind.tolist(), found.row, values, strict=True):
+            if value:
+                lengths[1 + kind] += 1
+            if value > SIZE:
+                start, size = value >> 24, value & SIZE
+                spans.append(self.token_counts.entries[start : start + size])
+                sizes.append(size)
+                kinds.append(kind)
+            elif value:
+                wide.append(row)
+        entries = np.concatenate(spans)
+        column = entries >> 40
+        evidence = self._evidence(np.array(kinds).repeat(sizes), column & 1, entries & UNITS)
+        order, first, account = _grouped(column >> 1)
+        score = np.add.reduceat(evidence.take(order), first)
+        if self.n_classes < len(self.names):  # an account wholly unlearned is no candidate
+            alive = self.class_counts[account] > 0
+            account, score = account[alive], score[alive]
+        if not len(account):
+            account = self.class_counts.nonzero()[0]
+            score = np.zeros(len(account))
+        numbers = [number for number in map(self._number, labels) if number >= 0]
+        label = account.searchsorted(numbers)
+        alien = label[account.take(label, mode="clip") != numbers]
+        if len(alien):
+            account, score = np.insert(account, label, numbers), np.insert(score, label, 0)
+        score = score + self._log_counts(account) @ lengths
+        if wide:
+            tokens = self.token_counts.rows.keys[wide][:, np.newaxis]
+            score += self.token_counts.asked(tokens, account).sum(axis=0)
+        score *= EVIDENCE
+        label_score = score[label]
+        score[alien] = -np.inf
+        zeros = np.zeros(len(account), dtype=np.int64)
+        return Scores(zeros, account, score, zeros[:1], zeros[: len(label)], label, label_score)
 
-    def _wide_evidence(
-        self, found: LookedUp, token: np.ndarray, account: np.ndarray
-    ) -> np.ndarray:
-        """What these tokens of wide rows say of each of these accounts."""
-        row, kind = found.row[token], found.kind[token]
-        against = np.array([[0], [1]])
-        units = self.token_counts.units(row, 2 * account + against)
-        return self._evidence(kind, against, units).sum(axis=0)
+    def _evidence(self, kind: np.ndarray, against: np.ndarray, units: np.ndarray) -> np.ndarray:
+        """What sums for or against an account say, in units of EVIDENCE."""
+        said = root_log(units * self._per_unit.take(against))
+        return _in_units(said * self._factors.take(against * len(KINDS) + kind))
 
     def _log_counts(self, account: np.ndarray) -> np.ndarray:
-        """(p, 1 + kinds) log N(a), and log (T_k(a) + alpha V_k) of each kind, of p accounts."""
-        smoothing = np.append(0, self.alpha * self.token_counts.occupied)
-        smoothing[1:][smoothing[1:] == 0] = 1  # a kind without known tokens has no use for its log
-        if len(account) > len(self.names):  # it is quicker to take all accounts' logs
-            with np.errstate(divide="ignore"):  # an account wholly unlearned: log 0
-                return _rounded(np.log(self.sums[: len(self.names)] + smoothing))[account]
-        return _rounded(np.log(self.sums[account] + smoothing))
+        """(p, 1 + kinds) log N(a), and - 1/2 log (T_k(a) + alpha V_k), in units of EVIDENCE."""
+        if len(account) <= len(self.names):
+            sums = self.sums.take(account, axis=0) + self._smoothing
+            return _in_units(np.log(sums) * self._halved)
+        with np.errstate(divide="ignore"):  # all accounts', one may be wholly unlearned: log 0
+            sums = self.sums[: len(self.names)] + self._smoothing
+            logs = _in_units(np.log(sums) * self._halved)
+        return logs.take(account, axis=0)
 
     def _look_up(
         self,
@@ -825,25 +881,26 @@ class NaiveBayes:
         The difference between two accounts' terms is a list of log-odds that add up to the
         difference of their scores. The terms of an unknown token are 0.
         """
-        found = self._look_up([document])
-        accounts = np.asarray(accounts)
-        terms = np.zeros((len(document), len(accounts)))
-        token, column, units = self.token_counts.take(found.row)
+        found, accounts = self._look_up([document]), np.asarray(accounts)
+        counts, tokens = self.token_counts, np.array(document)
+        logs = self._log_counts(accounts).T
+        terms = np.zeros((len(tokens), len(accounts)))
+        known = (counts.rows.values[found.row] > 0).nonzero()[0]
+        terms[known] = logs[1 + found.kind[known]]
+        token, column, units = counts.take(found.row)
         evidence = self._evidence(found.kind[token], column & 1, units)
         entry, place = (column[:, np.newaxis] >> 1 == accounts).nonzero()
         np.add.at(terms, (token[entry], place), evidence[entry])
-        for i in self.token_counts.is_wide(found.row).nonzero()[0]:
-            terms[i] = self._wide_evidence(found, np.array([i]), accounts)
-        logs = self._log_counts(accounts) * _per_kind(np.ones(self.sums.shape[1]))
-        known = (self.token_counts.rows.values[found.row] > 0).nonzero()[0]
-        terms[known] += logs.T[1 + found.kind[known]]
-        return np.vstack([logs[:, 0], terms]).T
+        wide = counts.is_wide(found.row).nonzero()[0]
+        terms[wide] += counts.asked(tokens[wide, np.newaxis], accounts)
+        return np.vstack([logs[:1], terms]).T * EVIDENCE
 
     def predict(self, documents: Sequence[Sequence[int]]) -> list[str]:
         """The most probable account of each document. There must be a model, that is an account."""
+        found = self._look_up(documents)
         return [
             self.names[account]
-            for part in self._parts(self._look_up(documents))
+            for part in (self._parts(found) if len(documents) > 1 else [found])
             for account in self._best(self.joint_log_likelihood(part))[0].tolist()
         ]
 
@@ -895,7 +952,7 @@ class NaiveBayes:
         if not self.n_classes:
             return [Assessment(None, None, None, 0)] * len(labels), []
         made, parts = [], []
-        for documents in self._parts(found):
+        for documents in self._parts(found) if len(labels) > 1 else [found]:
             n = len(documents.lengths)
             scores = self.joint_log_likelihood(documents, labels[len(made) :][:n])
             best, lead = self._best(scores)
@@ -924,9 +981,11 @@ class NaiveBayes:
 
     def _numbered(self, accounts: Sequence[str]) -> np.ndarray:
         """(n,) their numbers, -1 for those that are not known."""
-        numbers = np.array([self.accounts.get(account, -1) for account in accounts], dtype=np.int64)
-        numbers[self.class_counts[numbers] == 0] = -1
-        return numbers
+        return np.array([*map(self._number, accounts)], dtype=np.int64)
+
+    def _number(self, account: str) -> int:
+        number = self.accounts.get(account, -1)
+        return number if number >= 0 and self.sums[number, 0] else -1
 
     def weigh(self, documents: Sequence[Sequence[int]], labels: Sequence[str]) -> list[Lesson]:
         """What documents are to count for their labels, and against which rivals.
@@ -945,8 +1004,8 @@ class NaiveBayes:
         score = scores.score / SOFTENING
         score[scores.label] = scores.label_score / SOFTENING
         highest = np.maximum.reduceat(score, scores.start)
-        posterior = _rounded(np.exp(score - highest[scores.document]))
-        posterior /= np.add.reduceat(posterior, scores.start)[scores.document]
+        posterior = _in_units(np.exp(score - highest.take(scores.document)))
+        posterior /= np.add.reduceat(posterior, scores.start).take(scores.document)
         weights, against = np.ones(len(labels)), [[] for _ in labels]
         surprise = np.rint(GRAIN * SHARE * (1 - posterior[scores.label])) / GRAIN
         weights[scores.labelled] = np.maximum(FLOOR, surprise)
@@ -983,6 +1042,7 @@ class NaiveBayes:
             for i, lesson in enumerate(lessons)
             for rival in lesson.against
         ]
+        all_alive = sign > 0 and self.n_classes == len(self.names)
         self.names += islice(self.accounts, len(self.names), None)
         if len(self.names) > len(self.sums):
             self.sums = _grown(self.sums, len(self.names) * 3 // 2, self.sums.shape[1])
@@ -997,6 +1057,7 @@ class NaiveBayes:
         units = np.concatenate([units, np.full(len(loser), sign * GRAIN)])
         of, token = _ranges(found.start[document], found.lengths[document])
         self.token_counts.add(found.row[token], column[of], units[of])
+        self._count(all_alive)
 
     def book(
         self,
@@ -1035,11 +1096,22 @@ class NaiveBayes:
         self.accounts = _numbers({name: number for number, name in enumerate(self.names)})
         self.sums = state["sums"]
         self.token_counts.restore(state)
+        self._count()
+
+    def _count(self, all_alive: bool = False) -> None:
+        """Has what follows from the sums; are all accounts known to have some?"""
+        counts, occupied = self.class_counts, self.token_counts.occupied
+        self.n_classes = len(counts) if all_alive else int(np.count_nonzero(counts))
+        # A kind without known tokens has no use for its log, which must be finite.
+        self._smoothing = np.append(0, np.where(occupied, self.alpha * occupied, 1))
 
 
 def root_log(x: np.ndarray) -> np.ndarray:
     """8 ((1 + x) ** (1 / 8) - 1): a little above log (1 + x), and the same on every machine."""
-    return 8 * (np.sqrt(np.sqrt(np.sqrt(1 + x))) - 1)
+    root = 1 + x
+    for _ in range(3):
+        np.sqrt(root, out=root)
+    return 8 * (root - 1)
 
 
 def rounds(n: int) -> list[slice]:
@@ -1052,16 +1124,10 @@ def rounds(n: int) -> list[slice]:
     return [slice(start, n, step) for start in range(step)]
 
 
-def _per_kind(lengths: np.ndarray) -> np.ndarray:
-    """What the logs of an account's counts count: once N(a), minus half each token's T_k(a)."""
-    weights = lengths * -0.5
-    weights[..., 0] = 1
-    return weights
-
-
-def _rounded(numbers: np.ndarray) -> np.ndarray:
-    """Rounded to multiples of 2 ** -36, so that sums of them are exact in any order, too."""
-    return np.rint(numbers * 2.0**36) * 2.0**-36
+def _in_units(numbers: np.ndarray) -> np.ndarray:
+    """In units of EVIDENCE, and so whole that sums are exact: the same in any order."""
+    units = numbers * (1 / EVIDENCE)
+    return np.rint(units, out=units)
 
 
 def _numbers(known: Mapping[Hashable, int] = {}) -> defaultdict:
