@@ -370,8 +370,6 @@ class Table:
     table is wide, are in `values[slot]`, all 0 as long as there are none.
     """
 
-    PROBES = np.array([[0], [1], [3], [6]])  # that are looked at in one go
-
     def __init__(self, *width: int, slots: int = 2) -> None:
         self.keys = np.zeros(slots, dtype=np.int64)  # 0 where a slot is free
         self.values = np.zeros((slots, *width), dtype=np.int64)
@@ -387,18 +385,27 @@ class Table:
     def find(self, keys: np.ndarray) -> np.ndarray:
         """(m,) the slot of each key, or the free one that it would get."""
         last = len(self.keys) - 1
-        slots = (keys + self.PROBES) & last
+        slots = keys & last
         there = self.keys.take(slots)
-        ends = (there == keys) | (there == 0)
-        slots = slots[ends.argmax(axis=0), np.arange(len(keys))]
-        far = (~ends.any(axis=0)).nonzero()[0]
-        step = len(self.PROBES)
-        while len(far):
-            slots[far] = at = keys[far] + step * (step + 1) // 2 & last
-            there = self.keys[at]
-            far = far[(there != keys[far]) & (there != 0)]
+        far = ((there != keys) & (there != 0)).nonzero()[0]
+        step = 0
+        while len(far) > 32:
             step += 1
+            slots[far] = at = slots[far] + step & last
+            there = self.keys.take(at)
+            far = far[(there != keys[far]) & (there != 0)]
+        if len(far):  # one after the other is faster for a few
+            slots[far] = [*map(self.find_one, keys[far].tolist())]
         return slots
+
+    def find_one(self, key: int) -> int:
+        """As find, for one key."""
+        last, key_at = len(self.keys) - 1, self.keys.item
+        slot, step = key & last, 0
+        while key_at(slot) not in (key, 0):
+            step += 1
+            slot = slot + step & last
+        return slot
 
     def insert(
         self,
@@ -731,9 +738,9 @@ class NaiveBayes:
 
     def __init__(self, alpha: float = ALPHA, beta: float = BETA) -> None:
         self.alpha = alpha
-        self._per_unit = 1 / (GRAIN * np.array([alpha, beta]))
-        self._halved = np.array([1, *[-0.5] * len(KINDS)])
-        self._factors = np.multiply.outer([1, -1], FACTORS)  # for and against
+        self._per_unit = np.tile(1 / (GRAIN * np.array([alpha, beta])), len(KINDS))
+        self._factors = np.multiply.outer(FACTORS, [1, -1]).ravel() / EVIDENCE  # for and against
+        self._shares = np.array([1, *[-0.5] * len(KINDS)]) / EVIDENCE  # of logs in a score
         self.accounts = _numbers()  # account -> number
         self.names: list[str] = []  # (A,) the accounts by number
         self.token_counts = Counts(self._evidence)  # N(t, a) and M(t, a)
@@ -755,9 +762,10 @@ class NaiveBayes:
     ) -> Scores:
         """The scores of all candidates. There must be a model, that is an account."""
         found = self._look_up(documents)
-        n, document = len(found.lengths), found.document
+        n = len(found.lengths)
         if n == 1:
             return self._score_one(found, labels)
+        document = found.document
 
         # What narrow rows say: their accounts are the candidates.
         token, column, units = self.token_counts.take(found.row)
@@ -812,7 +820,7 @@ class NaiveBayes:
         lengths = np.zeros(1 + len(KINDS))
         lengths[0] = 1
         values = self.token_counts.rows.values.take(found.row).tolist()
-        for kind, row, value in zip(found.kind.tolist(), found.row, values, strict=True):
+        for kind, row, value in zip(found.kind.tolist(), found.row.tolist(), values, strict=True):
             if value:
                 lengths[1 + kind] += 1
             if value > SIZE:
@@ -825,8 +833,9 @@ class NaiveBayes:
         entries = np.concatenate(spans)
         column = entries >> 40
         evidence = self._evidence(np.array(kinds).repeat(sizes), column & 1, entries & UNITS)
-        order, first, account = _grouped(column >> 1)
-        score = np.add.reduceat(evidence.take(order), first)
+        met = column >> 1
+        account = np.bincount(met).nonzero()[0]
+        score = np.bincount(met, evidence).take(account)
         if self.n_classes < len(self.names):  # an account wholly unlearned is no candidate
             alive = self.class_counts[account] > 0
             account, score = account[alive], score[alive]
@@ -850,17 +859,19 @@ class NaiveBayes:
 
     def _evidence(self, kind: np.ndarray, against: np.ndarray, units: np.ndarray) -> np.ndarray:
         """What sums for or against an account say, in units of EVIDENCE."""
-        said = root_log(units * self._per_unit.take(against))
-        return _in_units(said * self._factors.take(against * len(KINDS) + kind))
+        which = 2 * kind + against
+        said = root_log(units * self._per_unit.take(which))
+        said *= self._factors.take(which)
+        return np.rint(said, said)
 
     def _log_counts(self, account: np.ndarray) -> np.ndarray:
         """(p, 1 + kinds) log N(a), and - 1/2 log (T_k(a) + alpha V_k), in units of EVIDENCE."""
         if len(account) <= len(self.names):
             sums = self.sums.take(account, axis=0) + self._smoothing
-            return _in_units(np.log(sums) * self._halved)
+            return np.rint(np.log(sums) * self._shares)
         with np.errstate(divide="ignore"):  # all accounts', one may be wholly unlearned: log 0
             sums = self.sums[: len(self.names)] + self._smoothing
-            logs = _in_units(np.log(sums) * self._halved)
+            logs = np.rint(np.log(sums) * self._shares)
         return logs.take(account, axis=0)
 
     def _look_up(
@@ -872,7 +883,10 @@ class NaiveBayes:
             return documents
         tokens = np.fromiter(chain.from_iterable(documents), dtype=np.int64)
         lengths = np.array([len(document) for document in documents], dtype=np.int64)
-        row = (rows_of or self.token_counts.rows.find)(tokens)
+        if len(documents) == 1 and not rows_of:
+            row = np.array([*map(self.token_counts.rows.find_one, documents[0])], dtype=np.int64)
+        else:
+            row = (rows_of or self.token_counts.rows.find)(tokens)
         return LookedUp(lengths, tokens >> KIND_SHIFT, row)
 
     def terms(self, document: Sequence[int], accounts: np.ndarray) -> np.ndarray:
@@ -1004,7 +1018,7 @@ class NaiveBayes:
         score = scores.score / SOFTENING
         score[scores.label] = scores.label_score / SOFTENING
         highest = np.maximum.reduceat(score, scores.start)
-        posterior = _in_units(np.exp(score - highest.take(scores.document)))
+        posterior = np.rint(np.exp(score - highest.take(scores.document)) / EVIDENCE)
         posterior /= np.add.reduceat(posterior, scores.start).take(scores.document)
         weights, against = np.ones(len(labels)), [[] for _ in labels]
         surprise = np.rint(GRAIN * SHARE * (1 - posterior[scores.label])) / GRAIN
@@ -1110,8 +1124,10 @@ def root_log(x: np.ndarray) -> np.ndarray:
     """8 ((1 + x) ** (1 / 8) - 1): a little above log (1 + x), and the same on every machine."""
     root = 1 + x
     for _ in range(3):
-        np.sqrt(root, out=root)
-    return 8 * (root - 1)
+        np.sqrt(root, root)
+    root -= 1
+    root *= 8
+    return root
 
 
 def rounds(n: int) -> list[slice]:
@@ -1122,12 +1138,6 @@ def rounds(n: int) -> list[slice]:
     """
     step = -(-n // ROUND)
     return [slice(start, n, step) for start in range(step)]
-
-
-def _in_units(numbers: np.ndarray) -> np.ndarray:
-    """In units of EVIDENCE, and so whole that sums are exact: the same in any order."""
-    units = numbers * (1 / EVIDENCE)
-    return np.rint(units, out=units)
 
 
 def _numbers(known: Mapping[Hashable, int] = {}) -> defaultdict:
