@@ -1403,8 +1403,7 @@ class Calibration:
         )  # suggestions of everybody's
         self._right = np.zeros((len(SPECIFICITY), self.BINS), dtype=np.int64)
         self._ranks = np.zeros(self.RANKS + 1, dtype=np.int64)  # of the others' accounts, 0: beyond
-        self._cells = Vocabulary.with_room(0)  # of a company, a specificity or an account, a bin
-        self._own = np.zeros((len(self._cells.tokens), 2), dtype=np.int32)  # all, right of each
+        self._own = Table(2)  # of a company, a specificity or an account, a bin: all, right
         self._shares: dict[int, np.ndarray] = {}  # specificity -> (BINS,) p0, until it changes
 
     def add(self, rows: np.ndarray, sign: int = 1) -> None:
@@ -1422,8 +1421,7 @@ class Calibration:
         own = rows["specificity"] > 0  # else it says nothing of the company
         cells = self._cells_of(rows[own], np.array([0])).ravel()
         sums = np.column_stack([own[own], hit[own]]).repeat(2, axis=0)
-        at = self._inserted(cells)
-        np.add.at(self._own, at, sign * sums)
+        np.add.at(self._own.values, self._own.insert(cells), sign * sums)
 
     def _cells_of(self, rows: np.ndarray, near: np.ndarray) -> np.ndarray:
         """(n, 2, k) cells of n rows, by specificity and by account, in k wide bins near it."""
@@ -1436,21 +1434,11 @@ class Calibration:
         cells *= np.uint64(0x9E3779B97F4A7C15)  # spreads them over the table's slots
         return (cells ^ cells >> 40).astype(np.int64) & (1 << 63) - 1
 
-    def _inserted(self, cells: np.ndarray) -> np.ndarray:
-        """(m,) the rows of cells, which are there from now on."""
-        rows = self._cells.add(cells)
-        if rows is None:
-            live = self._own[:, 0].nonzero()[0]  # the others are dropped
-            self._cells, moved, rows = self._cells.renewed(live, cells)
-            own = np.zeros((len(self._cells.tokens), 2), dtype=np.int32)
-            own[moved] = self._own[live]
-            self._own = own
-        return rows
-
     def _own_of(self, rows: np.ndarray) -> np.ndarray:
         """(n, 2, 2) the company's own, by specificity and by account: all, right."""
         cells = self._cells_of(rows, np.array([-1, 0, 1]))
-        return self._own[self._cells.find(cells.ravel())].reshape(*cells.shape, 2).sum(axis=2)
+        found = self._own.values[self._own.find(cells.ravel())]
+        return found.reshape(*cells.shape, 2).sum(axis=2)
 
     def state(self) -> Arrays:
         """All that it has counted; arrays that are its own."""
@@ -1458,15 +1446,15 @@ class Calibration:
             "suggestions": self._all,
             "suggestions_right": self._right,
             "ranks": self._ranks,
-            "cells": self._cells.tokens,
-            "own": self._own,
+            "own_cells": self._own.keys,
+            "own": self._own.values,
         }
 
     def restore(self, state: Arrays) -> None:
         """Takes over what another had counted."""
         self._all, self._right = state["suggestions"], state["suggestions_right"]
-        self._ranks, self._own = state["ranks"], state["own"]
-        self._cells, self._shares = Vocabulary(state["cells"]), {}
+        self._ranks, self._shares = state["ranks"], {}
+        self._own = Table.of(state["own_cells"], state["own"])
 
     def confidence(self, rows: np.ndarray) -> np.ndarray:
         """(n,) the probability that each suggestion is right, from the rows that it would get.
@@ -1612,10 +1600,10 @@ def confused(rows: np.ndarray, accounts: Sequence[str], most: int = 10) -> list[
 #
 #   {"seq": 2, "batch": "june-1", "left": 0, "sample": {"CompanyId": "acme", "BankEntryText":
 #     "Office rent June", "BankEntryAmount": "> -10000", "AccountNumber": "6300"}, "predicted":
-#     "6300", "margin": 19.1832, "confidence": 0.0, "rank": 1, "known": 5, "weight": 0.03125,
-#     "against": {"7140": 0.001953125}, "crc": 4002900356}
+#     "6300", "margin": 19.1832, "confidence": 0.0, "rank": 1, "known": 5, "weight": 0.015625,
+#     "against": [], "crc": 0}
 #   {"seq": 3, "batch": 3, "left": 0, "corrects": 2, "AccountNumber": "7140", "weight":
-#     0.7490234375, "against": {"6300": 0.9990234375}, "crc": 2220480574}
+#     0.7490234375, "against": ["6300"], "crc": 0}
 #   {"seq": 3, "batch": 3, "left": 0, "crc": 4241497597}            ...
 #
 # First comes a line's place, then the record, then the CRC-32 of all before it. `seq` counts lines
@@ -2100,7 +2088,7 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 # --------------------------------------------------------------------------------------- Snapshot
 
-FORMAT = 5  # of snapshots
+FORMAT = 6  # of snapshots
 
 
 class Snapshot:
@@ -2485,9 +2473,7 @@ class Books:
     def predict(self, samples: Iterable[Sample]) -> list[str]:
         """The most probable account of each sample. Raises NotReady while there is no model."""
         accounts: list[str] = []
-        documents = map(tokens, samples)
-        # The more accounts, the fewer at a time, for others wait for the model, too.
-        while chunk := list(islice(documents, self.model.at_once)):
+        for chunk in chunks(map(self.tokens, samples), CHUNK):
             with self.at_rest() as model:
                 accounts += model.predict(chunk)
                 self.counters["predictions"] += len(chunk)
@@ -2514,7 +2500,7 @@ def _record(sample: Sample, assessment: Assessment, **counts: object) -> dict:
 def _lesson(record: dict) -> Lesson:
     """What a booking or a correction counts; what nobody has looked at counts 0."""
     account = record[TARGET] if "corrects" in record else record["sample"][TARGET]
-    return Lesson(account, record.get("weight", 0.0), record.get("against", {}))
+    return Lesson(account, record.get("weight", 0.0), record.get("against", ()))
 
 
 def check_records(records: Sequence[dict], line: int) -> Iterator[Damage]:
@@ -2555,13 +2541,13 @@ def _check_booking(record: dict) -> None:
         raise ValueError("no account can have that rank")
 
 
-def _check_counts(weight: float, against: dict[str, float]) -> None:
-    if not all(
-        1 / GRAIN <= each <= 1 and each * GRAIN % 1 == 0 for each in (weight, *against.values())
-    ):
+def _check_counts(weight: float, against: list[str]) -> None:
+    if not FLOOR <= weight <= 1 or weight * GRAIN % 1:
         raise ValueError("no booking can have that weight")
-    if not all(against):
-        raise ValueError("an account is empty")
+    if len({*against}) < len(against) or len(against) > RIVALS:
+        raise ValueError("no booking can count against these")
+    for account in against:
+        check_sample({TARGET: account}, (TARGET,))
 
 
 # ------------------------------------------------------------------------------------- Bookkeeper
@@ -2868,16 +2854,16 @@ def suggest(
     """
     answers: list[dict[str, object]] = []
     # Reasons take long, and others wait for the model, too.
-    for chunk in chunks(samples, 1 if with_reasons else books.model.at_once):
-        documents = [*map(tokens, chunk)]
+    for chunk in chunks(samples, 1 if with_reasons else CHUNK):
+        documents = [*map(books.tokens, chunk)]
         with books.at_rest() as model:
-            scores = model.joint_log_likelihood(documents)
-            best = model.top(scores, max(top, 2))
-            scores = np.take_along_axis(scores, best, axis=1).tolist()
+            best = model.top(documents, max(top, 2))
+            scores = [[score for score, _ in row] for row in best]
+            numbers = [[number for _, number in row] for row in best]
             known = model.specificity(documents).tolist()
-            pairs = zip(documents, best, strict=True)
+            pairs = zip(documents, numbers, strict=True)
             terms = [model.terms(*pair) if with_reasons else None for pair in pairs]
-            accounts = [[model.names[number] for number in row] for row in best.tolist()]
+            accounts = [[model.names[number] for number in row] for row in numbers]
             leads = [row[0] - row[1] if len(row) > 1 else None for row in scores]
             firsts = [row[0] for row in accounts]
             made = map(Assessment, firsts, leads, repeat(None), known)
