@@ -846,9 +846,9 @@ class NaiveBayes:
         """How many documents to score at once: few enough to stay in a processor's cache."""
         return max(1, min(128, CELLS // max(1, len(self.names))))
 
-    def _blocks(self, n: int) -> Iterator[slice]:
+    def _blocks(self, n: int) -> list[slice]:
         step = self.at_once
-        return (slice(start, start + step) for start in range(0, n, step))
+        return [slice(start, start + step) for start in range(0, n, step)]
 
     def _best(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(n,) the account of the highest of (n, A) scores, and (n,) its lead over the second.
@@ -901,7 +901,7 @@ class NaiveBayes:
                 ranks[i] = np.count_nonzero(scores[i] >= scores[i, booked[i]])
             made += map(
                 Assessment,
-                [self.names[account] for account in best.tolist()],
+                map(self.names.__getitem__, best.tolist()),
                 [margin if margin < np.inf else None for margin in lead.round(4).tolist()],
                 [rank or None for rank in ranks.tolist()],
                 self.specificity(documents).tolist(),
@@ -916,7 +916,7 @@ class NaiveBayes:
 
     def _numbered(self, accounts: Sequence[str]) -> np.ndarray:
         """(n,) their numbers, -1 for those that are not known."""
-        numbers = np.array([self.accounts.get(account, -1) for account in accounts], dtype=np.int64)
+        numbers = np.fromiter(map(self.accounts.get, accounts, repeat(-1)), dtype=np.int64)
         numbers[self.class_counts[numbers] == 0] = -1
         return numbers
 
@@ -1022,8 +1022,9 @@ class NaiveBayes:
         assessments, scores = self._assess(found, labels)
         if len(documents) > min(ROUND, self.at_once):
             scores = None  # they are of another model by then, or of some documents only
-        for part in rounds(len(documents)):
-            taken = found.part(part)
+        parts = rounds(len(documents))
+        for part in parts:
+            taken = found.part(part) if len(parts) > 1 else found
             lessons = self.weigh(taken, labels[part], scores)
             with changing():  # for him who takes them, too: should he fail, it is half a change
                 self.learn(taken, lessons)
@@ -1140,21 +1141,35 @@ class History:
         numbers for new names, which are -1 here.
         """
         rows = np.zeros(len(records), dtype=self.ROW)
-        company, predicted = self.companies.get, self.accounts.get
-        rows[["company", "predicted", "confidence", "specificity", "rank", "reviewed"]] = [
+        company, predicted, ranks = (
+            self.companies.get,
+            self.accounts.get,
+            range(Calibration.RANKS + 1),
+        )
+        rows[
+            [
+                "company",
+                "predicted",
+                "confidence",
+                "specificity",
+                "rank",
+                "score_weight",
+                "reviewed",
+            ]
+        ] = [
             (
                 company(r["sample"]["CompanyId"], -1),
                 predicted(r["predicted"], -1),
                 r["confidence"] or 0,
                 r["known"],
-                in_ranks(r["rank"]),
+                r["rank"] if r["rank"] in ranks else 0,
+                SCORE_WEIGHTS[r["sample"].get(BOOKED_BY, "person")],
                 "reviewed" not in r,
             )
             for r in records
         ]
-        rows["score_weight"] = [score_weight(record["sample"]) for record in records]
-        margins = np.array([record["margin"] or 0 for record in records], dtype=np.float64)
-        rows["bin"] = Calibration.bins(margins / [len(document) for document in documents])
+        margins = [(r["margin"] or 0) / len(d) for r, d in zip(records, documents, strict=True)]
+        rows["bin"] = Calibration.bins(margins)
         return rows
 
     def append(self, rows: np.ndarray, records: Sequence[dict]) -> None:
@@ -1660,46 +1675,48 @@ class Log:
         self._cut_back()
         logger.warning("%s, line %d: %s; they are kept in %s", self.path, *end[:2], path)
 
-    def append(
-        self, batches: Sequence[tuple[str | None, Sequence[dict]]], durable: bool = True
-    ) -> list[dict]:
+    def append(self, batches: Iterable[tuple[str | None, Sequence[dict]]]) -> list[dict]:
         """Writes batches, with or without a key, with one fsync: then they are on disk.
 
         The answer is all records with their places. Raises OSError if they could not be written;
-        then the log is as it was before, unless the error says that it may not be. Batches that
-        need not be `durable` are not on disk before the next fsync.
+        then the log is as it was before, unless the error says that it may not be.
         """
         placed = self.place(batches)
-        self.write(placed, durable)
-        return [record for batch in placed for record in batch.records]
+        self.write(placed)
+        records: list[dict] = []
+        for batch in placed:
+            records += batch.records
+        return records
 
     def place(self, batches: Iterable[tuple[str | None, Sequence[dict]]]) -> list["Batch"]:
         """The batches as they would stand behind all others."""
-        placed, first = [], len(self)
+        placed, seq = [], len(self._starts)
         for key, records in batches:
-            end = first + len(records)
-            batch = first if key is None else key
-            records = [
-                {"seq": seq, "batch": batch, "left": end - seq - 1, **record}
-                for seq, record in enumerate(records, start=first)
-            ]
-            lines = [_sealed(_encode(record)[:-1].encode()) for record in records]
-            placed.append(Batch(records, lines, first + 1))
-            first = end
+            batch = Batch([], [], seq + 1)
+            name, left = seq if key is None else key, len(records)
+            for record in records:
+                left -= 1
+                batch.records.append({"seq": seq, "batch": name, "left": left, **record})
+                batch.lines.append(_sealed(_encode(batch.records[-1])[:-1].encode()))
+                seq += 1
+            placed.append(batch)
         return placed
 
     def write(self, batches: Sequence["Batch"], durable: bool = True) -> None:
-        """Writes what was placed. Raises OSError, as append does."""
+        """Writes what was placed. Raises OSError, as append does.
+
+        What need not be `durable` is not on disk before the next fsync.
+        """
         self._require_place()
         if self._torn:
             self._cut_back()
         try:
-            self._torn = True
-            unwritten = memoryview(b"".join([line for batch in batches for line in batch.lines]))
-            at = self.size
-            while unwritten:
-                written = os.pwrite(self._file, unwritten, at)
-                unwritten, at = unwritten[written:], at + written
+            self._torn, at = True, self.size
+            for batch in batches:
+                unwritten = memoryview(b"".join(batch.lines))
+                while unwritten:
+                    written = os.pwrite(self._file, unwritten, at)
+                    unwritten, at = unwritten[written:], at + written
             if durable:
                 started = time.perf_counter()
                 os.fsync(self._file)
@@ -1805,14 +1822,14 @@ class Log:
 
     def _keep(self, batch: "Batch") -> None:
         """Counts a whole batch that stands behind all others."""
-        first = len(self)
+        first = len(self._starts)
         with self._lock:
             for line in batch.lines:
                 self._starts.append(self.size)
                 self.size += len(line)
         key = batch.records[0]["batch"] if batch.records else None
         if isinstance(key, str):  # its sender's; from now on, another thread may find it
-            self._keys[key] = range(first, len(self))
+            self._keys[key] = range(first, len(self._starts))
             if len(self._keys) > MAX_KEYS:
                 self._keys.popitem(last=False)
 
@@ -2260,20 +2277,18 @@ class Books:
 
         If it raises, nothing is learned.
         """
-        documents = [*map(tokens, samples)]
+        documents, labels = [*map(tokens, samples)], [sample[TARGET] for sample in samples]
         records: list[dict] = [{}] * len(samples)
         seen, unseen, learned = [], [], []
         for i, sample in enumerate(samples):
             (seen if score_weight(sample) else unseen).append(i)
-
-        def chosen(numbers: list[int]) -> tuple[list[list[int]], list[str]]:
-            return [documents[i] for i in numbers], [samples[i][TARGET] for i in numbers]
-
         try:
             if unseen:
-                for i, made in zip(unseen, self.model.assess(*chosen(unseen)), strict=True):
-                    records[i] = _record(samples[i], made, reviewed=False)
-            for part, assessments, lessons in self.model.book(*chosen(seen), self.changing):
+                made = self.model.assess(_at(documents, unseen), _at(labels, unseen))
+                for i, assessment in zip(unseen, made, strict=True):
+                    records[i] = _record(samples[i], assessment, reviewed=False)
+            rounds = self.model.book(_at(documents, seen), _at(labels, seen), self.changing)
+            for part, assessments, lessons in rounds:
                 for i, made, (_, weight, against) in zip(
                     seen[part], assessments, lessons, strict=True
                 ):
@@ -2297,9 +2312,10 @@ class Books:
             self.counters["booked"] += len(rows)
             self.counters["scored"] += int(weights.sum())
             self.counters["scored_right"] += int(weights @ (rows["booked"] == rows["predicted"]))
-            if records:
-                last = records[-1]["batch"]
-                self.last_batch = next(r["seq"] for r in records if r["batch"] == last)
+            for record in reversed(records):
+                if record["batch"] != records[-1]["batch"]:
+                    break
+                self.last_batch = record["seq"]
 
     def undo(self, records: Iterable[dict]) -> None:
         """Unlearns bookings, as they stand."""
@@ -2423,6 +2439,10 @@ class Books:
         rows = self.history.draft([*map(_record, asked, made)], documents)
         sure = self.calibration.shared(self.calibration.confidence(rows))
         return sure.round(4).tolist(), self.calibration.evidence_counts(rows)
+
+
+def _at(items: Sequence[T], numbers: Iterable[int]) -> list[T]:
+    return [*map(items.__getitem__, numbers)]
 
 
 def _record(sample: Sample, assessment: Assessment, **counts: object) -> dict:
@@ -2598,7 +2618,8 @@ class Bookkeeper:
         """What comes of a change, made by the writer's thread. Raises what it raises, NotReady."""
 
         def made() -> T:
-            self._require_whole()
+            if self.books.broken:
+                raise NotReady(RESTART)
             return make()
 
         return self.writer.submit(Change(Future(), made))
@@ -2650,25 +2671,21 @@ class Bookkeeper:
 
     # What the writer's thread does
 
-    def _require_whole(self) -> None:
+    def _book(self, group: list[BookRequest]) -> None:
         if self.books.broken:
             raise NotReady(RESTART)
-
-    def _book(self, group: list[BookRequest]) -> None:
-        self._require_whole()
         self.order.in_order(partial(self._store, group))
 
     def _store(self, group: list[BookRequest]) -> None:
         """Answers requests of different keys, but those that are answered by now."""
-        group = [each for each in group if not each.done.done() and not self._is_repeated(each)]
+        group = [each for each in group if not (each.done.done() or self._is_repeated(each))]
         if not group:
             return
-        records, rows = self.books.draft([*chain.from_iterable(each.samples for each in group)])
+        records, rows = self.books.draft([sample for each in group for sample in each.samples])
         try:
             rest = iter(records)
-            records = self.log.append(
-                [(each.key, [*islice(rest, len(each.samples))]) for each in group]
-            )
+            batches = [(each.key, [*islice(rest, len(each.samples))]) for each in group]
+            records = self.log.append(batches)
         except BaseException:
             self.books.undo(records)
             raise
@@ -2680,8 +2697,6 @@ class Bookkeeper:
 
     def _is_repeated(self, request: BookRequest) -> bool:
         """Whether its key is known, or cannot be looked up; then it is answered."""
-        if request.key is None:
-            return False
         try:
             if (known := self.repeated(request.samples, request.key)) is None:
                 return False

@@ -65,7 +65,7 @@ def relearn(old: Path, new: Path) -> int:
 def _relearn_batch(batch: Batch, log: Log, books: Books) -> Iterator[Damage]:
     """Books a batch under its seqs and key, and says what of it is left out."""
     first, key = batch.records[0]["seq"], batch.records[0]["batch"]
-    log.append([(None, [{}] * (first - len(log)))], durable=False)
+    log.write(log.place([(None, [{}] * (first - len(log)))]), durable=False)
     records: list[dict] = [{} for _ in batch.records]
     bookings: dict[int, Sample] = {}  # in the batch
     corrected = None  # a correction is a batch of its own
@@ -86,7 +86,8 @@ def _relearn_batch(batch: Batch, log: Log, books: Books) -> Iterator[Damage]:
     drafted, rows = books.draft([*bookings.values()])
     for i, record in zip(bookings, drafted, strict=True):
         records[i] = record
-    placed = log.append([(None if isinstance(key, int) else key, records)], durable=False)
-    books.enter([placed[i] for i in bookings], rows)
-    if "corrects" in placed[0]:
-        books.correct([(corrected, placed[0])])
+    [placed] = log.place([(None if isinstance(key, int) else key, records)])
+    log.write([placed], durable=False)
+    books.enter([placed.records[i] for i in bookings], rows)
+    if "corrects" in placed.records[0]:
+        books.correct([(corrected, placed.records[0])])
