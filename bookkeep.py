@@ -3411,9 +3411,7 @@ def _error_in_json(error: HTTPError) -> str:
 
 # ----------------------------------------------------------------------------------------- Server
 
-SHORT_BODY = 1 << 10  # bytes of a question that the receiving thread answers itself
 STRANGERS = 1 << 16  # bytes of a body that is waited for even from somebody without the token
-TURN = 0.004  # seconds of such answers, before it receives what else has come
 GRACE = 4  # seconds that requests have to arrive, and answers to be read, when the service stops
 STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
@@ -3439,62 +3437,13 @@ class Request(HTTPRequestParser):
             self.headers["CONNECTION"] = "close"
 
 
-class Dispatcher:
-    """Gives each request to a thread: questions, changes and all else have threads of their own.
-
-    So no kind waits for another: changes wait for the disk. A short question is answered by the
-    thread that received it, once it has received all that has come: to hand it over takes longer
-    than to answer it, and with 100 threads asking, new connections would wait.
-    """
-
-    def __init__(self, threads: int) -> None:
-        self.short: deque[HTTPChannel] = deque()  # whose next request is a short question
-        self.stopping = False
-        self._receiver = threading.get_ident()
-        self._pools = [ThreadedTaskDispatcher() for _ in range(3)]
-        for pool in self._pools:
-            pool.set_thread_count(threads)
-
-    def add_task(self, channel: HTTPChannel) -> None:
-        """Has the channel's next request answered."""
-        request = channel.requests[0]
-        questions, changes, others = self._pools
-        if self.stopping:
-            request.headers["CONNECTION"] = "close"
-        if request.error or request.command in ("GET", "HEAD"):
-            others.add_task(channel)
-        elif request.path not in ("/predict", "/suggest"):
-            changes.add_task(channel)
-        elif self._is_short(channel, request):
-            self.short.append(channel)
-        else:
-            questions.add_task(channel)
-
-    def _is_short(self, channel: HTTPChannel, request: HTTPRequestParser) -> bool:
-        return (
-            request.path == "/predict"
-            and 0 < request.content_length <= SHORT_BODY
-            and request.body_rcv.getbuf().get().lstrip().startswith(b"{")
-            and AT_LEAST.upper().replace("-", "_") not in request.headers  # it may have to wait
-            # Before a further request, it might wait for what only this thread can send.
-            and len(channel.requests) == 1
-            and threading.get_ident() == self._receiver
-        )
-
-    def answer_short(self) -> None:
-        """Answers short questions for a moment."""
-        end = time.perf_counter() + TURN
-        while self.short and time.perf_counter() < end:
-            self.short.popleft().service()
-
-    def shutdown(self) -> None:
-        """Ends the threads."""
-        for pool in self._pools:
-            pool.shutdown()
-
-
 class Server:
-    """Waitress, turn by turn: it receives what has come, then answers short questions."""
+    """Waitress, turn by turn: it receives what has come, then answers short questions.
+
+    Changes, questions and all else have threads of their own, so that no kind waits for another:
+    changes wait for the disk. A short question is answered by the thread that received it: to hand
+    it over takes longer than to answer it, and with 100 threads asking, new connections would wait.
+    """
 
     def __init__(
         self,
@@ -3507,16 +3456,17 @@ class Server:
         """Listens, but does not answer yet. `welcomes` says if an Authorization header will do."""
         _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-
-        class Channel(HTTPChannel):
-            def parser_class(self, adj: Adjustments) -> Request:
-                return Request(adj, welcomes)
-
-        self._dispatcher = Dispatcher(threads)
+        self._short: deque[HTTPChannel] = deque()  # whose next request is a short question
         self._stopping = threading.Event()
+        self._receiver = threading.get_ident()
+        self._pools = self._changes, self._questions, self._others = [
+            ThreadedTaskDispatcher() for _ in range(3)
+        ]
+        for pool in self._pools:
+            pool.set_thread_count(threads)
         self._server = waitress.create_server(
             app,
-            _dispatcher=self._dispatcher,
+            _dispatcher=self,
             sockets=[listener],
             ident=None,
             # A connection takes a file, and another for a long body.
@@ -3525,12 +3475,42 @@ class Server:
             # The app refuses long bodies, in JSON; waitress what is not worth receiving.
             max_request_body_size=2 * max_body + (1 << 20),
         )
+
+        class Channel(HTTPChannel):
+            def parser_class(self, adj: Adjustments) -> Request:
+                return Request(adj, welcomes)
+
         self._server.channel_class = Channel
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # waiting for a thread is fine
 
     def call(self, app: Bottle) -> None:
         """Has this app answer what comes from now on."""
         self._server.application = app
+
+    def add_task(self, channel: HTTPChannel) -> None:
+        """Has the channel's next request answered; waitress calls this."""
+        request = channel.requests[0]
+        if self._stopping.is_set():
+            request.headers["CONNECTION"] = "close"
+        if request.error or request.command in ("GET", "HEAD"):
+            self._others.add_task(channel)
+        elif request.path not in ("/predict", "/suggest"):
+            self._changes.add_task(channel)
+        elif self._is_short(channel, request):
+            self._short.append(channel)
+        else:
+            self._questions.add_task(channel)
+
+    def _is_short(self, channel: HTTPChannel, request: HTTPRequestParser) -> bool:
+        return (
+            request.path == "/predict"
+            and 0 < request.content_length <= 1 << 10
+            and request.body_rcv.getbuf().get().lstrip().startswith(b"{")
+            and AT_LEAST.upper().replace("-", "_") not in request.headers  # it may have to wait
+            # Before a further request, it might wait for what only this thread can send.
+            and len(channel.requests) == 1
+            and threading.get_ident() == self._receiver
+        )
 
     def answer(self, until: Future | None = None) -> bool:
         """Answers requests until one of STOPS, then those under way; or until that is done.
@@ -3543,10 +3523,9 @@ class Server:
         while not self._stopping.is_set():
             if until and until.done():
                 return False
-            self._turn(0 if self._dispatcher.short else 1)
+            self._turn(1)
         self._server.del_channel()  # no further connections
         self._server.socket.close()
-        self._dispatcher.stopping = True
         self._turn(0)  # what has arrived by now is under way
         end = time.monotonic() + GRACE
         while channels := [*self._server.active_channels.values()]:
@@ -3557,8 +3536,9 @@ class Server:
                 # Whole requests are answered, however long the disk takes.
                 if idle or (late and (unread or not channel.requests)):
                     channel.handle_close()
-            self._turn(0 if self._dispatcher.short else 0.05)
-        self._dispatcher.shutdown()
+            self._turn(0.05)
+        for pool in self._pools:
+            pool.shutdown()
         return True
 
     def _stop(self, number: int, _: object) -> None:
@@ -3567,8 +3547,12 @@ class Server:
         self._server.pull_trigger()
 
     def _turn(self, seconds: float) -> None:
+        """Waits so long for what comes, unless there are short questions, and answers some."""
+        seconds = 0 if self._short else seconds
         self._server.asyncore.loop(seconds, use_poll=True, map=self._server._map, count=1)
-        self._dispatcher.answer_short()
+        end = time.perf_counter() + 0.004  # then it receives again
+        while self._short and time.perf_counter() < end:
+            self._short.popleft().service()
 
 
 def on_signals(handler: Callable) -> None:
@@ -3587,12 +3571,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     try:
         on_signals(signal.default_int_handler)  # as Ctrl-C, until it serves
-        if options.command == "check":
-            return check(options.checked)
-        if options.command == "relearn":
-            from bookkeep_extra.relearn import relearn
+        if options.command:
+            from bookkeep_extra import logs
 
-            return relearn(options.old, options.new)
+            return logs.COMMANDS[options.command](options)
         serve(options)
     except (LogError, OSError) as error:
         named = isinstance(error, OSError) and error.filename
@@ -3608,7 +3590,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def serve(options: argparse.Namespace) -> None:
     """Runs the service. Raises LogError or OSError if it cannot."""
     token = read_token(options.token_file)
-    listener = _bind(options.host, options.port)
+    listener = _listen(options.host, options.port)
     host, port = listener.getsockname()[:2]
     if not (token or options.open or ipaddress.ip_address(host).is_loopback):
         raise OSError(
@@ -3659,22 +3641,6 @@ def _in_background(work: Callable[[], T]) -> "Future[T]":
     return future
 
 
-def check(path: Path) -> int:
-    """Prints what is wrong with a log; the exit status. Raises OSError if there is none."""
-    bookings = problems = 0
-    for found in scan(path):
-        damages = [found]
-        if isinstance(found, Batch):
-            damages = [*check_records(found.records, found.line)]
-            bookings += sum("sample" in record for record in found.records)
-        for damage in damages:
-            print(f"{path}, line {damage.line}: {damage.reason}")
-        problems += len(damages)
-    said = f"{problems or 'no'} problem{'s' * (problems != 1)}"
-    print(f"{path}: {bookings} booking{'s' * (bookings != 1)} in whole batches, {said}")
-    return int(problems > 0)
-
-
 def read_token(file: Path | None) -> str | None:
     """The token in the file, or else in BOOKKEEP_TOKEN. Raises OSError if it cannot be one."""
     if file is None and "BOOKKEEP_TOKEN" not in os.environ:
@@ -3693,21 +3659,17 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     _add_options(parser)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    checking = commands.add_parser(
-        "check",
-        help="verify a log without serving it",
-        description="Prints a line for each problem of a log; the exit status is 0 if it has none.",
-    )
-    checking.add_argument("checked", type=Path, metavar="LOG", help="the log to verify")
-    relearning = commands.add_parser(
-        "relearn",
-        help="book a log anew: to upgrade, or to keep what is whole of a damaged one",
-        description="Books all whole batches of a log anew, under their numbers, keys and "
-        "corrections, with this version's model. Prints what is left out; the exit status is 0 if "
-        "nothing is. The old log stays as it is.",
-    )
-    relearning.add_argument("old", type=Path, metavar="OLD", help="the log to read, of any version")
-    relearning.add_argument("new", type=Path, metavar="NEW", help="the log to write")
+    for name, paths, says in (
+        ("check", ("LOG",), "print each problem of a log; the exit status is 0 if it has none"),
+        (
+            *("relearn", ("OLD", "NEW")),
+            "book anew what is whole of a log of any version, under its numbers, keys and "
+            "corrections; print what is left out; the exit status is 0 if nothing is",
+        ),
+    ):
+        command = commands.add_parser(name, help=says, description=says)
+        for path in paths:
+            command.add_argument(path, type=Path)
     return parser.parse_args(arguments)
 
 
@@ -3777,17 +3739,14 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    """A socket bound to the address, so that a port in use shows before the log is read."""
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket at the address, so that a port in use shows before the log is read."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family)
     except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no host name"
+        reason = getattr(error, "strerror", "it is no host name").partition(" (while")[0]
         raise OSError(f"cannot listen on {host}, port {port}: {reason}") from None
-    return listener
 
 
 if __name__ == "__main__":
