@@ -3350,7 +3350,7 @@ def _answering(
             raise HTTPError(415, "send JSON, with the header Content-Type: application/json")
         if request.content_length > max_body:
             raise HTTPError(413, f"send at most {max_body} bytes in one request")
-        if (total := request.get_header(AT_LEAST)) is not None:
+        if (total := _header(AT_LEAST)) is not None:
             keeper.order.require_lines(keeper.log, value_of(AT_LEAST, WHOLE_NUMBER, total))
         values = [
             value_of(name, schema, in_path.get(name) or _sent(name))
@@ -3384,10 +3384,15 @@ def _answering(
     return answer
 
 
+def _header(name: str) -> str | None:
+    """The text of a header, whatever its bytes: Bottle's own would raise unless they are UTF-8."""
+    return request.environ.get(f"HTTP_{name.upper().replace('-', '_')}")
+
+
 def _sent(name: str) -> str | None:
     """The text of a header, or of a parameter after the ?. Raises BadRequest."""
     if name == "Idempotency-Key":
-        return request.get_header(name)
+        return _header(name)
     text = request.query.getunicode(name)
     if text is None and name in request.query:
         raise BadRequest(f"{name} must be UTF-8, percent-encoded")
