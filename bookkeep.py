@@ -1697,11 +1697,8 @@ class Log:
             self._cut_back()
         try:
             self._torn = True
-            unwritten = memoryview(b"".join([line for batch in batches for line in batch.lines]))
-            at = self.size
-            while unwritten:
-                written = os.pwrite(self._file, unwritten, at)
-                unwritten, at = unwritten[written:], at + written
+            lines = b"".join([line for batch in batches for line in batch.lines])
+            self._write_at(self.size, lines)
             if durable:
                 started = time.perf_counter()
                 os.fsync(self._file)
@@ -1787,7 +1784,13 @@ class Log:
             line = emptied(os.pread(self._file, size, start))
             if _parse(line)["seq"] != seq:
                 raise ValueError("it is another line")
-            os.pwrite(self._file, line, start)
+            self._write_at(start, line)
+
+    def _write_at(self, start: int, content: bytes) -> None:
+        unwritten = memoryview(content)
+        while unwritten:  # a disk that is nearly full takes a part of it
+            written = os.pwrite(self._file, unwritten, start)
+            unwritten, start = unwritten[written:], start + written
 
     def sync(self) -> None:
         """Has all that was written on disk. Raises OSError."""
