@@ -1569,6 +1569,7 @@ class Log:
         self.path = path
         self.size = 0  # bytes of whole batches
         self.failure: str | None = None  # why the last append failed, if it did
+        self.forgetting = False  # may there be a note of what is to be forgotten?
         self.fsynced: Callable[[float], object] = lambda seconds: None  # told how long each took
         self._starts = array("q")  # the byte at which each line of a whole batch starts
         self._torn = False  # may the file hold bytes beyond them?
@@ -1755,9 +1756,9 @@ class Log:
         return open(f"/proc/self/fd/{self._file}", "rb")
 
     def start_forgetting(self, seqs: np.ndarray) -> None:
-        """Notes on disk that these lines are to be emptied. Raises OSError if nothing has changed.
+        """Notes on disk that these lines are to be emptied: if nothing else does, a start will.
 
-        Once it has come back, a start empties them, if nothing else does.
+        Raises OSError; then nothing has changed, unless it may be `forgetting` all the same.
         """
         self._require_place()
         starts = np.append(np.array(self._starts), self.size)
@@ -1769,11 +1770,12 @@ class Log:
                 file.write(_sealed(_encode({"lines": lines})[:-1].encode()))
                 file.flush()
                 os.fsync(file.fileno())
+            self.forgetting = True
             os.replace(note, path)
             _fsync_folder(path.parent)
         except OSError:
             note.unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
+            self._remove_note()
             raise
 
     def empty(self, seq: int, start: int | None = None, size: int = 0) -> None:
@@ -1802,9 +1804,13 @@ class Log:
         Raises OSError; then a start does it.
         """
         os.fsync(self._file)
+        self._remove_note()
+
+    def _remove_note(self) -> None:
         path = self.beside("{}.forgetting")
         path.unlink(missing_ok=True)
         _fsync_folder(path.parent)
+        self.forgetting = False
 
     def _end_forgetting(self) -> None:
         """Empties what a note says. Raises OSError, or LogError if the note is of another log."""
@@ -2710,13 +2716,15 @@ class Bookkeeper:
         """Removes lines, which the writer's thread is to ask for, as forget does."""
         with self._forgetting:
             self._end_saving()  # or the writer would have to wait for it
-            lines, forgotten = self.change(partial(self._start_forgetting, lines_of))
             try:
+                lines, forgotten = self.change(partial(self._start_forgetting, lines_of))
                 for part in chunks(lines.tolist(), 8 * CHUNK):
                     self.change(partial(self._forget_part, part))
                     self.log.sync()
                 self.log.finish_forgetting()
             except BaseException as error:
+                if not self.log.forgetting:
+                    raise
                 self.books.broken = True  # the log says less than the books, or will after a start
                 raise NotReady(f"the next start forgets the rest ({error}); {RESTART}") from None
         _digests.clear()
@@ -2831,8 +2839,8 @@ class Bookkeeper:
         lines = lines_of()
         self._end_saving()
         self.snapshot.discard()  # which a full disk has room for, and then for the note
-        self._saved = math.inf  # only a start drops the names of its accounts
         self.log.start_forgetting(lines)
+        self._saved = math.inf  # only a start drops the names of its accounts
         return lines, self.books.drop(lines)
 
     def _forget_part(self, seqs: list[int]) -> None:
