@@ -1775,7 +1775,7 @@ class Log:
             _fsync_folder(path.parent)
         except OSError:
             note.unlink(missing_ok=True)
-            self._remove_note()
+            self.finish_forgetting()
             raise
 
     def empty(self, seq: int, start: int | None = None, size: int = 0) -> None:
@@ -1799,14 +1799,7 @@ class Log:
         os.fsync(self._file)
 
     def finish_forgetting(self) -> None:
-        """Makes sure that what was emptied is so on disk, and needs no note any more.
-
-        Raises OSError; then a start does it.
-        """
-        os.fsync(self._file)
-        self._remove_note()
-
-    def _remove_note(self) -> None:
+        """Removes the note, once the lines are emptied on disk. Raises OSError; a start repeats it."""
         path = self.beside("{}.forgetting")
         path.unlink(missing_ok=True)
         _fsync_folder(path.parent)
@@ -1819,6 +1812,7 @@ class Log:
             noted = json.loads(_unsealed(path.read_bytes()) + b"}")["lines"]
             for seq, start, size in noted:
                 self.empty(seq, start, size)
+            self.sync()
         except FileNotFoundError:
             return
         except ValueError as error:
@@ -2720,7 +2714,6 @@ class Bookkeeper:
                 lines, forgotten = self.change(partial(self._start_forgetting, lines_of))
                 for part in chunks(lines.tolist(), 8 * CHUNK):
                     self.change(partial(self._forget_part, part))
-                    self.log.sync()
                 self.log.finish_forgetting()
             except BaseException as error:
                 if not self.log.forgetting:
@@ -2851,6 +2844,7 @@ class Bookkeeper:
             self.books.corrected.pop(record["seq"], None)
         for seq in seqs:
             self.log.empty(seq)
+        self.log.sync()  # by this thread: the kernel tells only one that bytes were lost
 
     def _read_back(self) -> None:
         reported = time.monotonic()
