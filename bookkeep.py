@@ -1861,7 +1861,7 @@ class Export(io.RawIOBase):
         self._log, self._start, self._end = log, start, end
         self.size = end - start  # bytes
         self._at = start
-        self._read_at, self._lines = start, b""  # what was read last: whole lines from a byte on
+        self._first, self._lines = start, b""  # what was read last: whole lines from a byte on
 
     def seekable(self) -> bool:
         """It is."""
@@ -1874,10 +1874,15 @@ class Export(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         """At most so many bytes, and at least one before the end."""
-        if self._at >= self._read_at + len(self._lines) and self._at < self._end:
-            self._lines = self._log.lines_within(self._at, min(self._at + (1 << 16), self._end))
-            self._read_at = self._at
-        at = self._at - self._read_at
+        # A line that is begun goes on as it was; those behind it are read as they are by now.
+        at = self._at - self._first
+        line = self._lines.rfind(b"\n", 0, at) + 1
+        self._lines = self._lines[line : self._lines.find(b"\n", at) + 1] if line < at else b""
+        self._first += line
+        end = self._first + len(self._lines)
+        if end < self._end:
+            self._lines += self._log.lines_within(end, min(end + (1 << 16), self._end))
+        at -= line
         found = self._lines[at : None if size < 0 else at + size]
         self._at += len(found)
         return found
