@@ -1584,6 +1584,7 @@ class Log:
         self.path = path
         self.size = 0  # bytes of whole batches
         self.failure: str | None = None  # why the last append failed, if it did
+        self.forgetting = False  # may there be a note of what is to be forgotten?
         self.fsynced: Callable[[float], object] = lambda seconds: None  # told how long each took
         self._starts = array("q")  # the byte at which each line of a whole batch starts
         self._torn = False  # may the file hold bytes beyond them?
@@ -1711,12 +1712,8 @@ class Log:
         if self._torn:
             self._cut_back()
         try:
-            self._torn, at = True, self.size
-            for batch in batches:
-                unwritten = memoryview(b"".join(batch.lines))
-                while unwritten:
-                    written = os.pwrite(self._file, unwritten, at)
-                    unwritten, at = unwritten[written:], at + written
+            self._torn = True
+            self._write_at(self.size, b"".join([line for batch in batches for line in batch.lines]))
             if durable:
                 started = time.perf_counter()
                 os.fsync(self._file)
@@ -1757,15 +1754,20 @@ class Log:
         return self._starts[seq] if seq < len(self) else self.size
 
     def start_forgetting(self, seqs: np.ndarray) -> None:
-        """Notes on disk that these lines are to be emptied. Raises OSError if nothing has changed.
+        """Notes on disk that these lines are to be emptied: if nothing else does, a start will.
 
-        Once it has come back, a start empties them, if nothing else does.
+        Raises OSError; then nothing has changed, unless it may be `forgetting` all the same.
         """
         self._require_place()
         starts = np.append(np.array(self._starts), self.size)
         lines = np.column_stack([seqs, starts[seqs], np.diff(starts)[seqs]]).tolist()
-        with new_file(self.beside("{}.forgetting"), durable=True) as file:
-            file.write(_sealed(_encode({"lines": lines})[:-1].encode()))
+        self.forgetting = True
+        try:
+            with new_file(self.beside("{}.forgetting"), durable=True) as file:
+                file.write(_sealed(_encode({"lines": lines})[:-1].encode()))
+        except OSError:
+            self.finish_forgetting()
+            raise
 
     def empty(self, seq: int, start: int | None = None, size: int = 0) -> None:
         """Overwrites a line with its place and blanks. Raises OSError, or ValueError."""
@@ -1775,21 +1777,24 @@ class Log:
             line = emptied(os.pread(self._file, size, start))
             if _parse(line)["seq"] != seq:
                 raise ValueError("it is another line")
-            os.pwrite(self._file, line, start)
+            self._write_at(start, line)
+
+    def _write_at(self, start: int, content: bytes) -> None:
+        unwritten = memoryview(content)
+        while unwritten:  # a disk that is nearly full takes a part of it
+            written = os.pwrite(self._file, unwritten, start)
+            unwritten, start = unwritten[written:], start + written
 
     def sync(self) -> None:
         """Has all that was written on disk. Raises OSError."""
         os.fsync(self._file)
 
     def finish_forgetting(self) -> None:
-        """Makes sure that what was emptied is so on disk, and needs no note any more.
-
-        Raises OSError; then a start does it.
-        """
-        os.fsync(self._file)
+        """Removes the note, once the lines are emptied on disk. Raises OSError; a start does it."""
         path = self.beside("{}.forgetting")
         path.unlink(missing_ok=True)
         fsync_folder(path.parent)
+        self.forgetting = False
 
     def _end_forgetting(self) -> None:
         """Empties what a note says. Raises OSError, or LogError if the note is of another log."""
@@ -1798,6 +1803,7 @@ class Log:
             noted = json.loads(_unsealed(path.read_bytes()) + b"}")["lines"]
             for seq, start, size in noted:
                 self.empty(seq, start, size)
+            self.sync()
         except FileNotFoundError:
             return
         except ValueError as error:
@@ -1843,9 +1849,10 @@ class Export(io.RawIOBase):
     """Lines of a log as a file, each as it is when it is read: as it was written, or emptied."""
 
     def __init__(self, log: Log, seqs: range) -> None:
-        self._log, self._next, self._stop = log, seqs.start, min(seqs.stop, len(log))
+        self._log, self._first, self._stop = log, seqs.start, min(seqs.stop, len(log))
         self.size = max(0, log.start(self._stop) - log.start(seqs.start))  # bytes
-        self._piece, self._offset, self._at = b"", 0, 0  # read last, where that is, where it stands
+        self._at, self._read_at = 0, -1  # where it stands, and where it was read last
+        self._piece, self._start = b"", 0  # the lines from _first on, and where they start
 
     def seekable(self) -> bool:
         """It is, if not to before what was read last."""
@@ -1858,11 +1865,16 @@ class Export(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         """At most so many bytes, and at least one before the end."""
-        if self._at == self._offset + len(self._piece) and self._next < self._stop:
-            first, self._next = self._next, min(self._next + 64, self._stop)
-            self._offset, self._piece = self._at, self._log.lines(first, self._next)
-        start = self._at - self._offset
-        found = self._piece[start : None if size < 0 else start + size]
+        at = self._at - self._start
+        if self._at != self._read_at:  # else once more: waitress takes what it could send
+            # A line that is begun goes on as it was; those behind it are read as they are by now.
+            line = self._piece.rfind(b"\n", 0, at) + 1
+            begun = self._piece[line : self._piece.find(b"\n", line) + 1] if line < at else b""
+            self._first += self._piece.count(b"\n", 0, line)
+            self._start, at, behind = self._start + line, at - line, self._first + bool(begun)
+            self._piece = begun + self._log.lines(behind, min(behind + 64, self._stop))
+            self._read_at = self._at
+        found = self._piece[at : None if size < 0 else at + size]
         self._at += len(found)
         return found
 
@@ -2016,7 +2028,7 @@ def new_file(path: Path, durable: bool) -> Iterator[BinaryIO]:
             fsync_folder(path.parent)
     except BaseException:
         with suppress(OSError):
-            (unfinished if unfinished.exists() else path).unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
         raise
 
 
@@ -2601,13 +2613,14 @@ class Bookkeeper:
         """Removes lines, which the writer's thread is to ask for, as forget does."""
         with self._forgetting:
             self._end_saving()  # or the writer would have to wait for it
-            lines, forgotten = self.change(partial(self._start_forgetting, lines_of))
             try:
+                lines, forgotten = self.change(partial(self._start_forgetting, lines_of))
                 for part in chunks(lines.tolist(), 8 * CHUNK):
                     self.change(partial(self._forget_part, part))
-                    self.log.sync()
                 self.log.finish_forgetting()
             except BaseException as error:
+                if not self.log.forgetting:
+                    raise
                 self.books.broken = True  # the log says less than the books, or will after a start
                 raise NotReady(f"the next start forgets the rest ({error}); {RESTART}") from None
         _digests.clear()
@@ -2717,8 +2730,8 @@ class Bookkeeper:
         lines = lines_of()
         self._end_saving()
         self.snapshot.discard()  # which a full disk has room for, and then for the note
-        self._saved = math.inf  # only a start drops the names of its accounts
         self.log.start_forgetting(lines)
+        self._saved = math.inf  # only a start drops the names of its accounts
         return lines, self.books.drop(lines)
 
     def _forget_part(self, seqs: list[int]) -> None:
@@ -2729,6 +2742,7 @@ class Bookkeeper:
             self.books.corrected.pop(record["seq"], None)
         for seq in seqs:
             self.log.empty(seq)
+        self.log.sync()  # by this thread: the kernel tells only one that bytes were lost
 
     def _read_back(self) -> None:
         reported = time.monotonic()
