@@ -1146,17 +1146,8 @@ class History:
             self.accounts.get,
             range(Calibration.RANKS + 1),
         )
-        rows[
-            [
-                "company",
-                "predicted",
-                "confidence",
-                "specificity",
-                "rank",
-                "score_weight",
-                "reviewed",
-            ]
-        ] = [
+        known = ["company", "predicted", "confidence", "specificity", "rank", "score_weight"]
+        rows[known] = [
             (
                 company(r["sample"]["CompanyId"], -1),
                 predicted(r["predicted"], -1),
@@ -1164,10 +1155,10 @@ class History:
                 r["known"],
                 r["rank"] if r["rank"] in ranks else 0,
                 SCORE_WEIGHTS[r["sample"].get(BOOKED_BY, "person")],
-                "reviewed" not in r,
             )
             for r in records
         ]
+        rows["reviewed"] = rows["score_weight"] > 0
         margins = [(r["margin"] or 0) / len(d) for r, d in zip(records, documents, strict=True)]
         rows["bin"] = Calibration.bins(margins)
         return rows
@@ -1334,10 +1325,8 @@ class Calibration:
     OWN_DOUBT = 1 / 4  # of a wrong one that is added to a company's own: the best are often lucky
 
     def __init__(self) -> None:
-        self._all = np.zeros(
-            (len(SPECIFICITY), self.BINS), dtype=np.int64
-        )  # suggestions of everybody's
-        self._right = np.zeros((len(SPECIFICITY), self.BINS), dtype=np.int64)
+        # (2, specificities, BINS) suggestions of everybody's: all, and those that were right
+        self._all, self._right = np.zeros((2, len(SPECIFICITY), self.BINS), dtype=np.int64)
         self._ranks = np.zeros(self.RANKS + 1, dtype=np.int64)  # of the others' accounts, 0: beyond
         self._cells = Vocabulary.with_room(0)  # of a company, a specificity or an account, a bin
         self._own = np.zeros((len(self._cells.tokens), 2), dtype=np.int32)  # all, right of each
