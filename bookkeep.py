@@ -3147,6 +3147,10 @@ def create_app(
     app = Bottle()
     app.install(partial(_answering, keeper, max_body, threading.Lock()))
     app.default_error_handler = _error_in_json
+    if EXTRA.exists():  # without it, there are no figures for Prometheus
+        from bookkeep_extra import prometheus
+
+        prometheus.watch(app, keeper)  # before authorize: a refusal takes time, too
     pages = {path.name: path.read_text() for path in (EXTRA / "page").glob("*")}
     booked = partial(check_samples, booked=True, most=max_batch)
     asked = partial(check_samples, booked=False, most=max_batch)
@@ -3297,10 +3301,6 @@ def create_app(
     ):
         app.get(path, callback=takes()(partial(page, name, media)))
 
-    if EXTRA.exists():  # without it, there are no figures for Prometheus
-        from bookkeep_extra import prometheus
-
-        prometheus.watch(app, keeper)
     paths = " ".join(dict.fromkeys(map(described_path, app.routes)))
 
     @app.error(404)
