@@ -3086,8 +3086,11 @@ TEXT: Schema = {"type": "string", "minLength": 1}
 YES_OR_NO: Schema = {"type": "string", "enum": ["yes", "no"]}
 KEY: Schema = {"type": "string", "pattern": "^[!-~]([ -~]{0,198}[!-~])?$"}
 KEY |= {"title": "1 to 200 printable ASCII characters"}
-PAGE_END: Schema = {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?(e-[0-9]+)?:[0-9]{1,18}$"}
-PAGE_END |= {"title": "what the page before says is `next`", "maxLength": 40}
+PAGE_END: Schema = {
+    "type": "string",
+    "pattern": r"^[0-9]{1,20}(\.[0-9]{1,20})?(e-[0-9]{1,3})?:[0-9]{1,18}$",
+    "title": "what the page before says is `next`",
+}
 
 
 def takes(schemas: dict[str, Schema] | None = None, body: Callable | None = None) -> Callable:
