@@ -2604,7 +2604,8 @@ class Bookkeeper:
             self._end_saving()  # or the writer would have to wait for it
             try:
                 lines, forgotten = self.change(partial(self._start_forgetting, lines_of))
-                for part in chunks(lines.tolist(), 8 * CHUNK):
+                # A copy may be read meanwhile: let it have no correction without its booking.
+                for part in chunks(lines[::-1].tolist(), 8 * CHUNK):
                     self.change(partial(self._forget_part, part))
                 self.log.finish_forgetting()
             except BaseException as error:
