@@ -756,6 +756,24 @@ class NaiveBayes:
     A document is a list of tokens; n documents with A accounts give (n, A) scores. Accounts count
     from 0 in the order in which they were first seen. Scores are exact sums of rounded logs: the
     same, bit for bit, however many are computed at once.
+
+    The example of Manning, Raghavan and Schuetze (Introduction to Information Retrieval, table
+    13.1), whose tokens are of one kind here:
+
+    >>> chinese, beijing, shanghai, macao, tokyo, japan = range(1, 7)
+    >>> documents = [
+    ...     [chinese, beijing, chinese],
+    ...     [chinese, chinese, shanghai],
+    ...     [chinese, macao],
+    ...     [tokyo, japan, chinese],
+    ... ]
+    >>> model = NaiveBayes(alpha=1)
+    >>> model.learn(documents, [Lesson("c", 1.0)] * 3 + [Lesson("j", 1.0)])
+    >>> asked = [chinese, chinese, chinese, tokyo, japan]
+    >>> model.predict([asked])
+    ['c']
+    >>> model.joint_log_likelihood([asked]).round(2).tolist()
+    [[-0.12, -2.03]]
     """
 
     def __init__(self, alpha: float = ALPHA, beta: float = BETA) -> None:
