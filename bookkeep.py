@@ -1790,10 +1790,13 @@ class Log:
         with self._lock:
             start = self.start(seq) if start is None else start
             size = size or self.start(seq + 1) - start
-            line = emptied(os.pread(self._file, size, start))
-            if _parse(line)["seq"] != seq:
-                raise ValueError("it is another line")
-            os.pwrite(self._file, line, start)
+            os.pwrite(self._file, self._emptied(seq, start, size), start)
+
+    def _emptied(self, seq: int, start: int, size: int) -> bytes:
+        line = emptied(os.pread(self._file, size, start))
+        if _parse(line)["seq"] != seq:
+            raise ValueError("it is another line")
+        return line
 
     def sync(self) -> None:
         """Has all that was written on disk. Raises OSError."""
@@ -1814,11 +1817,12 @@ class Log:
         path = self.beside("{}.forgetting")
         try:
             noted = json.loads(_unsealed(path.read_bytes()) + b"}")["lines"]
-            for seq, start, size in noted:
-                self.empty(seq, start, size)
+            for step in (self._emptied, self.empty):  # nothing is overwritten before all is seen
+                for seq, start, size in noted:
+                    step(seq, start, size)
         except FileNotFoundError:
             return
-        except ValueError as error:
+        except (KeyError, ValueError) as error:
             os.close(self._file)
             raise LogError(f"{path} is not of {self.path} ({error}); move it away") from None
         self.finish_forgetting()
