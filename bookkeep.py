@@ -2787,14 +2787,15 @@ class Bookkeeper:
     def _save(self) -> None:
         """Saves the state in the background, if it is time to."""
         due = max(self.unsaved, self._saved / 16)
-        saving = self._saving and self._saving.is_alive()
-        if len(self.log) - self._saved < due or saving or self.books.broken:
+        busy = self._saving and self._saving.is_alive()
+        if len(self.log) - self._saved < due or busy or self.books.broken:
             return
         self._saved = len(self.log)
         try:
             state = {name: array.copy() for name, array in self._state().items()}
-            self._saving = threading.Thread(target=self.snapshot.save, args=[state], name="saving")
-            self._saving.start()
+            saving = threading.Thread(target=self.snapshot.save, args=[state], name="saving")
+            saving.start()
+            self._saving = saving
         except Exception as error:  # there is the log
             logger.warning("no snapshot was made: %s", error)
 
