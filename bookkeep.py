@@ -2626,7 +2626,8 @@ class Bookkeeper:
             self._end_saving()  # or the writer would have to wait for it
             try:
                 lines, forgotten = self.change(partial(self._start_forgetting, lines_of))
-                for part in chunks(lines.tolist(), 8 * CHUNK):
+                # A copy may be read meanwhile: let it have no correction without its booking.
+                for part in chunks(lines[::-1].tolist(), 8 * CHUNK):
                     self.change(partial(self._forget_part, part))
                 self.log.finish_forgetting()
             except BaseException as error:
@@ -3108,8 +3109,11 @@ TEXT: Schema = {"type": "string", "minLength": 1}
 YES_OR_NO: Schema = {"type": "string", "enum": ["yes", "no"]}
 KEY: Schema = {"type": "string", "pattern": "^[!-~]([ -~]{0,198}[!-~])?$"}
 KEY |= {"title": "1 to 200 printable ASCII characters"}
-PAGE_END: Schema = {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?(e-[0-9]+)?:[0-9]{1,18}$"}
-PAGE_END |= {"title": "what the page before says is `next`", "maxLength": 40}
+PAGE_END: Schema = {
+    "type": "string",
+    "pattern": r"^[0-9]{1,20}(\.[0-9]{1,20})?(e-[0-9]{1,3})?:[0-9]{1,18}$",
+    "title": "what the page before says is `next`",
+}
 
 
 def takes(schemas: dict[str, Schema] | None = None, body: Callable | None = None) -> Callable:
@@ -3169,6 +3173,10 @@ def create_app(
     app = Bottle()
     app.install(partial(_answering, keeper, max_body, threading.Lock()))
     app.default_error_handler = _error_in_json
+    if EXTRA.exists():  # without it, there are no figures for Prometheus
+        from bookkeep_extra import prometheus
+
+        prometheus.watch(app, keeper)  # before authorize: a refusal takes time, too
     pages = {path.name: path.read_text() for path in (EXTRA / "page").glob("*")}
     booked = partial(check_samples, booked=True, most=max_batch)
     asked = partial(check_samples, booked=False, most=max_batch)
@@ -3319,10 +3327,6 @@ def create_app(
     ):
         app.get(path, callback=takes()(partial(page, name, media)))
 
-    if EXTRA.exists():  # without it, there are no figures for Prometheus
-        from bookkeep_extra import prometheus
-
-        prometheus.watch(app, keeper)
     paths = " ".join(dict.fromkeys(map(described_path, app.routes)))
 
     @app.error(404)
