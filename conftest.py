@@ -41,6 +41,7 @@ from bookkeep import (
     precision_recall,
     report,
     scan,
+    suggest,
     tokens,
 )
 
@@ -223,7 +224,7 @@ def answers(books, asked=()):
         "evidence": calibration.evidence_counts(np.concatenate([EVERY_BIN, history.rows])),
     }
     with suppress(NotReady):  # where nothing was learned, or nothing predicted
-        said["suggestions"] = books.suggest(asked, 3)
+        said["suggestions"] = suggest(books, asked, 3)
         said["lessons"] = model.weigh(documents, [sorted(names)[0]] * len(asked))
         said["report"] = report(books, 10_000)
     return said
