@@ -1146,17 +1146,8 @@ class History:
             self.accounts.get,
             range(Calibration.RANKS + 1),
         )
-        rows[
-            [
-                "company",
-                "predicted",
-                "confidence",
-                "specificity",
-                "rank",
-                "score_weight",
-                "reviewed",
-            ]
-        ] = [
+        known = ["company", "predicted", "confidence", "specificity", "rank", "score_weight"]
+        rows[known] = [
             (
                 company(r["sample"]["CompanyId"], -1),
                 predicted(r["predicted"], -1),
@@ -1164,10 +1155,10 @@ class History:
                 r["known"],
                 r["rank"] if r["rank"] in ranks else 0,
                 SCORE_WEIGHTS[r["sample"].get(BOOKED_BY, "person")],
-                "reviewed" not in r,
             )
             for r in records
         ]
+        rows["reviewed"] = rows["score_weight"] > 0
         margins = [(r["margin"] or 0) / len(d) for r, d in zip(records, documents, strict=True)]
         rows["bin"] = Calibration.bins(margins)
         return rows
@@ -1334,10 +1325,8 @@ class Calibration:
     OWN_DOUBT = 1 / 4  # of a wrong one that is added to a company's own: the best are often lucky
 
     def __init__(self) -> None:
-        self._all = np.zeros(
-            (len(SPECIFICITY), self.BINS), dtype=np.int64
-        )  # suggestions of everybody's
-        self._right = np.zeros((len(SPECIFICITY), self.BINS), dtype=np.int64)
+        # (2, specificities, BINS) suggestions of everybody's: all, and those that were right
+        self._all, self._right = np.zeros((2, len(SPECIFICITY), self.BINS), dtype=np.int64)
         self._ranks = np.zeros(self.RANKS + 1, dtype=np.int64)  # of the others' accounts, 0: beyond
         self._cells = Vocabulary.with_room(0)  # of a company, a specificity or an account, a bin
         self._own = np.zeros((len(self._cells.tokens), 2), dtype=np.int32)  # all, right of each
@@ -1584,6 +1573,7 @@ class Log:
         self.path = path
         self.size = 0  # bytes of whole batches
         self.failure: str | None = None  # why the last append failed, if it did
+        self.forgetting = False  # may there be a note of what is to be forgotten?
         self.fsynced: Callable[[float], object] = lambda seconds: None  # told how long each took
         self._starts = array("q")  # the byte at which each line of a whole batch starts
         self._torn = False  # may the file hold bytes beyond them?
@@ -1711,12 +1701,8 @@ class Log:
         if self._torn:
             self._cut_back()
         try:
-            self._torn, at = True, self.size
-            for batch in batches:
-                unwritten = memoryview(b"".join(batch.lines))
-                while unwritten:
-                    written = os.pwrite(self._file, unwritten, at)
-                    unwritten, at = unwritten[written:], at + written
+            self._torn = True
+            self._write_at(self.size, b"".join([line for batch in batches for line in batch.lines]))
             if durable:
                 started = time.perf_counter()
                 os.fsync(self._file)
@@ -1757,15 +1743,20 @@ class Log:
         return self._starts[seq] if seq < len(self) else self.size
 
     def start_forgetting(self, seqs: np.ndarray) -> None:
-        """Notes on disk that these lines are to be emptied. Raises OSError if nothing has changed.
+        """Notes on disk that these lines are to be emptied: if nothing else does, a start will.
 
-        Once it has come back, a start empties them, if nothing else does.
+        Raises OSError; then nothing has changed, unless it may be `forgetting` all the same.
         """
         self._require_place()
         starts = np.append(np.array(self._starts), self.size)
         lines = np.column_stack([seqs, starts[seqs], np.diff(starts)[seqs]]).tolist()
-        with new_file(self.beside("{}.forgetting"), durable=True) as file:
-            file.write(_sealed(_encode({"lines": lines})[:-1].encode()))
+        self.forgetting = True
+        try:
+            with new_file(self.beside("{}.forgetting"), durable=True) as file:
+                file.write(_sealed(_encode({"lines": lines})[:-1].encode()))
+        except OSError:
+            self.finish_forgetting()
+            raise
 
     def empty(self, seq: int, start: int | None = None, size: int = 0) -> None:
         """Overwrites a line with its place and blanks. Raises OSError, or ValueError."""
@@ -1775,21 +1766,24 @@ class Log:
             line = emptied(os.pread(self._file, size, start))
             if _parse(line)["seq"] != seq:
                 raise ValueError("it is another line")
-            os.pwrite(self._file, line, start)
+            self._write_at(start, line)
+
+    def _write_at(self, start: int, content: bytes) -> None:
+        unwritten = memoryview(content)
+        while unwritten:  # a disk that is nearly full takes a part of it
+            written = os.pwrite(self._file, unwritten, start)
+            unwritten, start = unwritten[written:], start + written
 
     def sync(self) -> None:
         """Has all that was written on disk. Raises OSError."""
         os.fsync(self._file)
 
     def finish_forgetting(self) -> None:
-        """Makes sure that what was emptied is so on disk, and needs no note any more.
-
-        Raises OSError; then a start does it.
-        """
-        os.fsync(self._file)
+        """Removes the note, once the lines are emptied on disk. Raises OSError; a start does it."""
         path = self.beside("{}.forgetting")
         path.unlink(missing_ok=True)
         fsync_folder(path.parent)
+        self.forgetting = False
 
     def _end_forgetting(self) -> None:
         """Empties what a note says. Raises OSError, or LogError if the note is of another log."""
@@ -1798,6 +1792,7 @@ class Log:
             noted = json.loads(_unsealed(path.read_bytes()) + b"}")["lines"]
             for seq, start, size in noted:
                 self.empty(seq, start, size)
+            self.sync()
         except FileNotFoundError:
             return
         except ValueError as error:
@@ -1843,9 +1838,10 @@ class Export(io.RawIOBase):
     """Lines of a log as a file, each as it is when it is read: as it was written, or emptied."""
 
     def __init__(self, log: Log, seqs: range) -> None:
-        self._log, self._next, self._stop = log, seqs.start, min(seqs.stop, len(log))
+        self._log, self._first, self._stop = log, seqs.start, min(seqs.stop, len(log))
         self.size = max(0, log.start(self._stop) - log.start(seqs.start))  # bytes
-        self._piece, self._offset, self._at = b"", 0, 0  # read last, where that is, where it stands
+        self._at, self._read_at = 0, -1  # where it stands, and where it was read last
+        self._piece, self._start = b"", 0  # the lines from _first on, and where they start
 
     def seekable(self) -> bool:
         """It is, if not to before what was read last."""
@@ -1858,11 +1854,16 @@ class Export(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         """At most so many bytes, and at least one before the end."""
-        if self._at == self._offset + len(self._piece) and self._next < self._stop:
-            first, self._next = self._next, min(self._next + 64, self._stop)
-            self._offset, self._piece = self._at, self._log.lines(first, self._next)
-        start = self._at - self._offset
-        found = self._piece[start : None if size < 0 else start + size]
+        at = self._at - self._start
+        if self._at != self._read_at:  # else once more: waitress takes what it could send
+            # A line that is begun goes on as it was; those behind it are read as they are by now.
+            line = self._piece.rfind(b"\n", 0, at) + 1
+            begun = self._piece[line : self._piece.find(b"\n", line) + 1] if line < at else b""
+            self._first += self._piece.count(b"\n", 0, line)
+            self._start, at, behind = self._start + line, at - line, self._first + bool(begun)
+            self._piece = begun + self._log.lines(behind, min(behind + 64, self._stop))
+            self._read_at = self._at
+        found = self._piece[at : None if size < 0 else at + size]
         self._at += len(found)
         return found
 
@@ -2016,7 +2017,7 @@ def new_file(path: Path, durable: bool) -> Iterator[BinaryIO]:
             fsync_folder(path.parent)
     except BaseException:
         with suppress(OSError):
-            (unfinished if unfinished.exists() else path).unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
         raise
 
 
@@ -2605,13 +2606,14 @@ class Bookkeeper:
         """Removes lines, which the writer's thread is to ask for, as forget does."""
         with self._forgetting:
             self._end_saving()  # or the writer would have to wait for it
-            lines, forgotten = self.change(partial(self._start_forgetting, lines_of))
             try:
+                lines, forgotten = self.change(partial(self._start_forgetting, lines_of))
                 for part in chunks(lines.tolist(), 8 * CHUNK):
                     self.change(partial(self._forget_part, part))
-                    self.log.sync()
                 self.log.finish_forgetting()
             except BaseException as error:
+                if not self.log.forgetting:
+                    raise
                 self.books.broken = True  # the log says less than the books, or will after a start
                 raise NotReady(f"the next start forgets the rest ({error}); {RESTART}") from None
         _digests.clear()
@@ -2721,8 +2723,8 @@ class Bookkeeper:
         lines = lines_of()
         self._end_saving()
         self.snapshot.discard()  # which a full disk has room for, and then for the note
-        self._saved = math.inf  # only a start drops the names of its accounts
         self.log.start_forgetting(lines)
+        self._saved = math.inf  # only a start drops the names of its accounts
         return lines, self.books.drop(lines)
 
     def _forget_part(self, seqs: list[int]) -> None:
@@ -2733,6 +2735,7 @@ class Bookkeeper:
             self.books.corrected.pop(record["seq"], None)
         for seq in seqs:
             self.log.empty(seq)
+        self.log.sync()  # by this thread: the kernel tells only one that bytes were lost
 
     def _read_back(self) -> None:
         reported = time.monotonic()
@@ -3354,7 +3357,7 @@ def _answering(
             raise HTTPError(415, "send JSON, with the header Content-Type: application/json")
         if request.content_length > max_body:
             raise HTTPError(413, f"send at most {max_body} bytes in one request")
-        if (total := request.get_header(AT_LEAST)) is not None:
+        if (total := _header(AT_LEAST)) is not None:
             keeper.order.require_lines(keeper.log, value_of(AT_LEAST, WHOLE_NUMBER, total))
         values = [
             value_of(name, schema, in_path.get(name) or _sent(name))
@@ -3388,10 +3391,15 @@ def _answering(
     return answer
 
 
+def _header(name: str) -> str | None:
+    """The text of a header, whatever its bytes: Bottle's own would raise unless they are UTF-8."""
+    return request.environ.get(f"HTTP_{name.upper().replace('-', '_')}")
+
+
 def _sent(name: str) -> str | None:
     """The text of a header, or of a parameter after the ?. Raises BadRequest."""
     if name == "Idempotency-Key":
-        return request.get_header(name)
+        return _header(name)
     text = request.query.getunicode(name)
     if text is None and name in request.query:
         raise BadRequest(f"{name} must be UTF-8, percent-encoded")
@@ -3416,9 +3424,7 @@ def _error_in_json(error: HTTPError) -> str:
 
 # ----------------------------------------------------------------------------------------- Server
 
-SHORT_BODY = 1 << 10  # bytes of a question that the receiving thread answers itself
 STRANGERS = 1 << 16  # bytes of a body that is waited for even from somebody without the token
-TURN = 0.004  # seconds of such answers, before it receives what else has come
 GRACE = 4  # seconds that requests have to arrive, and answers to be read, when the service stops
 STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
@@ -3444,62 +3450,13 @@ class Request(HTTPRequestParser):
             self.headers["CONNECTION"] = "close"
 
 
-class Dispatcher:
-    """Gives each request to a thread: questions, changes and all else have threads of their own.
-
-    So no kind waits for another: changes wait for the disk. A short question is answered by the
-    thread that received it, once it has received all that has come: to hand it over takes longer
-    than to answer it, and with 100 threads asking, new connections would wait.
-    """
-
-    def __init__(self, threads: int) -> None:
-        self.short: deque[HTTPChannel] = deque()  # whose next request is a short question
-        self.stopping = False
-        self._receiver = threading.get_ident()
-        self._pools = [ThreadedTaskDispatcher() for _ in range(3)]
-        for pool in self._pools:
-            pool.set_thread_count(threads)
-
-    def add_task(self, channel: HTTPChannel) -> None:
-        """Has the channel's next request answered."""
-        request = channel.requests[0]
-        questions, changes, others = self._pools
-        if self.stopping:
-            request.headers["CONNECTION"] = "close"
-        if request.error or request.command in ("GET", "HEAD"):
-            others.add_task(channel)
-        elif request.path not in ("/predict", "/suggest"):
-            changes.add_task(channel)
-        elif self._is_short(channel, request):
-            self.short.append(channel)
-        else:
-            questions.add_task(channel)
-
-    def _is_short(self, channel: HTTPChannel, request: HTTPRequestParser) -> bool:
-        return (
-            request.path == "/predict"
-            and 0 < request.content_length <= SHORT_BODY
-            and request.body_rcv.getbuf().get().lstrip().startswith(b"{")
-            and AT_LEAST.upper().replace("-", "_") not in request.headers  # it may have to wait
-            # Before a further request, it might wait for what only this thread can send.
-            and len(channel.requests) == 1
-            and threading.get_ident() == self._receiver
-        )
-
-    def answer_short(self) -> None:
-        """Answers short questions for a moment."""
-        end = time.perf_counter() + TURN
-        while self.short and time.perf_counter() < end:
-            self.short.popleft().service()
-
-    def shutdown(self) -> None:
-        """Ends the threads."""
-        for pool in self._pools:
-            pool.shutdown()
-
-
 class Server:
-    """Waitress, turn by turn: it receives what has come, then answers short questions."""
+    """Waitress, turn by turn: it receives what has come, then answers short questions.
+
+    Changes, questions and all else have threads of their own, so that no kind waits for another:
+    changes wait for the disk. A short question is answered by the thread that received it: to hand
+    it over takes longer than to answer it, and with 100 threads asking, new connections would wait.
+    """
 
     def __init__(
         self,
@@ -3512,16 +3469,17 @@ class Server:
         """Listens, but does not answer yet. `welcomes` says if an Authorization header will do."""
         _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-
-        class Channel(HTTPChannel):
-            def parser_class(self, adj: Adjustments) -> Request:
-                return Request(adj, welcomes)
-
-        self._dispatcher = Dispatcher(threads)
+        self._short: deque[HTTPChannel] = deque()  # whose next request is a short question
         self._stopping = threading.Event()
+        self._receiver = threading.get_ident()
+        self._pools = self._changes, self._questions, self._others = [
+            ThreadedTaskDispatcher() for _ in range(3)
+        ]
+        for pool in self._pools:
+            pool.set_thread_count(threads)
         self._server = waitress.create_server(
             app,
-            _dispatcher=self._dispatcher,
+            _dispatcher=self,
             sockets=[listener],
             ident=None,
             # A connection takes a file, and another for a long body.
@@ -3530,12 +3488,42 @@ class Server:
             # The app refuses long bodies, in JSON; waitress what is not worth receiving.
             max_request_body_size=2 * max_body + (1 << 20),
         )
+
+        class Channel(HTTPChannel):
+            def parser_class(self, adj: Adjustments) -> Request:
+                return Request(adj, welcomes)
+
         self._server.channel_class = Channel
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # waiting for a thread is fine
 
     def call(self, app: Bottle) -> None:
         """Has this app answer what comes from now on."""
         self._server.application = app
+
+    def add_task(self, channel: HTTPChannel) -> None:
+        """Has the channel's next request answered; waitress calls this."""
+        request = channel.requests[0]
+        if self._stopping.is_set():
+            request.headers["CONNECTION"] = "close"
+        if request.error or request.command in ("GET", "HEAD"):
+            self._others.add_task(channel)
+        elif request.path not in ("/predict", "/suggest"):
+            self._changes.add_task(channel)
+        elif self._is_short(channel, request):
+            self._short.append(channel)
+        else:
+            self._questions.add_task(channel)
+
+    def _is_short(self, channel: HTTPChannel, request: HTTPRequestParser) -> bool:
+        return (
+            request.path == "/predict"
+            and 0 < request.content_length <= 1 << 10
+            and request.body_rcv.getbuf().get().lstrip().startswith(b"{")
+            and AT_LEAST.upper().replace("-", "_") not in request.headers  # it may have to wait
+            # Before a further request, it might wait for what only this thread can send.
+            and len(channel.requests) == 1
+            and threading.get_ident() == self._receiver
+        )
 
     def answer(self, until: Future | None = None) -> bool:
         """Answers requests until one of STOPS, then those under way; or until that is done.
@@ -3548,10 +3536,9 @@ class Server:
         while not self._stopping.is_set():
             if until and until.done():
                 return False
-            self._turn(0 if self._dispatcher.short else 1)
+            self._turn(1)
         self._server.del_channel()  # no further connections
         self._server.socket.close()
-        self._dispatcher.stopping = True
         self._turn(0)  # what has arrived by now is under way
         end = time.monotonic() + GRACE
         while channels := [*self._server.active_channels.values()]:
@@ -3562,8 +3549,9 @@ class Server:
                 # Whole requests are answered, however long the disk takes.
                 if idle or (late and (unread or not channel.requests)):
                     channel.handle_close()
-            self._turn(0 if self._dispatcher.short else 0.05)
-        self._dispatcher.shutdown()
+            self._turn(0.05)
+        for pool in self._pools:
+            pool.shutdown()
         return True
 
     def _stop(self, number: int, _: object) -> None:
@@ -3572,8 +3560,12 @@ class Server:
         self._server.pull_trigger()
 
     def _turn(self, seconds: float) -> None:
+        """Waits so long for what comes, unless there are short questions, and answers some."""
+        seconds = 0 if self._short else seconds
         self._server.asyncore.loop(seconds, use_poll=True, map=self._server._map, count=1)
-        self._dispatcher.answer_short()
+        end = time.perf_counter() + 0.004  # then it receives again
+        while self._short and time.perf_counter() < end:
+            self._short.popleft().service()
 
 
 def on_signals(handler: Callable) -> None:
@@ -3592,12 +3584,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     try:
         on_signals(signal.default_int_handler)  # as Ctrl-C, until it serves
-        if options.command == "check":
-            return check(options.checked)
-        if options.command == "relearn":
-            from bookkeep_extra.relearn import relearn
+        if options.command:
+            from bookkeep_extra import logs
 
-            return relearn(options.old, options.new)
+            return logs.COMMANDS[options.command](options)
         serve(options)
     except (LogError, OSError) as error:
         named = isinstance(error, OSError) and error.filename
@@ -3613,7 +3603,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def serve(options: argparse.Namespace) -> None:
     """Runs the service. Raises LogError or OSError if it cannot."""
     token = read_token(options.token_file)
-    listener = _bind(options.host, options.port)
+    listener = _listen(options.host, options.port)
     host, port = listener.getsockname()[:2]
     if not (token or options.open or ipaddress.ip_address(host).is_loopback):
         raise OSError(
@@ -3664,22 +3654,6 @@ def _in_background(work: Callable[[], T]) -> "Future[T]":
     return future
 
 
-def check(path: Path) -> int:
-    """Prints what is wrong with a log; the exit status. Raises OSError if there is none."""
-    bookings = problems = 0
-    for found in scan(path):
-        damages = [found]
-        if isinstance(found, Batch):
-            damages = [*check_records(found.records, found.line)]
-            bookings += sum("sample" in record for record in found.records)
-        for damage in damages:
-            print(f"{path}, line {damage.line}: {damage.reason}")
-        problems += len(damages)
-    said = f"{problems or 'no'} problem{'s' * (problems != 1)}"
-    print(f"{path}: {bookings} booking{'s' * (bookings != 1)} in whole batches, {said}")
-    return int(problems > 0)
-
-
 def read_token(file: Path | None) -> str | None:
     """The token in the file, or else in BOOKKEEP_TOKEN. Raises OSError if it cannot be one."""
     if file is None and "BOOKKEEP_TOKEN" not in os.environ:
@@ -3698,21 +3672,17 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     _add_options(parser)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    checking = commands.add_parser(
-        "check",
-        help="verify a log without serving it",
-        description="Prints a line for each problem of a log; the exit status is 0 if it has none.",
-    )
-    checking.add_argument("checked", type=Path, metavar="LOG", help="the log to verify")
-    relearning = commands.add_parser(
-        "relearn",
-        help="book a log anew: to upgrade, or to keep what is whole of a damaged one",
-        description="Books all whole batches of a log anew, under their numbers, keys and "
-        "corrections, with this version's model. Prints what is left out; the exit status is 0 if "
-        "nothing is. The old log stays as it is.",
-    )
-    relearning.add_argument("old", type=Path, metavar="OLD", help="the log to read, of any version")
-    relearning.add_argument("new", type=Path, metavar="NEW", help="the log to write")
+    for name, paths, says in (
+        ("check", ("LOG",), "print each problem of a log; the exit status is 0 if it has none"),
+        (
+            *("relearn", ("OLD", "NEW")),
+            "book anew what is whole of a log of any version, under its numbers, keys and "
+            "corrections; print what is left out; the exit status is 0 if nothing is",
+        ),
+    ):
+        command = commands.add_parser(name, help=says, description=says)
+        for path in paths:
+            command.add_argument(path, type=Path)
     return parser.parse_args(arguments)
 
 
@@ -3782,17 +3752,14 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    """A socket bound to the address, so that a port in use shows before the log is read."""
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket at the address, so that a port in use shows before the log is read."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family)
     except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no host name"
+        reason = getattr(error, "strerror", "it is no host name").partition(" (while")[0]
         raise OSError(f"cannot listen on {host}, port {port}: {reason}") from None
-    return listener
 
 
 if __name__ == "__main__":

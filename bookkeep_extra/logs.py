@@ -1,4 +1,4 @@
-"""Books a log anew: to upgrade, to change what the model sees, or to keep what is whole of it."""
+"""What can be done with a log that is not served: check it, and book it anew."""
 
 import logging
 import os
@@ -16,6 +16,7 @@ from bookkeep import (
     Log,
     LogError,
     Sample,
+    check_records,
     check_sample,
     fsync_folder,
     scan,
@@ -23,6 +24,22 @@ from bookkeep import (
 )
 
 logger = logging.getLogger("bookkeep")
+
+
+def check(path: Path) -> int:
+    """Prints what is wrong with a log; the exit status. Raises OSError if there is none."""
+    bookings = problems = 0
+    for found in scan(path):
+        damages = [found]
+        if isinstance(found, Batch):
+            damages = [*check_records(found.records, found.line)]
+            bookings += sum("sample" in record for record in found.records)
+        for damage in damages:
+            print(f"{path}, line {damage.line}: {damage.reason}")
+        problems += len(damages)
+    said = f"{problems or 'no'} problem{'s' * (problems != 1)}"
+    print(f"{path}: {bookings} booking{'s' * (bookings != 1)} in whole batches, {said}")
+    return int(problems > 0)
 
 
 def relearn(old: Path, new: Path) -> int:
@@ -35,6 +52,8 @@ def relearn(old: Path, new: Path) -> int:
         raise LogError(f"{new} is there already; move it away first")
     with open(old, "rb"):  # before anything is made for the sake of a log that is not there
         pass
+    if os.path.exists(f"{os.path.realpath(old)}.forgetting"):
+        raise LogError(f"what {old} is to forget is still in it; start the service on it first")
     unfinished = new.with_name(f".{new.name}.unfinished")
     unfinished.unlink(missing_ok=True)
     log, books, left_out = Log(unfinished), Books(), 0
@@ -91,3 +110,9 @@ def _relearn_batch(batch: Batch, log: Log, books: Books) -> Iterator[Damage]:
     books.enter([placed.records[i] for i in bookings], rows)
     if "corrects" in placed.records[0]:
         books.correct([(corrected, placed.records[0])])
+
+
+COMMANDS = {
+    "check": lambda options: check(options.LOG),
+    "relearn": lambda options: relearn(options.OLD, options.NEW),
+}
