@@ -756,6 +756,24 @@ class NaiveBayes:
     A document is a list of tokens; n documents with A accounts give (n, A) scores. Accounts count
     from 0 in the order in which they were first seen. Scores are exact sums of rounded logs: the
     same, bit for bit, however many are computed at once.
+
+    The example of Manning, Raghavan and Schuetze (Introduction to Information Retrieval, table
+    13.1), whose tokens are of one kind here:
+
+    >>> chinese, beijing, shanghai, macao, tokyo, japan = range(1, 7)
+    >>> documents = [
+    ...     [chinese, beijing, chinese],
+    ...     [chinese, chinese, shanghai],
+    ...     [chinese, macao],
+    ...     [tokyo, japan, chinese],
+    ... ]
+    >>> model = NaiveBayes(alpha=1)
+    >>> model.learn(documents, [Lesson("c", 1.0)] * 3 + [Lesson("j", 1.0)])
+    >>> asked = [chinese, chinese, chinese, tokyo, japan]
+    >>> model.predict([asked])
+    ['c']
+    >>> model.joint_log_likelihood([asked]).round(2).tolist()
+    [[-0.12, -2.03]]
     """
 
     def __init__(self, alpha: float = ALPHA, beta: float = BETA) -> None:
@@ -1763,10 +1781,13 @@ class Log:
         with self._lock:
             start = self.start(seq) if start is None else start
             size = size or self.start(seq + 1) - start
-            line = emptied(os.pread(self._file, size, start))
-            if _parse(line)["seq"] != seq:
-                raise ValueError("it is another line")
-            self._write_at(start, line)
+            self._write_at(start, self._emptied(seq, start, size))
+
+    def _emptied(self, seq: int, start: int, size: int) -> bytes:
+        line = emptied(os.pread(self._file, size, start))
+        if _parse(line)["seq"] != seq:
+            raise ValueError("it is another line")
+        return line
 
     def _write_at(self, start: int, content: bytes) -> None:
         unwritten = memoryview(content)
@@ -1790,12 +1811,13 @@ class Log:
         path = self.beside("{}.forgetting")
         try:
             noted = json.loads(_unsealed(path.read_bytes()) + b"}")["lines"]
-            for seq, start, size in noted:
-                self.empty(seq, start, size)
+            for step in (self._emptied, self.empty):  # nothing is overwritten before all is seen
+                for seq, start, size in noted:
+                    step(seq, start, size)
             self.sync()
         except FileNotFoundError:
             return
-        except ValueError as error:
+        except (KeyError, ValueError) as error:
             os.close(self._file)
             raise LogError(f"{path} is not of {self.path} ({error}); move it away") from None
         self.finish_forgetting()
