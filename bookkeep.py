@@ -2490,7 +2490,10 @@ def check_records(records: Sequence[dict], line: int) -> Iterator[Damage]:
         try:
             if "corrects" in record:
                 check_sample({TARGET: record[TARGET]}, (TARGET,))
-                if record["corrects"] not in range(record["seq"]):
+                if (
+                    type(record["corrects"]) is not int
+                    or not 0 <= record["corrects"] < record["seq"]
+                ):
                     raise ValueError("it corrects no booking before it")
                 _check_counts(record["weight"], record["against"])
             elif len(record) > len(PLACE):  # else it was emptied
@@ -2511,10 +2514,11 @@ def _check_booking(record: dict) -> None:
         raise ValueError("what was booked unseen counts nothing")
     if not isinstance(record["predicted"], str | None):
         raise ValueError("predicted is no account")
-    most = {"confidence": 1, "margin": sys.float_info.max, "known": len(SPECIFICITY) - 1}
-    for name, highest in most.items():
+    for name, highest in (("confidence", 1), ("margin", sys.float_info.max)):
         if record[name] is not None and not 0 <= record[name] <= highest:
             raise ValueError(f"no prediction can have that {name}")
+    if record["known"] not in range(len(SPECIFICITY)):
+        raise ValueError("no prediction can have that known")
     if record["rank"] is not None and (type(record["rank"]) is not int or record["rank"] < 1):
         raise ValueError("no account can have that rank")
 
