@@ -1569,7 +1569,7 @@ class Log:
         self.path = path
         self.size = 0  # bytes of whole batches
         self.failure: str | None = None  # why the last append failed, if it did
-        self.forgetting = False  # may there be a note of what is to be forgotten?
+        self.forgetting = False  # is there a note of what is to be forgotten?
         self.fsynced: Callable[[float], object] = lambda seconds: None  # told how long each took
         self._starts = array("q")  # the byte at which each line of a whole batch starts
         self._torn = False  # may the file hold bytes beyond them?
@@ -1758,7 +1758,7 @@ class Log:
     def start_forgetting(self, seqs: np.ndarray) -> None:
         """Notes on disk that these lines are to be emptied: if nothing else does, a start will.
 
-        Raises OSError; then nothing has changed, unless it may be `forgetting` all the same.
+        Raises OSError; then nothing has changed, unless it is `forgetting` all the same.
         """
         self._require_place()
         starts = np.append(np.array(self._starts), self.size)
@@ -1770,16 +1770,16 @@ class Log:
                 file.write(_sealed(_encode({"lines": lines})[:-1].encode()))
                 file.flush()
                 os.fsync(file.fileno())
-            self.forgetting = True
             os.replace(note, path)
-            _fsync_folder(path.parent)
         except OSError:
             note.unlink(missing_ok=True)
-            self.finish_forgetting()
+            path.unlink(missing_ok=True)
             raise
+        self.forgetting = True
+        _fsync_folder(path.parent)
 
     def empty(self, seq: int, start: int | None = None, size: int = 0) -> None:
-        """Overwrites a line with its place and blanks. Raises OSError, or ValueError without place."""
+        """Overwrites a line with its place and blanks. Raises OSError; ValueError if it has none."""
         with self._lock:
             start = self.start(seq) if start is None else start
             size = size or self.start(seq + 1) - start
@@ -1799,7 +1799,7 @@ class Log:
         os.fsync(self._file)
 
     def finish_forgetting(self) -> None:
-        """Removes the note, once the lines are emptied on disk. Raises OSError; a start repeats it."""
+        """Removes the note, once lines are emptied on disk. Raises OSError; then a start does."""
         path = self.beside("{}.forgetting")
         path.unlink(missing_ok=True)
         _fsync_folder(path.parent)
