@@ -1591,7 +1591,7 @@ class Log:
         self.path = path
         self.size = 0  # bytes of whole batches
         self.failure: str | None = None  # why the last append failed, if it did
-        self.forgetting = False  # may there be a note of what is to be forgotten?
+        self.forgetting = False  # is there a note of what is to be forgotten?
         self.fsynced: Callable[[float], object] = lambda seconds: None  # told how long each took
         self._starts = array("q")  # the byte at which each line of a whole batch starts
         self._torn = False  # may the file hold bytes beyond them?
@@ -1763,18 +1763,20 @@ class Log:
     def start_forgetting(self, seqs: np.ndarray) -> None:
         """Notes on disk that these lines are to be emptied: if nothing else does, a start will.
 
-        Raises OSError; then nothing has changed, unless it may be `forgetting` all the same.
+        Raises OSError; then nothing has changed, unless it is `forgetting` all the same.
         """
         self._require_place()
         starts = np.append(np.array(self._starts), self.size)
         lines = np.column_stack([seqs, starts[seqs], np.diff(starts)[seqs]]).tolist()
-        self.forgetting = True
+        path = self.beside("{}.forgetting")
         try:
-            with new_file(self.beside("{}.forgetting"), durable=True) as file:
+            with new_file(path, durable=True) as file:
                 file.write(_sealed(_encode({"lines": lines})[:-1].encode()))
         except OSError:
-            self.finish_forgetting()
+            path.unlink(missing_ok=True)
             raise
+        self.forgetting = True
+        fsync_folder(path.parent)
 
     def empty(self, seq: int, start: int | None = None, size: int = 0) -> None:
         """Overwrites a line with its place and blanks. Raises OSError, or ValueError."""
@@ -2025,7 +2027,7 @@ def emptied(line: bytes) -> bytes:
 
 @contextmanager
 def new_file(path: Path, durable: bool) -> Iterator[BinaryIO]:
-    """A file that takes that path, in one step, once it is written. Raises OSError if it is not."""
+    """A file that takes that path once it is written, and on disk. Raises OSError if it is not."""
     unfinished = path.with_name(f".{path.name}")
     unfinished.unlink(missing_ok=True)  # it may be a link
     try:
@@ -2035,8 +2037,6 @@ def new_file(path: Path, durable: bool) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(unfinished, path)
-        if durable:
-            fsync_folder(path.parent)
     except BaseException:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
