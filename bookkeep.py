@@ -756,6 +756,24 @@ class NaiveBayes:
     A document is a list of tokens; n documents with A accounts give (n, A) scores. Accounts count
     from 0 in the order in which they were first seen. Scores are exact sums of rounded logs: the
     same, bit for bit, however many are computed at once.
+
+    The example of Manning, Raghavan and Schuetze (Introduction to Information Retrieval, table
+    13.1), whose tokens are of one kind here:
+
+    >>> chinese, beijing, shanghai, macao, tokyo, japan = range(1, 7)
+    >>> documents = [
+    ...     [chinese, beijing, chinese],
+    ...     [chinese, chinese, shanghai],
+    ...     [chinese, macao],
+    ...     [tokyo, japan, chinese],
+    ... ]
+    >>> model = NaiveBayes(alpha=1)
+    >>> model.learn(documents, [Lesson("c", 1.0)] * 3 + [Lesson("j", 1.0)])
+    >>> asked = [chinese, chinese, chinese, tokyo, japan]
+    >>> model.predict([asked])
+    ['c']
+    >>> model.joint_log_likelihood([asked]).round(2).tolist()
+    [[-0.12, -2.03]]
     """
 
     def __init__(self, alpha: float = ALPHA, beta: float = BETA) -> None:
@@ -1573,7 +1591,7 @@ class Log:
         self.path = path
         self.size = 0  # bytes of whole batches
         self.failure: str | None = None  # why the last append failed, if it did
-        self.forgetting = False  # may there be a note of what is to be forgotten?
+        self.forgetting = False  # is there a note of what is to be forgotten?
         self.fsynced: Callable[[float], object] = lambda seconds: None  # told how long each took
         self._starts = array("q")  # the byte at which each line of a whole batch starts
         self._torn = False  # may the file hold bytes beyond them?
@@ -1745,28 +1763,33 @@ class Log:
     def start_forgetting(self, seqs: np.ndarray) -> None:
         """Notes on disk that these lines are to be emptied: if nothing else does, a start will.
 
-        Raises OSError; then nothing has changed, unless it may be `forgetting` all the same.
+        Raises OSError; then nothing has changed, unless it is `forgetting` all the same.
         """
         self._require_place()
         starts = np.append(np.array(self._starts), self.size)
         lines = np.column_stack([seqs, starts[seqs], np.diff(starts)[seqs]]).tolist()
-        self.forgetting = True
+        path = self.beside("{}.forgetting")
         try:
-            with new_file(self.beside("{}.forgetting"), durable=True) as file:
+            with new_file(path, durable=True) as file:
                 file.write(_sealed(_encode({"lines": lines})[:-1].encode()))
         except OSError:
-            self.finish_forgetting()
+            path.unlink(missing_ok=True)
             raise
+        self.forgetting = True
+        fsync_folder(path.parent)
 
     def empty(self, seq: int, start: int | None = None, size: int = 0) -> None:
         """Overwrites a line with its place and blanks. Raises OSError, or ValueError."""
         with self._lock:
             start = self.start(seq) if start is None else start
             size = size or self.start(seq + 1) - start
-            line = emptied(os.pread(self._file, size, start))
-            if _parse(line)["seq"] != seq:
-                raise ValueError("it is another line")
-            self._write_at(start, line)
+            self._write_at(start, self._emptied(seq, start, size))
+
+    def _emptied(self, seq: int, start: int, size: int) -> bytes:
+        line = emptied(os.pread(self._file, size, start))
+        if _parse(line)["seq"] != seq:
+            raise ValueError("it is another line")
+        return line
 
     def _write_at(self, start: int, content: bytes) -> None:
         unwritten = memoryview(content)
@@ -1790,12 +1813,13 @@ class Log:
         path = self.beside("{}.forgetting")
         try:
             noted = json.loads(_unsealed(path.read_bytes()) + b"}")["lines"]
-            for seq, start, size in noted:
-                self.empty(seq, start, size)
+            for step in (self._emptied, self.empty):  # nothing is overwritten before all is seen
+                for seq, start, size in noted:
+                    step(seq, start, size)
             self.sync()
         except FileNotFoundError:
             return
-        except ValueError as error:
+        except (KeyError, ValueError) as error:
             os.close(self._file)
             raise LogError(f"{path} is not of {self.path} ({error}); move it away") from None
         self.finish_forgetting()
@@ -2003,7 +2027,7 @@ def emptied(line: bytes) -> bytes:
 
 @contextmanager
 def new_file(path: Path, durable: bool) -> Iterator[BinaryIO]:
-    """A file that takes that path, in one step, once it is written. Raises OSError if it is not."""
+    """A file that takes that path once it is written, and on disk. Raises OSError if it is not."""
     unfinished = path.with_name(f".{path.name}")
     unfinished.unlink(missing_ok=True)  # it may be a link
     try:
@@ -2013,8 +2037,6 @@ def new_file(path: Path, durable: bool) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(unfinished, path)
-        if durable:
-            fsync_folder(path.parent)
     except BaseException:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
@@ -2468,7 +2490,10 @@ def check_records(records: Sequence[dict], line: int) -> Iterator[Damage]:
         try:
             if "corrects" in record:
                 check_sample({TARGET: record[TARGET]}, (TARGET,))
-                if record["corrects"] not in range(record["seq"]):
+                if (
+                    type(record["corrects"]) is not int
+                    or not 0 <= record["corrects"] < record["seq"]
+                ):
                     raise ValueError("it corrects no booking before it")
                 _check_counts(record["weight"], record["against"])
             elif len(record) > len(PLACE):  # else it was emptied
@@ -2489,10 +2514,11 @@ def _check_booking(record: dict) -> None:
         raise ValueError("what was booked unseen counts nothing")
     if not isinstance(record["predicted"], str | None):
         raise ValueError("predicted is no account")
-    most = {"confidence": 1, "margin": sys.float_info.max, "known": len(SPECIFICITY) - 1}
-    for name, highest in most.items():
+    for name, highest in (("confidence", 1), ("margin", sys.float_info.max)):
         if record[name] is not None and not 0 <= record[name] <= highest:
             raise ValueError(f"no prediction can have that {name}")
+    if record["known"] not in range(len(SPECIFICITY)):
+        raise ValueError("no prediction can have that known")
     if record["rank"] is not None and (type(record["rank"]) is not int or record["rank"] < 1):
         raise ValueError("no account can have that rank")
 
