@@ -717,10 +717,10 @@ def test_the_example_of_how_it_works():
 )
 def test_precision_and_recall_equal_scikit_learns(rows):
     booked, predicted, weights = np.array(rows).T
-    for weights in (None, weights):
-        assert precision_recall(booked, predicted, weights) == pytest.approx(
+    for counted in (None, weights):
+        assert precision_recall(booked, predicted, counted) == pytest.approx(
             [
-                score(booked, predicted, average="macro", zero_division=0, sample_weight=weights)
+                score(booked, predicted, average="macro", zero_division=0, sample_weight=counted)
                 for score in (precision_score, recall_score)
             ]
         )
@@ -1098,7 +1098,9 @@ def test_damage_is_refused_with_its_line_and_left_alone(path, damage, name):
     lines = written(path, [[{"x": 1}, {"x": 1}], [{"x": 2}, {"x": 3}, {"x": 4}], [{"x": 5}]], name)
     path.write_bytes(b"".join([*lines[:2], damage(lines[2]), *lines[3:]]))
     before = path.read_bytes()
-    with pytest.raises(LogError, match=r"is damaged, line [34]: .*bookkeep.py relearn .*log.jsonl"):
+    with pytest.raises(
+        LogError, match=r"is damaged, line [34]: .*bookkeep\.py relearn .*log\.jsonl"
+    ):
         read(path)
     assert path.read_bytes() == before
 
