@@ -1164,17 +1164,8 @@ class History:
             self.accounts.get,
             range(Calibration.RANKS + 1),
         )
-        rows[
-            [
-                "company",
-                "predicted",
-                "confidence",
-                "specificity",
-                "rank",
-                "score_weight",
-                "reviewed",
-            ]
-        ] = [
+        known = ["company", "predicted", "confidence", "specificity", "rank", "score_weight"]
+        rows[known] = [
             (
                 company(r["sample"]["CompanyId"], -1),
                 predicted(r["predicted"], -1),
@@ -1182,10 +1173,10 @@ class History:
                 r["known"],
                 r["rank"] if r["rank"] in ranks else 0,
                 SCORE_WEIGHTS[r["sample"].get(BOOKED_BY, "person")],
-                "reviewed" not in r,
             )
             for r in records
         ]
+        rows["reviewed"] = rows["score_weight"] > 0
         margins = [(r["margin"] or 0) / len(d) for r, d in zip(records, documents, strict=True)]
         rows["bin"] = Calibration.bins(margins)
         return rows
@@ -1352,10 +1343,8 @@ class Calibration:
     OWN_DOUBT = 1 / 4  # of a wrong one that is added to a company's own: the best are often lucky
 
     def __init__(self) -> None:
-        self._all = np.zeros(
-            (len(SPECIFICITY), self.BINS), dtype=np.int64
-        )  # suggestions of everybody's
-        self._right = np.zeros((len(SPECIFICITY), self.BINS), dtype=np.int64)
+        # (2, specificities, BINS) suggestions of everybody's: all, and those that were right
+        self._all, self._right = np.zeros((2, len(SPECIFICITY), self.BINS), dtype=np.int64)
         self._ranks = np.zeros(self.RANKS + 1, dtype=np.int64)  # of the others' accounts, 0: beyond
         self._cells = Vocabulary.with_room(0)  # of a company, a specificity or an account, a bin
         self._own = np.zeros((len(self._cells.tokens), 2), dtype=np.int32)  # all, right of each
@@ -1602,6 +1591,7 @@ class Log:
         self.path = path
         self.size = 0  # bytes of whole batches
         self.failure: str | None = None  # why the last append failed, if it did
+        self.forgetting = False  # is there a note of what is to be forgotten?
         self.fsynced: Callable[[float], object] = lambda seconds: None  # told how long each took
         self._starts = array("q")  # the byte at which each line of a whole batch starts
         self._torn = False  # may the file hold bytes beyond them?
@@ -1729,12 +1719,8 @@ class Log:
         if self._torn:
             self._cut_back()
         try:
-            self._torn, at = True, self.size
-            for batch in batches:
-                unwritten = memoryview(b"".join(batch.lines))
-                while unwritten:
-                    written = os.pwrite(self._file, unwritten, at)
-                    unwritten, at = unwritten[written:], at + written
+            self._torn = True
+            self._write_at(self.size, b"".join([line for batch in batches for line in batch.lines]))
             if durable:
                 started = time.perf_counter()
                 os.fsync(self._file)
@@ -1775,22 +1761,29 @@ class Log:
         return self._starts[seq] if seq < len(self) else self.size
 
     def start_forgetting(self, seqs: np.ndarray) -> None:
-        """Notes on disk that these lines are to be emptied. Raises OSError if nothing has changed.
+        """Notes on disk that these lines are to be emptied: if nothing else does, a start will.
 
-        Once it has come back, a start empties them, if nothing else does.
+        Raises OSError; then nothing has changed, unless it is `forgetting` all the same.
         """
         self._require_place()
         starts = np.append(np.array(self._starts), self.size)
         lines = np.column_stack([seqs, starts[seqs], np.diff(starts)[seqs]]).tolist()
-        with new_file(self.beside("{}.forgetting"), durable=True) as file:
-            file.write(_sealed(_encode({"lines": lines})[:-1].encode()))
+        path = self.beside("{}.forgetting")
+        try:
+            with new_file(path, durable=True) as file:
+                file.write(_sealed(_encode({"lines": lines})[:-1].encode()))
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+        self.forgetting = True
+        fsync_folder(path.parent)
 
     def empty(self, seq: int, start: int | None = None, size: int = 0) -> None:
         """Overwrites a line with its place and blanks. Raises OSError, or ValueError."""
         with self._lock:
             start = self.start(seq) if start is None else start
             size = size or self.start(seq + 1) - start
-            os.pwrite(self._file, self._emptied(seq, start, size), start)
+            self._write_at(start, self._emptied(seq, start, size))
 
     def _emptied(self, seq: int, start: int, size: int) -> bytes:
         line = emptied(os.pread(self._file, size, start))
@@ -1798,19 +1791,22 @@ class Log:
             raise ValueError("it is another line")
         return line
 
+    def _write_at(self, start: int, content: bytes) -> None:
+        unwritten = memoryview(content)
+        while unwritten:  # a disk that is nearly full takes a part of it
+            written = os.pwrite(self._file, unwritten, start)
+            unwritten, start = unwritten[written:], start + written
+
     def sync(self) -> None:
         """Has all that was written on disk. Raises OSError."""
         os.fsync(self._file)
 
     def finish_forgetting(self) -> None:
-        """Makes sure that what was emptied is so on disk, and needs no note any more.
-
-        Raises OSError; then a start does it.
-        """
-        os.fsync(self._file)
+        """Removes the note, once the lines are emptied on disk. Raises OSError; a start does it."""
         path = self.beside("{}.forgetting")
         path.unlink(missing_ok=True)
         fsync_folder(path.parent)
+        self.forgetting = False
 
     def _end_forgetting(self) -> None:
         """Empties what a note says. Raises OSError, or LogError if the note is of another log."""
@@ -1820,6 +1816,7 @@ class Log:
             for step in (self._emptied, self.empty):  # nothing is overwritten before all is seen
                 for seq, start, size in noted:
                     step(seq, start, size)
+            self.sync()
         except FileNotFoundError:
             return
         except (KeyError, ValueError) as error:
@@ -1865,9 +1862,10 @@ class Export(io.RawIOBase):
     """Lines of a log as a file, each as it is when it is read: as it was written, or emptied."""
 
     def __init__(self, log: Log, seqs: range) -> None:
-        self._log, self._next, self._stop = log, seqs.start, min(seqs.stop, len(log))
+        self._log, self._first, self._stop = log, seqs.start, min(seqs.stop, len(log))
         self.size = max(0, log.start(self._stop) - log.start(seqs.start))  # bytes
-        self._piece, self._offset, self._at = b"", 0, 0  # read last, where that is, where it stands
+        self._at, self._read_at = 0, -1  # where it stands, and where it was read last
+        self._piece, self._start = b"", 0  # the lines from _first on, and where they start
 
     def seekable(self) -> bool:
         """It is, if not to before what was read last."""
@@ -1880,11 +1878,16 @@ class Export(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         """At most so many bytes, and at least one before the end."""
-        if self._at == self._offset + len(self._piece) and self._next < self._stop:
-            first, self._next = self._next, min(self._next + 64, self._stop)
-            self._offset, self._piece = self._at, self._log.lines(first, self._next)
-        start = self._at - self._offset
-        found = self._piece[start : None if size < 0 else start + size]
+        at = self._at - self._start
+        if self._at != self._read_at:  # else once more: waitress takes what it could send
+            # A line that is begun goes on as it was; those behind it are read as they are by now.
+            line = self._piece.rfind(b"\n", 0, at) + 1
+            begun = self._piece[line : self._piece.find(b"\n", line) + 1] if line < at else b""
+            self._first += self._piece.count(b"\n", 0, line)
+            self._start, at, behind = self._start + line, at - line, self._first + bool(begun)
+            self._piece = begun + self._log.lines(behind, min(behind + 64, self._stop))
+            self._read_at = self._at
+        found = self._piece[at : None if size < 0 else at + size]
         self._at += len(found)
         return found
 
@@ -2024,7 +2027,7 @@ def emptied(line: bytes) -> bytes:
 
 @contextmanager
 def new_file(path: Path, durable: bool) -> Iterator[BinaryIO]:
-    """A file that takes that path, in one step, once it is written. Raises OSError if it is not."""
+    """A file that takes that path once it is written, and on disk. Raises OSError if it is not."""
     unfinished = path.with_name(f".{path.name}")
     unfinished.unlink(missing_ok=True)  # it may be a link
     try:
@@ -2034,11 +2037,9 @@ def new_file(path: Path, durable: bool) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(unfinished, path)
-        if durable:
-            fsync_folder(path.parent)
     except BaseException:
         with suppress(OSError):
-            (unfinished if unfinished.exists() else path).unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
         raise
 
 
@@ -2489,7 +2490,10 @@ def check_records(records: Sequence[dict], line: int) -> Iterator[Damage]:
         try:
             if "corrects" in record:
                 check_sample({TARGET: record[TARGET]}, (TARGET,))
-                if record["corrects"] not in range(record["seq"]):
+                if (
+                    type(record["corrects"]) is not int
+                    or not 0 <= record["corrects"] < record["seq"]
+                ):
                     raise ValueError("it corrects no booking before it")
                 _check_counts(record["weight"], record["against"])
             elif len(record) > len(PLACE):  # else it was emptied
@@ -2510,10 +2514,11 @@ def _check_booking(record: dict) -> None:
         raise ValueError("what was booked unseen counts nothing")
     if not isinstance(record["predicted"], str | None):
         raise ValueError("predicted is no account")
-    most = {"confidence": 1, "margin": sys.float_info.max, "known": len(SPECIFICITY) - 1}
-    for name, highest in most.items():
+    for name, highest in (("confidence", 1), ("margin", sys.float_info.max)):
         if record[name] is not None and not 0 <= record[name] <= highest:
             raise ValueError(f"no prediction can have that {name}")
+    if record["known"] not in range(len(SPECIFICITY)):
+        raise ValueError("no prediction can have that known")
     if record["rank"] is not None and (type(record["rank"]) is not int or record["rank"] < 1):
         raise ValueError("no account can have that rank")
 
@@ -2623,13 +2628,15 @@ class Bookkeeper:
         """Removes lines, which the writer's thread is to ask for, as forget does."""
         with self._forgetting:
             self._end_saving()  # or the writer would have to wait for it
-            lines, forgotten = self.change(partial(self._start_forgetting, lines_of))
             try:
-                for part in chunks(lines.tolist(), 8 * CHUNK):
+                lines, forgotten = self.change(partial(self._start_forgetting, lines_of))
+                # A copy may be read meanwhile: let it have no correction without its booking.
+                for part in chunks(lines[::-1].tolist(), 8 * CHUNK):
                     self.change(partial(self._forget_part, part))
-                    self.log.sync()
                 self.log.finish_forgetting()
             except BaseException as error:
+                if not self.log.forgetting:
+                    raise
                 self.books.broken = True  # the log says less than the books, or will after a start
                 raise NotReady(f"the next start forgets the rest ({error}); {RESTART}") from None
         _digests.clear()
@@ -2739,8 +2746,8 @@ class Bookkeeper:
         lines = lines_of()
         self._end_saving()
         self.snapshot.discard()  # which a full disk has room for, and then for the note
-        self._saved = math.inf  # only a start drops the names of its accounts
         self.log.start_forgetting(lines)
+        self._saved = math.inf  # only a start drops the names of its accounts
         return lines, self.books.drop(lines)
 
     def _forget_part(self, seqs: list[int]) -> None:
@@ -2751,6 +2758,7 @@ class Bookkeeper:
             self.books.corrected.pop(record["seq"], None)
         for seq in seqs:
             self.log.empty(seq)
+        self.log.sync()  # by this thread: the kernel tells only one that bytes were lost
 
     def _read_back(self) -> None:
         reported = time.monotonic()
@@ -2787,15 +2795,15 @@ class Bookkeeper:
     def _save(self) -> None:
         """Saves the state in the background, if it is time to."""
         due = max(self.unsaved, self._saved / 16)
-        busy = self._saving and self._saving.is_alive()
-        if len(self.log) - self._saved < due or busy or self.books.broken:
+        is_saving = self._saving and self._saving.is_alive()
+        if len(self.log) - self._saved < due or is_saving or self.books.broken:
             return
         self._saved = len(self.log)
         try:
             state = {name: array.copy() for name, array in self._state().items()}
             saving = threading.Thread(target=self.snapshot.save, args=[state], name="saving")
             saving.start()
-            self._saving = saving
+            self._saving = saving  # now another thread may join it
         except Exception as error:  # there is the log
             logger.warning("no snapshot was made: %s", error)
 
@@ -3105,8 +3113,11 @@ TEXT: Schema = {"type": "string", "minLength": 1}
 YES_OR_NO: Schema = {"type": "string", "enum": ["yes", "no"]}
 KEY: Schema = {"type": "string", "pattern": "^[!-~]([ -~]{0,198}[!-~])?$"}
 KEY |= {"title": "1 to 200 printable ASCII characters"}
-PAGE_END: Schema = {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?(e-[0-9]+)?:[0-9]{1,18}$"}
-PAGE_END |= {"title": "what the page before says is `next`", "maxLength": 40}
+PAGE_END: Schema = {
+    "type": "string",
+    "pattern": r"^[0-9]{1,20}(\.[0-9]{1,20})?(e-[0-9]{1,3})?:[0-9]{1,18}$",
+    "title": "what the page before says is `next`",
+}
 
 
 def takes(schemas: dict[str, Schema] | None = None, body: Callable | None = None) -> Callable:
@@ -3166,6 +3177,10 @@ def create_app(
     app = Bottle()
     app.install(partial(_answering, keeper, max_body, threading.Lock()))
     app.default_error_handler = _error_in_json
+    if EXTRA.exists():  # without it, there are no figures for Prometheus
+        from bookkeep_extra import prometheus
+
+        prometheus.watch(app, keeper)  # before authorize: a refusal takes time, too
     pages = {path.name: path.read_text() for path in (EXTRA / "page").glob("*")}
     booked = partial(check_samples, booked=True, most=max_batch)
     asked = partial(check_samples, booked=False, most=max_batch)
@@ -3316,10 +3331,6 @@ def create_app(
     ):
         app.get(path, callback=takes()(partial(page, name, media)))
 
-    if EXTRA.exists():  # without it, there are no figures for Prometheus
-        from bookkeep_extra import prometheus
-
-        prometheus.watch(app, keeper)
     paths = " ".join(dict.fromkeys(map(described_path, app.routes)))
 
     @app.error(404)
@@ -3372,7 +3383,7 @@ def _answering(
             raise HTTPError(415, "send JSON, with the header Content-Type: application/json")
         if request.content_length > max_body:
             raise HTTPError(413, f"send at most {max_body} bytes in one request")
-        if (total := request.get_header(AT_LEAST)) is not None:
+        if (total := _header(AT_LEAST)) is not None:
             keeper.order.require_lines(keeper.log, value_of(AT_LEAST, WHOLE_NUMBER, total))
         values = [
             value_of(name, schema, in_path.get(name) or _sent(name))
@@ -3406,10 +3417,15 @@ def _answering(
     return answer
 
 
+def _header(name: str) -> str | None:
+    """The text of a header, whatever its bytes: Bottle's own would raise unless they are UTF-8."""
+    return request.environ.get(f"HTTP_{name.upper().replace('-', '_')}")
+
+
 def _sent(name: str) -> str | None:
     """The text of a header, or of a parameter after the ?. Raises BadRequest."""
     if name == "Idempotency-Key":
-        return request.get_header(name)
+        return _header(name)
     text = request.query.getunicode(name)
     if text is None and name in request.query:
         raise BadRequest(f"{name} must be UTF-8, percent-encoded")

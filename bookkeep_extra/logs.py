@@ -52,6 +52,8 @@ def relearn(old: Path, new: Path) -> int:
         raise LogError(f"{new} is there already; move it away first")
     with open(old, "rb"):  # before anything is made for the sake of a log that is not there
         pass
+    if os.path.exists(f"{os.path.realpath(old)}.forgetting"):
+        raise LogError(f"what {old} is to forget is still in it; start the service on it first")
     unfinished = new.with_name(f".{new.name}.unfinished")
     unfinished.unlink(missing_ok=True)
     log, books, left_out = Log(unfinished), Books(), 0
