@@ -72,7 +72,6 @@ from conftest import (
     SERVICE,
     SYNTHETIC,
     Service,
-    add_rows,
     answer_of,
     answers,
     assert_same,
@@ -429,12 +428,6 @@ def said(model, documents=EACH_TOKEN, labels="1234"):
     return by_account, model.n_tokens, top, model.predict(documents), assessed, weighed
 
 
-def posterior(scores, softening=1):
-    """P(account | tokens), from scores."""
-    probability = np.exp((scores - scores.max()) / softening)
-    return probability / probability.sum()
-
-
 def formula(bookings, document, label, alpha=0.1, beta=6):
     """The score of an account as the docstring of NaiveBayes has it, from what was learned."""
     n, m, totals = Counter(), Counter(), Counter()
@@ -544,7 +537,8 @@ def test_a_lesson_is_the_surprise_and_the_strongest_rivals(bookings, asked):
         }
         among = sorted({*met, label} & {*booked(bookings)})
         scores = np.array([formula(bookings, document, account) for account in among])
-        share = dict(zip(among, posterior(scores, SOFTENING), strict=True))
+        odds = np.exp((scores - scores.max()) / SOFTENING)
+        share = dict(zip(among, odds / odds.sum(), strict=True))
         surprise = 1 - share.pop(label)
         assert lesson.weight == pytest.approx(max(FLOOR, 0.75 * surprise), abs=0.51 / GRAIN)
         assert len(lesson.against) <= 2
@@ -706,6 +700,27 @@ def test_the_example_of_how_it_works():
 
 
 # ---------------------------------------------------------------------------------------- Metrics
+
+
+WHO = {0: "suggestion", 1: "person", 16: "check"}  # booked it, by what its prediction counts
+
+
+def add_rows(history, rows):
+    """Adds bookings to a history, each a dict of what differs from these; their rows."""
+    usual = {"seq": 0, "company": "A", "booked": "1", "predicted": "1", "name": ""}
+    usual |= {"confidence": 0.5, "bin": 9, "known": 3, "rank": 0, "score_weight": 1}
+    records = []
+    for row in (usual | row for row in rows):
+        who = by(WHO[row["score_weight"]], company=row["company"], account=row["booked"])
+        reviewed = {} if row["score_weight"] else {"reviewed": False}
+        margin = (2 ** ((row["bin"] + 0.5) / 6) - 1) / 8  # for each token, of which there is one
+        records.append(
+            {name: row[name] for name in ("seq", "predicted", "confidence", "known", "rank")}
+            | {"sample": who | {"AccountName": row["name"]}, "margin": margin}
+            | reviewed
+        )
+    history.append(history.draft(records, [[1]] * len(records)), records)
+    return history.rows[len(history.rows) - len(rows) :]
 
 
 @given(
