@@ -32,7 +32,7 @@ from urllib.parse import quote
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
@@ -591,6 +591,9 @@ def test_a_round_has_at_most_so_many_and_spans_the_whole_batch():
 
 
 @given(LEARNED, LABELLED, st.lists(st.integers(0, 10)), st.randoms(use_true_random=False))
+@example(
+    [([1], Lesson(label, 1.0)) for label in "3214"], [([1], "1"), ([2], "2")], [1], random.Random(0)
+)
 def test_any_batching_and_any_order_give_the_same_bits(bookings, asked, sizes, rng):
     documents, labels = zip(*asked, strict=True)
     model = taught(bookings)
