@@ -3611,8 +3611,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         on_signals(signal.default_int_handler)  # as Ctrl-C, until it serves
         if options.command:
-            from bookkeep_extra import logs
-
+            try:
+                from bookkeep_extra import logs
+            except ImportError:
+                raise OSError("check and relearn need bookkeep_extra beside bookkeep.py") from None
             return logs.COMMANDS[options.command](options)
         serve(options)
     except (LogError, OSError) as error:
