@@ -1864,7 +1864,7 @@ class Export(io.RawIOBase):
     def __init__(self, log: Log, seqs: range) -> None:
         self._log, self._first, self._stop = log, seqs.start, min(seqs.stop, len(log))
         self.size = max(0, log.start(self._stop) - log.start(seqs.start))  # bytes
-        self._at, self._read_at = 0, -1  # where it stands, and where it was read last
+        self._at = 0  # where it stands
         self._piece, self._start = b"", 0  # the lines from _first on, and where they start
 
     def seekable(self) -> bool:
@@ -1878,15 +1878,14 @@ class Export(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         """At most so many bytes, and at least one before the end."""
+        # A line that is begun goes on as it was. Those behind it are read as they are by now, also
+        # where they were read before: waitress skips only what it could send.
         at = self._at - self._start
-        if self._at != self._read_at:  # else once more: waitress takes what it could send
-            # A line that is begun goes on as it was; those behind it are read as they are by now.
-            line = self._piece.rfind(b"\n", 0, at) + 1
-            begun = self._piece[line : self._piece.find(b"\n", line) + 1] if line < at else b""
-            self._first += self._piece.count(b"\n", 0, line)
-            self._start, at, behind = self._start + line, at - line, self._first + bool(begun)
-            self._piece = begun + self._log.lines(behind, min(behind + 64, self._stop))
-            self._read_at = self._at
+        line = self._piece.rfind(b"\n", 0, at) + 1
+        begun = self._piece[line : self._piece.find(b"\n", line) + 1] if line < at else b""
+        self._first += self._piece.count(b"\n", 0, line)
+        self._start, at, behind = self._start + line, at - line, self._first + bool(begun)
+        self._piece = begun + self._log.lines(behind, min(behind + 64, self._stop))
         found = self._piece[at : None if size < 0 else at + size]
         self._at += len(found)
         return found
