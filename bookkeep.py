@@ -1749,9 +1749,8 @@ class Log:
 
     def export(self, seqs: range) -> "Export":
         """Those of these lines that exist, as a file."""
-        return Export(
-            self, self.start(seqs.start), max(self.start(seqs.start), self.start(seqs.stop))
-        )
+        start = self.start(seqs.start)
+        return Export(self, start, max(start, self.start(seqs.stop)))
 
     def _opened(self) -> BinaryIO:
         """The file that is owned, whatever stands at its path by now, opened once more."""
@@ -2630,6 +2629,10 @@ class Alone:
         """What comes of a change that appends; the writer's thread asks for it."""
         return change()
 
+    def append(self, log: Log, batches: Sequence[tuple[str | None, Sequence[dict]]]) -> list[dict]:
+        """Appends to the log, as Log.append says, behind all that others have appended."""
+        return log.append(batches)
+
     def require_ready(self) -> None:
         """Raises NotReady if nothing can be appended."""
 
@@ -2717,7 +2720,7 @@ class Bookkeeper:
                 self.books.broken = True  # the log says less than the books, or will after a start
                 raise NotReady(f"the next start forgets the rest ({error}); {RESTART}") from None
         _digests.clear()
-        logger.info("forgot a company of %d bookings", forgotten)
+        logger.info("forgot %d lines", len(lines))
         return forgotten
 
     def change(self, make: Callable[[], T]) -> T:
@@ -2792,9 +2795,8 @@ class Bookkeeper:
         records, rows = self.books.draft([*chain.from_iterable(each.samples for each in group)])
         try:
             rest = iter(records)
-            records = self.log.append(
-                [(each.key, [*islice(rest, len(each.samples))]) for each in group]
-            )
+            batches = [(each.key, [*islice(rest, len(each.samples))]) for each in group]
+            records = self.order.append(self.log, batches)
         except BaseException:
             self.books.undo(records)
             raise
@@ -2820,7 +2822,7 @@ class Bookkeeper:
         booking = self.booking(seq)
         before = self.books.lesson(booking).account
         if correction := self.books.correction(booking, account):
-            [correction] = self.log.append([(None, [correction])])
+            [correction] = self.order.append(self.log, [(None, [correction])])
             self.books.correct([(booking, correction)])
         return before
 
