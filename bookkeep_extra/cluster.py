@@ -22,19 +22,19 @@ import json
 import logging
 import math
 import os
-import queue
 import re
 import secrets
 import ssl
 import threading
 import time
 import zlib
-from collections.abc import Callable, Coroutine
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from io import BytesIO
+from itertools import chain
 from typing import NamedTuple, TypeVar
 from urllib.parse import parse_qs
 from urllib.request import urlopen
@@ -46,14 +46,12 @@ from nats.errors import NoRespondersError
 from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig, StreamState
 from nats.js.errors import APIError, NotFoundError
 
-import bookkeep
 from bookkeep import (
     CHUNK,
-    LINES,
+    PLACE,
     RESTART,
     UNSURE,
-    Batch,
-    Booking,
+    Alone,
     Bookkeeper,
     Busy,
     Conflict,
@@ -73,6 +71,7 @@ LATE = 5  # seconds that a request may wait for lines that others have booked
 WAITS = 4  # requests that may, as they keep threads from others
 PATIENCE = 10  # seconds that an append may take until it is given up
 ARRIVED = 64  # messages that others sent, and that are kept until they are taken over
+AT_ONCE = 4096  # lines and messages that are taken over at a time
 GATHER = 0.02  # seconds in which what others append gathers, unless somebody waits for it
 SILENT = 3  # seconds after which a server of the stream is taken for dead
 RECENT = 3  # seconds for which the others forward to a node that wrote
@@ -404,11 +403,12 @@ class Stream:
 ERRORS = {error.__name__: error for error in (Busy, Conflict, NotFound, NotStored)}
 
 
-class Node(Bookkeeper):
-    """A bookkeeper whose log is a stream's.
+class Node(Alone):
+    """A bookkeeper, and the order of its log: that of a stream.
 
-    Its writer is the only one that appends, and that takes over what others appended. A thread
-    joins the stream and keeps up with it; another one forgets what others order to be forgotten.
+    The bookkeeper's writer is the only one that appends, and that takes over what others appended.
+    A thread joins the stream and keeps up with it; another one forgets what is ordered to be
+    forgotten. What a node does not do itself, its bookkeeper does.
     """
 
     def __init__(self, address: str, log: Log, unsaved: int) -> None:
@@ -421,79 +421,113 @@ class Node(Bookkeeper):
         self._writable = True  # was the last append acknowledged?
         self._quorum = False  # has the stream a leader?
         self._sequence = 0  # of the last message that is in the log
-        self._acked = 0  # sequence of what is appended, but not in the log yet
         self._group: list[Message] = []  # the last one, of which parts may not have come
         self._void: list[int] = []  # messages of groups that count for nothing
         self._end = 0  # lines that the stream has, up to that sequence
         self._heard = 0  # lines that it has in all, as others say
         self._arrived: dict[int, Message] = {}  # what others say that they have appended
         self._wrote: dict[str, float] = {}  # node -> when it last did
-        self._ordered: set[int] = set()  # lines that are to be forgotten
-        self._to_forget: queue.Queue[np.ndarray] = queue.Queue()
+        self._orders: list[np.ndarray] = []  # of lines that are to be forgotten
+        self._obeyed: list[np.ndarray] = []  # lines that were, and that messages may still hold
         self._appended = dict.fromkeys(("appends", "append_seconds", "overtaken", "forwarded"), 0)
-        self._waits, self._removing = threading.Semaphore(WAITS), threading.Lock()
-        self._news, self._wanted, self._ended = (threading.Event() for _ in range(3))
+        self._waits, self._forgetting = threading.Semaphore(WAITS), threading.Lock()
+        self._news, self._wanted, self._ordered, self._ended = (threading.Event() for _ in range(4))
         self._passed: int | None = None  # the file that says how far the log is, once it joined
-        log.order = self._order
-        super().__init__(log, unsaved)
+        self.keeper = Bookkeeper(log, unsaved, order=self)
         for work in (self._keep_up, self._obey):
             threading.Thread(target=work, name=work.__name__, daemon=True).start()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.keeper, name)
 
     # What callers ask for
 
     def book(self, samples: list[Sample], key: str | None = None) -> range:
         """As Bookkeeper's, by the node that writes; what has a known key without the stream."""
-        repeated = Booking(Future(), samples, key)
-        if self._is_repeated(repeated):
-            return repeated.done.result()
-        if samples and (found := self._forward("book", key is not None, samples, key)):
-            return range(*found)
-        return super().book(samples, key)
+        if (known := self.keeper.repeated(samples, key)) is not None:
+            return known
+        return range(*self._ask("book", samples, key))
 
     def correct(self, seq: int, account: str) -> str:
         """As Bookkeeper's, by the node that writes."""
-        found = self._forward("correct", False, seq, account)
-        return found[0] if found else super().correct(seq, account)
+        return self._ask("correct", seq, account)[0]
 
     def forget(self, company: str) -> int:
         """Removes a company from this log, once the others are ordered to do it, too."""
-        self._require_stream()
-        lines, bookings = self._change_by(self._order_forgetting, company)
-        self._forget_lines(lines)
-        return bookings
 
-    def health(self) -> dict:
-        """As Bookkeeper's, and how the node stands to the stream."""
+        def order() -> int:
+            self._be_current()
+            lines = np.diff(self.books.lines_of(company), prepend=0).tolist()
+            data = json.dumps(lines).encode()
+            self._pass(self._append("orders", 0, data))
+            return self._take_order(data)
+
+        forgotten = self.keeper.change(lambda: self.in_order(order))
+        self._forget()
+        return forgotten
+
+    def close(self) -> None:
+        """As Bookkeeper's; leaves the stream."""
+        self._trouble = "it stops"
+        for event in (self._ended, self._news, self._ordered):
+            event.set()
+        self.keeper.close()
+        self._stream.close()
+
+    # What its bookkeeper asks for
+
+    def in_order(self, change: Callable[[], T]) -> T:
+        """What comes of a change that appends, behind all that others have appended."""
+        self._require_stream()
+        while True:
+            try:
+                return change()
+            except Overtaken:
+                self._appended["overtaken"] += 1
+                self._catch_up()
+
+    def append(self, log: Log, batches: Sequence[tuple[str | None, Sequence[dict]]]) -> list[dict]:
+        """Appends to the stream, and then to the log. Raises Overtaken, Busy, NotStored."""
+        placed = log.place(batches)
+        lines = [line for batch in placed for line in batch.lines]
+        if lines:
+            sequence = self._append("lines", len(lines), b"".join(lines))
+            try:
+                log.write(placed)
+            except OSError as error:  # the log takes it over from the stream when it can
+                raise NotStored(f"the log could not be written ({error}); {UNSURE}") from None
+            self._pass(sequence)
+        return [record for batch in placed for record in batch.records]
+
+    def health(self) -> dict[str, object]:
+        """How the node stands to the stream."""
         stream = {"status": self._reason() or "ok", "node": self._stream.node}
         stream |= {"writer": self._writer_of_all(), "lag": self._lag(), "quorum": self._quorum}
-        return super().health() | {"stream": stream}
+        return {"stream": stream | {"to_forget": len(self._orders)}}
 
     def require_ready(self) -> None:
-        """As Bookkeeper's; raises NotReady, too, if it lacks too much of the stream."""
-        super().require_ready()
+        """Raises NotReady if it cannot book, or lacks too much of the stream."""
         self._require_stream()
         if not self._quorum or self._lag() > MOST_LAG:
             raise NotReady(f"the stream has no leader, or this log lacks {self._lag()} lines of it")
 
-    def require_lines(self, total: int) -> None:
-        """As Bookkeeper's, but waits for some seconds, unless many do. Raises Busy."""
-        if len(self.log) < total:
-            if not self._waits.acquire(blocking=False):
-                super().require_lines(total)
+    def require_lines(self, log: Log, total: int) -> None:
+        """Waits for some seconds until the log has so many lines, unless many do. Raises Busy."""
+        if len(log) < total and self._waits.acquire(blocking=False):
             try:
                 self._await(total)
             finally:
                 self._waits.release()
+        super().require_lines(log, total)
 
     def _await(self, total: int) -> None:
         end = time.monotonic() + LATE
         while len(self.log) < total and time.monotonic() < end:
             self._wanted.set()
             time.sleep(0.002)
-        super().require_lines(total)
 
     def gauges(self) -> dict[str, tuple[str, float]]:
-        """As Bookkeeper's, and how appending goes."""
+        """How appending goes."""
         texts = (
             "Groups of lines appended to the stream.",
             "Seconds that this took.",
@@ -506,77 +540,15 @@ class Node(Bookkeeper):
         }
         gauges["stream_lag"] = ("Lines of the stream that are not in this log yet.", self._lag())
         gauges["stream_writable"] = ("Whether it can append.", int(not self._reason()))
-        return super().gauges() | gauges
-
-    def close(self) -> None:
-        """As Bookkeeper's; leaves the stream."""
-        self._trouble = "it stops"
-        self._ended.set()
-        self._news.set()
-        self._to_forget.put(np.zeros(0, dtype=np.int64))  # which wakes it up
-        super().close()
-        self._stream.close()
+        return gauges
 
     # What its writer does
 
-    def _book(self, group: list[Booking]) -> None:
-        book = super()._book
-        self._require_stream()
-        self._in_order(lambda: book([each for each in group if not each.done.done()]))
-
-    def _correct(self, seq: int, account: str) -> str:
-        def correct() -> str:
-            self._be_current()  # or it might change nothing that another node has changed
-            if seq in self._ordered:
-                raise NotFound(f"there is no booking {seq}")
-            return supers(seq, account)
-
-        supers = super()._correct
-        self._require_stream()
-        return self._in_order(correct)
-
-    def _order_forgetting(self, company: str) -> tuple[np.ndarray, int]:
-        def order() -> np.ndarray:
-            self._be_current()
-            lines, _ = self._lines_of(company)
-            lines = lines[~np.isin(lines, [*self._ordered])]
-            if not len(lines):
-                raise NotFound("this company is being forgotten")
-            self._append("orders", 0, json.dumps(np.diff(lines, prepend=0).tolist()).encode())
-            return lines
-
-        lines = self._in_order(order)
-        self._ordered.update(lines.tolist())
-        self._to_forget.put(lines)  # if this node dies, or cannot do it now
-        return lines, int(np.isin(self._history.of(company)["seq"], lines).sum())
-
-    def _in_order(self, change: Callable[[], T]) -> T:
-        """What comes of a change that appends, behind all that others have appended."""
-        while True:
-            self._acked = 0
-            try:
-                made = change()
-            except Overtaken:
-                self._appended["overtaken"] += 1
-                self._catch_up()
-                continue
-            except OSError as error:
-                if self._acked:  # the log takes it over from the stream when it can
-                    raise NotStored(f"the log could not be written ({error}); {UNSURE}") from None
-                raise
-            if self._acked:
-                self._pass(self._acked)
-            return made
-
-    def _order(self, batches: list[Batch]) -> None:
-        lines = [line for batch in batches for line in batch.lines]
-        if lines:
-            self._append("lines", len(lines), b"".join(lines))
-
-    def _append(self, subject: str, lines: int, data: bytes) -> None:
+    def _append(self, subject: str, lines: int, data: bytes) -> int:
+        """The sequence of what is appended to the stream. Raises Overtaken, Busy."""
         started, base = time.perf_counter(), len(self.log)
         try:
-            self._acked = self._stream.append(subject, base, lines, data, self._sequence)
+            sequence = self._stream.append(subject, base, lines, data, self._sequence)
         except Unreachable as error:
             self._writable = False
             raise Busy(f"the stream does not acknowledge this ({error}); {UNSURE}") from None
@@ -584,6 +556,7 @@ class Node(Bookkeeper):
         self._appended["appends"] += 1
         self._appended["append_seconds"] += time.perf_counter() - started
         self._wrote[self._stream.node] = time.monotonic()
+        return sequence
 
     def _be_current(self) -> None:
         """Takes over all that the stream has by now. Raises Busy."""
@@ -611,7 +584,7 @@ class Node(Bookkeeper):
         for sequence in [number for number in self._arrived.copy() if number <= after]:
             self._arrived.pop(sequence, None)
         get = self._arrived.get if after + 1 in self._arrived else self._stream.next
-        while lines + len(found) < LINES and (message := get(after + 1)):
+        while lines + len(found) < AT_ONCE and (message := get(after + 1)):
             found.append(message)
             after, lines = message.sequence, lines + message.lines
         return found
@@ -652,36 +625,43 @@ class Node(Bookkeeper):
                 raise Foreign(NONSENSE) from None
         return None
 
-    def _take_order(self, data: bytes) -> None:
+    def _take_order(self, data: bytes) -> int:
+        """Notes which lines are to be forgotten, and says how many bookings are gone by this."""
         lines = np.cumsum(json.loads(data))
-        self._ordered.update(lines.tolist())
-        self._to_forget.put(lines)
+        if len(self.log.record(lines[-1])) == len(PLACE):  # it was emptied, before a start
+            self._obeyed.append(lines)
+            return 0
+        self._orders.append(lines)
+        self._ordered.set()
+        return self.books.drop(lines)
 
     def _take_lines(self, base: int, data: bytes) -> None:
         """Adds lines to the log; those that it has must be the same. Raises Foreign, OSError."""
         if base > len(self.log):
             raise Foreign(BEHIND)
-        batches, records = [], []
+        batches = []
         for batch in batches_of(BytesIO(data), base):
             if isinstance(batch, Damage) or [*check_records(batch.records, batch.line)]:
                 raise Foreign(NONSENSE)
-            first = batch.line - 1
-            if first < len(self.log):
-                file, size = self.log.export(range(first, first + len(batch.lines)))
-                for mine, theirs in zip(file.read(size).splitlines(True), batch.lines, strict=True):
-                    if mine not in (theirs, bookkeep._emptied(theirs, first)):
-                        raise Foreign(f"the stream is of another log, by its line {first + 1}")
-            else:
+            if batch.line > len(self.log):
                 batches.append(batch)
-                records += batch.records
-        if batches:
-            self.log.write(batches)
-        with self._writer.must_succeed():
-            for chunk in chunks(records, CHUNK):
-                self._follow(chunk)
+                continue
+            for theirs in batch.records:
+                place = {name: theirs[name] for name in PLACE}  # if it was emptied
+                if self.log.record(theirs["seq"]) not in (theirs, place):
+                    raise Foreign(f"the stream is of another log, by its line {theirs['seq'] + 1}")
+        if not batches:
+            return
+        self.log.write(batches)
+        try:
+            for records in chunks(chain.from_iterable(b.records for b in batches), CHUNK):
+                self.keeper.follow(records)
+        except BaseException:
+            self.books.broken = True  # the log says more than the books
+            raise
         for batch in batches:
             if "sample" in batch.records[0]:
-                self._last_batch = batch.line - 1
+                self.books.last_batch = batch.line - 1
 
     def _pass(self, sequence: int) -> None:
         self._sequence = sequence
@@ -702,7 +682,7 @@ class Node(Bookkeeper):
                 if self._passed is None:
                     self._join()
                 self._look()
-            except Overtaken:  # while it joins: another does, too
+            except Overtaken:  # while it joins, or sees whether it can append
                 continue
             except (Unreachable, Busy) as error:
                 self._quorum = False
@@ -726,13 +706,12 @@ class Node(Bookkeeper):
                 self._quorum = self._stream.quorum
                 if state.last_seq == self._sequence:
                     self._heard = len(self.log)
-                if not self._writable:  # a group of no lines tells whether it is again
-                    probe = partial(self._append, "lines", 0, b"")
-                    self._change_by(self._in_order, probe)
             while self._lag() or state.last_seq > self._sequence:
                 if not (messages := self._fetch()):
                     break
-                self._change_by(self._take, messages)
+                self.keeper.change(partial(self._take, messages))
+            if not self._writable:  # a group of no lines tells whether it is again
+                self.keeper.change(partial(self._append, "lines", 0, b""))
             self._trouble = None
             if self._news.wait(0.003 if self._lag() else 1):
                 self._news.clear()
@@ -755,11 +734,11 @@ class Node(Bookkeeper):
         order = self._stream.next(1, "orders")
         while order and order.sequence < start:
             if data := self._whole(order):
-                self._take_order(data)
+                self.keeper.change(partial(self._take_order, data))
             order = self._stream.next(order.sequence + 1, "orders")
         self._sequence, self._end = start - 1, mine if known and not first else 0
         while self._sequence < state.last_seq and not self._ended.is_set():
-            self._change_by(self._take, self._fetch())
+            self.keeper.change(partial(self._take, self._fetch()))
         if self._end < len(self.log):
             if known:
                 raise Foreign(LOST)
@@ -784,29 +763,24 @@ class Node(Bookkeeper):
                 self._end, lines = self._end + n, []
 
     def _obey(self) -> None:
-        """Forgets what was ordered to be, and then erases the messages that held it."""
-        while True:
-            orders = [self._to_forget.get()]
-            while not self._to_forget.empty():  # all of them together, as erasing takes long
-                orders.append(self._to_forget.get())
-            if self._ended.is_set():
-                return
-            lines = np.unique(np.concatenate(orders))
+        """Forgets what is ordered to be, and then erases the messages that held it."""
+        while not self._ended.is_set():
             try:
-                self._forget_lines(lines)
-                self._ordered.difference_update(lines.tolist())
-                self._erase(lines)
+                self._forget()
+                if obeyed := self._obeyed.copy():  # all of them together, as erasing takes long
+                    self._erase(np.unique(np.concatenate(obeyed)))
+                    del self._obeyed[: len(obeyed)]
             except Exception as error:
                 logger.warning("not all that was forgotten is erased yet: %s", error)
-                self._to_forget.put(lines)
-                self._ended.wait(1)
+            self._ordered.wait(1)
+            self._ordered.clear()
 
-    def _forget_lines(self, lines: np.ndarray) -> None:
-        with self._removing:
-            with self._changing:
-                seqs = self._history.rows["seq"]
-            if np.isin(lines, seqs).any():
-                self._forget(lambda: (lines, len(self.log)))
+    def _forget(self) -> None:
+        """Empties the lines that are ordered to be forgotten. Raises NotStored, NotReady."""
+        with self._forgetting:
+            while self._orders:
+                self.keeper.forget_lines(self._orders[0].copy)
+                self._obeyed.append(self._orders.pop(0))
 
     def _erase(self, lines: np.ndarray) -> None:
         """Erases the messages that held lines, once all nodes that are there know that."""
@@ -828,30 +802,37 @@ class Node(Bookkeeper):
 
     # What nodes say to each other
 
-    def _forward(self, what: str, again: bool, *arguments: object) -> list | None:
-        """What the node that writes answers; None if this one is to do it, `again` if need be."""
+    def _ask(self, what: str, *arguments: object) -> list:
+        """What comes of a booking or a correction, which the node that writes is to make."""
         self._require_stream()
         writer = self._writer_of_all()
         if writer in (None, self._stream.node):
-            return None
+            return self._make(what, *arguments)
         content = zlib.compress(json.dumps([what, arguments]).encode(), 1)
         if len(content) > self._stream.room:
-            return None
+            return self._make(what, *arguments)
         try:
             answer = json.loads(self._stream.ask(writer, content))
         except Gone as gone:
             self._wrote.pop(writer, None)
-            if again or not gone.asked:
-                return None
-            raise Busy(f"the node that was to book this is gone; {UNSURE}") from None
+            if gone.asked and (what == "correct" or arguments[1] is None):  # it has no key
+                raise Busy(f"the node that was to book this is gone; {UNSURE}") from None
+            return self._make(what, *arguments)
         if answer.get("error") == "Refused" or answer.get("reason") == RESTART:
-            return None  # it was not tried; this node may do it
+            return self._make(what, *arguments)  # it was not tried
         if "error" in answer:
             raise ERRORS.get(answer["error"], Busy)(answer["reason"])
         self._appended["forwarded"] += 1
-        with suppress(Busy):
-            self._await(answer["lines"])
+        self._await(answer["lines"])
         return answer["made"]
+
+    def _make(self, what: str, *arguments: object) -> list:
+        """What comes of a booking or a correction, made here."""
+        if what == "correct":  # or what another node has changed might seem to need no change
+            self.keeper.change(self._be_current)
+            return [self.keeper.correct(*arguments)]
+        numbers = self.keeper.book(*arguments)
+        return [numbers.start, numbers.stop]
 
     def _asked(self, content: bytes) -> bytes:
         """The answer to another node."""
@@ -859,13 +840,9 @@ class Node(Bookkeeper):
         try:
             if what == "sequence":
                 made: object = math.inf if self._trouble else self._sequence  # else all would wait
-            elif reason := self._reason():
-                raise Refused(reason)
-            elif what == "correct":
-                made = [super().correct(*arguments)]
             else:
-                numbers = super().book(*arguments)
-                made = [numbers.start, numbers.stop]
+                self._require_stream()
+                made = self._make(what, *arguments)
             answer = {"made": made, "lines": len(self.log)}
         except Exception as error:
             answer = {"error": type(error).__name__, "reason": str(error)}
