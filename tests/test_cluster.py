@@ -525,8 +525,8 @@ def test_a_company_is_forgotten_by_all_nodes_and_by_the_stream(servers, topic, j
     a.book(bookings(2))
     wait_until(lambda: equal([a, b]))
     assert b"confidential" not in a.path.read_bytes()
-    wait_until(lambda: {*servers.messages(topic)} & {1, 3, 5} == set())
-    assert {*servers.messages(topic)} == {2, 4, 6, 7}
+    # Before a correction and an order comes a group of no lines.
+    wait_until(lambda: {*servers.messages(topic)} == {2, 4, 5, 7, 8, 9})
     for of in servers.folders:
         for block in of.glob(f"**/streams/{topic}/msgs/*.blk"):
             assert b"confidential" not in plain(block.read_bytes())
@@ -799,7 +799,7 @@ def test_a_user_of_nats_needs_few_permissions(servers, joined):
     assert b.book([booking(company="secret")]) == range(3, 4)
     assert b.forget("secret") == 1
     wait_until(lambda: equal([a, b]))
-    wait_until(lambda: [*servers.messages("narrow")] == [1, 3])
+    wait_until(lambda: [*servers.messages("narrow")] == [1, 3, 4])
 
 
 def test_a_node_that_may_not_connect_says_so(servers, topic, joined):
