@@ -15,6 +15,7 @@ group of messages, part 0 to `parts` - 1, holds what is too long for one:
 
 The bytes are lines of the log, or the numbers of lines to empty, as differences: an order to forget
 has no name. A group counts for nothing if another node's message stands where its next part should.
+One of no lines is appended to see whether that is possible, and whether all before it is known.
 """
 
 import asyncio
@@ -57,10 +58,10 @@ BEHIND = (
     "(curl -f .../samples), remove the file beside it that ends in .stream, and start it again"
 )
 COUNTERS = {  # since the start
-    "appends": "Groups of lines appended to the stream.",
-    "append_seconds": "Seconds that this took.",
-    "overtaken": "Appends that another node's came before.",
-    "forwarded": "Bookings and corrections that another node made for this one.",
+    "stream_appends_total": "Groups of lines appended to the stream.",
+    "stream_append_seconds_total": "Seconds that this took.",
+    "stream_overtaken_total": "Appends that another node's came before.",
+    "stream_forwarded_total": "Bookings and corrections that another node made for this one.",
 }
 
 logger = logging.getLogger("bookkeep.cluster")
@@ -137,8 +138,7 @@ class Stream:
         self._nats: nats.NATS | None = None  # once it is connected
         self._loop = asyncio.new_event_loop()
         self._answering = ThreadPoolExecutor(16)
-        self._answers: set[asyncio.Future] = set()  # under way
-        self._asked: set[bytes] = set()  # names of the questions that these are for
+        self._answers: dict[bytes, asyncio.Future] = {}  # under way, by the names of questions
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
 
     def _do(self, work: Coroutine) -> object:
@@ -156,19 +156,17 @@ class Stream:
         is in the way of a connection.
         """
 
-        async def answer(message: Msg) -> None:
-            name, _, content = message.data.partition(b" ")
-            if content:
-                self._asked.add(name)
-                found = await self._loop.run_in_executor(self._answering, asked, content)
-                await message.respond(found)
-                self._asked.discard(name)
-            else:  # is it under way? If not, the answer was sent before this one, or it never came
-                await message.respond(b"yes" if name in self._asked else b"")
+        async def answer(message: Msg, content: bytes) -> None:
+            found = await self._loop.run_in_executor(self._answering, asked, content)
+            await message.respond(found)
 
         async def begin(message: Msg) -> None:
-            self._answers.add(task := asyncio.ensure_future(answer(message)))
-            task.add_done_callback(self._answers.discard)
+            name, _, content = message.data.partition(b" ")
+            if content:
+                self._answers[name] = task = asyncio.ensure_future(answer(message, content))
+                task.add_done_callback(lambda _: self._answers.pop(name))
+            else:  # is it under way? If not, the answer was sent before this one, or it never came
+                await message.respond(b"yes" if name in self._answers else b"")
 
         async def hear(message: Msg) -> None:
             sequence, _, rest = message.data.partition(b" ")
@@ -329,9 +327,9 @@ class Stream:
         """What the nodes that are there answer within a second. Raises Unreachable."""
 
         async def ask() -> list[bytes]:
-            inbox = self._nats.new_inbox()
+            inbox, name = self._nats.new_inbox(), secrets.token_hex(8).encode()
             answers = await self._nats.subscribe(inbox)
-            await self._nats.publish(f"{self.name}.node", b"all " + content, reply=inbox)
+            await self._nats.publish(f"{self.name}.node", name + b" " + content, reply=inbox)
             await asyncio.sleep(1)
             found = [(await answers.next_msg()).data for _ in range(answers.pending_msgs)]
             await answers.unsubscribe()
@@ -343,7 +341,7 @@ class Stream:
         """Ends the connection, once what others asked is answered."""
 
         async def close() -> None:
-            await asyncio.gather(*self._answers, return_exceptions=True)
+            await asyncio.gather(*self._answers.values(), return_exceptions=True)
             await self._nats.close()
 
         if self._nats:
@@ -432,7 +430,7 @@ class Node(bookkeep.Alone):
             try:
                 return change()
             except Overtaken:
-                self._counters["overtaken"] += 1
+                self._counters["stream_overtaken_total"] += 1
                 self._catch_up()
 
     def append(self, log: Log, batches: Sequence[tuple[str | None, Sequence[dict]]]) -> list[dict]:
@@ -476,9 +474,7 @@ class Node(bookkeep.Alone):
 
     def gauges(self) -> dict[str, tuple[str, float]]:
         """How appending goes."""
-        gauges = {
-            f"stream_{name}_total": (text, self._counters[name]) for name, text in COUNTERS.items()
-        }
+        gauges = {name: (text, self._counters[name]) for name, text in COUNTERS.items()}
         gauges["stream_lag"] = ("Lines of the stream that are not in this log yet.", self._lag())
         gauges["stream_writable"] = ("Whether it can append.", int(not self._reason()))
         return gauges
@@ -494,8 +490,8 @@ class Node(bookkeep.Alone):
             self._writable = False
             raise Busy(f"the stream does not acknowledge this ({error}); {UNSURE}") from None
         self._writable = True
-        self._counters["appends"] += 1
-        self._counters["append_seconds"] += time.perf_counter() - started
+        self._counters["stream_appends_total"] += 1
+        self._counters["stream_append_seconds_total"] += time.perf_counter() - started
         self._wrote[self._stream.node] = time.monotonic()
         return sequence
 
@@ -750,7 +746,7 @@ class Node(bookkeep.Alone):
             return self._make(what, *arguments)  # it was not tried
         if "error" in answer:
             raise getattr(bookkeep, answer["error"], Busy)(answer["reason"])
-        self._counters["forwarded"] += 1
+        self._counters["stream_forwarded_total"] += 1
         self._await(answer["lines"])
         return answer["made"]
 

@@ -802,9 +802,18 @@ def test_a_user_of_nats_needs_few_permissions(servers, joined):
     wait_until(lambda: [*servers.messages("narrow")] == [1, 3, 4])
 
 
-def test_a_node_that_may_not_connect_says_so(servers, topic, joined):
-    wrong = joined("a", ready=False, address=servers.address(topic, user="narrow:wrong@"))
-    wait_until(lambda: "uthorization" in stands(wrong))
+def test_a_node_that_may_not_connect_says_so(joined, tmp_path):
+    port = str(free_port())
+    options = ["-a", "127.0.0.1", "-p", port, "--user", "u", "--pass", "right"]
+    server = subprocess.Popen([Servers.PROGRAM, *options, "-l", tmp_path / "said"])
+    try:
+        wrong = joined("a", ready=False, address=f"nats://u:wrong@127.0.0.1:{port}/books")
+        wait_until(lambda: "uthorization" in stands(wrong))
+        with pytest.raises(NotReady, match="uthorization"):
+            wrong.book(bookings(1))
+    finally:
+        server.kill()
+        server.wait()
 
 
 def test_unsafe_servers_are_named_and_those_that_are_away_stop_nobody(
