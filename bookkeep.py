@@ -41,14 +41,14 @@ import threading
 import time
 import zlib
 from array import array
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from hashlib import blake2b
-from itertools import accumulate, chain, count, islice, pairwise, repeat
+from itertools import chain, count, islice, pairwise, repeat
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
@@ -756,6 +756,24 @@ class NaiveBayes:
     A document is a list of tokens; n documents with A accounts give (n, A) scores. Accounts count
     from 0 in the order in which they were first seen. Scores are exact sums of rounded logs: the
     same, bit for bit, however many are computed at once.
+
+    The example of Manning, Raghavan and Schuetze (Introduction to Information Retrieval, table
+    13.1), whose tokens are of one kind here:
+
+    >>> chinese, beijing, shanghai, macao, tokyo, japan = range(1, 7)
+    >>> documents = [
+    ...     [chinese, beijing, chinese],
+    ...     [chinese, chinese, shanghai],
+    ...     [chinese, macao],
+    ...     [tokyo, japan, chinese],
+    ... ]
+    >>> model = NaiveBayes(alpha=1)
+    >>> model.learn(documents, [Lesson("c", 1.0)] * 3 + [Lesson("j", 1.0)])
+    >>> asked = [chinese, chinese, chinese, tokyo, japan]
+    >>> model.predict([asked])
+    ['c']
+    >>> model.joint_log_likelihood([asked]).round(2).tolist()
+    [[-0.12, -2.03]]
     """
 
     def __init__(self, alpha: float = ALPHA, beta: float = BETA) -> None:
@@ -846,9 +864,9 @@ class NaiveBayes:
         """How many documents to score at once: few enough to stay in a processor's cache."""
         return max(1, min(128, CELLS // max(1, len(self.names))))
 
-    def _blocks(self, n: int) -> Iterator[slice]:
+    def _blocks(self, n: int) -> list[slice]:
         step = self.at_once
-        return (slice(start, start + step) for start in range(0, n, step))
+        return [slice(start, start + step) for start in range(0, n, step)]
 
     def _best(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(n,) the account of the highest of (n, A) scores, and (n,) its lead over the second.
@@ -901,7 +919,7 @@ class NaiveBayes:
                 ranks[i] = np.count_nonzero(scores[i] >= scores[i, booked[i]])
             made += map(
                 Assessment,
-                [self.names[account] for account in best.tolist()],
+                map(self.names.__getitem__, best.tolist()),
                 [margin if margin < np.inf else None for margin in lead.round(4).tolist()],
                 [rank or None for rank in ranks.tolist()],
                 self.specificity(documents).tolist(),
@@ -916,7 +934,7 @@ class NaiveBayes:
 
     def _numbered(self, accounts: Sequence[str]) -> np.ndarray:
         """(n,) their numbers, -1 for those that are not known."""
-        numbers = np.array([self.accounts.get(account, -1) for account in accounts], dtype=np.int64)
+        numbers = np.fromiter(map(self.accounts.get, accounts, repeat(-1)), dtype=np.int64)
         numbers[self.class_counts[numbers] == 0] = -1
         return numbers
 
@@ -1022,8 +1040,9 @@ class NaiveBayes:
         assessments, scores = self._assess(found, labels)
         if len(documents) > min(ROUND, self.at_once):
             scores = None  # they are of another model by then, or of some documents only
-        for part in rounds(len(documents)):
-            taken = found.part(part)
+        parts = rounds(len(documents))
+        for part in parts:
+            taken = found.part(part) if len(parts) > 1 else found
             lessons = self.weigh(taken, labels[part], scores)
             with changing():  # for him who takes them, too: should he fail, it is half a change
                 self.learn(taken, lessons)
@@ -1140,21 +1159,26 @@ class History:
         numbers for new names, which are -1 here.
         """
         rows = np.zeros(len(records), dtype=self.ROW)
-        company, predicted = self.companies.get, self.accounts.get
-        rows[["company", "predicted", "confidence", "specificity", "rank", "reviewed"]] = [
+        company, predicted, ranks = (
+            self.companies.get,
+            self.accounts.get,
+            range(Calibration.RANKS + 1),
+        )
+        known = ["company", "predicted", "confidence", "specificity", "rank", "score_weight"]
+        rows[known] = [
             (
                 company(r["sample"]["CompanyId"], -1),
                 predicted(r["predicted"], -1),
                 r["confidence"] or 0,
                 r["known"],
-                in_ranks(r["rank"]),
-                "reviewed" not in r,
+                r["rank"] if r["rank"] in ranks else 0,
+                SCORE_WEIGHTS[r["sample"].get(BOOKED_BY, "person")],
             )
             for r in records
         ]
-        rows["score_weight"] = [score_weight(record["sample"]) for record in records]
-        margins = np.array([record["margin"] or 0 for record in records], dtype=np.float64)
-        rows["bin"] = Calibration.bins(margins / [len(document) for document in documents])
+        rows["reviewed"] = rows["score_weight"] > 0
+        margins = [(r["margin"] or 0) / len(d) for r, d in zip(records, documents, strict=True)]
+        rows["bin"] = Calibration.bins(margins)
         return rows
 
     def append(self, rows: np.ndarray, records: Sequence[dict]) -> None:
@@ -1319,10 +1343,8 @@ class Calibration:
     OWN_DOUBT = 1 / 4  # of a wrong one that is added to a company's own: the best are often lucky
 
     def __init__(self) -> None:
-        self._all = np.zeros(
-            (len(SPECIFICITY), self.BINS), dtype=np.int64
-        )  # suggestions of everybody's
-        self._right = np.zeros((len(SPECIFICITY), self.BINS), dtype=np.int64)
+        # (2, specificities, BINS) suggestions of everybody's: all, and those that were right
+        self._all, self._right = np.zeros((2, len(SPECIFICITY), self.BINS), dtype=np.int64)
         self._ranks = np.zeros(self.RANKS + 1, dtype=np.int64)  # of the others' accounts, 0: beyond
         self._cells = Vocabulary.with_room(0)  # of a company, a specificity or an account, a bin
         self._own = np.zeros((len(self._cells.tokens), 2), dtype=np.int32)  # all, right of each
@@ -1569,6 +1591,7 @@ class Log:
         self.path = path
         self.size = 0  # bytes of whole batches
         self.failure: str | None = None  # why the last append failed, if it did
+        self.forgetting = False  # is there a note of what is to be forgotten?
         self.fsynced: Callable[[float], object] = lambda seconds: None  # told how long each took
         self._starts = array("q")  # the byte at which each line of a whole batch starts
         self._torn = False  # may the file hold bytes beyond them?
@@ -1581,7 +1604,7 @@ class Log:
                 folders[0].mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
             for folder in folders[: 1 + new]:  # so that new names are on disk, too
-                _fsync_folder(folder)
+                fsync_folder(folder)
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._end_forgetting()
         except BlockingIOError:
@@ -1624,11 +1647,10 @@ class Log:
 
     def checksum(self, size: int) -> int | None:
         """The CRC-32 of its first bytes, so many; None if there are fewer."""
-        crc = 0
-        with self._opened() as file:
-            while size and (piece := file.read(min(size, 1 << 20))):
-                crc, size = zlib.crc32(piece, crc), size - len(piece)
-        return None if size else crc
+        crc = at = 0
+        while at < size and (piece := os.pread(self._file, min(size - at, 1 << 20), at)):
+            crc, at = zlib.crc32(piece, crc), at + len(piece)
+        return crc if at == size else None
 
     def __len__(self) -> int:
         """The lines of all whole batches, so that the next one's seq is this."""
@@ -1653,55 +1675,52 @@ class Log:
         """Moves what follows the last whole batch to LOG.cut: it cannot be told from damage."""
         path = self.beside("{}.cut")
         cut = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        with self._opened() as lines, open(cut, "wb") as file:
-            lines.seek(self.size)
-            file.write(lines.read())
+        with open(cut, "wb") as file:
+            file.write(os.pread(self._file, os.fstat(self._file).st_size - self.size, self.size))
             file.flush()
             os.fsync(cut)
-        _fsync_folder(path.parent)
+        fsync_folder(path.parent)
         self._cut_back()
         logger.warning("%s, line %d: %s; they are kept in %s", self.path, *end[:2], path)
 
-    def append(
-        self, batches: Sequence[tuple[str | None, Sequence[dict]]], durable: bool = True
-    ) -> list[dict]:
+    def append(self, batches: Iterable[tuple[str | None, Sequence[dict]]]) -> list[dict]:
         """Writes batches, with or without a key, with one fsync: then they are on disk.
 
         The answer is all records with their places. Raises OSError if they could not be written;
-        then the log is as it was before, unless the error says that it may not be. Batches that
-        need not be `durable` are not on disk before the next fsync.
+        then the log is as it was before, unless the error says that it may not be.
         """
         placed = self.place(batches)
-        self.write(placed, durable)
-        return [record for batch in placed for record in batch.records]
+        self.write(placed)
+        records: list[dict] = []
+        for batch in placed:
+            records += batch.records
+        return records
 
     def place(self, batches: Iterable[tuple[str | None, Sequence[dict]]]) -> list["Batch"]:
         """The batches as they would stand behind all others."""
-        placed, first = [], len(self)
+        placed, seq = [], len(self._starts)
         for key, records in batches:
-            end = first + len(records)
-            batch = first if key is None else key
-            records = [
-                {"seq": seq, "batch": batch, "left": end - seq - 1, **record}
-                for seq, record in enumerate(records, start=first)
-            ]
-            lines = [_sealed(_encode(record)[:-1].encode()) for record in records]
-            placed.append(Batch(records, lines, first + 1))
-            first = end
+            batch = Batch([], [], seq + 1)
+            name, left = seq if key is None else key, len(records)
+            for record in records:
+                left -= 1
+                batch.records.append({"seq": seq, "batch": name, "left": left, **record})
+                batch.lines.append(_sealed(_encode(batch.records[-1])[:-1].encode()))
+                seq += 1
+            placed.append(batch)
         return placed
 
     def write(self, batches: Sequence["Batch"], durable: bool = True) -> None:
-        """Writes what was placed. Raises OSError, as append does."""
+        """Writes what was placed. Raises OSError, as append does.
+
+        What need not be `durable` is not on disk before the next fsync.
+        """
         self._require_place()
         if self._torn:
             self._cut_back()
         try:
             self._torn = True
-            unwritten = memoryview(b"".join([line for batch in batches for line in batch.lines]))
-            at = self.size
-            while unwritten:
-                written = os.pwrite(self._file, unwritten, at)
-                unwritten, at = unwritten[written:], at + written
+            self._write_at(self.size, b"".join([line for batch in batches for line in batch.lines]))
             if durable:
                 started = time.perf_counter()
                 os.fsync(self._file)
@@ -1729,10 +1748,11 @@ class Log:
 
     def record(self, seq: int) -> dict:
         """The record of that seq, with its place. Raises ValueError or OSError if it is damaged."""
-        return _parse(self._read(seq, seq + 1))
+        return _parse(self.lines(seq, seq + 1))
 
-    def _read(self, first: int, end: int) -> bytes:
-        with self._lock:  # or a line might be read half overwritten
+    def lines(self, first: int, end: int) -> bytes:
+        """Those lines, as they are now. Raises OSError."""
+        with self._lock:  # or one might be read half overwritten
             start, stop = self.start(first), self.start(end)
             return os.pread(self._file, stop - start, start)
 
@@ -1740,78 +1760,66 @@ class Log:
         """The byte at which that line starts, or at which the last one ends."""
         return self._starts[seq] if seq < len(self) else self.size
 
-    def lines_within(self, start: int, end: int) -> bytes:
-        """Whole lines from that byte on, at which one starts; one, or as many as end by `end`."""
-        with self._lock:
-            first = bisect_left(self._starts, start)
-            last = max(first + 1, bisect_right(self._starts, end) - 1)
-            return self._read(first, last if end < self.size else len(self))
-
-    def export(self, seqs: range) -> "Export":
-        """Those of these lines that exist, as a file."""
-        start = self.start(seqs.start)
-        return Export(self, start, max(start, self.start(seqs.stop)))
-
-    def _opened(self) -> BinaryIO:
-        """The file that is owned, whatever stands at its path by now, opened once more."""
-        return open(f"/proc/self/fd/{self._file}", "rb")
-
     def start_forgetting(self, seqs: np.ndarray) -> None:
-        """Notes on disk that these lines are to be emptied. Raises OSError if nothing has changed.
+        """Notes on disk that these lines are to be emptied: if nothing else does, a start will.
 
-        Once it has come back, a start empties them, if nothing else does.
+        Raises OSError; then nothing has changed, unless it is `forgetting` all the same.
         """
         self._require_place()
         starts = np.append(np.array(self._starts), self.size)
         lines = np.column_stack([seqs, starts[seqs], np.diff(starts)[seqs]]).tolist()
-        note, path = self.beside(".{}.forgetting"), self.beside("{}.forgetting")
-        note.unlink(missing_ok=True)  # it may be a link
+        path = self.beside("{}.forgetting")
         try:
-            with open(os.open(note, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            with new_file(path, durable=True) as file:
                 file.write(_sealed(_encode({"lines": lines})[:-1].encode()))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(note, path)
-            _fsync_folder(path.parent)
         except OSError:
-            note.unlink(missing_ok=True)
             path.unlink(missing_ok=True)
             raise
+        self.forgetting = True
+        fsync_folder(path.parent)
 
     def empty(self, seq: int, start: int | None = None, size: int = 0) -> None:
-        """Overwrites a line with its place and blanks. Raises OSError, or ValueError without place."""
+        """Overwrites a line with its place and blanks. Raises OSError, or ValueError."""
         with self._lock:
             start = self.start(seq) if start is None else start
             size = size or self.start(seq + 1) - start
-            line = emptied(os.pread(self._file, size, start))
-            if _parse(line)["seq"] != seq:
-                raise ValueError("it is another line")
-            os.pwrite(self._file, line, start)
+            self._write_at(start, self._emptied(seq, start, size))
+
+    def _emptied(self, seq: int, start: int, size: int) -> bytes:
+        line = emptied(os.pread(self._file, size, start))
+        if _parse(line)["seq"] != seq:
+            raise ValueError("it is another line")
+        return line
+
+    def _write_at(self, start: int, content: bytes) -> None:
+        unwritten = memoryview(content)
+        while unwritten:  # a disk that is nearly full takes a part of it
+            written = os.pwrite(self._file, unwritten, start)
+            unwritten, start = unwritten[written:], start + written
 
     def sync(self) -> None:
         """Has all that was written on disk. Raises OSError."""
         os.fsync(self._file)
 
     def finish_forgetting(self) -> None:
-        """Makes sure that what was emptied is so on disk, and needs no note any more.
-
-        Raises OSError; then a start does it.
-        """
-        os.fsync(self._file)
+        """Removes the note, once the lines are emptied on disk. Raises OSError; a start does it."""
         path = self.beside("{}.forgetting")
         path.unlink(missing_ok=True)
-        _fsync_folder(path.parent)
+        fsync_folder(path.parent)
+        self.forgetting = False
 
     def _end_forgetting(self) -> None:
         """Empties what a note says. Raises OSError, or LogError if the note is of another log."""
         path = self.beside("{}.forgetting")
         try:
             noted = json.loads(_unsealed(path.read_bytes()) + b"}")["lines"]
-            for seq, start, size in noted:
-                self.empty(seq, start, size)
+            for step in (self._emptied, self.empty):  # nothing is overwritten before all is seen
+                for seq, start, size in noted:
+                    step(seq, start, size)
+            self.sync()
         except FileNotFoundError:
             return
-        except ValueError as error:
+        except (KeyError, ValueError) as error:
             os.close(self._file)
             raise LogError(f"{path} is not of {self.path} ({error}); move it away") from None
         self.finish_forgetting()
@@ -1833,14 +1841,14 @@ class Log:
 
     def _keep(self, batch: "Batch") -> None:
         """Counts a whole batch that stands behind all others."""
-        first = len(self)
+        first = len(self._starts)
         with self._lock:
             for line in batch.lines:
                 self._starts.append(self.size)
                 self.size += len(line)
         key = batch.records[0]["batch"] if batch.records else None
         if isinstance(key, str):  # its sender's; from now on, another thread may find it
-            self._keys[key] = range(first, len(self))
+            self._keys[key] = range(first, len(self._starts))
             if len(self._keys) > MAX_KEYS:
                 self._keys.popitem(last=False)
 
@@ -1853,28 +1861,33 @@ class Log:
 class Export(io.RawIOBase):
     """Lines of a log as a file, each as it is when it is read: as it was written, or emptied."""
 
-    def __init__(self, log: Log, start: int, end: int) -> None:
-        self._log, self._start, self._end = log, start, end
-        self.size = end - start  # bytes
-        self._at = start
-        self._read_at, self._lines = start, b""  # what was read last: whole lines from a byte on
+    def __init__(self, log: Log, seqs: range) -> None:
+        self._log, self._first, self._stop = log, seqs.start, min(seqs.stop, len(log))
+        self.size = max(0, log.start(self._stop) - log.start(seqs.start))  # bytes
+        self._at, self._read_at = 0, -1  # where it stands, and where it was read last
+        self._piece, self._start = b"", 0  # the lines from _first on, and where they start
 
     def seekable(self) -> bool:
-        """It is."""
+        """It is, if not to before what was read last."""
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Where it stands now."""
-        self._at = offset + (self._start, self._at, self._end)[whence]
-        return self._at - self._start
+        self._at = offset + (0, self._at, self.size)[whence]
+        return self._at
 
     def read(self, size: int = -1) -> bytes:
         """At most so many bytes, and at least one before the end."""
-        if self._at >= self._read_at + len(self._lines) and self._at < self._end:
-            self._lines = self._log.lines_within(self._at, min(self._at + (1 << 16), self._end))
+        at = self._at - self._start
+        if self._at != self._read_at:  # else once more: waitress takes what it could send
+            # A line that is begun goes on as it was; those behind it are read as they are by now.
+            line = self._piece.rfind(b"\n", 0, at) + 1
+            begun = self._piece[line : self._piece.find(b"\n", line) + 1] if line < at else b""
+            self._first += self._piece.count(b"\n", 0, line)
+            self._start, at, behind = self._start + line, at - line, self._first + bool(begun)
+            self._piece = begun + self._log.lines(behind, min(behind + 64, self._stop))
             self._read_at = self._at
-        at = self._at - self._read_at
-        found = self._lines[at : None if size < 0 else at + size]
+        found = self._piece[at : None if size < 0 else at + size]
         self._at += len(found)
         return found
 
@@ -2012,7 +2025,26 @@ def emptied(line: bytes) -> bytes:
     return _sealed(place[0], len(line))
 
 
-def _fsync_folder(path: Path) -> None:
+@contextmanager
+def new_file(path: Path, durable: bool) -> Iterator[BinaryIO]:
+    """A file that takes that path once it is written, and on disk. Raises OSError if it is not."""
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.unlink(missing_ok=True)  # it may be a link
+    try:
+        with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise
+
+
+def fsync_folder(path: Path) -> None:
+    """Has the names in a folder on disk. Raises OSError."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -2042,7 +2074,6 @@ class Snapshot:
     def __init__(self, log: Log) -> None:
         self.log = log
         self.path = log.beside("{}.snapshot.npz")
-        self._unfinished = log.beside(".{}.snapshot.npz")
         self.lines = 0  # of the log that it covers
         self.made = 0.0  # when, in seconds since 1970
 
@@ -2051,17 +2082,12 @@ class Snapshot:
         try:
             size, _ = _unpacked(state["keys"])
             origin = np.array([size, self.log.checksum(size), *self._version()])
-            self._unfinished.unlink(missing_ok=True)  # it may be a link
-            file = os.open(self._unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with open(file, "wb") as file:
+            # If it is not on disk at a power failure, the log is.
+            with new_file(self.path, durable=False) as file:
                 np.savez(file, origin=origin, **state)
-            # There is no fsync: if it was not on disk at a power failure, the log is.
-            os.replace(self._unfinished, self.path)
             self.lines, self.made = len(state["line_starts"]), time.time()
         except Exception as error:  # whatever it is, there is the log
             logger.warning("%s could not be written: %s", self.path, error)
-            with suppress(OSError):
-                self._unfinished.unlink(missing_ok=True)
 
     def load(self, restore: Callable[[Arrays], object]) -> None:
         """Has the state restored, if there is one. One of no use is removed, with a warning."""
@@ -2085,8 +2111,8 @@ class Snapshot:
 
     def discard(self) -> None:
         """Removes the file, also one that a crash left unfinished. Raises OSError."""
-        self.path.unlink(missing_ok=True)
-        self._unfinished.unlink(missing_ok=True)
+        for path in (self.path, self.path.with_name(f".{self.path.name}")):
+            path.unlink(missing_ok=True)
         self.lines = 0
 
     def _version(self) -> list[int]:
@@ -2274,20 +2300,18 @@ class Books:
 
         If it raises, nothing is learned.
         """
-        documents = [*map(tokens, samples)]
+        documents, labels = [*map(tokens, samples)], [sample[TARGET] for sample in samples]
         records: list[dict] = [{}] * len(samples)
         seen, unseen, learned = [], [], []
         for i, sample in enumerate(samples):
             (seen if score_weight(sample) else unseen).append(i)
-
-        def chosen(numbers: list[int]) -> tuple[list[list[int]], list[str]]:
-            return [documents[i] for i in numbers], [samples[i][TARGET] for i in numbers]
-
         try:
             if unseen:
-                for i, made in zip(unseen, self.model.assess(*chosen(unseen)), strict=True):
-                    records[i] = _record(samples[i], made, reviewed=False)
-            for part, assessments, lessons in self.model.book(*chosen(seen), self.changing):
+                made = self.model.assess(_at(documents, unseen), _at(labels, unseen))
+                for i, assessment in zip(unseen, made, strict=True):
+                    records[i] = _record(samples[i], assessment, reviewed=False)
+            rounds = self.model.book(_at(documents, seen), _at(labels, seen), self.changing)
+            for part, assessments, lessons in rounds:
                 for i, made, (_, weight, against) in zip(
                     seen[part], assessments, lessons, strict=True
                 ):
@@ -2311,9 +2335,10 @@ class Books:
             self.counters["booked"] += len(rows)
             self.counters["scored"] += int(weights.sum())
             self.counters["scored_right"] += int(weights @ (rows["booked"] == rows["predicted"]))
-            if records:
-                last = records[-1]["batch"]
-                self.last_batch = next(r["seq"] for r in records if r["batch"] == last)
+            for record in reversed(records):
+                if record["batch"] != records[-1]["batch"]:
+                    break
+                self.last_batch = record["seq"]
 
     def undo(self, records: Iterable[dict]) -> None:
         """Unlearns bookings, as they stand."""
@@ -2428,135 +2453,32 @@ class Books:
                 self.counters["predictions"] += len(chunk)
         return accounts
 
-    def suggest(
-        self,
-        samples: Sequence[Sample],
-        top: int,
-        book_from: float | None = None,
-        with_reasons: bool = True,
-    ) -> list[dict[str, object]]:
-        """The most probable accounts of each, best first, with their confidence and the reasons.
-
-        The first is compared with the second, the others are with the first. The log-odds of what
-        the sample says, its `reasons`, and the `prior` add up to the `margin`. The `record` says
-        what the first one's confidence rests on, and `check` whether a person should look at it
-        even if it is sure enough, which depends on its place in the request, too. Whether it is,
-        from a confidence on, is the `decision`. Raises NotReady.
-        """
-        answers: list[dict[str, object]] = []
-        # Reasons take long, and others wait for the model, too.
-        for chunk in chunks(samples, 1 if with_reasons else self.model.at_once):
-            documents = [*map(tokens, chunk)]
-            with self.at_rest() as model:
-                scores = model.joint_log_likelihood(documents)
-                best = model.top(scores, max(top, 2))
-                scores = np.take_along_axis(scores, best, axis=1)
-                known = model.specificity(documents).tolist()
-                terms = [
-                    model.terms(document, accounts) if with_reasons else None
-                    for document, accounts in zip(documents, best, strict=True)
-                ]
-                accounts = [[model.names[number] for number in numbers] for numbers in best]
-                margins = (
-                    scores[:, 0] - scores[:, 1] if scores.shape[1] > 1 else [None] * len(chunk)
-                )
-                made = [
-                    # The sample's other values may be anything.
-                    _record({"CompanyId": sample["CompanyId"]}, Assessment(names[0], *rest))
-                    for sample, names, *rest in zip(
-                        chunk, accounts, margins, repeat(None), known, strict=False
-                    )
-                ]
-                rows = self.history.draft(made, documents)
-                shares = self.calibration.confidence(rows)
-                shares = self.calibration.shared(shares).round(4).tolist()
-                evidence = self.calibration.evidence_counts(rows)
-                sizes = [self.history.size(sample["CompanyId"]) for sample in chunk]
-                self.counters["predictions"] += len(chunk)
-            scores = scores.tolist()
-            for i, sample in enumerate(chunk):
-                check = is_check(sample, sizes[i], len(answers))
-                answer = {
-                    "suggestions": [
-                        _suggestion(sample, accounts[i], scores[i], rank, shares[i][rank], terms[i])
-                        for rank in range(min(top, len(accounts[i])))
-                    ],
-                    "record": {"known": SPECIFICITY[known[i]], **evidence[i]},
-                    "check": check,
-                }
-                if book_from is not None:
-                    sure_enough = "check" if check else "book"
-                    answer["decision"] = sure_enough if shares[i][0] >= book_from else "review"
-                answers.append(answer)
-        return answers
+    def confidences(
+        self, samples: Sequence[Sample], made: Iterable[Assessment], documents: Sequence[list[int]]
+    ) -> tuple[list[list[float]], list[dict]]:
+        """(n, RANKS) how sure n suggestions are, each with those after it; what they rest on."""
+        # The samples' other values may be anything.
+        asked = ({"CompanyId": sample["CompanyId"]} for sample in samples)
+        rows = self.history.draft([*map(_record, asked, made)], documents)
+        sure = self.calibration.shared(self.calibration.confidence(rows))
+        return sure.round(4).tolist(), self.calibration.evidence_counts(rows)
 
 
-def is_check(sample: Sample, bookings: int, place: int) -> bool:
-    """Whether a suggestion that may be booked unseen is to be checked: one in CHECKS is.
-
-    It depends on how many bookings the company has and on the place in the request, too, for what
-    recurs must not be checked always or never.
-    """
-    drawn = [*(sample[key] for key in FEATURES), bookings, place]
-    return digest(_encode(drawn)) % CHECKS == 0
+def _at(items: Sequence[T], numbers: Iterable[int]) -> list[T]:
+    return [*map(items.__getitem__, numbers)]
 
 
 def _record(sample: Sample, assessment: Assessment, **counts: object) -> dict:
     """What a log is to say of a booking; its confidence is yet to come."""
     predicted, margin, rank, known = assessment
-    return {
-        "sample": sample,
-        "predicted": predicted,
-        "margin": margin,
-        "confidence": None,
-        "rank": rank,
-        "known": known,
-        **counts,
-    }
+    made = {"sample": sample, "predicted": predicted, "margin": margin, "confidence": None}
+    return {**made, "rank": rank, "known": known, **counts}
 
 
 def _lesson(record: dict) -> Lesson:
     """What a booking or a correction counts; what nobody has looked at counts 0."""
     account = record[TARGET] if "corrects" in record else record["sample"][TARGET]
     return Lesson(account, record.get("weight", 0.0), record.get("against", {}))
-
-
-def _suggestion(
-    sample: Sample,
-    accounts: Sequence[str],
-    scores: Sequence[float],
-    rank: int,
-    confidence: float,
-    terms: np.ndarray | None,
-) -> dict[str, object]:
-    """One of k accounts, and what speaks for it over another, by the terms (k, 1 + T)."""
-    other = int(rank == 0)
-    alone = len(accounts) == 1
-    suggestion = {
-        "account": accounts[rank],
-        "confidence": confidence,
-        "over": None if alone else accounts[other],
-        "margin": None if alone else round(scores[rank] - scores[other], 4),
-    }
-    if terms is None:
-        return suggestion
-    if alone:
-        return suggestion | {"prior": None, "reasons": []}
-    prior, *weights = (terms[rank] - terms[other]).tolist()
-    return suggestion | {"prior": round(prior, 4), "reasons": _reasons(sample, weights)}
-
-
-def _reasons(sample: Sample, weights: list[float]) -> list[dict[str, str | float]]:
-    """What the sample's words weigh, the heaviest first, without those that are not known."""
-    reasons: defaultdict[tuple[str, str], float] = defaultdict(float)
-    for wording, weight in zip(wordings(sample), weights, strict=True):
-        if weight:
-            reasons[wording] += weight
-    heaviest = sorted(reasons.items(), key=lambda reason: -reason[1])
-    return [
-        {"token": token, "kind": kind, "weight": round(weight, 4)}
-        for (kind, token), weight in heaviest
-    ]
 
 
 def check_records(records: Sequence[dict], line: int) -> Iterator[Damage]:
@@ -2568,45 +2490,45 @@ def check_records(records: Sequence[dict], line: int) -> Iterator[Damage]:
         try:
             if "corrects" in record:
                 check_sample({TARGET: record[TARGET]}, (TARGET,))
-                corrected = record["corrects"]
-                if type(corrected) is not int or not 0 <= corrected < record["seq"]:
+                if (
+                    type(record["corrects"]) is not int
+                    or not 0 <= record["corrects"] < record["seq"]
+                ):
                     raise ValueError("it corrects no booking before it")
-                _check_weights(record)
+                _check_counts(record["weight"], record["against"])
             elif len(record) > len(PLACE):  # else it was emptied
-                if "known" not in record:
-                    raise ValueError("a version before 0.3 wrote it")
-                check_sample(record["sample"], (*FEATURES, TARGET))
-                _check_prediction(record)
-                if score_weight(record["sample"]):
-                    _check_weights(record)
-                elif "weight" in record or record["reviewed"] is not False:
-                    raise ValueError("what was booked unseen counts nothing")
+                _check_booking(record)
         except KeyError as error:
             yield Damage(number, f"{error} is missing")
-        except (AttributeError, OverflowError, TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             yield Damage(number, str(error))
 
 
-def _check_prediction(record: dict) -> None:
+def _check_booking(record: dict) -> None:
+    if "known" not in record:
+        raise ValueError("a version before 0.3 wrote it")
+    check_sample(record["sample"], (*FEATURES, TARGET))
+    if score_weight(record["sample"]):
+        _check_counts(record["weight"], record["against"])
+    elif "weight" in record or record["reviewed"] is not False:
+        raise ValueError("what was booked unseen counts nothing")
     if not isinstance(record["predicted"], str | None):
         raise ValueError("predicted is no account")
-    for name, most in (("confidence", 1), ("margin", sys.float_info.max)):
-        if record[name] is not None and not 0 <= float(record[name]) <= most:
+    for name, highest in (("confidence", 1), ("margin", sys.float_info.max)):
+        if record[name] is not None and not 0 <= record[name] <= highest:
             raise ValueError(f"no prediction can have that {name}")
+    if record["known"] not in range(len(SPECIFICITY)):
+        raise ValueError("no prediction can have that known")
     if record["rank"] is not None and (type(record["rank"]) is not int or record["rank"] < 1):
         raise ValueError("no account can have that rank")
-    if record["known"] not in range(len(SPECIFICITY)):
-        raise ValueError("nothing like that can be known")
 
 
-def _check_weights(record: dict) -> None:
-    weight, against = record["weight"], record["against"]
-    for least, counted in ((FLOOR, [weight]), (1 / GRAIN, against.values())):
-        for each in counted:
-            if not least <= each <= 1 or each * GRAIN % 1:
-                raise ValueError("no booking can have that weight")
-    "".join(against).encode()  # which a lone surrogate cannot be
-    if "" in against:
+def _check_counts(weight: float, against: dict[str, float]) -> None:
+    if not all(
+        1 / GRAIN <= each <= 1 and each * GRAIN % 1 == 0 for each in (weight, *against.values())
+    ):
+        raise ValueError("no booking can have that weight")
+    if not all(against):
         raise ValueError("an account is empty")
 
 
@@ -2710,13 +2632,15 @@ class Bookkeeper:
         """Removes lines, which the writer's thread is to ask for, as forget does."""
         with self._forgetting:
             self._end_saving()  # or the writer would have to wait for it
-            lines, forgotten = self.change(partial(self._start_forgetting, lines_of))
             try:
-                for part in chunks(lines.tolist(), 8 * CHUNK):
+                lines, forgotten = self.change(partial(self._start_forgetting, lines_of))
+                # A copy may be read meanwhile: let it have no correction without its booking.
+                for part in chunks(lines[::-1].tolist(), 8 * CHUNK):
                     self.change(partial(self._forget_part, part))
-                    self.log.sync()
                 self.log.finish_forgetting()
             except BaseException as error:
+                if not self.log.forgetting:
+                    raise
                 self.books.broken = True  # the log says less than the books, or will after a start
                 raise NotReady(f"the next start forgets the rest ({error}); {RESTART}") from None
         _digests.clear()
@@ -2727,16 +2651,11 @@ class Bookkeeper:
         """What comes of a change, made by the writer's thread. Raises what it raises, NotReady."""
 
         def made() -> T:
-            self._require_whole()
+            if self.books.broken:
+                raise NotReady(RESTART)
             return make()
 
         return self.writer.submit(Change(Future(), made))
-
-    def follow(self, records: Sequence[dict]) -> None:
-        """Has the books take over what the log says next. Raises LogError if that makes no sense."""
-        for damage in check_records(records, records[0]["seq"] + 1):
-            raise self.log.damaged(damage)
-        self.books.apply(records, self._corrected)
 
     def booking(self, seq: int) -> dict:
         """The record of a booking. Raises NotFound, NotStored."""
@@ -2779,20 +2698,17 @@ class Bookkeeper:
 
     # What the writer's thread does
 
-    def _require_whole(self) -> None:
+    def _book(self, group: list[BookRequest]) -> None:
         if self.books.broken:
             raise NotReady(RESTART)
-
-    def _book(self, group: list[BookRequest]) -> None:
-        self._require_whole()
         self.order.in_order(partial(self._store, group))
 
     def _store(self, group: list[BookRequest]) -> None:
         """Answers requests of different keys, but those that are answered by now."""
-        group = [each for each in group if not each.done.done() and not self._is_repeated(each)]
+        group = [each for each in group if not (each.done.done() or self._is_repeated(each))]
         if not group:
             return
-        records, rows = self.books.draft([*chain.from_iterable(each.samples for each in group)])
+        records, rows = self.books.draft([sample for each in group for sample in each.samples])
         try:
             rest = iter(records)
             batches = [(each.key, [*islice(rest, len(each.samples))]) for each in group]
@@ -2808,8 +2724,6 @@ class Bookkeeper:
 
     def _is_repeated(self, request: BookRequest) -> bool:
         """Whether its key is known, or cannot be looked up; then it is answered."""
-        if request.key is None:
-            return False
         try:
             if (known := self.repeated(request.samples, request.key)) is None:
                 return False
@@ -2830,8 +2744,8 @@ class Bookkeeper:
         lines = lines_of()
         self._end_saving()
         self.snapshot.discard()  # which a full disk has room for, and then for the note
-        self._saved = math.inf  # only a start drops the names of its accounts
         self.log.start_forgetting(lines)
+        self._saved = math.inf  # only a start drops the names of its accounts
         return lines, self.books.drop(lines)
 
     def _forget_part(self, seqs: list[int]) -> None:
@@ -2842,13 +2756,16 @@ class Bookkeeper:
             self.books.corrected.pop(record["seq"], None)
         for seq in seqs:
             self.log.empty(seq)
+        self.log.sync()  # by this thread: the kernel tells only one that bytes were lost
 
     def _read_back(self) -> None:
         reported = time.monotonic()
         gc.disable()  # no cycles are made, and to look for them takes a tenth of the time
         try:
             for records in chunks(self.log.read(), 4096):
-                self.follow(records)
+                for damage in check_records(records, records[0]["seq"] + 1):
+                    raise self.log.damaged(damage)
+                self.books.apply(records, self._corrected)
                 if time.monotonic() - reported > 3:
                     reported = time.monotonic()
                     logger.info("%s: %s read back so far", self.log.path, self.log.progress())
@@ -2878,14 +2795,15 @@ class Bookkeeper:
     def _save(self) -> None:
         """Saves the state in the background, if it is time to."""
         due = max(self.unsaved, self._saved / 16)
-        saving = self._saving and self._saving.is_alive()
-        if len(self.log) - self._saved < due or saving or self.books.broken:
+        is_saving = self._saving and self._saving.is_alive()
+        if len(self.log) - self._saved < due or is_saving or self.books.broken:
             return
         self._saved = len(self.log)
         try:
             state = {name: array.copy() for name, array in self._state().items()}
-            self._saving = threading.Thread(target=self.snapshot.save, args=[state], name="saving")
-            self._saving.start()
+            saving = threading.Thread(target=self.snapshot.save, args=[state], name="saving")
+            saving.start()
+            self._saving = saving  # now another thread may join it
         except Exception as error:  # there is the log
             logger.warning("no snapshot was made: %s", error)
 
@@ -2899,14 +2817,97 @@ class Bookkeeper:
 LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99)  # of confidence
 RECENT = 10_000  # bookings, the last, that an overview looks at
 WINDOW = 1000  # bookings that a point of the learning curve is over
-COUNTERS = {  # since the start
-    "predictions": "Predictions that were asked for.",
-    "booked": "Bookings that were stored.",
-    "scored": "Predictions that were scored as their bookings came, each as often as it counts.",
-    "scored_right": "Those of the scored predictions that were right.",
-    "corrections": "Bookings that were corrected or confirmed.",
-    "forgotten": "Bookings that were forgotten.",
-}
+
+
+def suggest(
+    books: Books,
+    samples: Sequence[Sample],
+    top: int,
+    book_from: float | None = None,
+    with_reasons: bool = True,
+) -> list[dict[str, object]]:
+    """The most probable accounts of each sample, best first, with their confidence and reasons.
+
+    The first is compared with the second, the others are with the first. The log-odds of what the
+    sample says, its `reasons`, and the `prior` add up to the `margin`. The `record` says what the
+    first one's confidence rests on, and `check` whether a person should look at it even if it is
+    sure enough. Whether it is, from a confidence on, is the `decision`. Raises NotReady.
+    """
+    answers: list[dict[str, object]] = []
+    # Reasons take long, and others wait for the model, too.
+    for chunk in chunks(samples, 1 if with_reasons else books.model.at_once):
+        documents = [*map(tokens, chunk)]
+        with books.at_rest() as model:
+            scores = model.joint_log_likelihood(documents)
+            best = model.top(scores, max(top, 2))
+            scores = np.take_along_axis(scores, best, axis=1).tolist()
+            known = model.specificity(documents).tolist()
+            pairs = zip(documents, best, strict=True)
+            terms = [model.terms(*pair) if with_reasons else None for pair in pairs]
+            accounts = [[model.names[number] for number in row] for row in best.tolist()]
+            leads = [row[0] - row[1] if len(row) > 1 else None for row in scores]
+            firsts = [row[0] for row in accounts]
+            made = map(Assessment, firsts, leads, repeat(None), known)
+            sure, evidence = books.confidences(chunk, made, documents)
+            sizes = [books.history.size(sample["CompanyId"]) for sample in chunk]
+            books.counters["predictions"] += len(chunk)
+        for i, sample in enumerate(chunk):
+            check = is_check(sample, sizes[i], len(answers))
+            answer = {
+                "suggestions": [
+                    _suggestion(sample, accounts[i], scores[i], rank, sure[i][rank], terms[i])
+                    for rank in range(min(top, len(accounts[i])))
+                ],
+                "record": {"known": SPECIFICITY[known[i]], **evidence[i]},
+                "check": check,
+            }
+            if book_from is not None:
+                sure_enough = "check" if check else "book"
+                answer["decision"] = sure_enough if sure[i][0] >= book_from else "review"
+            answers.append(answer)
+    return answers
+
+
+def is_check(sample: Sample, bookings: int, place: int) -> bool:
+    """Whether a suggestion that may be booked unseen is to be checked: one in CHECKS is.
+
+    It depends on how many bookings the company has and on the place in the request, too, for what
+    recurs must not be checked always or never.
+    """
+    drawn = [*(sample[key] for key in FEATURES), bookings, place]
+    return digest(_encode(drawn)) % CHECKS == 0
+
+
+def _suggestion(
+    sample: Sample,
+    accounts: Sequence[str],
+    scores: Sequence[float],
+    rank: int,
+    confidence: float,
+    terms: np.ndarray | None,
+) -> dict[str, object]:
+    """One of k accounts, and what speaks for it over another, by the terms (k, 1 + T)."""
+    made = {"account": accounts[rank], "confidence": confidence, "over": None, "margin": None}
+    reasons = {} if terms is None else {"prior": None, "reasons": []}
+    if len(accounts) > 1:
+        other = int(rank == 0)
+        made |= {"over": accounts[other], "margin": round(scores[rank] - scores[other], 4)}
+        if terms is not None:
+            prior, *weights = (terms[rank] - terms[other]).tolist()
+            reasons = {"prior": round(prior, 4), "reasons": _reasons(sample, weights)}
+    return made | reasons
+
+
+def _reasons(sample: Sample, weights: list[float]) -> list[dict[str, str | float]]:
+    """What the sample's words weigh, the heaviest first, without those that are not known."""
+    reasons: Counter[tuple[str, str]] = Counter()
+    for wording, weight in zip(wordings(sample), weights, strict=True):
+        reasons[wording] += weight
+    return [
+        {"token": token, "kind": kind, "weight": round(weight, 4)}
+        for (kind, token), weight in sorted(reasons.items(), key=lambda reason: -reason[1])
+        if weight
+    ]
 
 
 def metrics(books: Books, n: int) -> dict[str, float]:
@@ -3084,50 +3085,6 @@ def require_ready(keeper: Bookkeeper) -> None:
     keeper.order.require_ready()
 
 
-def gauges(keeper: Bookkeeper) -> dict[str, tuple[str, float]]:
-    """What an operator watches: what each figure is, and the figure."""
-    log, snapshot, books = keeper.log, keeper.snapshot, keeper.books
-    with books.lock:
-        rows, counted = books.history.rows, books.counters.copy()
-        accounts, tokens = books.model.n_classes, books.model.n_tokens
-        companies = len(books.history.companies)
-    watched = {f"{name}_total": (text, counted[name]) for name, text in COUNTERS.items()} | {
-        "failed_writes_total": ("Changes that could not be stored.", keeper.writer.failed),
-        "bookings": ("Bookings in the log.", len(rows)),
-        "unseen": ("Bookings that nobody has looked at.", unseen(rows)),
-        "checks": ("Bookings that could have been booked unseen.", checks(rows)),
-        "accounts": ("Accounts in the model.", accounts),
-        "companies": ("Companies in the model.", companies),
-        "tokens": ("Tokens in the model.", tokens),
-        "waiting": ("Samples that wait to be booked.", keeper.writer.waiting()),
-        "log_bytes": ("Bytes of the log.", log.size),
-        "log_lines": ("Lines of the log.", len(log)),
-        "snapshot_lines": ("Lines that the snapshot covers.", snapshot.lines),
-    }
-    if snapshot.lines:
-        age = time.time() - snapshot.made
-        watched["snapshot_age_seconds"] = ("Time since the snapshot was made.", age)
-    return watched | _quality(rows, books.last_batch) | keeper.order.gauges()
-
-
-def _quality(rows: np.ndarray, last_batch: int) -> dict[str, tuple[str, float]]:
-    """How good the last of these predictions were; it looks at few, for it is often asked."""
-    found: dict[str, tuple[str, float]] = {}
-    last = scored(rows[rows["seq"].searchsorted(last_batch) :])
-    window = scored(rows[-RECENT:])[-WINDOW:]
-    for name, of, these in (
-        ("last_batch", "the last batch", last),
-        ("window", f"the last {WINDOW} predictions that are scored", window),
-    ):
-        for figure, value in figures(these).items() if len(these) else ():
-            found[f"{name}_{figure}"] = (f"The {figure} of {of}.", value)
-    if len(window):
-        [sure] = by_confidence(window, [0.95])
-        share = f"The share of the last {WINDOW} that was at least 95% sure."
-        found["window_bookable"] = (share, sure["share"])
-    return found
-
-
 # ------------------------------------------------------------------------------------------- HTTP
 
 MAX_BODY = 16 << 20  # bytes of a request's body
@@ -3143,15 +3100,8 @@ PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-BESIDE = Path(__file__).resolve().parent / "bookkeep_extra"
-
-STATUS = {  # of what is raised above
-    BadRequest: 400,
-    NotFound: 404,
-    Conflict: 422,
-    NotReady: 503,
-    NotStored: 507,
-}
+EXTRA = Path(__file__).resolve().parent / "bookkeep_extra"
+STATUS = {BadRequest: 400, NotFound: 404, Conflict: 422, NotReady: 503, NotStored: 507}
 
 # What a route takes beside a body: each name with its JSON Schema. The name is in the path, or a
 # header, or else after the ?. From this come the refusals, the handler's arguments, and what
@@ -3161,14 +3111,11 @@ WHOLE_NUMBER: Schema = {"type": "integer", "format": "int64", "minimum": 0, "max
 FRACTION: Schema = {"type": "number", "format": "double", "minimum": 0, "maximum": 1}
 TEXT: Schema = {"type": "string", "minLength": 1}
 YES_OR_NO: Schema = {"type": "string", "enum": ["yes", "no"]}
-KEY: Schema = {
-    "type": "string",
-    "pattern": "^[!-~]([ -~]{0,198}[!-~])?$",
-    "title": "1 to 200 printable ASCII characters",
-}
+KEY: Schema = {"type": "string", "pattern": "^[!-~]([ -~]{0,198}[!-~])?$"}
+KEY |= {"title": "1 to 200 printable ASCII characters"}
 PAGE_END: Schema = {
     "type": "string",
-    "pattern": "^[0-9.e-]{1,30}:[0-9]{1,18}$",
+    "pattern": r"^[0-9]{1,20}(\.[0-9]{1,20})?(e-[0-9]{1,3})?:[0-9]{1,18}$",
     "title": "what the page before says is `next`",
 }
 
@@ -3201,48 +3148,11 @@ def value_of(name: str, schema: Schema, text: str | None) -> object:
         if text in schema["enum"]:
             return text
         needed = " or ".join(schema["enum"])
-    elif re.fullmatch(schema.get("pattern", "(?s:.+)"), text):
+    elif re.search(schema.get("pattern", "."), text, re.DOTALL):
         return text
     else:
         needed = schema.get("title", "filled")
     raise BadRequest(f"{name} must be {needed}")
-
-
-class Histogram:
-    """How often something took how long, as Prometheus counts it, for each of some labels."""
-
-    BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)  # seconds
-
-    def __init__(self, name: str, text: str) -> None:
-        self._name, self._text = name, text
-        self._lock = threading.Lock()
-        self._seen: dict[str, tuple[list[int], list[float]]] = {}  # labels -> counts, [sum]
-
-    def observe(self, seconds: float, labels: str = "") -> None:
-        """Counts one that took so long."""
-        with self._lock:
-            new = [0] * (len(self.BOUNDS) + 1), [0.0]
-            counts, total = self._seen.setdefault(labels, new)
-            counts[bisect_left(self.BOUNDS, seconds)] += 1
-            total[0] += seconds
-
-    def seen(self, part: str) -> int:
-        """How many have that in their labels."""
-        with self._lock:
-            return sum(sum(counts) for labels, (counts, _) in self._seen.items() if part in labels)
-
-    def exposition(self) -> Iterator[str]:
-        """Its lines in Prometheus's text format."""
-        with self._lock:
-            seen = [(labels, [*counts], *total) for labels, (counts, total) in self._seen.items()]
-        yield f"# HELP {self._name} {self._text}"
-        yield f"# TYPE {self._name} histogram"
-        for labels, counts, total in seen:
-            for bound, so_far in zip((*self.BOUNDS, "+Inf"), accumulate(counts), strict=True):
-                yield f'{self._name}_bucket{{{labels}{labels and ","}le="{bound}"}} {so_far}'
-            braced = labels and f"{{{labels}}}"
-            yield f"{self._name}_sum{braced} {total}"
-            yield f"{self._name}_count{braced} {sum(counts)}"
 
 
 def admits(token: str | None, authorization: str) -> bool:
@@ -3267,25 +3177,17 @@ def create_app(
     app = Bottle()
     app.install(partial(_answering, keeper, max_body, threading.Lock()))
     app.default_error_handler = _error_in_json
-    requests = Histogram(
-        "bookkeep_request_duration_seconds", "How long requests took, by path and status."
-    )
-    fsyncs = Histogram(
-        "bookkeep_fsync_duration_seconds", "How long the disk took to store batches."
-    )
-    keeper.log.fsynced = fsyncs.observe
-    pages = {path.name: path.read_text() for path in sorted((BESIDE / "page").glob("*"))}
+    if EXTRA.exists():  # without it, there are no figures for Prometheus
+        from bookkeep_extra import prometheus
 
-    def booked(content: object) -> list[Sample]:
-        return check_samples(content, True, max_batch)
-
-    def asked(content: object) -> list[Sample]:
-        return check_samples(content, False, max_batch)
+        prometheus.watch(app, keeper)  # before authorize: a refusal takes time, too
+    pages = {path.name: path.read_text() for path in (EXTRA / "page").glob("*")}
+    booked = partial(check_samples, booked=True, most=max_batch)
+    asked = partial(check_samples, booked=False, most=max_batch)
 
     @app.hook("before_request")
     def authorize() -> None:
         environ = request.environ
-        environ["bookkeep.arrival"] = time.perf_counter()
         if environ["PATH_INFO"].encode() != environ["bottle.raw_path"].encode("latin-1"):
             raise HTTPError(400, "the path must be UTF-8, percent-encoded")
         host = re.sub(":[0-9]*$", "", environ.get("HTTP_HOST", "")).lower()
@@ -3299,10 +3201,6 @@ def create_app(
     def protect() -> None:
         for name, value in HEADERS.items():
             response.set_header(name, value)
-        route = request.environ.get("bottle.route")
-        path = described_path(route) if route else "other"
-        seconds = time.perf_counter() - request.environ["bookkeep.arrival"]
-        requests.observe(seconds, f'path="{path}",status="{response.status_code}"')
 
     @app.post("/sample")
     @takes({"Idempotency-Key": KEY}, body=booked)
@@ -3325,9 +3223,7 @@ def create_app(
         },
         body=lambda content: (asked(content), isinstance(content, list)),
     )
-    def post_suggest(
-        sent: tuple[list[Sample], bool], top: int, book_from: float | None, reasons: str
-    ) -> dict | list[dict]:
+    def post_suggest(sent: tuple, top: int, book_from: float | None, reasons: str) -> dict | list:
         samples, as_list = sent
         most = MAX_SUGGESTED // top
         if reasons == "yes" and len(samples) > most:
@@ -3335,7 +3231,7 @@ def create_app(
                 f"with reasons, send at most {most} samples in one request, not {len(samples)}; "
                 "?reasons=no leaves them out"
             )
-        answers = keeper.books.suggest(samples, top, book_from, reasons == "yes")
+        answers = suggest(keeper.books, samples, top, book_from, reasons == "yes")
         return answers if as_list else answers[0]
 
     @app.post("/correct")
@@ -3373,28 +3269,15 @@ def create_app(
             "before": PAGE_END,
         }
     )
-    def get_bookings(
-        company: str | None,
-        reviewed: str | None,
-        below: float | None,
-        order: str,
-        limit: int,
-        before: str | None,
-    ) -> dict:
+    def get_bookings(company, reviewed, below, order, limit, before) -> dict:
         sure, _, seq = (before or "").partition(":")
-        try:
-            end = (float(sure), int(seq)) if before else None
-        except ValueError:
-            raise BadRequest(f"before must be {PAGE_END['title']}") from None
-        found, end = bookings(
-            keeper,
-            limit,
-            company,
-            reviewed=reviewed and reviewed == "yes",
-            below=below,
-            by_confidence=order == "confidence",
-            before=end,
-        )
+        asked = {
+            "reviewed": reviewed and reviewed == "yes",
+            "below": below,
+            "by_confidence": order == "confidence",
+            "before": (float(sure), int(seq)) if before else None,
+        }
+        found, end = bookings(keeper, limit, company, **asked)
         return {"bookings": found, "next": end and "{}:{}".format(*end)}
 
     @app.get("/bookings/<seq>")
@@ -3405,19 +3288,9 @@ def create_app(
     @app.get("/samples")
     @takes({"from": WHOLE_NUMBER | {"default": 0}, "limit": WHOLE_NUMBER | {"default": MAX_NUMBER}})
     def get_samples(first: int, limit: int) -> Export | str:
-        lines = keeper.log.export(range(first, first + limit))
+        lines = Export(keeper.log, range(first, first + limit))
         response.content_type, response.content_length = JSON_LINES, lines.size
         return lines if lines.size else ""  # waitress sends it: a slow reader keeps no thread
-
-    @app.get("/metrics")
-    @takes()
-    def get_prometheus() -> str:
-        refused = ("Requests that were answered with a status of 4xx.", requests.seen('status="4'))
-        build = f'build_info{{version="{__version__}",python="{sys.version.split()[0]}"}}'
-        watched = gauges(keeper) | {"refused_total": refused, build: ("What runs.", 1)}
-        lines = chain(_exposition(watched), requests.exposition(), fsyncs.exposition())
-        response.content_type = "text/plain; version=0.0.4; charset=utf-8"
-        return "".join(f"{line}\n" for line in lines)
 
     @app.get("/overview")
     @takes({"company": TEXT})
@@ -3458,11 +3331,12 @@ def create_app(
     ):
         app.get(path, callback=takes()(partial(page, name, media)))
 
+    paths = " ".join(dict.fromkeys(map(described_path, app.routes)))
+
     @app.error(404)
     def not_found(error: HTTPError) -> str:
         if error.body.startswith("Not found: "):  # Bottle's own
-            paths = dict.fromkeys(map(described_path, app.routes))
-            error.body = f"there is nothing here; {' '.join(paths)} is all"
+            error.body = f"there is nothing here; {paths} is all"
         return _error_in_json(error)
 
     @app.error(405)
@@ -3494,7 +3368,7 @@ def described_path(route: Route) -> str:
 def _answering(
     keeper: Bookkeeper, max_body: int, parsing: threading.Lock, handler: Callable
 ) -> Callable:
-    """A Bottle plugin: gives a handler what it takes, and makes JSON of what it returns or raises.
+    """A Bottle plugin: gives a handler what it takes, makes JSON of what it returns or raises.
 
     Texts and files are left as they are.
     """
@@ -3509,7 +3383,7 @@ def _answering(
             raise HTTPError(415, "send JSON, with the header Content-Type: application/json")
         if request.content_length > max_body:
             raise HTTPError(413, f"send at most {max_body} bytes in one request")
-        if (total := request.get_header(AT_LEAST)) is not None:
+        if (total := _header(AT_LEAST)) is not None:
             keeper.order.require_lines(keeper.log, value_of(AT_LEAST, WHOLE_NUMBER, total))
         values = [
             value_of(name, schema, in_path.get(name) or _sent(name))
@@ -3543,10 +3417,15 @@ def _answering(
     return answer
 
 
+def _header(name: str) -> str | None:
+    """The text of a header, whatever its bytes: Bottle's own would raise unless they are UTF-8."""
+    return request.environ.get(f"HTTP_{name.upper().replace('-', '_')}")
+
+
 def _sent(name: str) -> str | None:
     """The text of a header, or of a parameter after the ?. Raises BadRequest."""
     if name == "Idempotency-Key":
-        return request.get_header(name)
+        return _header(name)
     text = request.query.getunicode(name)
     if text is None and name in request.query:
         raise BadRequest(f"{name} must be UTF-8, percent-encoded")
@@ -3564,15 +3443,6 @@ def _correction(content: object) -> tuple[int, str]:
     raise BadRequest('send {"seq": 1203, "AccountNumber": "6700"}, and nothing else')
 
 
-def _exposition(watched: dict[str, tuple[str, float]]) -> Iterator[str]:
-    """What an operator watches, in Prometheus's text format."""
-    for labelled, (text, value) in watched.items():
-        name = f"bookkeep_{labelled.partition('{')[0]}"
-        yield f"# HELP {name} {text}"
-        yield f"# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}"
-        yield f"bookkeep_{labelled} {value}"
-
-
 def _error_in_json(error: HTTPError) -> str:
     response.content_type = "application/json"
     return json.dumps({"error": error.body})
@@ -3580,15 +3450,13 @@ def _error_in_json(error: HTTPError) -> str:
 
 # ----------------------------------------------------------------------------------------- Server
 
-SHORT_BODY = 1 << 10  # bytes of a question that the receiving thread answers itself
 STRANGERS = 1 << 16  # bytes of a body that is waited for even from somebody without the token
-TURN = 0.004  # seconds of such answers, before it receives what else has come
 GRACE = 4  # seconds that requests have to arrive, and answers to be read, when the service stops
 STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
 class Request(HTTPRequestParser):
-    """A request while it is received. A stranger's long body is not waited for: the app says 401."""
+    """A request while it is received: a stranger's long body is not, the app answers 401."""
 
     def __init__(self, adj: Adjustments, welcomes: Callable[[str], bool]) -> None:
         super().__init__(adj)
@@ -3608,62 +3476,13 @@ class Request(HTTPRequestParser):
             self.headers["CONNECTION"] = "close"
 
 
-class Dispatcher:
-    """Gives each request to a thread: questions, changes and all else have threads of their own.
-
-    So no kind waits for another: changes wait for the disk. A short question is answered by the
-    thread that received it, once it has received all that has come: to hand it over takes longer
-    than to answer it, and with 100 threads asking, new connections would wait.
-    """
-
-    def __init__(self, threads: int) -> None:
-        self.short: deque[HTTPChannel] = deque()  # whose next request is a short question
-        self.stopping = False
-        self._receiver = threading.get_ident()
-        self._pools = [ThreadedTaskDispatcher() for _ in range(3)]
-        for pool in self._pools:
-            pool.set_thread_count(threads)
-
-    def add_task(self, channel: HTTPChannel) -> None:
-        """Has the channel's next request answered."""
-        request = channel.requests[0]
-        questions, changes, others = self._pools
-        if self.stopping:
-            request.headers["CONNECTION"] = "close"
-        if request.error or request.command in ("GET", "HEAD"):
-            others.add_task(channel)
-        elif request.path not in ("/predict", "/suggest"):
-            changes.add_task(channel)
-        elif self._is_short(channel, request):
-            self.short.append(channel)
-        else:
-            questions.add_task(channel)
-
-    def _is_short(self, channel: HTTPChannel, request: HTTPRequestParser) -> bool:
-        return (
-            request.path == "/predict"
-            and 0 < request.content_length <= SHORT_BODY
-            and request.body_rcv.getbuf().get().lstrip().startswith(b"{")
-            and AT_LEAST.upper().replace("-", "_") not in request.headers  # it may have to wait
-            # Before a further request, it might wait for what only this thread can send.
-            and len(channel.requests) == 1
-            and threading.get_ident() == self._receiver
-        )
-
-    def answer_short(self) -> None:
-        """Answers short questions for a moment."""
-        end = time.perf_counter() + TURN
-        while self.short and time.perf_counter() < end:
-            self.short.popleft().service()
-
-    def shutdown(self) -> None:
-        """Ends the threads."""
-        for pool in self._pools:
-            pool.shutdown()
-
-
 class Server:
-    """Waitress, turn by turn: it receives what has come, then answers short questions."""
+    """Waitress, turn by turn: it receives what has come, then answers short questions.
+
+    Changes, questions and all else have threads of their own, so that no kind waits for another:
+    changes wait for the disk. A short question is answered by the thread that received it: to hand
+    it over takes longer than to answer it, and with 100 threads asking, new connections would wait.
+    """
 
     def __init__(
         self,
@@ -3676,16 +3495,17 @@ class Server:
         """Listens, but does not answer yet. `welcomes` says if an Authorization header will do."""
         _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-
-        class Channel(HTTPChannel):
-            def parser_class(self, adj: Adjustments) -> Request:
-                return Request(adj, welcomes)
-
-        self._dispatcher = Dispatcher(threads)
+        self._short: deque[HTTPChannel] = deque()  # whose next request is a short question
         self._stopping = threading.Event()
+        self._receiver = threading.get_ident()
+        self._pools = self._changes, self._questions, self._others = [
+            ThreadedTaskDispatcher() for _ in range(3)
+        ]
+        for pool in self._pools:
+            pool.set_thread_count(threads)
         self._server = waitress.create_server(
             app,
-            _dispatcher=self._dispatcher,
+            _dispatcher=self,
             sockets=[listener],
             ident=None,
             # A connection takes a file, and another for a long body.
@@ -3694,12 +3514,42 @@ class Server:
             # The app refuses long bodies, in JSON; waitress what is not worth receiving.
             max_request_body_size=2 * max_body + (1 << 20),
         )
+
+        class Channel(HTTPChannel):
+            def parser_class(self, adj: Adjustments) -> Request:
+                return Request(adj, welcomes)
+
         self._server.channel_class = Channel
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # waiting for a thread is fine
 
     def call(self, app: Bottle) -> None:
         """Has this app answer what comes from now on."""
         self._server.application = app
+
+    def add_task(self, channel: HTTPChannel) -> None:
+        """Has the channel's next request answered; waitress calls this."""
+        request = channel.requests[0]
+        if self._stopping.is_set():
+            request.headers["CONNECTION"] = "close"
+        if request.error or request.command in ("GET", "HEAD"):
+            self._others.add_task(channel)
+        elif request.path not in ("/predict", "/suggest"):
+            self._changes.add_task(channel)
+        elif self._is_short(channel, request):
+            self._short.append(channel)
+        else:
+            self._questions.add_task(channel)
+
+    def _is_short(self, channel: HTTPChannel, request: HTTPRequestParser) -> bool:
+        return (
+            request.path == "/predict"
+            and 0 < request.content_length <= 1 << 10
+            and request.body_rcv.getbuf().get().lstrip().startswith(b"{")
+            and AT_LEAST.upper().replace("-", "_") not in request.headers  # it may have to wait
+            # Before a further request, it might wait for what only this thread can send.
+            and len(channel.requests) == 1
+            and threading.get_ident() == self._receiver
+        )
 
     def answer(self, until: Future | None = None) -> bool:
         """Answers requests until one of STOPS, then those under way; or until that is done.
@@ -3712,10 +3562,9 @@ class Server:
         while not self._stopping.is_set():
             if until and until.done():
                 return False
-            self._turn(0 if self._dispatcher.short else 1)
+            self._turn(1)
         self._server.del_channel()  # no further connections
         self._server.socket.close()
-        self._dispatcher.stopping = True
         self._turn(0)  # what has arrived by now is under way
         end = time.monotonic() + GRACE
         while channels := [*self._server.active_channels.values()]:
@@ -3726,8 +3575,9 @@ class Server:
                 # Whole requests are answered, however long the disk takes.
                 if idle or (late and (unread or not channel.requests)):
                     channel.handle_close()
-            self._turn(0 if self._dispatcher.short else 0.05)
-        self._dispatcher.shutdown()
+            self._turn(0.05)
+        for pool in self._pools:
+            pool.shutdown()
         return True
 
     def _stop(self, number: int, _: object) -> None:
@@ -3736,8 +3586,12 @@ class Server:
         self._server.pull_trigger()
 
     def _turn(self, seconds: float) -> None:
+        """Waits so long for what comes, unless there are short questions, and answers some."""
+        seconds = 0 if self._short else seconds
         self._server.asyncore.loop(seconds, use_poll=True, map=self._server._map, count=1)
-        self._dispatcher.answer_short()
+        end = time.perf_counter() + 0.004  # then it receives again
+        while self._short and time.perf_counter() < end:
+            self._short.popleft().service()
 
 
 def on_signals(handler: Callable) -> None:
@@ -3756,10 +3610,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     try:
         on_signals(signal.default_int_handler)  # as Ctrl-C, until it serves
-        if options.command == "check":
-            return check(options.checked)
-        if options.command == "relearn":
-            return relearn(options.old, options.new)
+        if options.command:
+            from bookkeep_extra import logs
+
+            return logs.COMMANDS[options.command](options)
         serve(options)
     except (LogError, OSError) as error:
         named = isinstance(error, OSError) and error.filename
@@ -3775,7 +3629,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def serve(options: argparse.Namespace) -> None:
     """Runs the service. Raises LogError or OSError if it cannot."""
     token = read_token(options.token_file)
-    listener = _bind(options.host, options.port)
+    listener = _listen(options.host, options.port)
     host, port = listener.getsockname()[:2]
     if not (token or options.open or ipaddress.ip_address(host).is_loopback):
         raise OSError(
@@ -3826,89 +3680,6 @@ def _in_background(work: Callable[[], T]) -> "Future[T]":
     return future
 
 
-def check(path: Path) -> int:
-    """Prints what is wrong with a log; the exit status. Raises OSError if there is none."""
-    bookings = problems = 0
-    for found in scan(path):
-        damages = [found]
-        if isinstance(found, Batch):
-            damages = [*check_records(found.records, found.line)]
-            bookings += sum("sample" in record for record in found.records)
-        for damage in damages:
-            print(f"{path}, line {damage.line}: {damage.reason}")
-        problems += len(damages)
-    said = f"{problems or 'no'} problem{'s' * (problems != 1)}"
-    print(f"{path}: {bookings} booking{'s' * (bookings != 1)} in whole batches, {said}")
-    return int(problems > 0)
-
-
-def relearn(old: Path, new: Path) -> int:
-    """Books all whole batches of a log anew, as this version does; the exit status.
-
-    Seqs, keys and corrections stay. What is left out is printed; its lines are empty in the new
-    log. Raises LogError or OSError.
-    """
-    if os.path.lexists(new):
-        raise LogError(f"{new} is there already; move it away first")
-    with open(old, "rb"):  # before anything is made for the sake of a log that is not there
-        pass
-    unfinished = new.with_name(f".{new.name}.unfinished")
-    unfinished.unlink(missing_ok=True)
-    log, books, left_out = Log(unfinished), Books(), 0
-    reported = time.monotonic()
-    try:
-        for found in scan(old):
-            damages = [found]
-            if isinstance(found, Batch):
-                damages = [*_relearn_batch(found, log, books)]
-            for damage in damages:
-                print(f"{old}, line {damage.line}: {damage.reason}; left out")
-            left_out += len(damages)
-            if time.monotonic() - reported > 3:
-                reported = time.monotonic()
-                logger.info("%s: %d lines so far", new, len(log))
-        log.sync()
-        log.close()
-        os.rename(unfinished, new)
-        _fsync_folder(new.absolute().parent)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-    n = len(books.history.rows)
-    print(f"{new}: {n} booking{'s' * (n != 1)} learned anew")
-    return int(left_out > 0)
-
-
-def _relearn_batch(batch: Batch, log: Log, books: Books) -> Iterator[Damage]:
-    """Books a batch under its seqs and key, and says what of it is left out."""
-    first, key = batch.records[0]["seq"], batch.records[0]["batch"]
-    log.append([(None, [{}] * (first - len(log)))], durable=False)
-    records: list[dict] = [{} for _ in batch.records]
-    bookings: dict[int, Sample] = {}  # in the batch
-    corrected = None  # a correction is a batch of its own
-    for i, record in enumerate(batch.records):
-        try:
-            if "sample" in record:
-                check_sample(record["sample"], (*FEATURES, TARGET))
-                score_weight(record["sample"])
-                bookings[i] = record["sample"]
-            elif "corrects" in record:
-                check_sample({TARGET: record[TARGET]}, (TARGET,))
-                corrected = log.record(record["corrects"])
-                if "sample" not in corrected:
-                    raise ValueError("it corrects no booking before it")
-                records[i] = books.correction(corrected, record[TARGET]) or {}
-        except (BadRequest, KeyError, TypeError, ValueError) as error:
-            yield Damage(batch.line + i, str(error))
-    drafted, rows = books.draft([*bookings.values()])
-    for i, record in zip(bookings, drafted, strict=True):
-        records[i] = record
-    placed = log.append([(None if isinstance(key, int) else key, records)], durable=False)
-    books.enter([placed[i] for i in bookings], rows)
-    if "corrects" in placed[0]:
-        books.correct([(corrected, placed[0])])
-
-
 def read_token(file: Path | None) -> str | None:
     """The token in the file, or else in BOOKKEEP_TOKEN. Raises OSError if it cannot be one."""
     if file is None and "BOOKKEEP_TOKEN" not in os.environ:
@@ -3927,21 +3698,17 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     _add_options(parser)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    checking = commands.add_parser(
-        "check",
-        help="verify a log without serving it",
-        description="Prints a line for each problem of a log; the exit status is 0 if it has none.",
-    )
-    checking.add_argument("checked", type=Path, metavar="LOG", help="the log to verify")
-    relearning = commands.add_parser(
-        "relearn",
-        help="book a log anew: to upgrade, or to keep what is whole of a damaged one",
-        description="Books all whole batches of a log anew, under their numbers, keys and "
-        "corrections, with this version's model. Prints what is left out; the exit status is 0 if "
-        "nothing is. The old log stays as it is.",
-    )
-    relearning.add_argument("old", type=Path, metavar="OLD", help="the log to read, of any version")
-    relearning.add_argument("new", type=Path, metavar="NEW", help="the log to write")
+    for name, paths, says in (
+        ("check", ("LOG",), "print each problem of a log; the exit status is 0 if it has none"),
+        (
+            *("relearn", ("OLD", "NEW")),
+            "book anew what is whole of a log of any version, under its numbers, keys and "
+            "corrections; print what is left out; the exit status is 0 if nothing is",
+        ),
+    ):
+        command = commands.add_parser(name, help=says, description=says)
+        for path in paths:
+            command.add_argument(path, type=Path)
     return parser.parse_args(arguments)
 
 
@@ -4011,17 +3778,14 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    """A socket bound to the address, so that a port in use shows before the log is read."""
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket at the address, so that a port in use shows before the log is read."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family)
     except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no host name"
+        reason = getattr(error, "strerror", "it is no host name").partition(" (while")[0]
         raise OSError(f"cannot listen on {host}, port {port}: {reason}") from None
-    return listener
 
 
 if __name__ == "__main__":

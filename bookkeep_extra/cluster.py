@@ -557,7 +557,7 @@ class Node(bookkeep.Alone):
     def _take_order(self, data: bytes) -> int:
         """Notes which lines are to be forgotten, and says how many bookings are gone by this."""
         lines = np.cumsum(json.loads(data))
-        if len(self.log.record(lines[-1])) == len(bookkeep.PLACE):  # emptied before a start
+        if len(self.log.record(lines[0])) == len(bookkeep.PLACE):  # emptied before a start
             self._obeyed.append(lines)
             return 0
         self._orders.append(lines)
