@@ -1,6 +1,7 @@
 """Several bookkeeps on one stream, with real NATS servers."""
 
 import asyncio
+import errno
 import itertools
 import json
 import os
@@ -36,11 +37,11 @@ from bookkeep import (
     NotFound,
     NotReady,
     check_records,
-    gauges,
     health,
     require_ready,
 )
 from bookkeep_extra import cluster
+from bookkeep_extra.prometheus import gauges
 from conftest import (
     assert_same,
     batches_of,
@@ -611,6 +612,32 @@ def test_a_node_that_crashes_before_it_has_forgotten_does_it_later(
     wait_until(lambda: (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes())
 
 
+def test_what_a_node_has_still_to_forget_is_counted_and_done_once_it_can(joined):
+    a, b = joined("a"), joined("b")
+    a.book([booking(company="secret"), booking()])
+    assert equal([a, b])
+    start = Log.start_forgetting
+
+    def fail_on_one(log, lines):
+        if log is b.log:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return start(log, lines)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Log, "start_forgetting", fail_on_one)
+        assert a.forget("secret") == 1
+        wait_until(lambda: stream(b)["to_forget"] == 1)
+        assert stream(a)["to_forget"] == 0
+        assert booked(b) == 1
+        with pytest.raises(NotFound):
+            b.correct(0, "9999")
+        assert b"secret" in b.path.read_bytes()
+    wait_until(lambda: stream(b)["to_forget"] == 0)
+    assert b"secret" not in b.path.read_bytes()
+    assert equal([a, b])
+    assert_same(a, b)
+
+
 def test_what_is_ordered_to_be_forgotten_cannot_be_corrected(joined):
     a, b = joined("a"), joined("b")
     a.book([booking(company="secret"), booking()])
@@ -923,6 +950,7 @@ def test_a_node_that_was_stopped_for_some_time_doubles_nothing(serve, servers, t
 IMPATIENT = """
 import sys, bookkeep
 from bookkeep_extra import cluster
+from bookkeep_extra.prometheus import gauges
 cluster.PATIENCE = 2
 sys.exit(bookkeep.main())
 """
