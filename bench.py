@@ -408,11 +408,11 @@ def measure_scale(most: int) -> dict[str, dict]:
         subprocess.run(command, check=True)
         rows = iter(replay.by_date(replay.read_rows(file)))
         with replay.started(SERVICE, f"--log={folder}/empty") as (_, process):
-            empty = _memory("VmRSS", process)
+            empty = _memory("VmRSS", process.pid)
         sent = 0
         for size in (*(size for size in SIZES if size < most), most):
-            with replay.serving(log) as url:
-                client = replay.Client(url)
+            with replay.started(SERVICE, f"--log={log}") as (port, _):
+                client = replay.Client(f"http://127.0.0.1:{port}")
                 _send(client, itertools.islice(rows, max(0, size - LAST - sent)), size)
                 last = list(itertools.islice(rows, LAST))
                 started = time.perf_counter()
@@ -424,7 +424,7 @@ def measure_scale(most: int) -> dict[str, dict]:
                 restart = time.perf_counter() - started
                 results[f"{size:,}"] = {
                     "samples_per_second": len(last) / seconds,
-                    "bytes_per_sample": (_memory("VmRSS", process) - empty) * (1 << 20) / size,
+                    "bytes_per_sample": (_memory("VmRSS", process.pid) - empty) * (1 << 20) / size,
                     "restart_seconds": restart,
                 }
     return results
