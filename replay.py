@@ -72,6 +72,8 @@ BOOKED_AFTER = {"book": "suggestion", "check": "check", "review": "person"}  # a
 WHO = sorted(BOOKED_AFTER.values())
 
 Sample = dict[str, str]
+Samples = Sample | Sequence[Sample]  # one, or a list of any length
+Columns = Mapping[str, str] | None  # which column is which, as read_rows takes it
 T = TypeVar("T")
 
 logger = logging.getLogger("replay")
@@ -161,30 +163,22 @@ class Client:
         """
         return self.ask("POST", "/sample", bookings, key or uuid.uuid4().hex)
 
-    def predict(self, samples: Sample | Sequence[Sample]) -> Any:
-        """The account of a sample, or a list of those of each in a list of any length."""
-        if isinstance(samples, dict):
-            return self.ask("POST", "/predict", samples)[0]
-        return self._of_each("/predict", samples, LARGE)
+    def predict(self, samples: Samples) -> Any:
+        """The account of a sample, or a list of those of all in a list."""
+        accounts = self._of_each("/predict", samples, LARGE)
+        return accounts[0] if isinstance(samples, dict) else accounts
 
     def suggest(
-        self,
-        samples: Sample | Sequence[Sample],
-        top: int = 3,
-        book_from: float | None = None,
-        reasons: bool = True,
+        self, samples: Samples, top: int = 3, book_from: float | None = None, reasons: bool = True
     ) -> Any:
-        """Up to `top` accounts for a sample, and how sure, as the service's dict for it.
+        """Up to `top` accounts for a sample, and how sure, in a dict; for a list, a list of dicts.
 
-        For a list of any length, a list of them. With `book_from`, each has the decision, `book`,
-        `check` or `review`. Without reasons it takes a fraction of the time.
+        With `book_from`, each has the decision, `book`, `check` or `review`. Without reasons it
+        takes a fraction of the time.
         """
         given = {"top": top, "book_from": book_from, "reasons": None if reasons else "no"}
-        path = _query("/suggest", given)
-        if isinstance(samples, dict):
-            return self.ask("POST", path, samples)
         size = max(1, MAX_SUGGESTED // max(1, top)) if reasons else LARGE
-        return self._of_each(path, samples, size)
+        return self._of_each(_query("/suggest", given), samples, size)
 
     def correct(self, seq: int, account: str) -> dict:
         """Books the booking with this seq to another account, or confirms its own.
@@ -308,8 +302,10 @@ class Client:
         lost = status in (502, 504)  # a proxy's, which may not know
         return ServiceError(where, said or response.reason, status, wait, lost)
 
-    def _of_each(self, path: str, samples: Sequence[Sample], size: int) -> list:
-        """What the path answers to each of the samples, in requests of that size."""
+    def _of_each(self, path: str, samples: Samples, size: int) -> Any:
+        """What the path answers to a sample, or to all in a list, in requests of that size."""
+        if isinstance(samples, dict):
+            return self.ask("POST", path, samples)
         lists = (self.ask("POST", path, chunk) for chunk in chunks(samples, size))
         return list(itertools.chain.from_iterable(lists))
 
@@ -334,16 +330,16 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 # -------------------------------------------------------------------------------------------- Files
 
-ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)  # encrypted is the last
+NOT_CSV = (  # RuntimeError is that of an encrypted zip
+    *(csv.Error, UnicodeError),
+    *(zipfile.BadZipFile, zlib.error, EOFError, RuntimeError),
+)
 CURRENCY = re.compile("[A-Z]{3}|[A-Z]{0,2}[$€£¥₩₪₫₴₸₹₺₽]|[Kk]r[.]?|Fr[.]?|zł|Kč|Ft")
 SPELLING = str.maketrans({"'": None, "’": None, "−": "-", "–": "-"})
 SIGNED = re.compile(r"([(])?([+-]?)([0-9.,]+)([+-]?)(?(1)[)])")
 NUMBER = {  # by its decimal mark: what stands before that, and after it
-    mark: re.compile(
-        f"([0-9]*|[1-9][0-9]{{0,2}}(?:[{other}][0-9]{{2,3}})*[{other}][0-9]{{3}})"
-        f"(?:[{mark}]([0-9]+))?"
-    )
-    for mark, other in (".,", ",.")
+    ".": re.compile(r"([0-9]*|[1-9][0-9]{0,2}(?:,[0-9]{2,3})*,[0-9]{3})(?:[.]([0-9]+))?"),
+    ",": re.compile(r"([0-9]*|[1-9][0-9]{0,2}(?:[.][0-9]{2,3})*[.][0-9]{3})(?:,([0-9]+))?"),
 }
 DAY_OR_MONTH = re.compile(  # that a date begins with
     r"([0-9]{1,2})([./-])([0-9]{1,2})\2([0-9]{4}|(?<=[./])[0-9]{2})(?![0-9])"
@@ -352,10 +348,7 @@ AS_IT_STANDS = "replay.py --order file needs no dates, and sends rows as they st
 
 
 def read_rows(
-    path: Path,
-    columns: Mapping[str, str] | None = None,
-    company: str | None = None,
-    booked: bool = True,
+    path: Path, columns: Columns = None, company: str | None = None, booked: bool = True
 ) -> Iterator[Sample]:
     """The bookings in a CSV file, or in the one in a zip, one by one.
 
@@ -375,10 +368,16 @@ def read_rows(
 
 @contextmanager
 def open_csv(path: Path) -> Iterator[BinaryIO]:
-    """The CSV file, or the one in a zip, to be read more than once. Raises Failed."""
+    """The CSV file, or the one in a zip, to be read more than once.
+
+    Raises Failed if there is none, and for what goes wrong inside while it is read.
+    """
     with ExitStack() as opened:
-        with _reading(path):
+        try:
             file = opened.enter_context(open(path, "rb"))
+        except OSError as error:
+            raise Failed(f"cannot read {path}: {error.strerror}") from None
+        try:
             if path.suffix == ".zip":
                 archive = opened.enter_context(zipfile.ZipFile(file))
                 names = [name for name in archive.namelist() if name.endswith(".csv")]
@@ -389,18 +388,9 @@ def open_csv(path: Path) -> Iterator[BinaryIO]:
                 copy = opened.enter_context(tempfile.TemporaryFile())
                 shutil.copyfileobj(file, copy)
                 file = copy
-        yield file
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Says in one sentence what goes wrong when the file is read."""
-    try:
-        yield
-    except OSError as error:
-        raise Failed(f"cannot read {path}: {error.strerror}") from None
-    except (csv.Error, UnicodeError, *ZIP_ERRORS) as error:
-        raise Failed(f"{path} is no CSV file: {error}") from None
+            yield file
+        except NOT_CSV as error:
+            raise Failed(f"{path} is no CSV file: {error}") from None
 
 
 class Table:
@@ -411,32 +401,26 @@ class Table:
     """
 
     def __init__(
-        self,
-        file: BinaryIO,
-        path: Path,
-        columns: Mapping[str, str] | None,
-        company: str | None,
-        booked: bool,
+        self, file: BinaryIO, path: Path, columns: Columns, company: str | None, booked: bool
     ) -> None:
         """As read_rows, of a file that is open. Raises Failed if a row cannot be used."""
         self.path, self._booked = path, booked
         self._fixed = {} if company is None else {"CompanyId": company}
         self._needed = COLUMNS if booked else FEATURES
-        # By the key of a sample, the columns that make it up. Any other column is a key itself.
-        self._made = {FIELDS[field]: names.split("+") for field, names in (columns or {}).items()}
+        named = {FIELDS[field]: names.split("+") for field, names in (columns or {}).items()}
         if not booked:
-            self._made.pop(TARGET, None)  # so that the same names will do before and after
-        used = {key: [key] for key in self._needed if key not in self._fixed} | self._made
+            named.pop(TARGET, None)  # so that the same names will do before and after
+        used = {key: [key] for key in self._needed if key not in self._fixed} | named
         wanted = list(dict.fromkeys(itertools.chain(*used.values())))
-        with _reading(path):
-            self._text = io.TextIOWrapper(file, newline="", encoding=_encoding(file))
-            self._text.seek(0)
-            self._header = self._text.readline()
-            self._dialect = _dialect(self._header, wanted)
-            [self.columns] = csv.reader([self._header], **self._dialect)
+        self._text = io.TextIOWrapper(file, newline="", encoding=_encoding(file))
+        self._text.seek(0)
+        self._header = self._text.readline()
+        self._dialect = _dialect(self._header, wanted)
+        [self.columns] = csv.reader([self._header], **self._dialect)
         self._check_columns(wanted)
-        made_up = {*self._made, *itertools.chain(*self._made.values())}
-        self._others = [column for column in self.columns if column not in made_up]
+        taken = {*itertools.chain(*named.values())}
+        # By the key of a sample, the columns that it is joined from.
+        self._joined = {name: [name] for name in self.columns if name not in taken} | named
         self.rows = 0
         self._lacking: list[int] = []  # the lines of rows that the service cannot take
         self._mark = ""  # until it is found, amounts stay as they are written
@@ -448,12 +432,11 @@ class Table:
         An empty line has no values. The sample is None where the service cannot take it. The header
         is left out. The file is read anew each time. Raises Failed.
         """
-        with _reading(self.path):
-            self._text.seek(0)
-            rows = csv.reader(self._text, **self._dialect)
-            next(rows)
-            for values in rows:
-                yield rows.line_num, values, self._sample(values, rows.line_num)
+        self._text.seek(0)
+        rows = csv.reader(self._text, **self._dialect)
+        next(rows)
+        for values in rows:
+            yield rows.line_num, values, self._sample(values, rows.line_num)
 
     def warn(self, outcome: str) -> None:
         """Warns what became of rows that the service does not take, if there are any, and why."""
@@ -492,10 +475,10 @@ class Table:
         if len(values) != len(self.columns):
             raise Failed(f"{self.path}, line {line}: there must be {len(self.columns)} values")
         row = dict(zip(self.columns, values, strict=True))
-        sample = {column: row[column] for column in self._others}
-        for key, names in self._made.items():
-            sample[key] = " ".join(row[name] for name in names if row[name])
-        sample |= self._fixed
+        sample = self._fixed | {
+            key: " ".join(row[name] for name in names if row[name])
+            for key, names in self._joined.items()
+        }
         if self._booked and sample.get(BOOKED_BY, "person") not in WHO:
             raise Failed(
                 f"{self.path}, line {line}: {BOOKED_BY} must be one of {', '.join(WHO)}; if the "
@@ -586,11 +569,7 @@ def decimal_mark(amounts: Iterable[tuple[str, int]], file: object) -> str:
 
 @lru_cache(4096)  # amounts recur
 def _readings(amount: str) -> dict[str, str]:
-    """The plain number that it is by decimal mark, a point or a comma: none, one or two.
-
-    >>> _readings("(€ 1.200)")
-    {'.': '-1.200', ',': '-1200'}
-    """
+    """The plain number that it is by decimal mark: `1.200` is 1.200 by point, 1200 by comma."""
     if not any(map(str.isdigit, amount)):
         return {}
     bare = "".join(CURRENCY.sub("", amount, count=1).translate(SPELLING).split())
@@ -645,19 +624,17 @@ def _sortable(dates: Collection[str]) -> dict[str, tuple | str]:
 
 
 @contextmanager
-def started(*command: object) -> Iterator[tuple[int, subprocess.Popen]]:
+def started(*command: object, token: str = "") -> Iterator[tuple[int, subprocess.Popen]]:
     """Starts a Python script that listens on a --port, gives that and its process, and stops it.
 
-    Of BOOKKEEP_* it is told the token only: the others are a service's that is there already, as
+    Of BOOKKEEP_* it is told this token only: the others are a service's that is there already, as
     its --stream. Raises Failed if it ends before it listens.
     """
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    told = {
-        name: value
-        for name, value in os.environ.items()
-        if name == "BOOKKEEP_TOKEN" or not name.startswith("BOOKKEEP_")
-    }
+    told = {name: value for name, value in os.environ.items() if not name.startswith("BOOKKEEP_")}
+    if token:
+        told["BOOKKEEP_TOKEN"] = token
     with tempfile.TemporaryFile() as messages:
         service = subprocess.Popen(
             [sys.executable, *command, f"--port={port}"],
@@ -692,29 +669,21 @@ def _answers(port: int) -> bool:
 
 @contextmanager
 def _progress(total: int | None, how_good: Callable[[], str]) -> Iterator[Callable[[int], None]]:
-    """A function that shows how far it is and how good: a bar in a terminal, else plain lines."""
-    started = shown = time.monotonic()
-    with ExitStack() as opened:
-        bar = None
-        if tqdm and sys.stderr.isatty():
-            bar = opened.enter_context(tqdm(total=total, unit=" samples", dynamic_ncols=True))
-            opened.enter_context(logging_redirect_tqdm())  # a warning leaves it whole
+    """A function that shows how far it is and how good, where tqdm is installed."""
+    if not tqdm:
+        yield lambda done: None
+        return
+    pause = 0.1 if sys.stderr.isatty() else 2
+    with (
+        tqdm(
+            total=total, unit=" samples", dynamic_ncols=True, mininterval=pause, delay=pause
+        ) as bar,
+        logging_redirect_tqdm(),  # a warning leaves the bar whole
+    ):
 
         def show(done: int) -> None:
-            nonlocal shown
-            if bar:
-                bar.update(done - bar.n)
-            if time.monotonic() - shown < (0.1 if bar else 2):
-                return
-            shown = time.monotonic()
-            if bar:
+            if bar.update(done - bar.n):  # it has been shown, for the first time in this while
                 bar.set_postfix_str(how_good())
-            else:
-                of_all = f" of {total:,}" if total else ""
-                rate = f"{done / (shown - started):,.0f}/s"
-                print(
-                    f"{done:,}{of_all} samples, {rate}, {how_good()}".rstrip(", "), file=sys.stderr
-                )
 
         yield show
 
@@ -774,9 +743,8 @@ class Run:
         self.client, self.options = client, options
         self.before = client.health()
         self.start = self.before["lines"] if options.resume is None else options.resume
-        source = (options.file.name, options.order, options.batch, options.seed, self.start)
-        if options.map or options.company:
-            source += (sorted(options.map.items()), options.company)
+        source = [options.file.name, options.order, options.batch, options.seed, self.start]
+        source += [sorted(options.map.items()), options.company]
         self.name = hashlib.sha256(repr(source).encode()).hexdigest()[:16]
         self.sent = self.stored_before = 0
         self.account_names: dict[tuple[str, str], str | None] = {}  # by company and account
@@ -816,10 +784,11 @@ class Run:
 
     def figures(self) -> dict:
         """What the service says of its last predictions."""
-        report, most = self.last(LAST), self.last(max(WINDOWS))
-        if not (report and most):
+        report = self.last(LAST)
+        if not report:
             return {}
-        wanted = [n for n in WINDOWS if n == LAST or n <= most["support"]]
+        predicted = self.client.report(max(WINDOWS))["support"]
+        wanted = [n for n in WINDOWS if n == LAST or n <= predicted]
         return {
             "accounts": self.client.health()["accounts"],
             "metrics": {str(n): self.client.metrics(n) for n in wanted},
@@ -860,10 +829,7 @@ class Integrator:
     def book(self, rows: Sequence[Sample]) -> list[Sample]:
         """The rows as they are to be booked."""
         asked = [without_account(row) for row in rows]
-        answers = itertools.chain.from_iterable(
-            self.client.suggest(chunk, 1, self.book_from, reasons=False)
-            for chunk in chunks(asked, MAX_SUGGESTED)
-        )
+        answers = self.client.suggest(asked, 1, self.book_from, reasons=False)
         booked = []
         for row, sample, answer in zip(rows, asked, answers, strict=True):
             [suggestion] = answer["suggestions"]
@@ -910,9 +876,8 @@ def best_level(levels: Sequence[dict]) -> dict:
     If there is none, 0.9 as an example.
     """
     good = [row for row in levels if row["at_least"] >= 0.8 and (row["accuracy"] or 0) >= 0.9]
-    if good:
-        return max(good, key=lambda level: level["share"])
-    return next(level for level in levels if level["at_least"] == 0.9)
+    example = [row for row in levels if row["at_least"] == 0.9]
+    return max(good or example, key=lambda row: row["share"])
 
 
 def batches(rows: Iterable[Sample], largest: int, seed: int) -> Iterator[list[Sample]]:
@@ -989,14 +954,17 @@ def _booked_unseen(found: dict) -> Iterator[str]:
 
 def _prediction(found: dict) -> Iterator[str]:
     sample, reason = found["sample"], found["reason"]
-    predicted = _account(found["predicted"], found["predicted_name"])
+    predicted, booked = (
+        f"{found[by]} ({found[f'{by}_name']})" if found[f"{by}_name"] else found[by]
+        for by in ("predicted", "booked")
+    )
     because = f', because of "{reason["token"]}" ({reason["kind"]})' if reason else ""
     yield (
         f'The next one, not sent: "{sample["BankEntryText"]}" of {sample["CompanyId"]}, '
         f"{sample['BankEntryAmount']}"
     )
     yield f"  predicted {predicted}, {_percent(found['confidence'])} sure{because}"
-    yield f"  the accountant booked {_account(found['booked'], found['booked_name'])}"
+    yield f"  the accountant booked {booked}"
 
 
 def _next(report: dict) -> Iterator[str]:
@@ -1014,10 +982,6 @@ def _next(report: dict) -> Iterator[str]:
         yield f"  {START}{log} goes on from here"
     elif not log:
         yield f"Its page is at {report['page']}"
-
-
-def _account(number: str, name: str | None) -> str:
-    return f"{number} ({name})" if name else number
 
 
 def _percent(share: float, digits: int = 0) -> str:
@@ -1072,18 +1036,13 @@ the demo, all in one:
 see how well your own bookings are predicted, teach a service that runs, and let it suggest:
   replay.py OLD.csv --serve --company acme --map text=Payee+Purpose,amount=Sum,date=Day,account=To
   replay.py OLD.csv --samples all --company acme --map (the same)
-  replay.py NEW.csv --suggest --company acme --map (the same) > SUGGESTED.csv
-from Python:
-  from replay import Client
-  Client("http://127.0.0.1:8080").predict({...})"""
+  replay.py NEW.csv --suggest --company acme --map (the same) > SUGGESTED.csv"""
 THE_FILE = """\
-Its first line names its columns. It must have CompanyId, BankEntryText, BankEntryAmount
-and AccountNumber (but for --suggest), or columns that --map names; to sort by date
-BankEntryDate, too. AccountName is shown, others are sent along. Commas, semicolons,
-tabs or bars separate values; it is in UTF-8, UTF-16 or Windows-1252. Amounts are words
-as > -1000, or numbers as 1,200.00, 1.200,00, (12.50) or € 12.50. What a comma means
-all of the column shows. Dates are as 2016-02-29, 29.02.2016 or 2/29/2016. Rows in which
-something is empty are left out."""
+Its first line names its columns: CompanyId, BankEntryText, BankEntryAmount, AccountNumber
+(but for --suggest), and BankEntryDate to sort by; --map finds them under other names.
+AccountName is shown, others are sent along. Separators, quotes, encoding (UTF-8, UTF-16,
+Windows-1252), and how amounts (1,200.00, 1.200,00, (12.50), € 12.50) and dates (2016-02-29,
+29.02.2016, 2/29/2016) are written show in the file. Rows that lack something are left out."""
 DATA = HERE / "data" if CHECKED_OUT else Path("data")
 
 
@@ -1109,17 +1068,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     """Replays or suggests; the exit status. Raises Failed."""
     options.file = options.file or _default_file()
-    rows = None if options.suggest else _rows(options)  # before a service is started in vain
+    if not options.suggest:  # before a service is started in vain
+        rows = read_rows(options.file, options.map, options.company)
+        if options.order == "date":
+            rows = iter(by_date(rows))
+        rows = itertools.chain([*itertools.islice(rows, 1)], rows)  # the first at once
     token = os.environ.get("BOOKKEEP_TOKEN")
     if options.token_file:
         token = options.token_file.read_text("latin-1").strip()
     with ExitStack() as opened:
         if options.serve:
             options.log = options.log or Path(tempfile.mkdtemp(prefix="bookkeep-")) / "replay.jsonl"
-            more = [f"--token-file={options.token_file}"] if options.token_file else []
-            port, service = opened.enter_context(
-                started(HERE / "bookkeep.py", f"--log={options.log}", *more)
-            )
+            command = (HERE / "bookkeep.py", f"--log={options.log}")
+            port, service = opened.enter_context(started(*command, token=token or ""))
             options.url = f"http://127.0.0.1:{port}"
         client = Client(options.url, token)
         if options.suggest:
@@ -1153,39 +1114,7 @@ def _default_file() -> Path:
     )
 
 
-def _rows(options: argparse.Namespace) -> Iterator[Sample]:
-    """The file's rows in the order that is asked for. Raises Failed at once if it is no CSV."""
-    rows = read_rows(options.file, options.map, options.company)
-    if options.order == "date":
-        return iter(by_date(rows))
-    first = list(itertools.islice(rows, 1))
-    return itertools.chain(first, rows)
-
-
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    options.map = {field: name for named in options.map for field, name in named.items()}
-    of_a_replay = ("samples", "order", "batch", "seed", "book_from", "resume", "json", "stay")
-    given = [name for name in of_a_replay if getattr(options, name) != parser.get_default(name)]
-    if options.company and "company" in options.map:
-        parser.error("give --company, or a company= in --map, not both")
-    if options.suggest and not options.file:
-        parser.error("--suggest needs a FILE")
-    if options.suggest and given:
-        parser.error(f"--{given[0].replace('_', '-')} does not go with --suggest")
-    if options.log and not options.serve:
-        parser.error("--log goes with --serve")
-    if options.stay and not options.serve:
-        parser.error("--stay goes with --serve")
-    if options.resume is not None and options.book_from is not None:
-        parser.error("--resume does not go with --book-from: what it suggested then is not known")
-    if options.resume is not None and options.serve and not options.log:
-        parser.error("--resume goes with --url, or with --serve and the --log of the first run")
-    return options
-
-
-def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="replay",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -1194,22 +1123,15 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
     )
     option = parser.add_argument_group("the file", THE_FILE).add_argument
-    option(
-        "file",
-        nargs="?",
-        type=Path,
-        metavar="FILE",
-        help="a CSV file or a zip with one; without it, bank_expenses_obfuscated.csv.zip or .csv "
-        "in data/, or else the synthetic set there",
-    )
+    usual = "a CSV file or a zip with one; without it, a bank set in data/, the real or synthetic"
+    option("file", nargs="?", type=Path, metavar="FILE", help=usual)
     option(
         "--map",
         type=columns,
         action="append",
         default=[],
         metavar="FIELD=COLUMN,...",
-        help=f"which of its columns is which; the fields are {', '.join(FIELDS)}; text=A+B joins "
-        "the columns A and B",
+        help=f"which of its columns is which, of {', '.join(FIELDS)}; text=A+B joins two",
     )
     option("--company", help="the company of all of its rows")
     option(
@@ -1220,16 +1142,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     option = parser.add_argument_group("the replay").add_argument
     option(
-        "--samples", type=_count_or_all, default=15_000, help="how many rows, or all (first 15000)"
+        "--samples",
+        type=lambda text: None if text == "all" else count(text),
+        default=15_000,
+        help="how many of its first rows to send, or all (default: 15000)",
     )
     option(
-        "--order", choices=["date", "file"], default="date", help="as they arose (date), or stand"
+        "--order",
+        choices=["date", "file"],
+        default="date",
+        help="send rows by date and company, as they arose, or as they stand (default: date)",
     )
-    option("--batch", type=count, default=1000, help="largest batch; sizes are random (1000)")
-    option("--seed", type=int, default=0, help="of those sizes (0)")
+    largest = "the largest batch; sizes are random, from 1 to this (default: %(default)s)"
+    option("--batch", type=count, default=1000, help=largest)
+    option("--seed", type=int, default=0, help="of those sizes (default: %(default)s)")
     option(
         "--book-from",
-        type=share,
+        type=float,
         metavar="CONFIDENCE",
         help="book suggestions unseen from this confidence on, but for the checks, with the file "
         "as the accountant for all others; and say what the service says of it and what is true",
@@ -1250,11 +1179,31 @@ def _parser() -> argparse.ArgumentParser:
     option("--serve", action="store_true", help="start it, and stop it at the end")
     option = group.add_argument
     option("--stay", action="store_true", help="with --serve: serve its page until Ctrl-C")
-    option(
-        "--log", type=Path, help="with --serve: its log (default: a new one in a temporary folder)"
-    )
+    option("--log", type=Path, help="with --serve: its log (default: in a new temporary folder)")
     option("--token-file", type=Path, metavar="FILE", help="its token; or set BOOKKEEP_TOKEN")
-    return parser
+
+    options = parser.parse_args(arguments)
+    options.map = {field: name for named in options.map for field, name in named.items()}
+    of_a_replay = ("samples", "order", "batch", "seed", "book_from", "resume", "json", "stay")
+    given = [name for name in of_a_replay if getattr(options, name) != parser.get_default(name)]
+    resumes, book_from = options.resume is not None, options.book_from
+    if options.company and "company" in options.map:
+        parser.error("give --company, or a company= in --map, not both")
+    if options.suggest and not options.file:
+        parser.error("--suggest needs a FILE")
+    if options.suggest and given:
+        parser.error(f"--{given[0].replace('_', '-')} does not go with --suggest")
+    if book_from is not None and not 0 <= book_from <= 1:
+        parser.error(f"{book_from} is not a number from 0 to 1")
+    if book_from is not None and resumes:
+        parser.error("--resume does not go with --book-from: what it suggested then is not known")
+    if resumes and options.serve and not options.log:
+        parser.error("--resume goes with --url, or with --serve and the --log of the first run")
+    if options.stay and not options.serve:
+        parser.error("--stay goes with --serve")
+    if options.log and not options.serve:
+        parser.error("--log goes with --serve")
+    return options
 
 
 def columns(text: str) -> dict[str, str]:
@@ -1274,18 +1223,6 @@ def count(text: str) -> int:
     if not (text.isdecimal() and len(text) < 19 and int(text)):
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(text)
-
-
-def share(text: str) -> float:
-    """The number from 0 to 1 that the text says, for argparse."""
-    with suppress(ValueError):
-        if 0 <= float(text) <= 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1")
-
-
-def _count_or_all(text: str) -> int | None:
-    return None if text == "all" else count(text)
 
 
 if __name__ == "__main__":
