@@ -60,12 +60,8 @@ FIELDS = {  # the keys of a sample that mean something, by their names for --map
     "date": "BankEntryDate",
     "name": "AccountName",
 }
-LONGEST = {  # characters in the values that a booking must have
-    "CompanyId": 100,
-    "BankEntryText": 10_000,
-    "BankEntryAmount": 100,
-    "AccountNumber": 100,
-}
+# Characters in the values that a booking must have, of which the last is what is predicted.
+LONGEST = {"CompanyId": 100, "BankEntryText": 10_000, "BankEntryAmount": 100, "AccountNumber": 100}
 *FEATURES, TARGET = COLUMNS = [*LONGEST]
 BOOKED_BY = "BookedBy"
 BOOKED_AFTER = {"book": "suggestion", "check": "check", "review": "person"}  # a decision, by whom
@@ -330,10 +326,8 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 # -------------------------------------------------------------------------------------------- Files
 
-NOT_CSV = (  # RuntimeError is that of an encrypted zip
-    *(csv.Error, UnicodeError),
-    *(zipfile.BadZipFile, zlib.error, EOFError, RuntimeError),
-)
+# What reading something else raises; RuntimeError is that of an encrypted zip.
+NOT_CSV = (csv.Error, UnicodeError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)
 CURRENCY = re.compile("[A-Z]{3}|[A-Z]{0,2}[$€£¥₩₪₫₴₸₹₺₽]|[Kk]r[.]?|Fr[.]?|zł|Kč|Ft")
 SPELLING = str.maketrans({"'": None, "’": None, "−": "-", "–": "-"})
 SIGNED = re.compile(r"([(])?([+-]?)([0-9.,]+)([+-]?)(?(1)[)])")
@@ -475,10 +469,10 @@ class Table:
         if len(values) != len(self.columns):
             raise Failed(f"{self.path}, line {line}: there must be {len(self.columns)} values")
         row = dict(zip(self.columns, values, strict=True))
-        sample = self._fixed | {
+        sample = {
             key: " ".join(row[name] for name in names if row[name])
             for key, names in self._joined.items()
-        }
+        } | self._fixed
         if self._booked and sample.get(BOOKED_BY, "person") not in WHO:
             raise Failed(
                 f"{self.path}, line {line}: {BOOKED_BY} must be one of {', '.join(WHO)}; if the "
@@ -592,11 +586,10 @@ def by_date(rows: Iterable[Sample]) -> list[Sample]:
     Raises Failed if they have no date, or if it cannot be told what is its day and what its month.
     """
     rows = list(rows)
-    try:
-        when = _sortable({row["BankEntryDate"] for row in rows})
-    except KeyError:
+    if any("BankEntryDate" not in row for row in rows):
         no_date = "there is no column BankEntryDate to sort by: --map date=COLUMN names another"
-        raise Failed(f"{no_date}; {AS_IT_STANDS}") from None
+        raise Failed(f"{no_date}; {AS_IT_STANDS}")
+    when = _sortable({row["BankEntryDate"] for row in rows})
     return sorted(rows, key=lambda row: (when[row["BankEntryDate"]], row["CompanyId"]))
 
 
@@ -624,7 +617,7 @@ def _sortable(dates: Collection[str]) -> dict[str, tuple | str]:
 
 
 @contextmanager
-def started(*command: object, token: str = "") -> Iterator[tuple[int, subprocess.Popen]]:
+def started(*command: object, token: str | None = None) -> Iterator[tuple[int, subprocess.Popen]]:
     """Starts a Python script that listens on a --port, gives that and its process, and stops it.
 
     Of BOOKKEEP_* it is told this token only: the others are a service's that is there already, as
@@ -632,16 +625,13 @@ def started(*command: object, token: str = "") -> Iterator[tuple[int, subprocess
     """
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
+    command = (sys.executable, *command, f"--port={port}")
     told = {name: value for name, value in os.environ.items() if not name.startswith("BOOKKEEP_")}
     if token:
         told["BOOKKEEP_TOKEN"] = token
     with tempfile.TemporaryFile() as messages:
-        service = subprocess.Popen(
-            [sys.executable, *command, f"--port={port}"],
-            env=told,
-            stderr=messages,
-            start_new_session=True,  # so that Ctrl-C ends the replay first and the service after it
-        )
+        # In a session of its own, so that Ctrl-C ends the replay first and the service after it.
+        service = subprocess.Popen(command, env=told, stderr=messages, start_new_session=True)
         try:
             while not _answers(port):
                 if service.poll() is not None:
@@ -727,8 +717,6 @@ def replay(client: Client, options: argparse.Namespace, rows: Iterator[Sample]) 
         report["prediction"] = run.prediction(next(rows, None))
     except Failed as error:
         print(f"replay: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        report["interrupted"] = True
     return report
 
 
@@ -769,9 +757,9 @@ class Run:
 
     def how_good(self) -> str:
         """How good the service's last predictions were, in short."""
-        last = self.last(LAST) or {}
-        names = ("accuracy", "precision", "recall")
-        return ", ".join(f"{name} {last[name]:.3f}" for name in names if name in last)
+        last = self.last(LAST)
+        figures = "accuracy {accuracy:.3f}, precision {precision:.3f}, recall {recall:.3f}"
+        return figures.format(**last) if last else ""
 
     def last(self, n: int) -> dict | None:
         """What the service reports of its last n predictions; None if there are none yet."""
@@ -913,10 +901,8 @@ def in_words(report: dict) -> str:
 
 def _quality(last: dict, level: dict, accounts: int) -> Iterator[str]:
     """How many of the last predictions were right, and of those that were sure enough."""
-    n = last["support"]
-    accuracy, precision, recall = (
-        _percent(last[name], 1) for name in ("accuracy", "precision", "recall")
-    )
+    n, accuracy = last["support"], _percent(last["accuracy"], 1)
+    precision, recall = _percent(last["precision"], 1), _percent(last["recall"], 1)
     yield (
         f"The last {n:,} predictions, each of one among {accounts:,} accounts, made "
         "before the booking was known:"
@@ -1080,7 +1066,7 @@ def _run(options: argparse.Namespace) -> int:
         if options.serve:
             options.log = options.log or Path(tempfile.mkdtemp(prefix="bookkeep-")) / "replay.jsonl"
             command = (HERE / "bookkeep.py", f"--log={options.log}")
-            port, service = opened.enter_context(started(*command, token=token or ""))
+            port, service = opened.enter_context(started(*command, token=token))
             options.url = f"http://127.0.0.1:{port}"
         client = Client(options.url, token)
         if options.suggest:
@@ -1118,8 +1104,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="replay",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Streams a CSV file of bookings to bookkeep and shows how well it predicts, or "
-        "writes\nthe file with the accounts that bookkeep suggests.",
+        description="Streams a CSV file of bookings to bookkeep and shows how well it predicts.",
         epilog=EXAMPLES,
     )
     option = parser.add_argument_group("the file", THE_FILE).add_argument
@@ -1134,25 +1119,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"which of its columns is which, of {', '.join(FIELDS)}; text=A+B joins two",
     )
     option("--company", help="the company of all of its rows")
-    option(
-        "--suggest",
-        action="store_true",
-        help="write it to standard output, in UTF-8, with two more columns: the account that is "
-        "suggested, and how sure that is; nothing is learned",
-    )
+    written = "write it to standard output with suggested accounts instead; nothing is learned"
+    option("--suggest", action="store_true", help=written)
     option = parser.add_argument_group("the replay").add_argument
-    option(
-        "--samples",
-        type=lambda text: None if text == "all" else count(text),
-        default=15_000,
-        help="how many of its first rows to send, or all (default: 15000)",
-    )
-    option(
-        "--order",
-        choices=["date", "file"],
-        default="date",
-        help="send rows by date and company, as they arose, or as they stand (default: date)",
-    )
+    most = "how many of its first rows to send, or all (default: %(default)s)"
+    option("--samples", type=_count_or_all, default=15_000, help=most)
+    option("--order", choices=["date", "file"], default="date", help="by date, or as they stand")
     largest = "the largest batch; sizes are random, from 1 to this (default: %(default)s)"
     option("--batch", type=count, default=1000, help=largest)
     option("--seed", type=int, default=0, help="of those sizes (default: %(default)s)")
@@ -1163,15 +1135,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="book suggestions unseen from this confidence on, but for the checks, with the file "
         "as the accountant for all others; and say what the service says of it and what is true",
     )
-    option(
-        "--resume",
-        type=int,
-        nargs="?",
-        const=0,
-        metavar="FROM",
-        help="go on with an interrupted run that began when the log held FROM bookings (0, unless "
-        "given): what is stored is not stored again",
-    )
+    begun = "go on with an interrupted run that began when the log held FROM bookings (else 0)"
+    option("--resume", type=int, nargs="?", const=0, metavar="FROM", help=begun)
     option("--json", action="store_true", help="print the report as a JSON object")
     group = parser.add_argument_group("the service")
     option = group.add_mutually_exclusive_group().add_argument
@@ -1199,10 +1164,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--resume does not go with --book-from: what it suggested then is not known")
     if resumes and options.serve and not options.log:
         parser.error("--resume goes with --url, or with --serve and the --log of the first run")
-    if options.stay and not options.serve:
-        parser.error("--stay goes with --serve")
-    if options.log and not options.serve:
-        parser.error("--log goes with --serve")
+    for name in ("stay", "log"):
+        if getattr(options, name) and not options.serve:
+            parser.error(f"--{name} goes with --serve")
     return options
 
 
@@ -1223,6 +1187,10 @@ def count(text: str) -> int:
     if not (text.isdecimal() and len(text) < 19 and int(text)):
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(text)
+
+
+def _count_or_all(text: str) -> int | None:
+    return None if text == "all" else count(text)
 
 
 if __name__ == "__main__":
