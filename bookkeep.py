@@ -2,24 +2,24 @@
 
 `python bookkeep.py` answers HTTP requests: `POST /sample` stores and learns bookings,
 `POST /predict` predicts an account, `POST /suggest` says how sure that is and why,
-`GET /metrics/<n>` how good the last predictions were; `GET /openapi.json` describes the rest. The
-module reads from top to bottom, each section using only those above it: Samples, Counts, Model,
-Metrics, Log, Snapshot, Writer, Bookkeeper, API description, HTTP, Server, Command line. At its end
-stands the source of the page.
+`GET /metrics/<n>` how good the last predictions were; `GET /openapi.json` describes the rest.
 
-It does not tune itself and forgets only what it is told to forget: one process owns one log, and
-the model is the sum of what is in it. cluster.py, beside it, keeps the logs of several equal.
+The module reads from top to bottom, each section using only those above it: Samples, Counts, Model,
+Metrics, Log, Snapshot, Writer, Books, Bookkeeper, Views, HTTP, Server, Command line. What the
+service can do without stands beside it, in bookkeep_extra: the page, the API's description, and
+the cluster.
+
+A booking travels like this:
+
+    bytes -> check_samples -> [sample, ...] -> Bookkeeper.book -> queue -> the writer -> 200
+                                                1 Books.draft   predicted as a whole, then learned
+                                                2 Log.append    one fsync for all that wait
+                                                3 Books.enter   scored; or, if 2 failed,
+                                                  Books.undo    unlearned, exactly, and a 507
+
+The service does not tune itself and forgets only what it is told to forget: one process owns one
+log, and all that it knows follows from what is in it.
 """
-
-import os
-import signal
-import sys
-
-if (__name__ == "__main__" or os.path.basename(sys.argv[0]) == "bookkeep") and (
-    signal.getsignal(signal.SIGINT) != signal.SIG_IGN
-):
-    # Quiet from the start: to import all that follows takes a moment. It is main's afterwards.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import errno
@@ -31,10 +31,12 @@ import ipaddress
 import json
 import logging
 import math
+import os
 import re
 import resource
+import signal
 import socket
-import stat
+import sys
 import threading
 import time
 import zlib
@@ -44,9 +46,9 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from functools import cache, partial
+from functools import partial
 from hashlib import blake2b
-from itertools import accumulate, chain, count, islice, pairwise
+from itertools import chain, count, islice, pairwise, repeat
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
@@ -59,13 +61,11 @@ from bottle import Bottle, HTTPError, Route, request, response
 from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
-from waitress.receiver import ChunkedReceiver, FixedStreamReceiver
-from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
+from waitress.task import ThreadedTaskDispatcher
 
 __version__ = "0.4.0"
 
 logger = logging.getLogger("bookkeep")
-access = logging.getLogger("bookkeep.access")  # a line for each request
 
 # ---------------------------------------------------------------------------------------- Samples
 
@@ -74,8 +74,7 @@ TARGET = "AccountNumber"
 NAME = "AccountName"  # optional: what the company calls the account
 BOOKED_BY = "BookedBy"  # optional: who booked it, a person if it is not said
 CHECKS = 16  # of the suggestions that could be booked unseen, one in so many is to be checked
-TIMES = {"person": 1, "check": CHECKS, "suggestion": 0}  # that such a booking is scored
-BY_TIMES = {times: who for who, times in TIMES.items()}
+SCORE_WEIGHTS = {"person": 1, "check": CHECKS, "suggestion": 0}  # what its prediction counts
 
 MAX_BATCH = 10_000  # samples in one body
 MAX_VALUE = 10_000  # characters in a key or a value
@@ -100,7 +99,7 @@ KINDS = (  # of tokens, in a person's words
     "first two words in this company",
     "whole text",
 )
-KNOWN = (  # what may have been known of a sample, in a person's words, from least to most
+SPECIFICITY = (  # how much of a sample was known, in a person's words, from least to most
     "nothing of the company",
     "nothing of the text",
     "a word",
@@ -108,7 +107,7 @@ KNOWN = (  # what may have been known of a sample, in a person's words, from lea
     "the first word and the amount",
     "the first two words",
 )
-KNOWN_BY_KIND = np.array([1, 0, 0, 2, 3, 4, 5, 0])  # if a token of this kind is known
+SPECIFICITY_BY_KIND = np.array([1, 0, 0, 2, 3, 4, 5, 0])  # if a token of this kind is known
 KIND_SHIFT = 60  # a token's kind stands in its upper bits
 HASH = (1 << KIND_SHIFT) - 1  # the others
 _KIND = [kind << KIND_SHIFT for kind in range(len(KINDS))]
@@ -156,7 +155,7 @@ def check_samples(content: object, booked: bool, most: int = MAX_BATCH) -> list[
         try:
             check_sample(sample, required)
             if booked:
-                times_scored(sample)
+                score_weight(sample)
         except BadRequest as error:
             raise BadRequest(f"sample {number}: {error}") from None
     return content
@@ -189,12 +188,12 @@ def check_sample(sample: object, required: Sequence[str], short: Sequence[str] =
         raise BadRequest("a lone surrogate (half of a \\u pair) is not text") from None
 
 
-def times_scored(sample: Sample) -> int:
-    """How often a booking is scored, by who booked it. Raises BadRequest if that is nobody."""
+def score_weight(sample: Sample) -> int:
+    """What its prediction counts, by who booked it. Raises BadRequest if that is nobody."""
     booked_by = sample.get(BOOKED_BY, "person")
-    if booked_by not in TIMES:
-        raise BadRequest(f"{BOOKED_BY} must be one of {', '.join(TIMES)}")
-    return TIMES[booked_by]
+    if booked_by not in SCORE_WEIGHTS:
+        raise BadRequest(f"{BOOKED_BY} must be one of {', '.join(SCORE_WEIGHTS)}")
+    return SCORE_WEIGHTS[booked_by]
 
 
 def tokens(sample: Sample) -> list[int]:
@@ -704,7 +703,7 @@ class Assessment(NamedTuple):
     predicted: str | None  # the most probable account; None while there is no model
     margin: float | None  # its log-odds over the second; None while there is no second
     rank: int | None  # of the booked account, 1 for the most probable; None if it was not known
-    known: int  # what was known of it, of KNOWN
+    specificity: int  # how much was known of it, of SPECIFICITY
 
 
 class Lesson(NamedTuple):
@@ -769,12 +768,12 @@ class NaiveBayes:
         self._logs: np.ndarray | None = None  # of both, until they change
 
     @property
-    def known(self) -> int:
+    def n_classes(self) -> int:
         """How many accounts it can predict: all that were learned but those wholly unlearned."""
         return int(np.count_nonzero(self.class_counts))
 
     @property
-    def known_tokens(self) -> int:
+    def n_tokens(self) -> int:
         """How many tokens it knows."""
         return int(self.token_counts.occupied.sum())
 
@@ -847,9 +846,9 @@ class NaiveBayes:
         """How many documents to score at once: few enough to stay in a processor's cache."""
         return max(1, min(128, CELLS // max(1, len(self.names))))
 
-    def _blocks(self, n: int) -> Iterator[slice]:
+    def _blocks(self, n: int) -> list[slice]:
         step = self.at_once
-        return (slice(start, start + step) for start in range(0, n, step))
+        return [slice(start, start + step) for start in range(0, n, step)]
 
     def _best(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(n,) the account of the highest of (n, A) scores, and (n,) its lead over the second.
@@ -870,7 +869,7 @@ class NaiveBayes:
     def top(self, scores: np.ndarray, most: int) -> np.ndarray:
         """(n, k) the accounts of the highest of (n, A) scores, best first; of equals, by name."""
         each, left = np.arange(len(scores)), scores.copy()
-        best = np.zeros((len(scores), min(most, self.known)), dtype=np.int64)
+        best = np.zeros((len(scores), min(most, self.n_classes)), dtype=np.int64)
         for rank in range(best.shape[1]):
             best[:, rank] = left.argmax(axis=1)
             left[each, best[:, rank]] = -np.inf
@@ -889,7 +888,7 @@ class NaiveBayes:
         self, found: LookedUp, labels: Sequence[str]
     ) -> tuple[list[Assessment], np.ndarray | None]:
         """The predictions, and the scores of those documents that were scored at once last."""
-        if not self.known:
+        if not self.n_classes:
             return [Assessment(None, None, None, 0)] * len(labels), None
         made, scores = [], None
         for part in self._blocks(len(labels)):
@@ -902,7 +901,7 @@ class NaiveBayes:
                 ranks[i] = np.count_nonzero(scores[i] >= scores[i, booked[i]])
             made += map(
                 Assessment,
-                [self.names[account] for account in best.tolist()],
+                map(self.names.__getitem__, best.tolist()),
                 [margin if margin < np.inf else None for margin in lead.round(4).tolist()],
                 [rank or None for rank in ranks.tolist()],
                 self.specificity(documents).tolist(),
@@ -910,14 +909,14 @@ class NaiveBayes:
         return made, scores
 
     def specificity(self, documents: Documents) -> np.ndarray:
-        """(n,) the most that was known of each document, of KNOWN."""
+        """(n,) how much was known of each document, of SPECIFICITY."""
         found = self._look_up(documents)
         known = self.token_counts.sizes[found.row] != 0
-        return np.maximum.reduceat(known * KNOWN_BY_KIND[found.kind], found.start)
+        return np.maximum.reduceat(known * SPECIFICITY_BY_KIND[found.kind], found.start)
 
     def _numbered(self, accounts: Sequence[str]) -> np.ndarray:
         """(n,) their numbers, -1 for those that are not known."""
-        numbers = np.array([self.accounts.get(account, -1) for account in accounts], dtype=np.int64)
+        numbers = np.fromiter(map(self.accounts.get, accounts, repeat(-1)), dtype=np.int64)
         numbers[self.class_counts[numbers] == 0] = -1
         return numbers
 
@@ -932,7 +931,7 @@ class NaiveBayes:
         softened, over the label and the accounts that the document's rare tokens have met. An
         account not seen before counts 1 and has no rivals. All are multiples of 1 / GRAIN.
         """
-        if not self.known:
+        if not self.n_classes:
             return [Lesson(label, 1.0) for label in labels]
         found = self._look_up(documents)
         each = np.arange(len(labels))
@@ -975,8 +974,8 @@ class NaiveBayes:
                 against[i][self.names[r]] = m
         return against
 
-    def learn(self, documents: Documents, lessons: Sequence[Lesson], times: int = 1) -> None:
-        """Adds what documents count to the sums; with times = -1 takes it away again.
+    def learn(self, documents: Documents, lessons: Sequence[Lesson], sign: int = 1) -> None:
+        """Adds what documents count to the sums; with sign = -1 takes it away again.
 
         Weights are multiples of 1 / GRAIN, so the sums are exact: the same in any order and any
         batching, and as if it had never been after learning and unlearning.
@@ -985,9 +984,9 @@ class NaiveBayes:
             return
         found = self._look_up(documents, self.token_counts.insert)
         account = np.array([self.accounts[lesson.account] for lesson in lessons])
-        weight = np.array([times * lesson.weight for lesson in lessons])
+        weight = np.array([sign * lesson.weight for lesson in lessons])
         rivals = [
-            (i, 2 * self.accounts[rival] + 1, times * m)
+            (i, 2 * self.accounts[rival] + 1, sign * m)
             for i, lesson in enumerate(lessons)
             for rival, m in lesson.against.items()
         ]
@@ -1023,12 +1022,13 @@ class NaiveBayes:
         assessments, scores = self._assess(found, labels)
         if len(documents) > min(ROUND, self.at_once):
             scores = None  # they are of another model by then, or of some documents only
-        for part in rounds(len(documents)):
-            taken = found.part(part)
+        parts = rounds(len(documents))
+        for part in parts:
+            taken = found.part(part) if len(parts) > 1 else found
             lessons = self.weigh(taken, labels[part], scores)
-            with changing():
+            with changing():  # for him who takes them, too: should he fail, it is half a change
                 self.learn(taken, lessons)
-            yield part, assessments[part], lessons
+                yield part, assessments[part], lessons
 
     def state(self) -> Arrays:
         """All that it has counted; arrays that are its own."""
@@ -1069,32 +1069,24 @@ def _numbers(known: Mapping[Hashable, int] = {}) -> defaultdict:
 
 # ---------------------------------------------------------------------------------------- Metrics
 
-LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99)  # of confidence, in a report
-CONFUSED = 10  # pairs of accounts, in a report
 LEAST_SURE = 10_000  # bookings of which the least sure are asked for: the last ones
-WINDOW = 1000  # bookings that a point of the learning curve is over
 
 
 def precision_recall(
-    booked: np.ndarray, predicted: np.ndarray, times: np.ndarray | None = None
+    booked: np.ndarray, predicted: np.ndarray, weights: np.ndarray | None = None
 ) -> tuple[float, float]:
     """Macro-averaged precision and recall, over the labels in either of two (n,) arrays, n > 0.
 
     A label never predicted has precision 0, one never booked recall 0: scikit-learn's
     precision_score and recall_score with average="macro", zero_division=0. Each of the n counts
-    `times`, or once: their sample_weight.
+    its weight, or 1: their sample_weight.
     """
     labels, codes = np.unique(np.concatenate([booked, predicted]), return_inverse=True)
     booked, predicted = codes.reshape(2, -1)
-    times = np.ones(len(booked)) if times is None else times
-    hits, actual, claimed = (
-        np.bincount(numbers, weights, minlength=len(labels))
-        for numbers, weights in (
-            (booked, times * (booked == predicted)),
-            (booked, times),
-            (predicted, times),
-        )
-    )
+    weights = np.ones(len(booked)) if weights is None else weights
+    hits = np.bincount(booked, weights * (booked == predicted), minlength=len(labels))
+    actual = np.bincount(booked, weights, minlength=len(labels))
+    claimed = np.bincount(predicted, weights, minlength=len(labels))
     # fsum, which rounds once, gives the same whatever the order of the labels.
     precision = math.fsum(hits / np.maximum(claimed, 1)) / len(labels)
     recall = math.fsum(hits / np.maximum(actual, 1)) / len(labels)
@@ -1116,9 +1108,9 @@ class History:
             ("predicted", "i4"),  # -1 where there was no model
             ("confidence", "f4"),
             ("bin", "i1"),  # of the margin for each token
-            ("known", "i1"),  # of KNOWN
+            ("specificity", "i1"),  # of SPECIFICITY
             ("rank", "i1"),  # of what is booked among what was suggested; 0 if it is no such
-            ("times", "i1"),  # that it is scored
+            ("score_weight", "i1"),  # what it counts in figures, 0 if nobody has looked
             ("reviewed", "?"),  # has a person looked at it?
         ]
     )
@@ -1142,24 +1134,48 @@ class History:
         companies, sizes = np.unique(self.rows["company"], return_counts=True)
         self._sizes.update(dict(zip(companies.tolist(), sizes.tolist(), strict=True)))
 
-    def append(
-        self, rows: np.ndarray, names: Iterable[tuple[str, str, str | None, str | None]]
-    ) -> None:
-        """Adds rows, and numbers their companies, and the accounts booked, named, and predicted."""
-        rows["company"], rows["booked"], rows["named"], rows["predicted"] = (
-            np.array(
-                [
-                    (
-                        self.companies[company],
-                        *(-1 if each is None else self.accounts[each] for each in accounts),
-                    )
-                    for company, *accounts in names
-                ],
-                dtype=np.int32,
-            )
-            .reshape(-1, 4)
-            .T
+    def draft(self, records: Sequence[dict], documents: Sequence[Sequence[int]]) -> np.ndarray:
+        """(n,) rows for records of bookings, and their documents.
+
+        What they lack is what only the log and `append` give them: a seq, what was booked, and
+        numbers for new names, which are -1 here.
+        """
+        rows = np.zeros(len(records), dtype=self.ROW)
+        company, predicted, ranks = (
+            self.companies.get,
+            self.accounts.get,
+            range(Calibration.RANKS + 1),
         )
+        known = ["company", "predicted", "confidence", "specificity", "rank", "score_weight"]
+        rows[known] = [
+            (
+                company(r["sample"]["CompanyId"], -1),
+                predicted(r["predicted"], -1),
+                r["confidence"] or 0,
+                r["known"],
+                r["rank"] if r["rank"] in ranks else 0,
+                SCORE_WEIGHTS[r["sample"].get(BOOKED_BY, "person")],
+            )
+            for r in records
+        ]
+        rows["reviewed"] = rows["score_weight"] > 0
+        margins = [(r["margin"] or 0) / len(d) for r, d in zip(records, documents, strict=True)]
+        rows["bin"] = Calibration.bins(margins)
+        return rows
+
+    def append(self, rows: np.ndarray, records: Sequence[dict]) -> None:
+        """Adds what was drafted of records that are in the log now."""
+        company, account = self.companies.__getitem__, self.accounts.__getitem__
+        rows[["seq", "company", "booked", "named", "predicted"]] = [
+            (
+                r["seq"],
+                company(r["sample"]["CompanyId"]),
+                account(r["sample"][TARGET]),
+                account(r["sample"][TARGET]) if r["sample"].get(NAME) else -1,
+                -1 if r["predicted"] is None else account(r["predicted"]),
+            )
+            for r in records
+        ]
         end = len(self.rows) + len(rows)
         if end > len(self._table):
             self._table = _grown(self._table, 2 * end)
@@ -1266,6 +1282,11 @@ class History:
         return rows
 
 
+def in_ranks(rank: int | None) -> int:
+    """A rank as a History has it: 0 if it is none, or not among what can be suggested."""
+    return rank if rank and rank <= Calibration.RANKS else 0
+
+
 def right(rows: np.ndarray) -> np.ndarray:
     """(n,) which of these rows of a History were predicted right."""
     return rows["booked"] == rows["predicted"]
@@ -1273,7 +1294,7 @@ def right(rows: np.ndarray) -> np.ndarray:
 
 def scored(rows: np.ndarray) -> np.ndarray:
     """Those of these rows of a History that were predicted, and booked by who knew better."""
-    return rows[(rows["predicted"] >= 0) & (rows["times"] > 0)]
+    return rows[(rows["predicted"] >= 0) & (rows["score_weight"] > 0)]
 
 
 class Calibration:
@@ -1304,36 +1325,36 @@ class Calibration:
     OWN_DOUBT = 1 / 4  # of a wrong one that is added to a company's own: the best are often lucky
 
     def __init__(self) -> None:
-        self._all = np.zeros((len(KNOWN), self.BINS), dtype=np.int64)  # suggestions of everybody's
-        self._right = np.zeros((len(KNOWN), self.BINS), dtype=np.int64)
+        # (2, specificities, BINS) suggestions of everybody's: all, and those that were right
+        self._all, self._right = np.zeros((2, len(SPECIFICITY), self.BINS), dtype=np.int64)
         self._ranks = np.zeros(self.RANKS + 1, dtype=np.int64)  # of the others' accounts, 0: beyond
-        self._cells = Vocabulary.with_room(0)  # of a company, what was known or an account, a bin
+        self._cells = Vocabulary.with_room(0)  # of a company, a specificity or an account, a bin
         self._own = np.zeros((len(self._cells.tokens), 2), dtype=np.int32)  # all, right of each
-        self._shares: dict[int, np.ndarray] = {}  # what was known -> (BINS,) p0, until it changes
+        self._shares: dict[int, np.ndarray] = {}  # specificity -> (BINS,) p0, until it changes
 
-    def add(self, rows: np.ndarray, times: int = 1) -> None:
-        """Counts those rows of a History that are scored; with times = -1 takes them away again.
+    def add(self, rows: np.ndarray, sign: int = 1) -> None:
+        """Counts those rows of a History that are scored; with sign = -1 takes them away again.
 
         A row that counts 16 times, for others that nobody looked at, is one of the company's own.
         """
         rows = scored(rows)
         hit = right(rows)
-        counted = times * rows["times"].astype(np.int64)
-        np.add.at(self._all, (rows["known"], rows["bin"]), counted)
-        np.add.at(self._right, (rows["known"], rows["bin"]), counted * hit)
+        counted = sign * rows["score_weight"].astype(np.int64)
+        np.add.at(self._all, (rows["specificity"], rows["bin"]), counted)
+        np.add.at(self._right, (rows["specificity"], rows["bin"]), counted * hit)
         np.add.at(self._ranks, rows["rank"][~hit], counted[~hit])
         self._shares = {}
-        own = rows["known"] > 0  # else it says nothing of the company
+        own = rows["specificity"] > 0  # else it says nothing of the company
         cells = self._cells_of(rows[own], np.array([0])).ravel()
         sums = np.column_stack([own[own], hit[own]]).repeat(2, axis=0)
         at = self._inserted(cells)
-        np.add.at(self._own, at, times * sums)
+        np.add.at(self._own, at, sign * sums)
 
     def _cells_of(self, rows: np.ndarray, near: np.ndarray) -> np.ndarray:
-        """(n, 2, k) cells of n rows, by what was known and by account, in k wide bins near it."""
+        """(n, 2, k) cells of n rows, by specificity and by account, in k wide bins near it."""
         # One more, for a name without a number has -1, and what is nearest to the first bin, too.
         company = 1 + rows["company"].astype(np.int64)[:, np.newaxis, np.newaxis]
-        level = np.stack([rows["known"], len(KNOWN) + 1 + rows["predicted"]], axis=1)
+        level = np.stack([rows["specificity"], len(SPECIFICITY) + 1 + rows["predicted"]], axis=1)
         wide = 1 + rows["bin"][:, np.newaxis] // self.WIDE + near
         cells = company << 36 | level[:, :, np.newaxis] << 4 | wide[:, np.newaxis]
         cells = cells.astype(np.uint64)
@@ -1352,7 +1373,7 @@ class Calibration:
         return rows
 
     def _own_of(self, rows: np.ndarray) -> np.ndarray:
-        """(n, 2, 2) the company's own, by what was known and by account: all, right."""
+        """(n, 2, 2) the company's own, by specificity and by account: all, right."""
         cells = self._cells_of(rows, np.array([-1, 0, 1]))
         return self._own[self._cells.find(cells.ravel())].reshape(*cells.shape, 2).sum(axis=2)
 
@@ -1375,11 +1396,11 @@ class Calibration:
     def confidence(self, rows: np.ndarray) -> np.ndarray:
         """(n,) the probability that each suggestion is right, from the rows that it would get.
 
-        What matters is their bin, and what was known, company and account predicted, where -1
-        stands for one that no row has.
+        What matters is their bin, specificity, company and account predicted, where -1 stands for
+        one that no row has.
         """
-        families = zip(rows["known"].tolist(), rows["bin"].tolist(), strict=True)
-        share = np.array([self._share(known)[bin] for known, bin in families])
+        families = zip(rows["specificity"].tolist(), rows["bin"].tolist(), strict=True)
+        share = np.array([self._share(specificity)[bin] for specificity, bin in families])
         for suggestions, hits in self._own_of(rows).transpose(1, 2, 0):
             share = (hits + self.OWN * share) / (suggestions + self.OWN + self.OWN_DOUBT)
         return share
@@ -1393,14 +1414,15 @@ class Calibration:
         others = np.multiply.outer(1 - confidence, self._ranks[2:]) / counted
         return np.minimum.accumulate(np.column_stack([confidence, others]), axis=1)
 
-    def record(self, rows: np.ndarray) -> list[dict[str, dict[str, int]]]:
+    def evidence_counts(self, rows: np.ndarray) -> list[dict[str, dict[str, int]]]:
         """What the confidences of n suggestions rest on, with about as much evidence."""
         wide = rows["bin"] // self.WIDE
         first, end = np.maximum(wide - 1, 0) * self.WIDE, (wide + 2) * self.WIDE
-        sums = np.zeros((2, len(KNOWN), self.BINS + self.WIDE + 1), dtype=np.int64)
+        sums = np.zeros((2, len(SPECIFICITY), self.BINS + self.WIDE + 1), dtype=np.int64)
         sums[:, :, 1 : self.BINS + 1] = [self._all, self._right]
         sums = sums.cumsum(axis=-1)  # up to each bin
-        everybodys = (sums[:, rows["known"], end] - sums[:, rows["known"], first]).T
+        known = rows["specificity"]
+        everybodys = (sums[:, known, end] - sums[:, known, first]).T
         return [
             {
                 "own": {"suggestions": own, "right": own_right},
@@ -1417,15 +1439,15 @@ class Calibration:
         doublings = np.log2(1 + 8 * np.asarray(margins, dtype=np.float64))
         return np.minimum(6 * doublings, cls.BINS - 1).astype(np.int64)
 
-    def _share(self, known: int) -> np.ndarray:
-        """(BINS,) p0 of what was known."""
-        if known not in self._shares:
+    def _share(self, specificity: int) -> np.ndarray:
+        """(BINS,) p0 of suggestions with as much known."""
+        if specificity not in self._shares:
             anybodys = self._all.sum(axis=0)
             g = _monotone(self._right.sum(axis=0), anybodys + self.DOUBT * (anybodys > 0))
-            right = self._right[known] + self.BACK * g
-            counted = self._all[known] + self.BACK * (anybodys > 0)
-            self._shares[known] = _monotone(right, counted)
-        return self._shares[known]
+            right = self._right[specificity] + self.BACK * g
+            counted = self._all[specificity] + self.BACK * (anybodys > 0)
+            self._shares[specificity] = _monotone(right, counted)
+        return self._shares[specificity]
 
 
 def _monotone(right: np.ndarray, counted: np.ndarray) -> np.ndarray:
@@ -1445,20 +1467,20 @@ def _monotone(right: np.ndarray, counted: np.ndarray) -> np.ndarray:
 
 def figures(rows: np.ndarray) -> dict[str, float]:
     """Accuracy and macro-averaged precision and recall of n > 0 scored rows of a History."""
-    precision, recall = precision_recall(rows["booked"], rows["predicted"], rows["times"])
-    return {"accuracy": _accuracy(rows)[0], "precision": precision, "recall": recall}
+    precision, recall = precision_recall(rows["booked"], rows["predicted"], rows["score_weight"])
+    return {"accuracy": accuracy(rows)[0], "precision": precision, "recall": recall}
 
 
-def _accuracy(rows: np.ndarray) -> tuple[float, float]:
+def accuracy(rows: np.ndarray) -> tuple[float, float]:
     """The share of n > 0 scored rows that were right, and its standard error.
 
     That is as if one more row, of those that count most, had been wrong: a few right ones are not
     a certainty.
     """
-    times, hit = rows["times"].astype(np.float64), right(rows)
-    accuracy = float(times @ hit / times.sum())
-    off = times * (hit - accuracy)
-    return accuracy, math.sqrt(off @ off + times.max() ** 2) / float(times.sum())
+    weights, hit = rows["score_weight"].astype(np.float64), right(rows)
+    share = float(weights @ hit / weights.sum())
+    off = weights * (hit - share)
+    return share, math.sqrt(off @ off + weights.max() ** 2) / float(weights.sum())
 
 
 def by_confidence(rows: np.ndarray, levels: Iterable[float]) -> list[dict[str, float | None]]:
@@ -1469,12 +1491,12 @@ def by_confidence(rows: np.ndarray, levels: Iterable[float]) -> list[dict[str, f
     found = []
     for level in levels:
         sure = rows[rows["confidence"] >= level]
-        accuracy, error = _accuracy(sure) if len(sure) else (None, None)
+        share, error = accuracy(sure) if len(sure) else (None, None)
         found.append(
             {
                 "at_least": level,
-                "share": int(sure["times"].sum()) / int(rows["times"].sum()),
-                "accuracy": accuracy,
+                "share": int(sure["score_weight"].sum()) / int(rows["score_weight"].sum()),
+                "accuracy": share,
                 "error": error,
                 "checks": checks(sure),
             }
@@ -1484,7 +1506,7 @@ def by_confidence(rows: np.ndarray, levels: Iterable[float]) -> list[dict[str, f
 
 def checks(rows: np.ndarray) -> int:
     """How many of these rows of a History are checks of what could have been booked unseen."""
-    return int(np.count_nonzero(rows["times"] > 1))
+    return int(np.count_nonzero(rows["score_weight"] > 1))
 
 
 def unseen(rows: np.ndarray) -> int:
@@ -1492,53 +1514,26 @@ def unseen(rows: np.ndarray) -> int:
     return len(rows) - int(np.count_nonzero(rows["reviewed"]))
 
 
-def report(rows: np.ndarray, accounts: Sequence[str], levels: Iterable[float]) -> dict:
-    """How good n > 0 predictions were, which accounts they confused, and how good when how sure.
-
-    The rows are scored ones of a History.
-    """
+def confused(rows: np.ndarray, accounts: Sequence[str], most: int = 10) -> list[dict]:
+    """The most frequent errors of scored rows of a History: booked, predicted, how often."""
     wrong = rows[~right(rows)]
-    pairs = wrong["booked"].astype(np.int64) << 32 | wrong["predicted"]
-    pairs, codes = np.unique(pairs, return_inverse=True)
-    counts = np.bincount(codes, wrong["times"]).astype(np.int64)
-    confused = [
-        (-count, accounts[pair >> 32], accounts[pair & 0xFFFFFFFF])
-        for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True)
+    pairs, codes = np.unique(wrong[["booked", "predicted"]], return_inverse=True)
+    counts = np.bincount(codes, wrong["score_weight"]).astype(np.int64)
+    errors = [
+        (-count, accounts[booked], accounts[predicted])
+        for (booked, predicted), count in zip(pairs.tolist(), counts.tolist(), strict=True)
     ]
-    return {
-        "checks": checks(rows),
-        **figures(rows),
-        "confused": [
-            {"booked": booked, "predicted": predicted, "count": -count}
-            for count, booked, predicted in sorted(confused)[:CONFUSED]
-        ],
-        "confidence": by_confidence(rows, levels),
-    }
-
-
-def curve(rows: np.ndarray, points: dict[int, dict]) -> Iterator[dict]:
-    """The learning curve: at most 129 points, each of the last WINDOW bookings.
-
-    Takes `points` of before, and adds those that will not change.
-    """
-    step = WINDOW // 4
-    while len(rows) > 128 * step:
-        step *= 2
-    for end in (*range(step, len(rows), step), len(rows)):
-        point = points.get(end)
-        if point is None:
-            window = scored(rows[max(0, end - WINDOW) : end])
-            point = {"bookings": end, **figures(window)} if len(window) else {}
-            if end < len(rows):
-                points[end] = point
-        if point:
-            yield point
+    return [
+        {"booked": booked, "predicted": predicted, "count": -count}
+        for count, booked, predicted in sorted(errors)[:most]
+    ]
 
 
 # -------------------------------------------------------------------------------------------- Log
 
-# A booking, a correction of it, and what is left once its company is forgotten, as lines of a log
-# (wrapped here). A record stands between its place and the CRC-32 of the line before it.
+# A log is a file of JSON Lines that grows at its end. Here are a booking, a correction of it, and
+# what is left of the correction once its company is forgotten (wrapped here, and the last one
+# without most of its blanks):
 #
 #   {"seq": 2, "batch": "june-1", "left": 0, "sample": {"CompanyId": "acme", "BankEntryText":
 #     "Office rent June", "BankEntryAmount": "> -10000", "AccountNumber": "6300"}, "predicted":
@@ -1546,11 +1541,19 @@ def curve(rows: np.ndarray, points: dict[int, dict]) -> Iterator[dict]:
 #     "against": {"7140": 0.001953125}, "crc": 4002900356}
 #   {"seq": 3, "batch": 3, "left": 0, "corrects": 2, "AccountNumber": "7140", "weight":
 #     0.7490234375, "against": {"6300": 0.9990234375}, "crc": 2220480574}
-#   {"seq": 3, "batch": 3, "left": 0, "crc": 4241497597}
+#   {"seq": 3, "batch": 3, "left": 0, "crc": 4241497597}            ...
+#
+# First comes a line's place, then the record, then the CRC-32 of all before it. `seq` counts lines
+# from 0. `batch` is the sender's key for the batch, or else the seq of its first line. `left`
+# counts the batch down to 0: it is in the log once its line with `left` 0 is.
+#
+# A line never changes its length or its place. To forget, it is overwritten with its place, the
+# CRC-32 of that, and blanks. Which lines are to be overwritten stands in a file beside the log
+# first, LOG.forgetting, until all of them are: a start that finds it does the rest. A line that a
+# power failure left half overwritten still has its place, which is the same before and after.
 
 PLACE = ("seq", "batch", "left")  # what the log puts before a record
 HEAD = b'{"seq": 0, '  # what a log starts with
-REWRITTEN = ".{}.rewritten"  # beside the log, while it is written anew
 UNSURE = "it may hold this all the same, so that only a key makes it safe to send it again"
 MAX_KEYS = 100_000  # keys of batches that are remembered, the last ones: about 30 MB
 
@@ -1560,37 +1563,32 @@ class LogError(Exception):
 
 
 class Log:
-    """A JSON Lines file of batches of records, owned by one process, that grows at its end.
-
-    `seq` counts lines from 0, `batch` is the sender's key for the batch (or else the seq of its
-    first line), `left` counts the batch down to 0: it is in the log once its line with `left` 0 is.
-    A record that was removed leaves an empty one in its place.
-    """
+    """A JSON Lines file of batches of records, owned by one process, that grows at its end."""
 
     def __init__(self, path: Path) -> None:
-        """Opens the log or makes it, with its folder. Raises LogError if it cannot be owned."""
+        """Opens the log or makes it, with its folder, and ends a forgetting that a crash cut short.
+
+        Raises LogError if it cannot be owned.
+        """
         self.path = path
         self.size = 0  # bytes of whole batches
+        self.failure: str | None = None  # why the last append failed, if it did
+        self.forgetting = False  # may there be a note of what is to be forgotten?
         self.fsynced: Callable[[float], object] = lambda seconds: None  # told how long each took
-        # Called with what has its place, before it is written: what it raises prevents that.
-        self.order: Callable[[list[Batch]], object] = lambda batches: None
         self._starts = array("q")  # the byte at which each line of a whole batch starts
         self._torn = False  # may the file hold bytes beyond them?
-        self.failure: str | None = None  # why the last append failed, if it did
         self._keys: OrderedDict[str, range] = OrderedDict()  # of batches -> their lines
-        self._placing = threading.RLock()  # held while lines get their places, or are looked up
+        self._lock = threading.RLock()  # held while lines get their places, or are read
         try:
             folders = self.beside("{}").parents
             new = sum(not folder.exists() for folder in folders)
             with suppress(FileExistsError):  # if it is a file, opening says so better
                 folders[0].mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
             for folder in folders[: 1 + new]:  # so that new names are on disk, too
-                _fsync_folder(folder)
+                fsync_folder(folder)
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not self._leads_to(self._file):
-                raise BlockingIOError  # its owner has just put another file in its place
-            self.beside(REWRITTEN).unlink(missing_ok=True)  # a crash left it unfinished
+            self._end_forgetting()
         except BlockingIOError:
             os.close(self._file)
             raise LogError(f"{path} is in use by another process") from None
@@ -1604,17 +1602,14 @@ class Log:
 
     def in_place(self) -> bool:
         """Does its path still lead to the file that is owned, with all that is in it?"""
-        with self._placing:
-            return self._leads_to(self._file) and os.fstat(self._file).st_size >= self.size
+        with suppress(OSError):
+            owned = os.fstat(self._file)
+            return os.path.samestat(owned, os.stat(self.path)) and owned.st_size >= self.size
+        return False
 
     def _require_place(self) -> None:
         if not self.in_place():
             raise OSError(errno.ESTALE, "it was moved, replaced, deleted or cut by another")
-
-    def _leads_to(self, file: int) -> bool:
-        with suppress(OSError):
-            return os.path.samestat(os.fstat(file), os.stat(self.path))
-        return False
 
     def state(self) -> Arrays:
         """Where its lines are."""
@@ -1634,11 +1629,10 @@ class Log:
 
     def checksum(self, size: int) -> int | None:
         """The CRC-32 of its first bytes, so many; None if there are fewer."""
-        crc = 0
-        with self._opened() as file:
-            for piece in _pieces(file, size):
-                crc = zlib.crc32(piece, crc)
-            return crc if file.tell() == size else None
+        crc = at = 0
+        while at < size and (piece := os.pread(self._file, min(size - at, 1 << 20), at)):
+            crc, at = zlib.crc32(piece, crc), at + len(piece)
+        return crc if at == size else None
 
     def __len__(self) -> int:
         """The lines of all whole batches, so that the next one's seq is this."""
@@ -1663,47 +1657,56 @@ class Log:
         """Moves what follows the last whole batch to LOG.cut: it cannot be told from damage."""
         path = self.beside("{}.cut")
         cut = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        with self._opened() as lines, open(cut, "wb") as file:
-            lines.seek(self.size)
-            file.write(lines.read())
+        with open(cut, "wb") as file:
+            file.write(os.pread(self._file, os.fstat(self._file).st_size - self.size, self.size))
             file.flush()
             os.fsync(cut)
-        _fsync_folder(path.parent)
+        fsync_folder(path.parent)
         self._cut_back()
         logger.warning("%s, line %d: %s; they are kept in %s", self.path, *end[:2], path)
 
-    def append(self, batches: list[tuple[str | None, list[dict]]]) -> list[dict]:
+    def append(self, batches: Iterable[tuple[str | None, Sequence[dict]]]) -> list[dict]:
         """Writes batches, with or without a key, with one fsync: then they are on disk.
 
         The answer is all records with their places. Raises OSError if they could not be written;
         then the log is as it was before, unless the error says that it may not be.
         """
-        placed, first = [], len(self)
-        for key, records in batches:
-            batch, end = first if key is None else key, first + len(records)
-            records = [
-                {"seq": seq, "batch": batch, "left": end - seq - 1} | record
-                for seq, record in enumerate(records, start=first)
-            ]
-            placed.append(Batch(records, [_line(record) for record in records], first + 1))
-            first = end
-        self.order(placed)
+        placed = self.place(batches)
         self.write(placed)
-        return [record for batch in placed for record in batch.records]
+        records: list[dict] = []
+        for batch in placed:
+            records += batch.records
+        return records
 
-    def write(self, batches: list["Batch"]) -> None:
-        """Writes what was placed. Raises OSError, as append does."""
+    def place(self, batches: Iterable[tuple[str | None, Sequence[dict]]]) -> list["Batch"]:
+        """The batches as they would stand behind all others."""
+        placed, seq = [], len(self._starts)
+        for key, records in batches:
+            batch = Batch([], [], seq + 1)
+            name, left = seq if key is None else key, len(records)
+            for record in records:
+                left -= 1
+                batch.records.append({"seq": seq, "batch": name, "left": left, **record})
+                batch.lines.append(_sealed(_encode(batch.records[-1])[:-1].encode()))
+                seq += 1
+            placed.append(batch)
+        return placed
+
+    def write(self, batches: Sequence["Batch"], durable: bool = True) -> None:
+        """Writes what was placed. Raises OSError, as append does.
+
+        What need not be `durable` is not on disk before the next fsync.
+        """
         self._require_place()
         if self._torn:
             self._cut_back()
         try:
             self._torn = True
-            unwritten = memoryview(b"".join(line for batch in batches for line in batch.lines))
-            while unwritten:
-                unwritten = unwritten[os.write(self._file, unwritten) :]
-            started = time.perf_counter()
-            os.fsync(self._file)
-            self.fsynced(time.perf_counter() - started)
+            self._write_at(self.size, b"".join([line for batch in batches for line in batch.lines]))
+            if durable:
+                started = time.perf_counter()
+                os.fsync(self._file)
+                self.fsynced(time.perf_counter() - started)
             self._torn = False
         except OSError as error:
             self.failure = error.strerror
@@ -1717,64 +1720,86 @@ class Log:
             self._keep(batch)
 
     def find(self, key: str) -> list[dict] | None:
-        """The records of the batch of that key, if it is one of the last MAX_KEYS; or as record."""
+        """The records of the batch of that key, if it is one of the last MAX_KEYS.
+
+        Raises what `record` raises.
+        """
         self._require_place()
         lines = self._keys.get(key)
         return None if lines is None else [self.record(seq) for seq in lines]
 
     def record(self, seq: int) -> dict:
         """The record of that seq, with its place. Raises ValueError or OSError if it is damaged."""
-        with self._placing:
-            start, end = self._start(seq), self._start(seq + 1)
-            line = os.pread(self._file, end - start, start)
-        return _parse(line)
+        return _parse(self.lines(seq, seq + 1))
 
-    def export(self, seqs: range) -> tuple[BinaryIO, int]:
-        """A file at the first of these lines, and how many bytes to read; of those that exist."""
-        with self._placing:
-            start, end = self._start(seqs.start), self._start(seqs.stop)
-            file = self._opened()
-        file.seek(start)
-        return file, max(0, end - start)
+    def lines(self, first: int, end: int) -> bytes:
+        """Those lines, as they are now. Raises OSError."""
+        with self._lock:  # or one might be read half overwritten
+            start, stop = self.start(first), self.start(end)
+            return os.pread(self._file, stop - start, start)
 
-    def export_some(self, seqs: np.ndarray) -> tuple["Lines", int]:
-        """Lines of these seqs, which exist, as a file of their own, and how many bytes it has."""
-        with self._placing:
-            starts = np.append(np.array(self._starts), self.size)
-            file = self._opened()
-        lines = Lines(file, starts[seqs], starts[seqs + 1] - starts[seqs])
-        return lines, lines.size
-
-    def _opened(self) -> BinaryIO:
-        """The file that is owned, whatever stands at its path by now, opened once more."""
-        return open(f"/proc/self/fd/{self._file}", "rb")
-
-    def _start(self, seq: int) -> int:
+    def start(self, seq: int) -> int:
+        """The byte at which that line starts, or at which the last one ends."""
         return self._starts[seq] if seq < len(self) else self.size
 
-    def replace(self, copy: "Copy") -> None:
-        """Takes a copy of all lines for the log; from then on the copy is what was the log.
+    def start_forgetting(self, seqs: np.ndarray) -> None:
+        """Notes on disk that these lines are to be emptied: if nothing else does, a start will.
 
-        A crash leaves the one or the other. Raises OSError if nothing has changed, and LogError if
-        it has, but may not be on disk.
+        Raises OSError; then nothing has changed, unless it may be `forgetting` all the same.
         """
-        path = self.beside("{}")
-        with self._placing:
-            self._require_place()
-            try:
-                fcntl.flock(copy.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.fchmod(copy.file, stat.S_IMODE(os.fstat(self._file).st_mode))
-                os.replace(copy.path, path)
-            except OSError:
-                if not self._leads_to(copy.file):  # else it was done all the same
-                    raise
-            self._file, copy.file = copy.file, self._file
-            self._starts, copy.starts = copy.starts, self._starts
-            self.size, copy.size, self._torn = copy.size, self.size, False
+        self._require_place()
+        starts = np.append(np.array(self._starts), self.size)
+        lines = np.column_stack([seqs, starts[seqs], np.diff(starts)[seqs]]).tolist()
+        self.forgetting = True
         try:
-            _fsync_folder(path.parent)
-        except OSError as error:
-            raise LogError(f"cannot be sure of {path}: {error.strerror}") from None
+            with new_file(self.beside("{}.forgetting"), durable=True) as file:
+                file.write(_sealed(_encode({"lines": lines})[:-1].encode()))
+        except OSError:
+            self.finish_forgetting()
+            raise
+
+    def empty(self, seq: int, start: int | None = None, size: int = 0) -> None:
+        """Overwrites a line with its place and blanks. Raises OSError, or ValueError."""
+        with self._lock:
+            start = self.start(seq) if start is None else start
+            size = size or self.start(seq + 1) - start
+            line = emptied(os.pread(self._file, size, start))
+            if _parse(line)["seq"] != seq:
+                raise ValueError("it is another line")
+            self._write_at(start, line)
+
+    def _write_at(self, start: int, content: bytes) -> None:
+        unwritten = memoryview(content)
+        while unwritten:  # a disk that is nearly full takes a part of it
+            written = os.pwrite(self._file, unwritten, start)
+            unwritten, start = unwritten[written:], start + written
+
+    def sync(self) -> None:
+        """Has all that was written on disk. Raises OSError."""
+        os.fsync(self._file)
+
+    def finish_forgetting(self) -> None:
+        """Removes the note, once the lines are emptied on disk. Raises OSError; a start does it."""
+        path = self.beside("{}.forgetting")
+        path.unlink(missing_ok=True)
+        fsync_folder(path.parent)
+        self.forgetting = False
+
+    def _end_forgetting(self) -> None:
+        """Empties what a note says. Raises OSError, or LogError if the note is of another log."""
+        path = self.beside("{}.forgetting")
+        try:
+            noted = json.loads(_unsealed(path.read_bytes()) + b"}")["lines"]
+            for seq, start, size in noted:
+                self.empty(seq, start, size)
+            self.sync()
+        except FileNotFoundError:
+            return
+        except ValueError as error:
+            os.close(self._file)
+            raise LogError(f"{path} is not of {self.path} ({error}); move it away") from None
+        self.finish_forgetting()
+        logger.warning("%s: forgot what was to be forgotten, %d lines", self.path, len(noted))
 
     def close(self) -> None:
         """Lets another process own the log, without what a failed append left, if that can be."""
@@ -1786,20 +1811,20 @@ class Log:
     def damaged(self, damage: "Damage") -> LogError:
         """What to raise when a line makes no sense."""
         return LogError(
-            f"{self.path} is damaged, line {damage.line}: {damage.reason}; restore it, or see what "
-            f"python bookkeep.py check {self.path} --repair can keep of it"
+            f"{self.path} is damaged, line {damage.line}: {damage.reason}; restore a backup, or "
+            f"keep what is whole: python bookkeep.py relearn {self.path} NEW"
         )
 
     def _keep(self, batch: "Batch") -> None:
         """Counts a whole batch that stands behind all others."""
-        first = len(self)
-        with self._placing:
+        first = len(self._starts)
+        with self._lock:
             for line in batch.lines:
                 self._starts.append(self.size)
                 self.size += len(line)
         key = batch.records[0]["batch"] if batch.records else None
         if isinstance(key, str):  # its sender's; from now on, another thread may find it
-            self._keys[key] = range(first, len(self))
+            self._keys[key] = range(first, len(self._starts))
             if len(self._keys) > MAX_KEYS:
                 self._keys.popitem(last=False)
 
@@ -1809,86 +1834,38 @@ class Log:
         self._torn = False
 
 
-class Copy(AbstractContextManager):
-    """A log's lines, some of them emptied, in a file that may take the log's place."""
+class Export(io.RawIOBase):
+    """Lines of a log as a file, each as it is when it is read: as it was written, or emptied."""
 
-    def __init__(self, log: Log) -> None:
-        """Starts without a line. Raises OSError."""
-        self.log = log
-        self.path = log.beside(REWRITTEN)
-        self.path.unlink(missing_ok=True)
-        self.file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o600)
-        self.starts = array("q")
-        self.size = 0
-
-    def __exit__(self, *_: object) -> None:
-        """Removes the file, unless it is the log by now, and lets go of it, or of the old log."""
-        with suppress(OSError):
-            os.close(self.file)
-        with suppress(OSError):
-            self.path.unlink(missing_ok=True)
-
-    def extend(self, emptied: np.ndarray, to: int) -> None:
-        """Adds lines up to that one, with (m,) emptied ones, by seq in order, onto the disk.
-
-        Raises OSError, or ValueError if a line that is to be emptied is damaged.
-        """
-        first = len(self.starts)
-        with self.log._placing:
-            starts = np.append(np.array(self.log._starts[first:to]), self.log._start(to))
-        sizes = np.diff(starts)
-        with self.log._opened() as lines, open(self.file, "ab", closefd=False) as copy:
-            lines.seek(starts[0])
-            for line in (emptied[emptied >= first] - first).tolist():
-                copy.writelines(_pieces(lines, starts[line] - lines.tell()))
-                empty = _emptied(lines.read(sizes[line]), first + line + 1)
-                sizes[line] = copy.write(empty)
-            copy.writelines(_pieces(lines, starts[-1] - lines.tell()))
-        os.fsync(self.file)
-        self.starts.frombytes((self.size + sizes.cumsum() - sizes).tobytes())
-        self.size += int(sizes.sum())
-
-    def record(self, seq: int) -> dict:
-        """The record of that seq. Raises ValueError or OSError if it is damaged."""
-        start, end = [*self.starts[seq : seq + 2], self.size][:2]
-        return _parse(os.pread(self.file, end - start, start))
-
-
-class Lines(io.RawIOBase):
-    """Some lines of a file, as a file of their own."""
-
-    def __init__(self, file: BinaryIO, starts: np.ndarray, sizes: np.ndarray) -> None:
-        self._file = file
-        self._ends = sizes.cumsum()  # of the lines, here
-        self._shifts = starts + sizes - self._ends  # from here to there
-        self._at = 0
-        self.size = int(sizes.sum())
+    def __init__(self, log: Log, seqs: range) -> None:
+        self._log, self._first, self._stop = log, seqs.start, min(seqs.stop, len(log))
+        self.size = max(0, log.start(self._stop) - log.start(seqs.start))  # bytes
+        self._at, self._read_at = 0, -1  # where it stands, and where it was read last
+        self._piece, self._start = b"", 0  # the lines from _first on, and where they start
 
     def seekable(self) -> bool:
-        """It is."""
+        """It is, if not to before what was read last."""
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Where it stands now."""
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.size}[whence]
+        self._at = offset + (0, self._at, self.size)[whence]
         return self._at
 
     def read(self, size: int = -1) -> bytes:
-        """At most so many bytes, or the rest."""
-        end = self.size if size < 0 else min(self._at + size, self.size)
-        pieces = []
-        line = int(self._ends.searchsorted(self._at, side="right"))
-        while self._at < end:
-            stop = min(end, int(self._ends[line]))
-            shift = int(self._shifts[line])
-            pieces.append(os.pread(self._file.fileno(), stop - self._at, self._at + shift))
-            self._at, line = stop, line + 1
-        return b"".join(pieces)
-
-    def close(self) -> None:
-        """Closes the file that has the lines, too."""
-        self._file.close()
-        super().close()
+        """At most so many bytes, and at least one before the end."""
+        at = self._at - self._start
+        if self._at != self._read_at:  # else once more: waitress takes what it could send
+            # A line that is begun goes on as it was; those behind it are read as they are by now.
+            line = self._piece.rfind(b"\n", 0, at) + 1
+            begun = self._piece[line : self._piece.find(b"\n", line) + 1] if line < at else b""
+            self._first += self._piece.count(b"\n", 0, line)
+            self._start, at, behind = self._start + line, at - line, self._first + bool(begun)
+            self._piece = begun + self._log.lines(behind, min(behind + 64, self._stop))
+            self._read_at = self._at
+        found = self._piece[at : None if size < 0 else at + size]
+        self._at += len(found)
+        return found
 
 
 class Batch(NamedTuple):
@@ -1994,19 +1971,15 @@ _encode = json.JSONEncoder(ensure_ascii=False).encode
 _decode_line = json.JSONDecoder().decode
 
 
-def _line(record: dict) -> bytes:
-    return _sealed(_encode(record)[:-1].encode())
-
-
-def _sealed(text: bytes) -> bytes:
-    """The line whose record is this text, but for its end."""
-    return b'%s, "crc": %d}\n' % (text, zlib.crc32(text))
+def _sealed(text: bytes, size: int = 0) -> bytes:
+    """The line whose record is this text, but for its end; filled up with blanks to that size."""
+    return (b'%s, "crc": %d}' % (text, zlib.crc32(text))).ljust(size - 1) + b"\n"
 
 
 def _unsealed(line: bytes) -> bytes:
     """The text that was sealed. Raises ValueError unless the line is as it was written."""
-    text, _, checksum = line.rpartition(b', "crc": ')
-    if checksum != b"%d}\n" % zlib.crc32(text):
+    text, _, end = line.rpartition(b', "crc": ')
+    if end[-1:] != b"\n" or end[:-1].rstrip(b" ") != b"%d}" % zlib.crc32(text):
         raise ValueError("the checksum does not fit")
     return text
 
@@ -2020,157 +1993,41 @@ def _parse(line: bytes) -> dict:
     return record
 
 
-def _emptied(line: bytes, number: int) -> bytes:
-    """A line with its place, but without its record. Raises ValueError if it is damaged."""
-    place = rb'\{"seq": \d+, "batch": (\d+|"([^"\\]|\\.)*"), "left": \d+'
+def emptied(line: bytes) -> bytes:
+    """A line of the same length, with the place, but without the record. Raises ValueError."""
+    place = re.match(rb'\{"seq": \d+, "batch": (\d+|"([^"\\]|\\.)*"), "left": \d+', line)
+    if not place or line.find(b"\n") != len(line) - 1:
+        raise ValueError("a line has no place")
+    return _sealed(place[0], len(line))
+
+
+@contextmanager
+def new_file(path: Path, durable: bool) -> Iterator[BinaryIO]:
+    """A file that takes that path, in one step, once it is written. Raises OSError if it is not."""
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.unlink(missing_ok=True)  # it may be a link
     try:
-        return _sealed(re.match(place, _unsealed(line))[0])
-    except (TypeError, ValueError):  # there is no place, or the line is not as it was written
-        raise ValueError(f"line {number} of the log could not be read") from None
+        with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(unfinished, path)
+        if durable:
+            fsync_folder(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise
 
 
-def _pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
-    """So many bytes of the file, or all that it has, a piece at a time."""
-    while size and (piece := file.read(min(size, 1 << 20))):
-        yield piece
-        size -= len(piece)
-
-
-def _fsync_folder(path: Path) -> None:
+def fsync_folder(path: Path) -> None:
+    """Has the names in a folder on disk. Raises OSError."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-def check(path: Path, repair: bool) -> int:
-    """Prints what is wrong with a log, and what a repaired copy leaves out; the exit status.
-
-    Raises LogError or OSError if there is none, or no place for a copy.
-    """
-    with open(path, "rb"):  # before anything is made for the sake of a log that is not there
-        pass
-    damages: list[Damage] = []
-    if repair:
-        _repair(path, damages)
-    else:
-        kept = sum("sample" in r for batch in _sound(path, damages) for r in batch.records)
-        problems = f"{len(damages) or 'no'} problem{'s' * (len(damages) != 1)}"
-        print(f"{path}: {kept} booking{'s' * (kept != 1)} in whole batches, {problems}")
-    return int(bool(damages))
-
-
-def _repair(path: Path, damages: list[Damage]) -> None:
-    """Copies all sound batches to LOG.repaired, under their old numbers."""
-    target = path.with_name(f"{path.name}.repaired")
-    if os.path.lexists(target):
-        raise LogError(f"{target} is there already; move it away first")
-    kept = due = last_line = 0
-    with open(target, "xb", opener=partial(os.open, mode=0o600)) as copy:
-        try:
-            for batch in _sound(path, damages):
-                first = batch.records[0]["seq"]
-                if due < first:
-                    print(f"left out: seq {due} to {first - 1}")
-                for seq in range(due, first):
-                    copy.write(_line({"seq": seq, "batch": due, "left": first - seq - 1}))
-                copy.writelines(batch.lines)
-                due = first + len(batch.lines)
-                last_line = batch.line + len(batch.lines) - 1
-                kept += sum("sample" in record for record in batch.records)
-            copy.flush()
-            os.fsync(copy.fileno())
-        except BaseException:
-            target.unlink()  # an unfinished copy must not pass for a finished one
-            raise
-    _fsync_folder(target.parent)
-    if damages and damages[-1].line > last_line:
-        print(f"left out: all from seq {due} on")
-    print(f"{target}: {kept} booking{'s' * (kept != 1)}")
-
-
-def _sound(path: Path, damages: list[Damage]) -> Iterator[Batch]:
-    """The whole batches without a problem; prints the problems of others, and adds them."""
-    missing: set[int] = set()  # seqs before the next one that are of no booking
-    due = 0  # the seq that comes next, if none is left out
-    for found in scan(path):
-        if isinstance(found, Damage):
-            problems = [found]
-        else:
-            missing.update(range(due, found.records[0]["seq"]))
-            problems = list(check_records(found.records, found.line, missing))
-        for problem in problems:
-            print(f"{path}, line {problem.line}: {problem.reason}")
-        damages += problems
-        if not problems:
-            yield found
-            missing.update(r["seq"] for r in found.records if "sample" not in r)
-            due = found.records[-1]["seq"] + 1
-
-
-def check_records(
-    records: list[dict], line: int, missing: Collection[int] = ()
-) -> Iterator[Damage]:
-    """Yields a Damage for each record that a Bookkeeper could not have written.
-
-    The first one is on that line; `missing` are the seqs before that are known to be no bookings.
-    """
-    for number, record in enumerate(records, start=line):
-        try:
-            if "corrects" in record and "sample" not in record:
-                _check_recorded({TARGET: record[TARGET]}, (TARGET,))
-                corrected = record["corrects"]
-                before = type(corrected) is int and 0 <= corrected < record["seq"]
-                if not before or corrected in missing:
-                    raise ValueError("it corrects no booking before it")
-                _check_weights(record)
-            elif record.keys() != {*PLACE}:  # else it was removed
-                _check_recorded(record["sample"], (*FEATURES, TARGET))
-                _check_prediction(record)
-                if times_recorded(record):
-                    _check_weights(record)
-                elif "weight" in record or record["reviewed"] is not False:
-                    raise ValueError("what was booked unseen counts nothing")
-        except KeyError as error:
-            yield Damage(number, f"{error} is missing")
-        except (AttributeError, OverflowError, TypeError, ValueError) as error:
-            yield Damage(number, str(error))
-
-
-# Accounts could be longer before version 0.3.
-_check_recorded = partial(check_sample, short=("CompanyId", "BankEntryAmount"))
-
-
-def times_recorded(record: dict) -> int:
-    """How often a booking is scored, by what the log says. Raises BadRequest if it can't be so.
-
-    Before version 0.3, which says what was known, a sample's keys did not say who booked it.
-    """
-    return times_scored(record["sample"]) if "known" in record else 1
-
-
-def _check_prediction(record: dict) -> None:
-    if not isinstance(record["predicted"], str | None):
-        raise ValueError("predicted is no account")
-    for name, most in (("confidence", 1), ("margin", sys.float_info.max)):
-        if record[name] is not None and not 0 <= float(record[name]) <= most:
-            raise ValueError(f"no prediction can have that {name}")
-    if record["rank"] is not None and (type(record["rank"]) is not int or record["rank"] < 1):
-        raise ValueError("no account can have that rank")
-    if record.get("known", 0) not in range(len(KNOWN)):
-        raise ValueError("nothing like that can be known")
-
-
-def _check_weights(record: dict) -> None:
-    weight, against = record["weight"], record.get("against", {})  # version 0.1 wrote none
-    for least, counted in ((FLOOR, [weight]), (1 / GRAIN, against.values())):
-        for each in counted:
-            if not least <= each <= 1 or each * GRAIN % 1:
-                raise ValueError("no booking can have that weight")
-    "".join(against).encode()  # which a lone surrogate cannot be
-    if "" in against:
-        raise ValueError("an account is empty")
 
 
 def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -2182,7 +2039,7 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 # --------------------------------------------------------------------------------------- Snapshot
 
-FORMAT = 4  # of snapshots
+FORMAT = 5  # of snapshots
 
 
 class Snapshot:
@@ -2195,7 +2052,6 @@ class Snapshot:
     def __init__(self, log: Log) -> None:
         self.log = log
         self.path = log.beside("{}.snapshot.npz")
-        self._unfinished = log.beside(".{}.snapshot.npz")
         self.lines = 0  # of the log that it covers
         self.made = 0.0  # when, in seconds since 1970
 
@@ -2204,17 +2060,12 @@ class Snapshot:
         try:
             size, _ = _unpacked(state["keys"])
             origin = np.array([size, self.log.checksum(size), *self._version()])
-            self._unfinished.unlink(missing_ok=True)  # it may be a link
-            file = os.open(self._unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with open(file, "wb") as file:
+            # If it is not on disk at a power failure, the log is.
+            with new_file(self.path, durable=False) as file:
                 np.savez(file, origin=origin, **state)
-            # There is no fsync: if it was not on disk at a power failure, the log is.
-            os.replace(self._unfinished, self.path)
             self.lines, self.made = len(state["line_starts"]), time.time()
         except Exception as error:  # whatever it is, there is the log
             logger.warning("%s could not be written: %s", self.path, error)
-            with suppress(OSError):
-                self._unfinished.unlink(missing_ok=True)
 
     def load(self, restore: Callable[[Arrays], object]) -> None:
         """Has the state restored, if there is one. One of no use is removed, with a warning."""
@@ -2238,8 +2089,8 @@ class Snapshot:
 
     def discard(self) -> None:
         """Removes the file, also one that a crash left unfinished. Raises OSError."""
-        self.path.unlink(missing_ok=True)
-        self._unfinished.unlink(missing_ok=True)
+        for path in (self.path, self.path.with_name(f".{self.path.name}")):
+            path.unlink(missing_ok=True)
         self.lines = 0
 
     def _version(self) -> list[int]:
@@ -2249,9 +2100,9 @@ class Snapshot:
 
 # ----------------------------------------------------------------------------------------- Writer
 
-GROUP = 1000  # samples that a group of bookings may have, unless it is one booking
-PATIENCE = 0.001  # seconds that bookings may wait for as many as were answered together last
-BACKLOG = 50_000  # samples that may wait, unless they are one booking
+GROUP = 1000  # samples that a group of requests may have, unless it is one request
+GROUP_WAIT = 0.001  # seconds that requests may wait for as many as were answered together last
+BACKLOG = 50_000  # samples that may wait, unless they are one request
 RESTART = "nothing can be booked until the service is started again"
 
 
@@ -2267,7 +2118,7 @@ class NotStored(Exception):
     """The log failed. Unless the message says otherwise, nothing has changed; send it again."""
 
 
-class Booking(NamedTuple):
+class BookRequest(NamedTuple):
     """Samples on their way into the log, and what their sender waits for."""
 
     done: Future
@@ -2281,34 +2132,36 @@ class Change(NamedTuple):
     done: Future
     make: Callable[[], object]
     samples: Sequence[Sample] = ()
+    key: str | None = None
 
 
 class Writer(threading.Thread):
     """The thread that makes one change after the other, and is the only one to make any.
 
-    Bookings that wait together are handed on as a group, to share what it costs to store them.
+    Requests to book that wait together are handed on as a group, to share what storing costs.
     """
 
-    def __init__(self, book: Callable[[list[Booking]], None], rest: Callable[[], None]) -> None:
-        """`book` answers a group of bookings; `rest` is called after each group and change."""
+    def __init__(
+        self, book: Callable[[list[BookRequest]], None], after: Callable[[], None]
+    ) -> None:
+        """`book` answers a group of requests; `after` is called after each group and change."""
         super().__init__(name="writer", daemon=True)
-        self._book, self._rest = book, rest
-        self._queue: deque[Booking | Change] = deque()
+        self._book, self._after = book, after
+        self._queue: deque[BookRequest | Change] = deque()
         self._arrival = threading.Condition()  # of something in the queue, or of the end
-        self._together = 0  # in the last group
+        self._last_group = 0  # requests in it
         self._closed = False
-        self.broken = False  # has what is known lost step with the log?
         self.failed = 0  # groups and changes that could not be stored
 
-    def submit(self, work: Booking | Change) -> object:
+    def submit(self, work: BookRequest | Change) -> object:
         """What came of it, once it is done.
 
         Raises what it raises, Busy if too many wait, NotReady if no more are taken.
         """
         with self._arrival:
-            if self._closed or self.broken:
+            if self._closed:
                 raise NotReady(RESTART)
-            if work.samples and self._queue and self.waiting() + len(work.samples) > BACKLOG:
+            if self._queue and work.samples and self.waiting() + len(work.samples) > BACKLOG:
                 raise Busy("too many bookings are waiting; send this again in a second")
             self._queue.append(work)
             self._arrival.notify()
@@ -2325,21 +2178,10 @@ class Writer(threading.Thread):
             self._arrival.notify()
         self.join()
 
-    @contextmanager
-    def must_succeed(self) -> Iterator[None]:
-        """For what must follow from what the log says: if it fails, only a restart will help."""
-        try:
-            yield
-        except BaseException:
-            self.broken = True
-            raise
-
     def run(self) -> None:
         """Does what comes, until the end."""
         while group := self._next_group():
             try:
-                if self.broken:
-                    raise NotReady(RESTART)
                 if isinstance(group[0], Change):
                     group[0].done.set_result(group[0].make())
                 else:
@@ -2349,16 +2191,18 @@ class Writer(threading.Thread):
                 for work in group:
                     if not work.done.done():
                         work.done.set_exception(refusal)
-            self._rest()
+            self._after()
 
-    def _next_group(self) -> list[Booking] | list[Change]:
-        """A change, or bookings of different keys; nothing if there will be no more."""
+    def _next_group(self) -> list[BookRequest] | list[Change]:
+        """A change, or requests to book of different keys; nothing if there will be no more."""
         with self._arrival:
-            self._arrival.wait_for(lambda: self._queue or self._closed)
-            # Who was answered together soon sends again: a moment's patience makes larger groups.
-            self._arrival.wait_for(
-                lambda: len(self._queue) >= self._together or self._closed, PATIENCE
-            )
+            while not self._queue and not self._closed:
+                self._arrival.wait()
+            # Who was answered together soon sends again: a moment's wait makes larger groups.
+            end = time.monotonic() + GROUP_WAIT
+            while len(self._queue) < self._last_group and not self._closed:
+                if not self._arrival.wait(end - time.monotonic()):
+                    break
             group, keys, size = [], set(), 0
             while self._queue:
                 work = self._queue[0]
@@ -2367,98 +2211,366 @@ class Writer(threading.Thread):
                 if group and (alone or isinstance(group[0], Change)):
                     break
                 group.append(self._queue.popleft())
-                if isinstance(work, Booking) and work.key is not None:
+                if work.key is not None:
                     keys.add(work.key)
-            self._together = len(group)
+            self._last_group = len(group)
             return group
 
     def refusal(self, error: Exception) -> Exception:
         """What to raise to a caller for what was raised; says it in the service's log, too."""
-        if isinstance(error, LogError | OSError | NotStored):
-            with self._arrival:
-                self.failed += 1
-        if isinstance(error, LogError):
-            logger.error("%s", error)
-            self.broken = True
-            return NotReady(f"it is not sure that this was done; {RESTART}")
         if isinstance(error, OSError):
             error = NotStored(f"the log could not be written ({error.strerror}); try later")
         if isinstance(error, NotStored):
+            self.failed += 1
             logger.error("%s", error)
         return error
 
 
-# ------------------------------------------------------------------------------------- Bookkeeper
+# ------------------------------------------------------------------------------------------ Books
 
 CHUNK = 128  # samples that are predicted, or unlearned, at a time
-LINES = 4096  # of the log that are read back at a time
-RECENT = 10_000  # bookings that it looks at
-MOMENT = 0.002  # seconds that a short question may wait for the model, before all others
-QUICK = 250_000  # bytes of a sample times accounts, for which a prediction takes a millisecond
-SURE = 0.95  # confidence from which on an operator is told how much can be booked unseen
-UNSAVED = 10_000  # lines of the log that its snapshot may lack; a sixteenth while it grows
-
-
-COUNTED = {  # since the start, for an operator
-    "predictions": "Predictions that were asked for.",
-    "booked": "Bookings that were stored.",
-    "scored": "Predictions that were scored as their bookings came, each as often as it counts.",
-    "scored_right": "Those of the scored predictions that were right.",
-    "corrections": "Bookings that were corrected or confirmed.",
-    "forgotten": "Bookings that were forgotten.",
-}
 
 
 class NotFound(Exception):
     """There is no such booking or company."""
 
 
+class Standing(NamedTuple):
+    """How a corrected booking stands by now."""
+
+    lesson: Lesson
+    lines: list[int]  # the seqs of its corrections
+
+
+class Books:
+    """All that follows from a log's records, and nothing else: model, history, calibration.
+
+    `draft` makes the records of samples, `enter` takes them once the log has them, `undo` takes
+    them back if it cannot, and `apply` takes what a log has. One thread changes the books, under
+    `lock`. If a change fails half-way, they are `broken`: they no longer match the log, and only
+    reading it anew will help.
+
+    What was booked unseen, as it was suggested, is predicted, but neither learned nor scored: it
+    would prove itself right. It is learned once a person confirms or corrects it. What could have
+    been, but was checked, counts for all the others that nobody looked at.
+    """
+
+    def __init__(self) -> None:
+        self.model, self.calibration, self.history = NaiveBayes(), Calibration(), History()
+        self.corrected: dict[int, Standing] = {}  # seq -> how it stands by now
+        self.counters: Counter[str] = Counter()  # since the start, for an operator
+        self.last_batch = 0  # the seq that the last batch of bookings starts with
+        self.lock = threading.Lock()
+        self.broken = False
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """For all that changes the books."""
+        try:
+            with self.lock:
+                yield
+        except BaseException:
+            self.broken = True
+            raise
+
+    def draft(self, samples: Sequence[Sample]) -> tuple[list[dict], np.ndarray]:
+        """Records of samples, and their rows: predicted as a whole, then learned.
+
+        If it raises, nothing is learned.
+        """
+        documents, labels = [*map(tokens, samples)], [sample[TARGET] for sample in samples]
+        records: list[dict] = [{}] * len(samples)
+        seen, unseen, learned = [], [], []
+        for i, sample in enumerate(samples):
+            (seen if score_weight(sample) else unseen).append(i)
+        try:
+            if unseen:
+                made = self.model.assess(_at(documents, unseen), _at(labels, unseen))
+                for i, assessment in zip(unseen, made, strict=True):
+                    records[i] = _record(samples[i], assessment, reviewed=False)
+            rounds = self.model.book(_at(documents, seen), _at(labels, seen), self.changing)
+            for part, assessments, lessons in rounds:
+                for i, made, (_, weight, against) in zip(
+                    seen[part], assessments, lessons, strict=True
+                ):
+                    records[i] = _record(samples[i], made, weight=weight, against=against)
+                    learned.append(records[i])
+            rows = self.history.draft(records, documents)
+            rows["confidence"] = confidence = self.calibration.confidence(rows).round(4)
+            for record, sure in zip(records, confidence.tolist(), strict=True):
+                record["confidence"] = None if record["predicted"] is None else sure
+        except BaseException:
+            self.undo(learned)
+            raise
+        return records, rows
+
+    def enter(self, records: Sequence[dict], rows: np.ndarray) -> None:
+        """Adds bookings, which are learned and have their places in the log, to what is scored."""
+        with self.changing():
+            self.history.append(rows, records)
+            self.calibration.add(rows)
+            weights = rows["score_weight"] * (rows["predicted"] >= 0)
+            self.counters["booked"] += len(rows)
+            self.counters["scored"] += int(weights.sum())
+            self.counters["scored_right"] += int(weights @ (rows["booked"] == rows["predicted"]))
+            for record in reversed(records):
+                if record["batch"] != records[-1]["batch"]:
+                    break
+                self.last_batch = record["seq"]
+
+    def undo(self, records: Iterable[dict]) -> None:
+        """Unlearns bookings, as they stand."""
+        learned = (record for record in records if self.lesson(record).weight)
+        for chunk in chunks(learned, CHUNK):
+            documents = [tokens(record["sample"]) for record in chunk]
+            with self.changing():
+                self.model.learn(documents, [*map(self.lesson, chunk)], sign=-1)
+
+    def apply(self, records: Sequence[dict], booking_of: Callable[[dict], dict]) -> None:
+        """Learns what the log says next. `booking_of` gives the booking of a correction."""
+        bookings = [record for record in records if "sample" in record]
+        documents = [tokens(record["sample"]) for record in bookings]
+        learned = [i for i, record in enumerate(bookings) if "weight" in record]
+        with self.changing():
+            self.model.learn(
+                [documents[i] for i in learned], [_lesson(bookings[i]) for i in learned]
+            )
+        self.enter(bookings, self.history.draft(bookings, documents))
+        self.correct([(booking_of(record), record) for record in records if "corrects" in record])
+
+    def correction(self, booking: dict, account: str) -> dict | None:
+        """A record of a booking that is booked to another account, or confirmed.
+
+        None if it stands so already.
+        """
+        before = self.lesson(booking)
+        if account == before.account and before.weight:
+            return None
+        [(_, weight, against)] = self.model.weigh([tokens(booking["sample"])], [account])
+        return {"corrects": booking["seq"], TARGET: account, "weight": weight, "against": against}
+
+    def correct(self, corrections: Sequence[tuple[dict, dict]]) -> None:
+        """Unlearns bookings, and learns them as they were corrected, one after the other."""
+        if not corrections:
+            return
+        documents = [tokens(booking["sample"]) for booking, _ in corrections]
+        before = []
+        with self.changing():
+            seqs = np.unique([booking["seq"] for booking, _ in corrections])
+            at = self.history.find(seqs)
+            self.calibration.add(self.history.rows[at], sign=-1)
+            for booking, correction in corrections:
+                seq, account = booking["seq"], correction[TARGET]
+                before.append(self.lesson(booking))
+                lines = self.corrected[seq].lines if seq in self.corrected else []
+                self.corrected[seq] = Standing(_lesson(correction), [*lines, correction["seq"]])
+                as_sent = account == booking["sample"][TARGET]
+                self.history.correct(seq, account, in_ranks(booking["rank"] if as_sent else None))
+            self.calibration.add(self.history.rows[at])
+            # First what is added, so that no sum is below 0 meanwhile.
+            self.model.learn(documents, [_lesson(correction) for _, correction in corrections])
+            self.model.learn(documents, before, sign=-1)
+            self.counters["corrections"] += len(corrections)
+
+    def drop(self, seqs: np.ndarray) -> int:
+        """Takes bookings out of what is scored, and says how many; they are yet to be undone."""
+        with self.changing():
+            rows = self.history.forget(seqs)
+            self.calibration.add(rows, sign=-1)
+            self.counters["forgotten"] += len(rows)
+        return len(rows)
+
+    def lesson(self, booking: dict) -> Lesson:
+        """To which account a booking is booked by now, and what it counts."""
+        standing = self.corrected.get(booking.get("seq", -1))
+        return standing.lesson if standing else _lesson(booking)
+
+    def lines_of(self, company: str) -> np.ndarray:
+        """(m,) the seqs of a company's bookings and corrections, in order. Raises NotFound."""
+        self.require(company)
+        seqs = self.history.of(company)["seq"].tolist()
+        corrected = (self.corrected[seq].lines for seq in seqs if seq in self.corrected)
+        return np.sort(np.array([*seqs, *chain.from_iterable(corrected)], dtype=np.int64))
+
+    def require(self, company: str | None) -> None:
+        """Raises NotFound unless the company, if any is named, has bookings."""
+        if company is not None and company not in self.history.companies:
+            raise NotFound("there is no booking of this company")
+
+    def state(self) -> Arrays:
+        """All of it; arrays that are those at work."""
+        parts = (self.model, self.calibration, self.history)
+        corrected = {"corrected": _packed([*self.corrected.items()])}
+        return dict(chain(*(part.state().items() for part in parts), corrected.items()))
+
+    def restore(self, state: Arrays) -> None:
+        """Takes over all of it."""
+        for part in (self.model, self.calibration, self.history):
+            part.restore(state)
+        self.corrected = {
+            seq: Standing(Lesson(*lesson), lines)
+            for seq, (lesson, lines) in _unpacked(state["corrected"])
+        }
+
+    @contextmanager
+    def at_rest(self) -> Iterator[NaiveBayes]:
+        """The model, which does not change meanwhile. Raises NotReady while there is none."""
+        with self.lock:
+            if not self.model.n_classes:
+                raise NotReady("there is no model yet; send bookings to /sample first")
+            yield self.model
+
+    def predict(self, samples: Iterable[Sample]) -> list[str]:
+        """The most probable account of each sample. Raises NotReady while there is no model."""
+        accounts: list[str] = []
+        documents = map(tokens, samples)
+        # The more accounts, the fewer at a time, for others wait for the model, too.
+        while chunk := list(islice(documents, self.model.at_once)):
+            with self.at_rest() as model:
+                accounts += model.predict(chunk)
+                self.counters["predictions"] += len(chunk)
+        return accounts
+
+    def confidences(
+        self, samples: Sequence[Sample], made: Iterable[Assessment], documents: Sequence[list[int]]
+    ) -> tuple[list[list[float]], list[dict]]:
+        """(n, RANKS) how sure n suggestions are, each with those after it; what they rest on."""
+        # The samples' other values may be anything.
+        asked = ({"CompanyId": sample["CompanyId"]} for sample in samples)
+        rows = self.history.draft([*map(_record, asked, made)], documents)
+        sure = self.calibration.shared(self.calibration.confidence(rows))
+        return sure.round(4).tolist(), self.calibration.evidence_counts(rows)
+
+
+def _at(items: Sequence[T], numbers: Iterable[int]) -> list[T]:
+    return [*map(items.__getitem__, numbers)]
+
+
+def _record(sample: Sample, assessment: Assessment, **counts: object) -> dict:
+    """What a log is to say of a booking; its confidence is yet to come."""
+    predicted, margin, rank, known = assessment
+    made = {"sample": sample, "predicted": predicted, "margin": margin, "confidence": None}
+    return {**made, "rank": rank, "known": known, **counts}
+
+
+def _lesson(record: dict) -> Lesson:
+    """What a booking or a correction counts; what nobody has looked at counts 0."""
+    account = record[TARGET] if "corrects" in record else record["sample"][TARGET]
+    return Lesson(account, record.get("weight", 0.0), record.get("against", {}))
+
+
+def check_records(records: Sequence[dict], line: int) -> Iterator[Damage]:
+    """A Damage for each record that this version's `draft` and `correction` could not have made.
+
+    The first one is on that line.
+    """
+    for number, record in enumerate(records, start=line):
+        try:
+            if "corrects" in record:
+                check_sample({TARGET: record[TARGET]}, (TARGET,))
+                if record["corrects"] not in range(record["seq"]):
+                    raise ValueError("it corrects no booking before it")
+                _check_counts(record["weight"], record["against"])
+            elif len(record) > len(PLACE):  # else it was emptied
+                _check_booking(record)
+        except KeyError as error:
+            yield Damage(number, f"{error} is missing")
+        except (AttributeError, TypeError, ValueError) as error:
+            yield Damage(number, str(error))
+
+
+def _check_booking(record: dict) -> None:
+    if "known" not in record:
+        raise ValueError("a version before 0.3 wrote it")
+    check_sample(record["sample"], (*FEATURES, TARGET))
+    if score_weight(record["sample"]):
+        _check_counts(record["weight"], record["against"])
+    elif "weight" in record or record["reviewed"] is not False:
+        raise ValueError("what was booked unseen counts nothing")
+    if not isinstance(record["predicted"], str | None):
+        raise ValueError("predicted is no account")
+    most = {"confidence": 1, "margin": sys.float_info.max, "known": len(SPECIFICITY) - 1}
+    for name, highest in most.items():
+        if record[name] is not None and not 0 <= record[name] <= highest:
+            raise ValueError(f"no prediction can have that {name}")
+    if record["rank"] is not None and (type(record["rank"]) is not int or record["rank"] < 1):
+        raise ValueError("no account can have that rank")
+
+
+def _check_counts(weight: float, against: dict[str, float]) -> None:
+    if not all(
+        1 / GRAIN <= each <= 1 and each * GRAIN % 1 == 0 for each in (weight, *against.values())
+    ):
+        raise ValueError("no booking can have that weight")
+    if not all(against):
+        raise ValueError("an account is empty")
+
+
+# ------------------------------------------------------------------------------------- Bookkeeper
+
+UNSAVED = 10_000  # lines of the log that its snapshot may lack; a sixteenth while it grows
+
+
 class Conflict(Exception):
     """Other bookings were sent under the key of a batch."""
 
 
-A_WORD = KNOWN.index("a word")  # what is taken for known where a log of before 0.3 says nothing
+class Alone:
+    """Says in which order lines come into a log: here, as they are appended, by one process.
+
+    A cluster's has a stream of lines that others append, too: bookkeep_extra/cluster.py.
+    """
+
+    def in_order(self, change: Callable[[], T]) -> T:
+        """What comes of a change that appends; the writer's thread asks for it."""
+        return change()
+
+    def require_ready(self) -> None:
+        """Raises NotReady if nothing can be appended."""
+
+    def require_lines(self, log: Log, total: int) -> None:
+        """Raises Busy unless the log has so many lines."""
+        if len(log) < total:
+            raise Busy(f"only {len(log)} lines are known here so far, not {total}")
+
+    def health(self) -> dict[str, object]:
+        """What there is to add to the service's health."""
+        return {}
+
+    def gauges(self) -> dict[str, tuple[str, float]]:
+        """What there is to add to the figures for Prometheus."""
+        return {}
 
 
 class Bookkeeper:
-    """Books samples into the log and the model, and knows how well it predicted them.
+    """Keeps the log and the books in step: its writer's thread is the only one to change either.
 
-    Its writer is the only one that changes anything. Bookings that wait together are a group: it is
-    predicted as a whole, then learned, then appended to the log with one fsync. So no sample is
-    scored by a model that has seen its answer. What cannot be appended is unlearned, exactly.
-
-    What was booked unseen, as it was suggested, is stored and predicted, but neither learned nor
-    scored: it would prove itself right. It is learned once a person confirms or corrects it. What
-    could have been, but was checked, counts for all the others that nobody looked at.
+    Requests that wait together are a group: it is predicted as a whole, then learned, then appended
+    with one fsync. So no sample is scored by a model that has seen its answer. What cannot be
+    appended is unlearned, exactly.
     """
 
-    def __init__(self, log: Log, unsaved: int = UNSAVED) -> None:
+    def __init__(self, log: Log, unsaved: int = UNSAVED, order: Alone | None = None) -> None:
         """Learns all that is in the log. Raises LogError if that is damaged, or OSError.
 
         A snapshot is not made for fewer than `unsaved` lines.
         """
         self.log = log
         self.unsaved = unsaved
-        self._model = NaiveBayes()
-        self._calibration = Calibration()
-        self._history = History()
-        self._corrections: dict[int, list[int]] = {}  # seq of a booking -> of its corrections
-        self._curve: dict[int, dict] = {}  # points of the learning curve that will not change
-        self._counted = dict.fromkeys(COUNTED, 0)
-        self._changing = threading.Lock()  # held while these change, and to read them
-        self._forgetting = threading.Lock()  # held while a company is forgotten
-        self._started = time.monotonic()
-        self._snapshot = Snapshot(log)
+        self.order = order or Alone()
+        self.books = Books()
+        self.snapshot = Snapshot(log)
+        self.started = time.monotonic()
         # Lines of the log that the last snapshot was to cover; infinite if there must be none.
         self._saved: float = 0
         self._saving: threading.Thread | None = None
-        self._writer = Writer(self._book, self._save)
-        self._snapshot.load(self._restore)
-        with _no_collection():
-            self._read_back()
-        self._counted = dict.fromkeys(COUNTED, 0)
-        self._last_batch = len(log)  # the seq that it starts with; there is none since the start
-        self._writer.start()
+        self._forgetting = threading.Lock()  # held while a company is forgotten
+        self.writer = Writer(self._book, self._save)
+        self.snapshot.load(self._restore)
+        self._read_back()
+        self.books.counters.clear()
+        self.books.last_batch = len(log)  # there is none since the start
+        self.writer.start()
 
     def book(self, samples: list[Sample], key: str | None = None) -> range:
         """The samples' sequence numbers, once they are on disk and learned.
@@ -2467,7 +2579,7 @@ class Bookkeeper:
         Raises Conflict if that was another batch, NotStored if the samples could not be written,
         Busy if too many wait, NotReady if the bookkeeper is closed.
         """
-        return self._writer.submit(Booking(Future(), samples, key))
+        return self.writer.submit(BookRequest(Future(), samples, key))
 
     def correct(self, seq: int, account: str) -> str:
         """Books a booking to another account, and says to which it was booked before.
@@ -2476,631 +2588,195 @@ class Bookkeeper:
         the prediction. The same account confirms what was booked unseen. Raises NotFound,
         NotStored, NotReady.
         """
-        return self._change_by(self._correct, seq, account)
+        return self.change(lambda: self.order.in_order(partial(self._correct, seq, account)))
 
     def forget(self, company: str) -> int:
         """Removes a company from the log, unlearns it, and says how many bookings it had.
 
-        Others are booked between its steps. Raises NotFound, NotStored, NotReady.
+        Others are booked between its steps. What is booked for the company after the first one is
+        not forgotten. Raises NotFound, NotStored, NotReady.
         """
-        return self._forget(partial(self._lines_of, company))
+        return self.forget_lines(partial(self.books.lines_of, company))
 
-    def _forget(self, lines_of: Callable[[], tuple[np.ndarray, int]]) -> int:
-        """Removes lines, which the writer is asked for, as forget does."""
+    def forget_lines(self, lines_of: Callable[[], np.ndarray]) -> int:
+        """Removes lines, which the writer's thread is to ask for, as forget does."""
         with self._forgetting:
+            self._end_saving()  # or the writer would have to wait for it
             try:
-                with Copy(self.log) as copy:
-                    for _ in range(2):  # the second time, what has come meanwhile
-                        copy.extend(*self._change_by(lines_of))
-                    self._end_saving()  # or the writer would have to wait for it
-                    forgotten = self._change_by(self._remove, lines_of, copy)
-                    with self._writer.must_succeed():
-                        self._unlearn_all(forgotten, copy)
-            except ValueError as error:
-                raise self._writer.refusal(NotStored(str(error))) from None
-            except (OSError, LogError) as error:
-                raise self._writer.refusal(error) from None
+                lines, forgotten = self.change(partial(self._start_forgetting, lines_of))
+                for part in chunks(lines.tolist(), 8 * CHUNK):
+                    self.change(partial(self._forget_part, part))
+                self.log.finish_forgetting()
+            except BaseException as error:
+                if not self.log.forgetting:
+                    raise
+                self.books.broken = True  # the log says less than the books, or will after a start
+                raise NotReady(f"the next start forgets the rest ({error}); {RESTART}") from None
         _digests.clear()
-        logger.info("forgot a company of %d bookings", len(forgotten))
-        return len(forgotten)
+        logger.info("forgot a company of %d bookings", forgotten)
+        return forgotten
 
-    def predict(self, samples: Iterable[Sample]) -> list[str]:
-        """The most probable account of each sample. Raises NotReady while there is no model."""
-        accounts: list[str] = []
-        documents = map(tokens, samples)
-        # The more accounts, the fewer at a time, for others wait for the model, too.
-        while chunk := list(islice(documents, self._model.at_once)):
-            with self._model_at_rest() as model:
-                accounts += model.predict(chunk)
-                self._counted["predictions"] += len(chunk)
-        return accounts
+    def change(self, make: Callable[[], T]) -> T:
+        """What comes of a change, made by the writer's thread. Raises what it raises, NotReady."""
 
-    def is_quick(self, size: int) -> bool:
-        """Whether a prediction for one sample of so many bytes takes a millisecond or two at most.
+        def made() -> T:
+            if self.books.broken:
+                raise NotReady(RESTART)
+            return make()
 
-        It does even if all its words have met all accounts, once the model is at rest.
-        """
-        return size * len(self._model.names) <= QUICK
+        return self.writer.submit(Change(Future(), made))
 
-    def is_busy(self) -> bool:
-        """Whether a prediction would have to wait for the model for more than a moment."""
-        if self._changing.acquire(timeout=MOMENT):
-            self._changing.release()
-            return False
-        return True
-
-    def suggest(
-        self,
-        samples: Sequence[Sample],
-        top: int,
-        book_from: float | None = None,
-        with_reasons: bool = True,
-    ) -> list[dict[str, object]]:
-        """The most probable accounts of each, best first, with their confidence and the reasons.
-
-        The first is compared with the second, the others are with the first. The log-odds of what
-        the sample says, its `reasons`, and the `prior` add up to the `margin`. The `record` says
-        what the first one's confidence rests on, and `check` whether a person should look at it
-        even if it is sure enough, which depends on its place in the request, too. Whether it is,
-        from a confidence on, is the `decision`. Raises NotReady.
-        """
-        # Reasons take long, and others wait for the model, too.
-        step = 1 if with_reasons else self._model.at_once
-        return [
-            answer
-            for place in range(0, len(samples), step)
-            for answer in self._suggest(
-                samples[place : place + step], place, top, book_from, with_reasons
-            )
-        ]
-
-    def _suggest(
-        self, samples: Sequence[Sample], place: int, top: int, book_from: float | None, why: bool
-    ) -> Iterator[dict[str, object]]:
-        """What suggest says of samples that follow in a request from that place on."""
-        documents = [tokens(sample) for sample in samples]
-        with self._model_at_rest() as model:
-            scores = model.joint_log_likelihood(documents)
-            best = model.top(scores, max(top, 2))
-            scores = np.take_along_axis(scores, best, axis=1).tolist()
-            known = model.specificity(documents).tolist()
-            pairs = zip(documents, best, strict=True)
-            terms = [model.terms(*pair) if why else None for pair in pairs]
-            self._counted["predictions"] += len(samples)
-
-        accounts = [[model.names[account] for account in row] for row in best.tolist()]
-        made = [
-            {
-                "sample": {"CompanyId": sample["CompanyId"]},  # the rest may be anything
-                "predicted": names[0],
-                "margin": highest[0] - highest[1] if len(highest) > 1 else None,
-                "known": most,
-            }
-            for sample, names, highest, most in zip(samples, accounts, scores, known, strict=True)
-        ]
-        rows = self._rows(made, documents)
-        with self._changing:
-            confidence = self._calibration.shared(self._calibration.confidence(rows))
-            records = self._calibration.record(rows)
-            sizes = [self._history.size(sample["CompanyId"]) for sample in samples]
-
-        confidence = confidence.round(4).tolist()
-        for i, sample in enumerate(samples):
-            check = is_check(sample, sizes[i], place + i)
-            answer = {
-                "suggestions": [
-                    _suggestion(sample, accounts[i], scores[i], rank, confidence[i][rank], terms[i])
-                    for rank in range(min(top, len(accounts[i])))
-                ],
-                "record": {"known": KNOWN[known[i]], **records[i]},
-                "check": check,
-            }
-            if book_from is not None:
-                sure_enough = "check" if check else "book"
-                answer["decision"] = sure_enough if confidence[i][0] >= book_from else "review"
-            yield answer
-
-    def metrics(self, n: int) -> dict[str, float]:
-        """Macro precision and recall of the last n (or fewer) predictions. Raises NotReady."""
-        now = figures(self._last(n))
-        return {name: now[name] for name in ("precision", "recall")}
-
-    def report(
-        self, n: int, company: str | None = None, book_from: float | None = None
-    ) -> dict[str, object]:
-        """How good the last n (or fewer) predictions were, and how good when how sure.
-
-        Raises NotFound if there is no such company, NotReady if nothing was predicted.
-        """
-        levels = sorted({*LEVELS, *([] if book_from is None else [book_from])})
-        rows = self._last(n, company)
-        since = self._history.rows if company is None else self._history.of(company)
-        since = since[since["seq"].searchsorted(rows[0]["seq"]) :]
-        made = report(rows, list(self._history.accounts), levels)
-        return {"support": len(rows), "unseen": unseen(since), **made}
-
-    def overview(self, company: str | None = None) -> dict:
-        """What the page shows: health, the learning curve, confidence.
-
-        The confidence may be of one company. Raises NotFound if there is no such.
-        """
-        health = self.health()
-        with self._changing:
-            rows, points = self._history.rows, self._curve
-        last = self._scored(WINDOW)
-        recent = self._scored(RECENT, company)
-        return {
-            "health": health,
-            "metrics": figures(last) if len(last) else None,
-            "curve": [*curve(rows, points)],
-            "scored": len(recent),
-            "confidence": by_confidence(recent, (0, *LEVELS)) if len(recent) else [],
-        }
-
-    def bookings(self, limit: int, company: str | None = None, **asked: object) -> tuple:
-        """What `limit` bookings are by now, and where that page ends, as History.page says.
-
-        Raises NotFound if there is no such company.
-        """
-        with self._changing:
-            self._require(company)
-        seqs, end = self._history.page(limit, company, **asked)
-        return self._standing(seqs), end
+    def follow(self, records: Sequence[dict]) -> None:
+        """Has the books learn what the log says next. Raises LogError if that makes no sense."""
+        for damage in check_records(records, records[0]["seq"] + 1):
+            raise self.log.damaged(damage)
+        self.books.apply(records, self._corrected)
 
     def booking(self, seq: int) -> dict:
-        """What one booking is by now. Raises NotFound."""
-        for standing in self._standing(np.array([seq])):
-            return standing
-        raise NotFound(f"there is no booking {seq}")
-
-    def lines(self, company: str, first: int, limit: int) -> tuple[Lines, int]:
-        """The company's lines in the log from that seq on, as Log.export_some. Raises NotFound."""
-        seqs, _ = self._lines_of(company)
-        return self.log.export_some(seqs[seqs >= first][:limit])
-
-    def _standing(self, seqs: np.ndarray) -> list[dict]:
-        """What bookings are by now, without those that were forgotten meanwhile."""
-        with self._changing:
-            rows = self._history.at(seqs)
-            corrections = [self._corrections.get(seq) for seq in rows["seq"].tolist()]
-        names, called = [*self._history.accounts, None], self._called(rows)
-        rows = rows[["seq", "company", "booked", "predicted", "rank", "times", "reviewed"]]
-        found = []
-        for row, corrected in zip(rows.tolist(), corrections, strict=True):
-            seq, company, booked, predicted, rank, times, reviewed = row
-            record = self._record(seq)
-            if "sample" not in record:
-                continue
-            # Once a person has looked at what was booked unseen, it is the person's.
-            person = {BOOKED_BY: "person"} if reviewed and not times else {}
-            sample = record["sample"] | {TARGET: names[booked]} | person
-            if record["sample"][TARGET] != names[booked]:
-                sample.pop(NAME, None)  # which is the other account's
-            found.append(
-                {
-                    "seq": seq,
-                    "sample": sample,
-                    "account": names[booked],
-                    "name": called.get((company, booked)),
-                    "predicted": names[predicted],
-                    "predicted_name": called.get((company, predicted)),
-                    "confidence": record["confidence"],
-                    "rank": 1 if booked == predicted else rank or None,
-                    "reviewed": reviewed,
-                    "booked_by": "person" if person else BY_TIMES[times],
-                    "corrected": corrected and {"from": record["sample"][TARGET]},
-                }
-            )
-        return found
-
-    def _called(self, rows: np.ndarray) -> dict[tuple[int, int], str | None]:
-        """The latest names that companies gave the accounts booked and predicted in these rows."""
-        accounts = np.concatenate([rows["booked"], rows["predicted"]])
-        companies = np.tile(rows["company"], 2)[accounts >= 0]
-        accounts = accounts[accounts >= 0]
-        seqs = self._history.last_named(companies, accounts).tolist()
-        named = {seq: self._record(seq).get("sample", {}) for seq in {*seqs} - {-1}}
-        names = (named.get(seq, {}).get(NAME) for seq in seqs)
-        pairs = zip(companies.tolist(), accounts.tolist(), strict=True)
-        return dict(zip(pairs, names, strict=True))
-
-    def health(self) -> dict[str, str | int | float]:
-        """How much has been learned, and for how many seconds the service has been up.
-
-        Raises NotReady if the service must be restarted, or the log be put back in its place.
-        """
-        if self._writer.broken:
-            raise NotReady(RESTART)
-        if not self.log.in_place():
-            raise NotReady("the log was moved, replaced, deleted or cut by another; put it back")
-        failure = self.log.failure
-        with self._changing:
-            rows = self._history.rows
-            return {
-                "status": f"the log could not be written ({failure})" if failure else "ok",
-                "samples": len(rows),
-                "unseen": unseen(rows),
-                "checks": checks(rows),
-                "lines": len(self.log),
-                "accounts": self._model.known,
-                "companies": len(self._history.companies),
-                "tokens": self._model.known_tokens,
-                "uptime": round(time.monotonic() - self._started, 3),
-            }
-
-    def require_ready(self) -> None:
-        """Raises NotReady unless bookings can be sent to it."""
-        if self.health()["status"] != "ok":
-            raise NotReady("the log could not be written")
-
-    def require_lines(self, total: int) -> None:
-        """Raises Busy unless the log has so many lines."""
-        if len(self.log) < total:
-            raise Busy(f"only {len(self.log)} lines are known here so far, not {total}")
-
-    def gauges(self) -> dict[str, tuple[str, float]]:
-        """What an operator watches: what each figure is, and the figure."""
-        with self._changing:
-            rows, counted = self._history.rows, self._counted.copy()
-            accounts, tokens = self._model.known, self._model.known_tokens
-            companies = len(self._history.companies)
-        watched = {f"{name}_total": (text, counted[name]) for name, text in COUNTED.items()} | {
-            "failed_writes_total": ("Changes that could not be stored.", self._writer.failed),
-            "bookings": ("Bookings in the log.", len(rows)),
-            "unseen": ("Bookings that nobody has looked at.", unseen(rows)),
-            "checks": ("Bookings that could have been booked unseen.", checks(rows)),
-            "accounts": ("Accounts in the model.", accounts),
-            "companies": ("Companies in the model.", companies),
-            "tokens": ("Tokens in the model.", tokens),
-            "waiting": ("Samples that wait to be booked.", self._writer.waiting()),
-            "log_bytes": ("Bytes of the log.", self.log.size),
-            "log_lines": ("Lines of the log.", len(self.log)),
-            "snapshot_lines": ("Lines that the snapshot covers.", self._snapshot.lines),
-        }
-        if self._snapshot.lines:
-            age = time.time() - self._snapshot.made
-            watched["snapshot_age_seconds"] = ("Time since the snapshot was made.", age)
-        return watched | self._quality(rows)
-
-    def _quality(self, rows: np.ndarray) -> dict[str, tuple[str, float]]:
-        """How good the last of these predictions were; it looks at few, for it is often asked."""
-        found: dict[str, tuple[str, float]] = {}
-        last = scored(rows[rows["seq"].searchsorted(self._last_batch) :])
-        window = scored(rows[-RECENT:])[-WINDOW:]
-        for name, of, these in (
-            ("last_batch", "the last batch", last),
-            ("window", f"the last {WINDOW} predictions that are scored", window),
-        ):
-            for figure, value in figures(these).items() if len(these) else ():
-                found[f"{name}_{figure}"] = (f"The {figure} of {of}.", value)
-        if len(window):
-            [sure] = by_confidence(window, [SURE])
-            share = f"The share of the last {WINDOW} that was at least {SURE:.0%} sure."
-            found["window_bookable"] = (share, sure["share"])
-        return found
-
-    def _scored(self, n: int, company: str | None = None) -> np.ndarray:
-        with self._changing:
-            self._require(company)
-            return self._history.last(n, company)
-
-    def _require(self, company: str | None) -> None:
-        if company is not None and company not in self._history.companies:
-            raise NotFound("there is no booking of this company")
-
-    def _last(self, n: int, company: str | None = None) -> np.ndarray:
-        rows = self._scored(n, company)
-        if not len(rows):
-            raise NotReady("nothing has been predicted yet; send bookings to /sample first")
-        return rows
-
-    @contextmanager
-    def _model_at_rest(self) -> Iterator[NaiveBayes]:
-        with self._changing:
-            if not self._model.known:
-                raise NotReady("there is no model yet; send bookings to /sample first")
-            yield self._model
-
-    def _book(self, group: list[Booking]) -> None:
-        """Answers a group: bookings of different keys."""
-        group = [booking for booking in group if not self._is_repeated(booking)]
-        if not group:
-            return
-        samples = list(chain.from_iterable(booking.samples for booking in group))
-        learned: list[dict] = []
-        try:
-            records, rows = self._predict_and_learn(samples, learned)
-            rest = iter(records)
-            records = self.log.append(
-                [(booking.key, list(islice(rest, len(booking.samples)))) for booking in group]
-            )
-        except BaseException:
-            self._unlearn(learned)
-            raise
-        with self._change():
-            self._score(records, rows)
-        end = len(self.log) - len(records)
-        for booking in group:
-            first, end = end, end + len(booking.samples)
-            if booking.samples:
-                self._last_batch = first
-            booking.done.set_result(range(first, end))
-
-    def _is_repeated(self, booking: Booking) -> bool:
-        """Whether its key is known; then it is answered."""
-        try:
-            records = None if booking.key is None else self.log.find(booking.key)
-        except (OSError, ValueError) as error:
-            booking.done.set_exception(NotStored(f"the log could not be read ({error}); try later"))
-            return True
-        if records is None:
-            return False
-        # What was forgotten since is taken to have been the same, and is not booked again.
-        if len(records) == len(booking.samples) and all(
-            record.get("sample", sample) == sample
-            for record, sample in zip(records, booking.samples, strict=True)
-        ):
-            booking.done.set_result(range(records[0]["seq"], records[-1]["seq"] + 1))
-        else:
-            booking.done.set_exception(
-                Conflict("this Idempotency-Key was used for other bookings; take a new one")
-            )
-        return True
-
-    def _predict_and_learn(
-        self, samples: list[Sample], learned: list[dict]
-    ) -> tuple[list[dict], np.ndarray]:
-        """What the log and the history are to say of samples.
-
-        Adds to `learned` what is learned, however far it gets.
-        """
-        records: list[dict] = [{}] * len(samples)
-        documents = [tokens(sample) for sample in samples]
-        seen, unseen = [], []
-        for i, sample in enumerate(samples):
-            (seen if times_scored(sample) else unseen).append(i)
-
-        def chosen(numbers: list[int]) -> tuple[list[list[int]], list[str]]:
-            return [documents[i] for i in numbers], [samples[i][TARGET] for i in numbers]
-
-        for i, made in zip(unseen, self._model.assess(*chosen(unseen)), strict=True):
-            records[i] = _predicted(samples[i], made) | {"reviewed": False}
-        for part, assessments, lessons in self._model.book(*chosen(seen), self._change):
-            with self._writer.must_succeed():  # else it would not be known what was learned
-                for i, made, lesson in zip(seen[part], assessments, lessons, strict=True):
-                    counts = {"weight": lesson.weight, "against": lesson.against}
-                    records[i] = _predicted(samples[i], made) | counts
-                    learned.append(records[i])
-        rows = self._rows(records, documents)
-        rows["confidence"] = confidence = self._calibration.confidence(rows).round(4)
-        for record, sure in zip(records, confidence.tolist(), strict=True):
-            if record["predicted"] is not None:
-                record["confidence"] = sure
-        return records, rows
-
-    @contextmanager
-    def _change(self) -> Iterator[None]:
-        """For changes of what follows from the log."""
-        with self._writer.must_succeed(), self._changing:
-            yield
-
-    def _unlearn(self, records: list[dict]) -> None:
-        """Unlearns bookings that count as the log was to say."""
-        for chunk in chunks(records, CHUNK):
-            documents = [tokens(record["sample"]) for record in chunk]
-            lessons = [_lesson(record, record["sample"][TARGET]) for record in chunk]
-            self._learn(documents, lessons, -1)
-
-    def _rows(self, records: Sequence[dict], documents: Sequence[Sequence[int]]) -> np.ndarray:
-        """Rows of the history for records of the log, without what only their booking gives them.
-
-        Names that have no number yet are -1.
-        """
-        companies, accounts = self._history.companies, self._history.accounts
-        rows = np.array(
-            [
-                (
-                    -1,
-                    companies.get(record["sample"]["CompanyId"], -1),
-                    -1,
-                    -1,
-                    accounts.get(record["predicted"], -1),
-                    record.get("confidence") or 0,
-                    0,
-                    record.get("known", A_WORD),
-                    _in_ranks(record.get("rank")),
-                    times_recorded(record),
-                    "reviewed" not in record,
-                )
-                for record in records
-            ],
-            dtype=History.ROW,
-        )
-        margins = np.array([record["margin"] or 0 for record in records], dtype=np.float64)
-        rows["bin"] = Calibration.bins(margins / [len(document) for document in documents])
-        return rows
-
-    def _score(self, records: list[dict], rows: np.ndarray) -> None:
-        """Adds what the log says of bookings, as rows, to the history and the calibration."""
-        rows["seq"] = [record["seq"] for record in records]
-        names = [
-            (s["CompanyId"], s[TARGET], s[TARGET] if s.get(NAME) else None, record["predicted"])
-            for record in records
-            for s in [record["sample"]]
-        ]
-        self._history.append(rows, names)
-        self._calibration.add(rows)
-        times = (now := scored(rows))["times"]
-        self._counted["booked"] += len(rows)
-        self._counted["scored"] += int(times.sum())
-        self._counted["scored_right"] += int(times[right(now)].sum())
-
-    def _correct(self, seq: int, account: str) -> str:
-        booking = self._booking(seq)
-        before = self._current_lesson(booking)
-        if account != before.account or not before.weight:
-            documents = [tokens(booking["sample"])]
-            [lesson] = self._model.weigh(documents, [account])
-            correction = {"corrects": seq, TARGET: account}
-            correction |= {"weight": lesson.weight, "against": lesson.against}
-            [correction] = self.log.append([(None, [correction])])
-            self._apply([(booking, before, correction)])
-        return before.account
-
-    def _booking(self, seq: int) -> dict:
         """The record of a booking. Raises NotFound, NotStored."""
-        record = self._record(seq) if 0 <= seq < len(self.log) else {}
-        if "sample" not in record:
+        if not len(self.books.history.at(np.array([seq]))):
             raise NotFound(f"there is no booking {seq}")
-        return record
+        return self.record(seq)
 
-    def _record(self, seq: int) -> dict:
+    def record(self, seq: int) -> dict:
+        """The record of that line. Raises NotStored if it cannot be read."""
         try:
             return self.log.record(seq)
         except (OSError, ValueError) as error:
             raise NotStored(f"line {seq + 1} of the log could not be read ({error})") from None
 
-    def _current_lesson(self, booking: dict) -> Lesson:
-        """To which account the booking is booked by now, and what it counts."""
-        corrections = self._corrections.get(booking["seq"])
-        last = self._record(corrections[-1]) if corrections else booking
-        return _lesson(last, last[TARGET] if corrections else booking["sample"][TARGET])
+    def repeated(self, samples: Sequence[Sample], key: str | None) -> range | None:
+        """The numbers that this very batch got, if its key is known. Raises Conflict, NotStored."""
+        try:
+            records = None if key is None else self.log.find(key)
+        except (OSError, ValueError) as error:
+            raise NotStored(f"the log could not be read ({error}); try later") from None
+        if records is None:
+            return None
+        # What was forgotten since is taken to have been the same, and is not booked again.
+        if len(records) == len(samples) and all(
+            record.get("sample", sample) == sample
+            for record, sample in zip(records, samples, strict=True)
+        ):
+            return range(records[0]["seq"], records[-1]["seq"] + 1)
+        raise Conflict("this Idempotency-Key was used for other bookings; take a new one")
 
-    def _apply(self, changes: Sequence[tuple[dict, Lesson, dict]]) -> None:
-        """Unlearns bookings, which counted so before, and learns them as corrected."""
-        documents = [tokens(booking["sample"]) for booking, _, _ in changes]
-        with self._change():
-            self._model.learn(documents, [_lesson(c, c[TARGET]) for _, _, c in changes])
-            self._model.learn(documents, [lesson for _, lesson, _ in changes], times=-1)
-            rows = self._history.find(np.unique([booking["seq"] for booking, _, _ in changes]))
-            self._calibration.add(self._history.rows[rows], times=-1)
-            for booking, _, correction in changes:
-                seq, account = booking["seq"], correction[TARGET]
-                rank = booking["rank"] if account == booking["sample"][TARGET] else None
-                self._history.correct(seq, account, _in_ranks(rank))
-                self._corrections.setdefault(seq, []).append(correction["seq"])
-            self._calibration.add(self._history.rows[rows])
-            self._counted["corrections"] += len(changes)
-            self._curve = {}
-
-    def _lines_of(self, company: str) -> tuple[np.ndarray, int]:
-        """(m,) the seqs of a company's bookings and corrections, and how many lines there are.
-
-        Raises NotFound. Only the writer knows all: between a line and its row is a moment.
-        """
-        seqs = self._history.of(company)["seq"]
-        if not len(seqs):
-            raise NotFound("there is no booking of this company")
-        corrections = chain.from_iterable(self._corrections.get(seq, ()) for seq in seqs.tolist())
-        lines = np.concatenate([seqs, np.fromiter(corrections, dtype=np.int64)])
-        return np.sort(lines), len(self.log)
-
-    def _remove(
-        self, lines_of: Callable[[], tuple[np.ndarray, int]], copy: Copy
-    ) -> list[tuple[int, int]]:
-        """Takes the copy for the log. Of each booking removed, the seq, and of what stands for it.
-
-        These are to be unlearned, from what was the log.
-        """
-        lines, end = lines_of()
-        copy.extend(lines, end)
+    def close(self) -> None:
+        """Books what is waiting, nothing more, and closes the log."""
+        self.writer.close()
         self._end_saving()
-        self._snapshot.discard()
-        self.log.replace(copy)
+        may_save = not self.books.broken and self._saved < math.inf and self.log.in_place()
+        if may_save and len(self.log) - self.snapshot.lines >= self.unsaved:
+            self.snapshot.save(self._state())
+        with self._forgetting:
+            self.log.close()
+
+    # What the writer's thread does
+
+    def _book(self, group: list[BookRequest]) -> None:
+        if self.books.broken:
+            raise NotReady(RESTART)
+        self.order.in_order(partial(self._store, group))
+
+    def _store(self, group: list[BookRequest]) -> None:
+        """Answers requests of different keys, but those that are answered by now."""
+        group = [each for each in group if not (each.done.done() or self._is_repeated(each))]
+        if not group:
+            return
+        records, rows = self.books.draft([sample for each in group for sample in each.samples])
+        try:
+            rest = iter(records)
+            batches = [(each.key, [*islice(rest, len(each.samples))]) for each in group]
+            records = self.log.append(batches)
+        except BaseException:
+            self.books.undo(records)
+            raise
+        self.books.enter(records, rows)
+        end = len(self.log) - len(records)
+        for each in group:
+            first, end = end, end + len(each.samples)
+            each.done.set_result(range(first, end))
+
+    def _is_repeated(self, request: BookRequest) -> bool:
+        """Whether its key is known, or cannot be looked up; then it is answered."""
+        try:
+            if (known := self.repeated(request.samples, request.key)) is None:
+                return False
+            request.done.set_result(known)
+        except (Conflict, NotStored) as error:
+            request.done.set_exception(error)
+        return True
+
+    def _correct(self, seq: int, account: str) -> str:
+        booking = self.booking(seq)
+        before = self.books.lesson(booking).account
+        if correction := self.books.correction(booking, account):
+            [correction] = self.log.append([(None, [correction])])
+            self.books.correct([(booking, correction)])
+        return before
+
+    def _start_forgetting(self, lines_of: Callable[[], np.ndarray]) -> tuple[np.ndarray, int]:
+        lines = lines_of()
+        self._end_saving()
+        self.snapshot.discard()  # which a full disk has room for, and then for the note
+        self.log.start_forgetting(lines)
         self._saved = math.inf  # only a start drops the names of its accounts
-        with self._change():
-            rows = self._history.forget(lines)
-            seqs = rows["seq"].tolist()
-            self._calibration.add(rows, times=-1)
-            self._counted["forgotten"] += len(rows)
-            self._curve = {}
-            return [(seq, self._corrections.pop(seq, [seq])[-1]) for seq in seqs]
+        return lines, self.books.drop(lines)
 
-    def _unlearn_all(self, forgotten: list[tuple[int, int]], log: Copy) -> None:
-        """Unlearns bookings that stand in what was the log, a chunk at a time. Raises LogError."""
-        for chunk in chunks(forgotten, 8 * CHUNK):
-            documents, lessons = [], []
-            for seq, standing in chunk:
-                try:
-                    booking = log.record(seq)
-                    last = booking if seq == standing else log.record(standing)
-                except (OSError, ValueError) as error:
-                    raise LogError(f"what was removed cannot be unlearned ({error})") from None
-                documents.append(tokens(booking["sample"]))
-                lessons.append(_lesson(last, last.get(TARGET) or booking["sample"][TARGET]))
-            self._change_by(self._learn, documents, lessons, -1)
-
-    def _learn(self, documents: list[list[int]], lessons: list[Lesson], times: int) -> None:
-        with self._change():
-            self._model.learn(documents, lessons, times)
-
-    def _change_by(self, make: Callable, *arguments: object) -> object:
-        """What comes of a change, made by the writer. Raises what it raises, or NotReady."""
-        return self._writer.submit(Change(Future(), partial(make, *arguments)))
+    def _forget_part(self, seqs: list[int]) -> None:
+        """Unlearns bookings among these lines, as they stand, and empties the lines."""
+        records = [record for seq in seqs if "sample" in (record := self.log.record(seq))]
+        self.books.undo(records)
+        for record in records:
+            self.books.corrected.pop(record["seq"], None)
+        for seq in seqs:
+            self.log.empty(seq)
+        self.log.sync()  # by this thread: the kernel tells only one that bytes were lost
 
     def _read_back(self) -> None:
         reported = time.monotonic()
-        for records in chunks(self.log.read(), LINES):
-            for damage in check_records(records, records[0]["seq"] + 1):
-                raise self.log.damaged(damage)
-            self._follow(records)
-            if time.monotonic() - reported > 3:
-                reported = time.monotonic()
-                logger.info("%s: %s read back so far", self.log.path, self.log.progress())
+        gc.disable()  # no cycles are made, and to look for them takes a tenth of the time
+        try:
+            for records in chunks(self.log.read(), 4096):
+                self.follow(records)
+                if time.monotonic() - reported > 3:
+                    reported = time.monotonic()
+                    logger.info("%s: %s read back so far", self.log.path, self.log.progress())
+        finally:
+            gc.enable()
 
-    def _follow(self, records: list[dict]) -> None:
-        """Learns what the log says next, of bookings and corrections. Raises LogError."""
-        bookings = [record for record in records if "sample" in record]
-        documents = [tokens(record["sample"]) for record in bookings]
-        learned = [(d, r) for d, r in zip(documents, bookings, strict=True) if "weight" in r]
-        lessons = [_lesson(record, record["sample"][TARGET]) for _, record in learned]
-        with self._change():
-            self._score(bookings, self._rows(bookings, documents))
-            self._model.learn([document for document, _ in learned], lessons)
-        self._apply_all(r for r in records if "corrects" in r and "sample" not in r)
+    def _corrected(self, correction: dict) -> dict:
+        """The booking that a line corrects. Raises LogError if there is none."""
+        try:
+            return self.booking(correction["corrects"])
+        except NotFound as error:
+            raise self.log.damaged(Damage(correction["seq"] + 1, str(error))) from None
 
-    def _apply_all(self, corrections: Iterable[dict]) -> None:
-        changes, last = [], {}
-        for correction in corrections:
-            seq = correction["corrects"]
-            try:
-                booking = self._booking(seq)
-            except NotFound as error:
-                raise self.log.damaged(Damage(correction["seq"] + 1, str(error))) from None
-            before = last.get(seq) or self._current_lesson(booking)
-            last[seq] = _lesson(correction, correction[TARGET])
-            changes.append((booking, before, correction))
-        if changes:
-            self._apply(changes)
+    # Snapshots
 
     def _state(self) -> Arrays:
         """All that was made of the log; arrays that are those at work."""
-        parts = (self.log, self._model, self._calibration, self._history)
-        corrections = {"corrections": _packed([*self._corrections.items()])}
-        return dict(chain(*(part.state().items() for part in parts), corrections.items()))
+        return self.log.state() | self.books.state()
 
     def _restore(self, state: Arrays) -> None:
         """Takes over all that was made of the log; or nothing, if it raises."""
-        parts = NaiveBayes(), Calibration(), History()
-        for part in parts:
-            part.restore(state)
-        corrections = dict(_unpacked(state["corrections"]))
+        books = Books()
+        books.restore(state)
         self.log.restore(state)
-        self._model, self._calibration, self._history = parts
-        self._corrections, self._saved = corrections, len(self.log)
+        self.books, self._saved = books, len(self.log)
 
     def _save(self) -> None:
         """Saves the state in the background, if it is time to."""
-        waiting = self._saving and self._saving.is_alive()
         due = max(self.unsaved, self._saved / 16)
-        if waiting or self._writer.broken or len(self.log) - self._saved < due:
+        is_saving = self._saving and self._saving.is_alive()
+        if len(self.log) - self._saved < due or is_saving or self.books.broken:
             return
         self._saved = len(self.log)
         try:
             state = {name: array.copy() for name, array in self._state().items()}
-            saving = threading.Thread(target=self._snapshot.save, args=[state], name="saving")
+            saving = threading.Thread(target=self.snapshot.save, args=[state], name="saving")
             saving.start()
-            self._saving = saving
+            self._saving = saving  # now another thread may join it
         except Exception as error:  # there is the log
             logger.warning("no snapshot was made: %s", error)
 
@@ -3108,15 +2784,61 @@ class Bookkeeper:
         if self._saving:
             self._saving.join()
 
-    def close(self) -> None:
-        """Books what is waiting, nothing more, and closes the log."""
-        self._writer.close()
-        self._end_saving()
-        may_save = not self._writer.broken and self._saved < math.inf and self.log.in_place()
-        if may_save and len(self.log) - self._snapshot.lines >= self.unsaved:
-            self._snapshot.save(self._state())
-        with self._forgetting:  # which copies the log
-            self.log.close()
+
+# ------------------------------------------------------------------------------------------ Views
+
+LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99)  # of confidence
+RECENT = 10_000  # bookings, the last, that an overview looks at
+WINDOW = 1000  # bookings that a point of the learning curve is over
+
+
+def suggest(
+    books: Books,
+    samples: Sequence[Sample],
+    top: int,
+    book_from: float | None = None,
+    with_reasons: bool = True,
+) -> list[dict[str, object]]:
+    """The most probable accounts of each sample, best first, with their confidence and reasons.
+
+    The first is compared with the second, the others are with the first. The log-odds of what the
+    sample says, its `reasons`, and the `prior` add up to the `margin`. The `record` says what the
+    first one's confidence rests on, and `check` whether a person should look at it even if it is
+    sure enough. Whether it is, from a confidence on, is the `decision`. Raises NotReady.
+    """
+    answers: list[dict[str, object]] = []
+    # Reasons take long, and others wait for the model, too.
+    for chunk in chunks(samples, 1 if with_reasons else books.model.at_once):
+        documents = [*map(tokens, chunk)]
+        with books.at_rest() as model:
+            scores = model.joint_log_likelihood(documents)
+            best = model.top(scores, max(top, 2))
+            scores = np.take_along_axis(scores, best, axis=1).tolist()
+            known = model.specificity(documents).tolist()
+            pairs = zip(documents, best, strict=True)
+            terms = [model.terms(*pair) if with_reasons else None for pair in pairs]
+            accounts = [[model.names[number] for number in row] for row in best.tolist()]
+            leads = [row[0] - row[1] if len(row) > 1 else None for row in scores]
+            firsts = [row[0] for row in accounts]
+            made = map(Assessment, firsts, leads, repeat(None), known)
+            sure, evidence = books.confidences(chunk, made, documents)
+            sizes = [books.history.size(sample["CompanyId"]) for sample in chunk]
+            books.counters["predictions"] += len(chunk)
+        for i, sample in enumerate(chunk):
+            check = is_check(sample, sizes[i], len(answers))
+            answer = {
+                "suggestions": [
+                    _suggestion(sample, accounts[i], scores[i], rank, sure[i][rank], terms[i])
+                    for rank in range(min(top, len(accounts[i])))
+                ],
+                "record": {"known": SPECIFICITY[known[i]], **evidence[i]},
+                "check": check,
+            }
+            if book_from is not None:
+                sure_enough = "check" if check else "book"
+                answer["decision"] = sure_enough if sure[i][0] >= book_from else "review"
+            answers.append(answer)
+    return answers
 
 
 def is_check(sample: Sample, bookings: int, place: int) -> bool:
@@ -3129,38 +2851,6 @@ def is_check(sample: Sample, bookings: int, place: int) -> bool:
     return digest(_encode(drawn)) % CHECKS == 0
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """For work that makes many objects, but no cycles of them: looking for these takes a tenth."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _predicted(sample: Sample, assessment: Assessment) -> dict:
-    return {
-        "sample": sample,
-        "predicted": assessment.predicted,
-        "margin": assessment.margin,
-        "confidence": None,
-        "rank": assessment.rank,
-        "known": assessment.known,
-    }
-
-
-def _lesson(record: dict, account: str) -> Lesson:
-    """What the record counts; version 0.1 wrote no rivals, and what nobody looked at counts 0."""
-    return Lesson(account, record.get("weight", 0.0), record.get("against", {}))
-
-
-def _in_ranks(rank: int | None) -> int:
-    return rank if rank and rank <= Calibration.RANKS else 0
-
-
 def _suggestion(
     sample: Sample,
     accounts: Sequence[str],
@@ -3170,477 +2860,280 @@ def _suggestion(
     terms: np.ndarray | None,
 ) -> dict[str, object]:
     """One of k accounts, and what speaks for it over another, by the terms (k, 1 + T)."""
-    other = int(rank == 0)
-    alone = len(accounts) == 1
-    suggestion = {
-        "account": accounts[rank],
-        "confidence": confidence,
-        "over": None if alone else accounts[other],
-        "margin": None if alone else round(scores[rank] - scores[other], 4),
-    }
-    if terms is None:
-        return suggestion
-    if alone:
-        return suggestion | {"prior": None, "reasons": []}
-    prior, *weights = (terms[rank] - terms[other]).tolist()
-    return suggestion | {"prior": round(prior, 4), "reasons": _reasons(sample, weights)}
+    made = {"account": accounts[rank], "confidence": confidence, "over": None, "margin": None}
+    reasons = {} if terms is None else {"prior": None, "reasons": []}
+    if len(accounts) > 1:
+        other = int(rank == 0)
+        made |= {"over": accounts[other], "margin": round(scores[rank] - scores[other], 4)}
+        if terms is not None:
+            prior, *weights = (terms[rank] - terms[other]).tolist()
+            reasons = {"prior": round(prior, 4), "reasons": _reasons(sample, weights)}
+    return made | reasons
 
 
 def _reasons(sample: Sample, weights: list[float]) -> list[dict[str, str | float]]:
     """What the sample's words weigh, the heaviest first, without those that are not known."""
-    reasons: defaultdict[tuple[str, str], float] = defaultdict(float)
+    reasons: Counter[tuple[str, str]] = Counter()
     for wording, weight in zip(wordings(sample), weights, strict=True):
-        if weight:
-            reasons[wording] += weight
-    heaviest = sorted(reasons.items(), key=lambda reason: -reason[1])
+        reasons[wording] += weight
     return [
         {"token": token, "kind": kind, "weight": round(weight, 4)}
-        for (kind, token), weight in heaviest
+        for (kind, token), weight in sorted(reasons.items(), key=lambda reason: -reason[1])
+        if weight
     ]
 
 
-# -------------------------------------------------------------------------------- API description
-
-JSON_LINES = "application/jsonl"
-MAX_NUMBER = 999_999_999
-MAX_PAGE = 500  # bookings in one answer
-MAX_SUGGESTED = 300  # suggestions in one answer, each of which is long
-OPEN = {"/", "/desk.css", "/desk.js", "/health", "/ready"}  # nothing to learn from them
-    "/",
-    "/desk.css",
-    "/desk.js",
-    "/health",
-    "/ready",
-}  # to all, as there is nothing to learn from them
-TAGS = {
-    "bookings": "what is learned: store, correct, read and forget it",
-    "suggestions": "what is likely to be booked, how sure that is, and why",
-    "quality": "how good the predictions were",
-    "service": "how the service is, and what describes it",
-}
-REFUSALS = {  # status -> when, and a sentence that comes with it
-    400: ("the request makes no sense, or is too much", "sample 0: AccountNumber is missing"),
-    401: ("no token", "send the token, with the header Authorization: Bearer <token>"),
-    404: ("no such booking or company", "there is no booking 1203"),
-    413: ("the body is too long", "send at most 67108864 bytes in one request"),
-    415: ("not JSON", "send JSON, with the header Content-Type: application/json"),
-    422: ("a known key", "this Idempotency-Key was used for other bookings; take a new one"),
-    503: ("not yet, or no longer", "there is no model yet; send bookings to /sample first"),
-    507: (
-        "nothing was changed",
-        "the log could not be written (No space left on device); try later",
-    ),
-    "default": ("refused, with one sentence that says what to change", "there is nothing here"),
-}
-_TEXT = {"type": "string", "maxLength": MAX_VALUE}
-_FILLED = _TEXT | {"minLength": 1}
-_BRIEF = _FILLED | {"maxLength": MAX_SHORT}
-_COUNT = {"type": "integer", "format": "int64", "minimum": 0}
-_SEQ = _COUNT | {"maximum": MAX_NUMBER}
-_ODDS = {"type": "number", "format": "double"}
-_SHARE = _ODDS | {"minimum": 0, "maximum": 1}
-_YES = {"type": "boolean"}
+def metrics(books: Books, n: int) -> dict[str, float]:
+    """Macro precision and recall of the last n (or fewer) predictions. Raises NotReady."""
+    now = figures(_last(books, n))
+    return {name: now[name] for name in ("precision", "recall")}
 
 
-def _or_null(schema: dict) -> dict:
-    return schema | {"type": [schema["type"], "null"]}
+def report(
+    books: Books, n: int, company: str | None = None, book_from: float | None = None
+) -> dict[str, object]:
+    """How good the last n (or fewer) predictions were, and how good when how sure.
 
-
-def _one_of(words: Iterable[str]) -> dict:
-    return {"type": "string", "enum": list(words)}
-
-
-def _of(name: object, section: str = "schemas") -> dict:
-    return {"$ref": f"#/components/{section}/{name}"}
-
-
-def _list(name: str, **limits: int) -> dict:
-    return {"type": "array", "items": _of(name), **limits}
-
-
-FIELDS = {  # of records and parameters: the schema, what it says, an example
-    "CompanyId": (_BRIEF, "whose booking it is", "acme"),
-    "BankEntryText": (_FILLED, "what the bank statement says", "Office rent June"),
-    "BankEntryAmount": (
-        _BRIEF,
-        "a plain decimal number, which counts as the range that it is in, or a range: "
-        f"{', '.join(RANGES)}; any other text is a range of its own",
-        *("-9875.50", *RANGES),
-    ),
-    "BankEntryDate": (_TEXT, "the day, which is stored, but says nothing", "2016-02-29"),
-    "AccountName": (_TEXT, "the account's name, for people", "Office costs"),
-    TARGET: (_BRIEF, "the account that it is booked to", "6300"),
-    BOOKED_BY: (_one_of(TIMES), "who booked it, a person if it is not said", "check"),
-    "received": (_COUNT, "bookings in the list", 2),
-    "total": (_COUNT, "lines that the log had with them", 15002),
-    "first": (_or_null(_COUNT), "the seq of the first one, null for an empty list", 15000),
-    "last": (_or_null(_COUNT), "the seq of the last one, null for an empty list", 15001),
-    "token": (_FILLED, "the sample's own words", "Office"),
-    "kind": (_one_of(KINDS), "what they are in it", "word"),
-    "weight": (_ODDS, "log-odds for this account over the other", 2.4137),
-    "account": (_FILLED, "the account", "6300"),
-    "confidence": (_SHARE, "of earlier suggestions like it, the share that was right", 0.94),
-    "over": (
-        _or_null(_FILLED),
-        "the account that it is compared with, null if it is alone",
-        "7140",
-    ),
-    "margin": (_or_null(_ODDS), "log-odds over that one: the prior and all reasons", 2.4445),
-    "prior": (_or_null(_ODDS), "log-odds before anything is known of the sample", 0.0308),
-    "reasons": (_list("Reason"), "what the sample says, the heaviest first"),
-    "suggestions": (_list("Suggestion", maxItems=Calibration.RANKS), "accounts, best first"),
-    "suggest.reasons": (
-        _one_of(("yes", "no")) | {"default": "yes"},
-        f"no leaves them out; with them, an answer has at most {MAX_SUGGESTED} suggestions",
-        "no",
-    ),
-    "record": (_of("Record"), "what the confidence of the first rests on"),
-    "check": (_YES, "whether a person should look at it, however sure it is", False),
-    "decision": (_one_of(("book", "check", "review")), "what to do with the first one", "book"),
-    "known": (_one_of(KNOWN), "what was known of the sample", "the first word"),
-    "own": (_of("Tally"), "the company's own ones of this account"),
-    "all": (_of("Tally"), "those of all companies, with as much known"),
-    "Tally.suggestions": (_COUNT, "how many there were", 38),
-    "right": (_COUNT, "how many of them were right", 37),
-    "seq": (_SEQ, "the booking's number", 1203),
-    "before": (_FILLED, "the account that it was booked to until now", "7140"),
-    "company": (_FILLED, "a company, by its CompanyId", "acme"),
-    "forgotten": (_COUNT | {"minimum": 1}, "how many bookings it had", 312),
-    "accuracy": (_SHARE, "the share that was right", 0.72),
-    "precision": (_SHARE, "the mean of all accounts' precision", 0.51),
-    "recall": (_SHARE, "the mean of all accounts' recall", 0.52),
-    "support": (_COUNT | {"minimum": 1}, "predictions that this is about", 1000),
-    "unseen": (_COUNT, "bookings that nobody has looked at", 60),
-    "checks": (_COUNT, "bookings that were checked for all that nobody looked at", 4),
-    "confused": (_list("Confusion", maxItems=CONFUSED), "the most frequent errors"),
-    "Report.confidence": (_list("Level"), "how good they were when how sure"),
-    "at_least": (_SHARE, "the level: so sure, or surer", 0.95),
-    "share": (_SHARE, "the share of all predictions that is", 0.34),
-    "Level.accuracy": (_or_null(_SHARE), "the share of these that was right", 0.976),
-    "Level.error": (_or_null(_SHARE), "one standard error of this accuracy", 0.008),
-    "booked": (_FILLED, "the account that it is booked to", "6300"),
-    "predicted": (_FILLED, "the account that was predicted", "7140"),
-    "count": (_COUNT, "how often that was", 3),
-    "health": (_of("Health"), "how much is learned"),
-    "metrics": ({"anyOf": [_of("Figures"), {"type": "null"}]}, "of the last predictions, if any"),
-    "curve": (_list("Point", maxItems=129), "the learning curve"),
-    "bookings": (_COUNT, "how many bookings there were", 15000),
-    "scored": (_COUNT, "predictions that the confidence is about", 10000),
-    "Overview.confidence": (_list("Level"), "how good they were when how sure"),
-    "reviewed": (_YES, "whether a person has looked at it", True),
-    "sample": (
-        _of("Booked"),
-        "the booking as it was sent, but as it is booked now, then without the name of the other "
-        "account",
-    ),
-    "Booked.AccountNumber": (_FILLED, "the account that it is booked to", "6300"),
-    "name": (_or_null(_FILLED), "the latest name of the account, if it has any", "Office costs"),
-    "Standing.predicted": (_or_null(_FILLED), "the account that was predicted, if any", "7140"),
-    "predicted_name": (_or_null(_FILLED), "the latest name of that, if it has any", "Travel"),
-    "Standing.confidence": (_or_null(_SHARE), "how sure that was", 0.62),
-    "rank": (_or_null(_COUNT | {"minimum": 1}), "the place of its account among all", 2),
-    "booked_by": (_one_of(TIMES), "who booked it", "person"),
-    "corrected": ({"anyOf": [_of("Change"), {"type": "null"}]}, "whether it was booked anew"),
-    "Change.from": (_FILLED, "the account before", "7140"),
-    "Bookings.bookings": (_list("Standing", maxItems=MAX_PAGE), "the page"),
-    "next": (
-        _or_null(_FILLED),
-        "what to ask for the next page with, null if it is the last",
-        "0.62:14950",
-    ),
-    "bookings.reviewed": (_one_of(("yes", "no")), "only what somebody, or nobody, saw", "no"),
-    "below": (_SHARE, "only those predicted with less confidence", 0.9),
-    "order": (
-        _one_of(("newest", "confidence")) | {"default": "newest"},
-        f"newest first, or the least sure of the last {LEAST_SURE} that match",
-        "confidence",
-    ),
-    "bookings.limit": (
-        *(_COUNT | {"minimum": 1, "maximum": MAX_PAGE, "default": 50}, "how many, at most", 20),
-    ),
-    "bookings.before": (
-        {"type": "string", "pattern": "^[0-9.e-]{1,30}:[0-9]{1,18}$"},
-        "next of the page before",
-        "0.62:14950",
-    ),
-    "status": (_FILLED, "ok, or why bookings cannot be stored now", "ok"),
-    "samples": (_COUNT, "bookings, also those that nobody has looked at", 15000),
-    "lines": (_COUNT, "lines of the log", 15002),
-    "accounts": (_COUNT, "accounts that are learned", 214),
-    "companies": (_COUNT, "companies that have bookings", 50),
-    "tokens": (_COUNT, "tokens that are learned", 90210),
-    "uptime": (_ODDS | {"minimum": 0}, "seconds since the start", 86400.25),
-    "error": (_FILLED, "one sentence that says what to change", "AccountNumber is missing"),
-    "stream": (_of("Stream"), "how its log is kept equal to others"),
-    "Stream.status": (_FILLED, "ok, or why the node cannot book now", "ok"),
-    "node": (_FILLED, "the node's own name", "1f03a2c4"),
-    "writer": (_or_null(_FILLED), "the node that writes now, null if none does", "77e0b15d"),
-    "lag": (_COUNT, "lines of the stream that are not in its log yet", 0),
-    "quorum": (_YES, "whether most of the stream's servers are there", True),
-    "Ready.status": (_FILLED, "ready", "ready"),
-    "n": (_SEQ | {"minimum": 1}, "over how many predictions, the last", 1000),
-    "top": (_COUNT | {"minimum": 1, "maximum": Calibration.RANKS, "default": 3}, "how many", 1),
-    "book_from": (_SHARE, "the confidence from which on you book unseen", 0.95),
-    "from": (_SEQ | {"default": 0}, "the seq of the first line", 15000),
-    "limit": (_SEQ, "how many lines, at most; all, if it is not said", 100),
-    "id": (_FILLED, "a company, by its CompanyId", "acme"),
-    "Idempotency-Key": (
-        {"type": "string", "pattern": "^[!-~]([ -~]{0,198}[!-~])?$"},
-        "the list's name: under it, it is stored once, however often it is sent",
-        "june-1",
-    ),
-}
-RECORDS = {  # what each is, its fields, and those that may be left out
-    "Sample": ("a line of a bank statement", " ".join(FEATURES), "BankEntryDate AccountName"),
-    "Booking": (
-        *("a line of a bank statement, and how it is booked", f"{' '.join(FEATURES)} {TARGET}"),
-        f"BankEntryDate AccountName {BOOKED_BY}",
-    ),
-    "Stored": ("these bookings are on disk, and learned", "received total first last"),
-    "Reason": ("what something that the sample says speaks for", "token kind weight"),
-    "Suggestion": ("an account", "account confidence over margin", "prior reasons"),
-    "Tally": ("earlier suggestions with about as much evidence", "suggestions right"),
-    "Record": ("what the first suggestion's confidence rests on", "known own all"),
-    "Suggestions": ("the most likely accounts", "suggestions record check", "decision"),
-    "Correction": ("a booking, and its right account", f"seq {TARGET}"),
-    "Corrected": ("it is booked so, and learned", f"seq {TARGET} before"),
-    "Forgotten": ("the company is neither in the log nor learned", "company forgotten"),
-    "Metrics": ("means over the accounts, however rare", "precision recall"),
-    "Figures": ("how good the last predictions were", "accuracy precision recall"),
-    "Point": ("the same, after so many bookings", "bookings accuracy precision recall"),
-    "Level": ("how good they were when so sure", "at_least share accuracy error checks"),
-    "Confusion": ("an error", "booked predicted count"),
-    "Report": (
-        "how good the last predictions were",
-        "support unseen checks accuracy precision recall confused confidence",
-    ),
-    "Booked": (
-        *("a line of a bank statement, as it is booked now", f"{' '.join(FEATURES)} {TARGET}"),
-    ),
-    "Change": ("from what it was booked to before", "from"),
-    "Standing": (
-        "a booking as it stands now",
-        "seq sample account name predicted predicted_name confidence rank reviewed booked_by "
-        "corrected",
-    ),
-    "Bookings": ("a page of bookings", "bookings next"),
-    "Overview": ("the page", "health metrics curve scored confidence"),
-    "Health": (
-        "how much is learned",
-        *("status samples unseen checks lines accounts companies tokens uptime", "stream"),
-    ),
-    "Stream": ("a node among others", "status node writer lag quorum"),
-    "Ready": ("bookings can be sent", "status"),
-    "Error": ("why it was refused", "error"),
-}
-
-
-OTHERS = {  # answers that are no records
-    "Accounts": {
-        **{"type": "array", "items": _FILLED | {"examples": ["6300"]}},
-        "description": "an account for each sample, in order",
-    },
-    "Suggested": {
-        "anyOf": [_of("Suggestions"), _list("Suggestions")],
-        "description": "for one sample, or for each in the list",
-    },
-    "Lines": {"type": "string", "description": "JSON Lines", "examples": ['{"seq": 15000, ...}']},
-    "Text": {"type": "string", "description": "metrics", "examples": ["bookkeep_bookings 15000"]},
-    "Page": {"type": "string", "description": "HTML", "examples": ["<!doctype html>"]},
-    "Description": {"type": "object", "description": "this", "examples": [{"openapi": "3.1.0"}]},
-}
-MEDIA = {"Lines": JSON_LINES, "Text": "text/plain", "Page": "text/html"}  # else JSON
-OPERATIONS = {  # tag, id, answer and some refusals; summary; parameters
-    "POST /sample": ("bookings sample Stored 422 503 507", "book, and learn", "Idempotency-Key"),
-    "POST /predict": ("suggestions predict Accounts 503", "predict the accounts of samples"),
-    "POST /suggest": ("suggestions suggest Suggested 503", "and why", "top book_from reasons"),
-    "POST /correct": ("bookings correct Corrected 404 503 507", "book to another account"),
-    "DELETE /company": ("bookings forget Forgotten 404 503 507", "forget any company", "id"),
-    "DELETE /company/{id}": (
-        *("bookings forgetByPath Forgotten 404 503 507", "if a path can hold its id", "id"),
-    ),
-    "GET /metrics/{n}": ("quality metrics Metrics 503", "of the last n predictions", "n"),
-    "GET /report/{n}": ("quality report Report 404 503", "more of that", "n company book_from"),
-    "GET /bookings": (
-        *("bookings bookings Bookings 404 507", "bookings as they stand now, a page at a time"),
-        "company reviewed below order limit before",
-    ),
-    "GET /bookings/{seq}": ("bookings booking Standing 404 507", "one of them", "seq"),
-    "GET /samples": ("bookings samples Lines 404", "lines of the log", "company from limit"),
-    "GET /overview": ("quality overview Overview 404 503", "what the page shows", "company"),
-    "GET /metrics": ("service prometheus Text", "figures for Prometheus"),
-    "GET /health": ("service health Health 503", "how much is learned"),
-    "GET /ready": ("service ready Ready 503", "whether bookings can be sent"),
-    "GET /openapi.json": ("service openapi Description", "this description"),
-    "GET /": ("service page Page", "the page"),
-    "GET /desk.css": ("service style Page", "the page's style"),
-    "GET /desk.js": ("service script Page", "the page's script"),
-}
-
-
-def openapi(max_batch: int, max_body: int, guarded: bool) -> dict:
-    """The description of this API, in OpenAPI 3.1; guarded if it takes a token."""
-
-    def or_one(most: int) -> dict:
-        return {"anyOf": [_of("Sample"), _list("Sample", maxItems=most)]}
-
-    bodies = {
-        "sample": _list("Booking", maxItems=max_batch),
-        "predict": or_one(max_batch),
-        "suggest": or_one(max_batch),
-        "correct": _of("Correction"),
-    }
-    paths: defaultdict[str, dict] = defaultdict(dict)
-    for asked, row in OPERATIONS.items():
-        method, path = asked.split()
-        paths[path][method.lower()] = _operation(path, bodies, *row)
-    learns = (
-        "Learns from every booking and suggests the account of the next. A body has at most "
-        f"{max_body} bytes. With the header Bookkeep-At-Least: n, an answer knows of the log's "
-        "first n lines, or is a 503."
-    )
-    info = {
-        "title": "bookkeep",
-        "version": __version__,
-        "license": {"name": "MIT", "identifier": "MIT"},
-    }
-    responses = {
-        str(status): {"description": says} | _media(_of("Error"), example={"error": sentence})
-        for status, (says, sentence) in REFUSALS.items()
-    }
+    Raises NotFound if there is no such company, NotReady if nothing was predicted.
+    """
+    rows = _last(books, n, company)
+    since = books.history.rows if company is None else books.history.of(company)
+    since = since[since["seq"].searchsorted(rows[0]["seq"]) :]
+    levels = {*LEVELS, *([] if book_from is None else [book_from])}
     return {
-        "openapi": "3.1.0",
-        "info": info | {"description": learns},
-        "servers": [{"url": "/", "description": "this service"}],
-        "tags": [{"name": name, "description": says} for name, says in TAGS.items()],
-        "security": [{"token": []}] if guarded else [],
-        "paths": paths,
-        "components": {
-            "schemas": {name: _record(name) for name in RECORDS} | OTHERS,
-            "responses": responses,
-            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}} if guarded else {},
-        },
+        "support": len(rows),
+        "unseen": unseen(since),
+        "checks": checks(rows),
+        **figures(rows),
+        "confused": confused(rows, [*books.history.accounts]),
+        "confidence": by_confidence(rows, sorted(levels)),
     }
 
 
-def _operation(
-    path: str, bodies: dict[str, dict], named: str, summary: str, parameters: str = ""
-) -> dict:
-    tag, name, answer, *refusals = named.split()
-    statuses = {"400", *refusals, *([] if path in OPEN else ["401"])}
-    statuses |= {"413", "415"} if name in bodies else set()
-    made = {"operationId": name, "tags": [tag], "summary": summary}
-    made["parameters"] = [_parameter(each, name, path) for each in parameters.split()]
-    if name in bodies:
-        made["requestBody"] = {"required": True} | _media(bodies[name])
-    done = {"description": _resolved(_of(answer))["description"]}
-    done |= _media(_of(answer), MEDIA.get(answer, "application/json"))
-    refused = {status: _of(status, "responses") for status in [*sorted(statuses), "default"]}
-    made["responses"] = {"200": done} | refused
-    return made | ({"security": []} if path in OPEN else {})
+def _last(books: Books, n: int, company: str | None = None) -> np.ndarray:
+    """The last n (or fewer) scored rows. Raises NotFound, NotReady."""
+    rows = _scored(books, n, company)
+    if not len(rows):
+        raise NotReady("nothing has been predicted yet; send bookings to /sample first")
+    return rows
 
 
-def _parameter(name: str, operation: str, path: str) -> dict:
-    in_path, header = f"{{{name}}}" in path, name == "Idempotency-Key"
-    place = "path" if in_path else "header" if header else "query"
-    schema = _field(name, operation)
+def _scored(books: Books, n: int, company: str | None = None) -> np.ndarray:
+    with books.lock:
+        books.require(company)
+        return books.history.last(n, company)
+
+
+def overview(keeper: Bookkeeper, company: str | None = None) -> dict:
+    """What the page shows: health, the learning curve, confidence.
+
+    The confidence may be of one company. Raises NotFound if there is no such.
+    """
+    last = _scored(keeper.books, WINDOW)
+    recent = _scored(keeper.books, RECENT, company)
     return {
-        **{"name": name, "in": place, "required": in_path or name == "id", "schema": schema},
-        **{"description": schema["description"], "example": _example(schema)},
+        "health": health(keeper),
+        "metrics": figures(last) if len(last) else None,
+        "curve": [*curve(keeper.books.history.rows)],
+        "scored": len(recent),
+        "confidence": by_confidence(recent, (0, *LEVELS)) if len(recent) else [],
     }
 
 
-def _field(name: str, of: str) -> dict:
-    """A field of a record, or a parameter of an operation."""
-    schema, says, *examples = FIELDS.get(f"{of}.{name}") or FIELDS[name]
-    return schema | {"description": says} | ({"examples": examples} if examples else {})
+def curve(rows: np.ndarray) -> Iterator[dict]:
+    """The learning curve: at most 129 points, each of the last WINDOW bookings."""
+    step = WINDOW // 4
+    while len(rows) > 128 * step:
+        step *= 2
+    for end in (*range(step, len(rows), step), len(rows)):
+        window = scored(rows[max(0, end - WINDOW) : end])
+        if len(window):
+            yield {"bookings": end, **figures(window)}
 
 
-def _record(name: str) -> dict:
-    says, fields, *optional = RECORDS[name]
-    properties = {each: _field(each, name) for each in " ".join([fields, *optional]).split()}
-    shape = {"type": "object", "description": says, "required": fields.split()}
-    others = _TEXT if fields.startswith(FEATURES[0]) else False
-    return shape | {"properties": properties, "additionalProperties": others}
+def bookings(
+    keeper: Bookkeeper, limit: int, company: str | None = None, **asked: object
+) -> tuple[list[dict], tuple[float, int] | None]:
+    """What `limit` bookings are by now, and where that page ends, as History.page says.
+
+    Raises NotFound if there is no such company, NotStored.
+    """
+    with keeper.books.lock:
+        keeper.books.require(company)
+    seqs, end = keeper.books.history.page(limit, company, **asked)
+    return _standing(keeper, seqs), end
 
 
-def _resolved(schema: dict) -> dict:
-    name = schema.get("$ref", "").rpartition("/")[2]
-    return _record(name) if name in RECORDS else OTHERS.get(name, schema)
+def booking(keeper: Bookkeeper, seq: int) -> dict:
+    """What one booking is by now. Raises NotFound, NotStored."""
+    for standing in _standing(keeper, np.array([seq])):
+        return standing
+    raise NotFound(f"there is no booking {seq}")
 
 
-def _example(schema: dict) -> object:
-    """What a schema describes, made of the examples of its parts."""
-    schema = _resolved(schema)
-    if "anyOf" in schema:
-        return _example(schema["anyOf"][0])
-    if "properties" in schema:
-        return {name: _example(part) for name, part in schema["properties"].items()}
-    return schema["examples"][0] if "examples" in schema else [_example(schema["items"])]
+def _standing(keeper: Bookkeeper, seqs: np.ndarray) -> list[dict]:
+    """What bookings are by now, without those that were forgotten meanwhile."""
+    history = keeper.books.history
+    with keeper.books.lock:
+        rows = history.at(seqs)
+        corrected = [seq in keeper.books.corrected for seq in rows["seq"].tolist()]
+        accounts = [*history.accounts, None]
+    called = _account_names(keeper, rows)
+    found = []
+    for row, anew in zip(rows, corrected, strict=True):
+        company, booked, predicted = row[["company", "booked", "predicted"]].item()
+        record = keeper.record(row["seq"])
+        if "sample" not in record:
+            continue
+        sample, account = record["sample"], accounts[booked]
+        booked_by = sample.get(BOOKED_BY, "person")
+        # Once a person has looked at what was booked unseen, it is the person's.
+        if row["reviewed"] and booked_by == "suggestion":
+            booked_by = "person"
+            sample = sample | {BOOKED_BY: booked_by}
+        before = sample[TARGET]
+        if before != account:
+            sample = sample | {TARGET: account}
+            sample.pop(NAME, None)  # which is the other account's
+        found.append(
+            {
+                "seq": int(row["seq"]),
+                "sample": sample,
+                "account": account,
+                "name": called.get((company, booked)),
+                "predicted": accounts[predicted],
+                "predicted_name": called.get((company, predicted)),
+                "confidence": record["confidence"],
+                "rank": 1 if booked == predicted else int(row["rank"]) or None,
+                "reviewed": bool(row["reviewed"]),
+                "booked_by": booked_by,
+                "corrected": {"from": before} if anew else None,
+            }
+        )
+    return found
 
 
-def _media(schema: dict, media: str = "application/json", example: object = None) -> dict:
-    return {"content": {media: {"schema": schema, "example": example or _example(schema)}}}
+def _account_names(keeper: Bookkeeper, rows: np.ndarray) -> dict[tuple[int, int], str | None]:
+    """The latest names that companies gave the accounts booked and predicted in these rows."""
+    accounts = np.concatenate([rows["booked"], rows["predicted"]])
+    companies = np.tile(rows["company"], 2)[accounts >= 0]
+    accounts = accounts[accounts >= 0]
+    seqs = keeper.books.history.last_named(companies, accounts).tolist()
+    named = {seq: keeper.record(seq).get("sample", {}) for seq in {*seqs} - {-1}}
+    names = (named.get(seq, {}).get(NAME) for seq in seqs)
+    pairs = zip(companies.tolist(), accounts.tolist(), strict=True)
+    return dict(zip(pairs, names, strict=True))
+
+
+def health(keeper: Bookkeeper) -> dict[str, object]:
+    """How much has been learned, and for how many seconds the service has been up.
+
+    Raises NotReady if the service must be restarted, or the log be put back in its place.
+    """
+    if keeper.books.broken:
+        raise NotReady(RESTART)
+    if not keeper.log.in_place():
+        raise NotReady("the log was moved, replaced, deleted or cut by another; put it back")
+    failure = keeper.log.failure
+    with keeper.books.lock:
+        rows, model = keeper.books.history.rows, keeper.books.model
+        return {
+            "status": f"the log could not be written ({failure})" if failure else "ok",
+            "samples": len(rows),
+            "unseen": unseen(rows),
+            "checks": checks(rows),
+            "lines": len(keeper.log),
+            "accounts": model.n_classes,
+            "companies": len(keeper.books.history.companies),
+            "tokens": model.n_tokens,
+            "uptime": round(time.monotonic() - keeper.started, 3),
+            **keeper.order.health(),
+        }
+
+
+def require_ready(keeper: Bookkeeper) -> None:
+    """Raises NotReady unless bookings can be sent to it."""
+    if health(keeper)["status"] != "ok":
+        raise NotReady("the log could not be written")
+    keeper.order.require_ready()
 
 
 # ------------------------------------------------------------------------------------------- HTTP
 
-MAX_BODY = 64 << 20  # bytes of a request's body
-LARGE_BODY = 1 << 20  # bytes from which a body has to wait for its turn
-AT_LEAST = "HTTP_BOOKKEEP_AT_LEAST"  # of an environ: lines that an answer must know of
+MAX_BODY = 16 << 20  # bytes of a request's body
+LARGE_BODY = 1 << 20  # bytes from which a body has to wait for its turn to be parsed
+MAX_NUMBER = 999_999_999
+MAX_PAGE = 500  # bookings in one answer
+MAX_SUGGESTED = 300  # suggestions in one answer, each of which is long
+JSON_LINES = "application/jsonl"
+AT_LEAST = "Bookkeep-At-Least"  # lines that an answer must know of
+OPEN = {"/", "/desk.css", "/desk.js", "/health", "/ready"}  # nothing to learn from them
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}  # of every answer
-
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-BUILD = f'build_info{{version="{__version__}",python="{sys.version.split()[0]}"}}'
+EXTRA = Path(__file__).resolve().parent / "bookkeep_extra"
+STATUS = {BadRequest: 400, NotFound: 404, Conflict: 422, NotReady: 503, NotStored: 507}
 
-STATUS = {  # of what is raised above
-    BadRequest: 400,
-    NotFound: 404,
-    Conflict: 422,
-    NotReady: 503,
-    NotStored: 507,
-}
+# What a route takes beside a body: each name with its JSON Schema. The name is in the path, or a
+# header, or else after the ?. From this come the refusals, the handler's arguments, and what
+# openapi.py says of it. A `title` says what a text with a pattern must be.
+Schema = dict[str, object]
+WHOLE_NUMBER: Schema = {"type": "integer", "format": "int64", "minimum": 0, "maximum": MAX_NUMBER}
+FRACTION: Schema = {"type": "number", "format": "double", "minimum": 0, "maximum": 1}
+TEXT: Schema = {"type": "string", "minLength": 1}
+YES_OR_NO: Schema = {"type": "string", "enum": ["yes", "no"]}
+KEY: Schema = {"type": "string", "pattern": "^[!-~]([ -~]{0,198}[!-~])?$"}
+KEY |= {"title": "1 to 200 printable ASCII characters"}
+PAGE_END: Schema = {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?(e-[0-9]+)?:[0-9]{1,18}$"}
+PAGE_END |= {"title": "what the page before says is `next`", "maxLength": 40}
 
 
-class Histogram:
-    """How often something took how long, as Prometheus counts it, for each of some labels."""
+def takes(schemas: dict[str, Schema] | None = None, body: Callable | None = None) -> Callable:
+    """For a handler: its arguments are the body, as read by `body`, and these, in that order."""
 
-    BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)  # seconds
+    def mark(handler: Callable) -> Callable:
+        handler.schemas, handler.body = schemas or {}, body
+        return handler
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._seen: dict[str, tuple[list[int], list[float]]] = {}  # labels -> counts, [sum]
+    return mark
 
-    def observe(self, seconds: float, labels: str = "") -> None:
-        """Counts one that took so long."""
-        with self._lock:
-            new = [0] * (len(self.BOUNDS) + 1), [0.0]
-            counts, total = self._seen.setdefault(labels, new)
-            counts[bisect_left(self.BOUNDS, seconds)] += 1
-            total[0] += seconds
 
-    def seen(self, part: str) -> int:
-        """How many have that in their labels."""
-        with self._lock:
-            return sum(sum(counts) for labels, (counts, _) in self._seen.items() if part in labels)
+def value_of(name: str, schema: Schema, text: str | None) -> object:
+    """The value that a text gives to a parameter. Raises BadRequest."""
+    if text is None:
+        return schema.get("default")
+    least, most = schema.get("minimum"), schema.get("maximum")
+    if schema["type"] == "integer":
+        if re.fullmatch("[0-9]{1,18}", text) and least <= int(text) <= most:
+            return int(text)
+        needed = f"a whole number from {least} to {most}"
+    elif schema["type"] == "number":
+        with suppress(ValueError):
+            if re.fullmatch("[0-9.e-]+", text) and least <= float(text) <= most:
+                return float(text)
+        needed = f"a number from {least} to {most}, such as 0.95"
+    elif "enum" in schema:
+        if text in schema["enum"]:
+            return text
+        needed = " or ".join(schema["enum"])
+    elif re.search(schema.get("pattern", "."), text, re.DOTALL):
+        return text
+    else:
+        needed = schema.get("title", "filled")
+    raise BadRequest(f"{name} must be {needed}")
 
-    def exposition(self, name: str) -> Iterator[str]:
-        """Its lines in Prometheus's text format."""
-        with self._lock:
-            seen = [(labels, [*counts], *total) for labels, (counts, total) in self._seen.items()]
-        for labels, counts, total in seen:
-            for bound, so_far in zip((*self.BOUNDS, "+Inf"), accumulate(counts), strict=True):
-                yield f'{name}_bucket{{{labels}{labels and ","}le="{bound}"}} {so_far}'
-            braced = labels and f"{{{labels}}}"
-            yield f"{name}_sum{braced} {total}"
-            yield f"{name}_count{braced} {sum(counts)}"
+
+def admits(token: str | None, authorization: str) -> bool:
+    """Whether that header, if there is a token, has it."""
+    scheme, _, given = authorization.partition(" ")
+    right = token is None or hmac.compare_digest(given.encode("latin-1"), token.encode())
+    return right and (token is None or scheme.lower() == "bearer")
 
 
 def create_app(
-    bookkeeper: Bookkeeper,
+    keeper: Bookkeeper,
     token: str | None = None,
     hosts: Collection[str] | None = None,
     max_body: int = MAX_BODY,
@@ -3649,267 +3142,171 @@ def create_app(
     """The WSGI app that answers for this bookkeeper, all but the page in JSON, errors too.
 
     With a token, all but OPEN is for those who send it. With hosts, it is for those who call the
-    service by one of these names: a web page whose own name was made to lead here does not. Its
-    `refuses` says of an environ whether its headers suffice to refuse the request, its
-    `is_quick` whether a prediction for one sample of so many bytes takes no time, its `is_busy`
-    whether that would have to wait.
+    service by one of these names: a web page whose own name was made to lead here does not.
     """
     app = Bottle()
-    app.install(_in_json)
-    app.install(lambda callback: partial(checked, callback))
+    app.install(partial(_answering, keeper, max_body, threading.Lock()))
     app.default_error_handler = _error_in_json
-    description = openapi(max_batch, max_body, token is not None)
-    parsing = threading.Lock()  # parsed JSON may take 20 times its bytes, so one at a time
-    durations, fsyncs = Histogram(), Histogram()
-    bookkeeper.log.fsynced = fsyncs.observe
+    pages = {path.name: path.read_text() for path in (EXTRA / "page").glob("*")}
+    booked = partial(check_samples, booked=True, most=max_batch)
+    asked = partial(check_samples, booked=False, most=max_batch)
 
+    @app.hook("before_request")
     def authorize() -> None:
-        """Refuses who may not ask. Raises HTTPError."""
         environ = request.environ
         if environ["PATH_INFO"].encode() != environ["bottle.raw_path"].encode("latin-1"):
             raise HTTPError(400, "the path must be UTF-8, percent-encoded")
         host = re.sub(":[0-9]*$", "", environ.get("HTTP_HOST", "")).lower()
         if hosts is not None and host not in hosts:
             raise HTTPError(403, f"call this service by one of its names: {', '.join(hosts)}")
-        if token is not None and request.path not in OPEN:
-            scheme, _, given = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
-            right = hmac.compare_digest(given.encode("latin-1"), token.encode())
-            if scheme.lower() != "bearer" or not right:
-                raise HTTPError(
-                    401,
-                    "send the token, with the header Authorization: Bearer <token>",
-                    **{"WWW-Authenticate": "Bearer"},
-                )
-
-    def check(route: Route) -> None:
-        """Refuses what else can be refused from the headers. Raises HTTPError."""
-        takes = operations[route]
-        if request.query_string:
-            names = [name for name, _ in request.query.allitems()]
-            known = [each["name"] for each in takes["parameters"] if each["in"] == "query"]
-            if set(names) - set(known) or len(names) > len(set(names)):
-                these = f"only {', '.join(known)}, each once" if known else "nothing"
-                raise HTTPError(400, f"send {these} after the ? of this path")
-        if "requestBody" in takes:
-            kind = request.content_type.partition(";")[0].strip()
-            if kind != "application/json":
-                raise HTTPError(415, "send JSON, with the header Content-Type: application/json")
-        if request.content_length > max_body:
-            raise HTTPError(413, f"send at most {max_body} bytes in one request")
-        if (total := request.environ.get(AT_LEAST)) is not None:
-            number("Bookkeep-At-Least", total, 0)
-
-    @app.hook("before_request")
-    def arrive() -> None:
-        request.environ["bookkeep.arrival"] = time.perf_counter()
-        authorize()
-
-    def checked(callback: Callable, **arguments: str) -> object:
-        check(request.environ["bottle.route"])
-        bookkeeper.require_lines(int(request.environ.get(AT_LEAST, 0)))
-        return callback(**arguments)
-
-    def refuses(environ: dict) -> bool:
-        path = environ["bottle.raw_path"] = environ["PATH_INFO"]
-        environ["PATH_INFO"] = path.encode("latin-1").decode(errors="ignore")  # as Bottle does
-        request.bind(environ)
-        try:
-            authorize()
-            check(app.match(environ)[0])
-        except HTTPError:
-            return True
-        return False
+        if request.path not in OPEN and not admits(token, environ.get("HTTP_AUTHORIZATION", "")):
+            needed = "send the token, with the header Authorization: Bearer <token>"
+            raise HTTPError(401, needed, **{"WWW-Authenticate": "Bearer"})
 
     @app.hook("after_request")
     def protect() -> None:
         for name, value in HEADERS.items():
             response.set_header(name, value)
-        route = request.environ.get("bottle.route")
-        path = _path(route.rule) if route else "other"
-        seconds = time.perf_counter() - request.environ["bookkeep.arrival"]
-        durations.observe(seconds, f'path="{path}",status="{response.status_code}"')
-
-    def received() -> object:
-        with parsing if request.content_length > LARGE_BODY else nullcontext():
-            return parse_json(request.body.read())
-
-    def number(name: str, text: str, least: int, most: int = MAX_NUMBER) -> int:
-        if not re.fullmatch("[0-9]{1,18}", text) or not least <= int(text) <= most:
-            raise HTTPError(400, f"{name} must be a whole number from {least} to {most}")
-        return int(text)
-
-    def text_asked(name: str) -> str | None:
-        value = request.query.getunicode(name)
-        if value is None and name in request.query:
-            raise HTTPError(400, f"{name} must be UTF-8, percent-encoded")
-        return value
-
-    def share_asked(name: str) -> float | None:
-        text = request.query.get(name)
-        with suppress(ValueError):
-            if text is None:
-                return None
-            if re.fullmatch("[0-9.e-]+", text) and 0 <= float(text) <= 1:
-                return float(text)
-        raise HTTPError(400, f"{name} must be a number from 0 to 1, such as 0.95")
-
-    def choice_asked(name: str, **choices: bool) -> bool | None:
-        text = request.query.get(name)
-        if text is not None and text not in choices:
-            raise HTTPError(400, f"{name} must be {' or '.join(choices)}")
-        return choices.get(text)
-
-    def page_before() -> tuple[float, int] | None:
-        text = request.query.get("before")
-        with suppress(ValueError):
-            if text is None:
-                return None
-            if found := re.fullmatch("([0-9.e-]+):([0-9]{1,18})", text):
-                return float(found[1]), int(found[2])
-        raise HTTPError(400, "before must be what the page before says is `next`")
 
     @app.post("/sample")
-    def sample() -> dict:
-        key = request.environ.get("HTTP_IDEMPOTENCY_KEY")
-        if key is not None and not re.fullmatch("[ -~]{1,200}", key):
-            raise HTTPError(400, "an Idempotency-Key must be 1 to 200 printable ASCII characters")
-        stored = bookkeeper.book(check_samples(received(), True, max_batch), key)
+    @takes({"Idempotency-Key": KEY}, body=booked)
+    def post_sample(samples: list[Sample], key: str | None) -> dict:
+        stored = keeper.book(samples, key)
         first, last = (stored[0], stored[-1]) if stored else (None, None)
         return {"received": len(stored), "total": stored.stop, "first": first, "last": last}
 
     @app.post("/predict")
-    def predict() -> list[str]:
-        return bookkeeper.predict(check_samples(received(), False, max_batch))
+    @takes(body=asked)
+    def post_predict(samples: list[Sample]) -> list[str]:
+        return keeper.books.predict(samples)
 
     @app.post("/suggest")
-    def suggest() -> dict | list[dict]:
-        top = number("top", request.query.get("top", "3"), 1, Calibration.RANKS)
-        level = share_asked("book_from")
-        with_reasons = choice_asked("reasons", yes=True, no=False) is not False
-        asked = received()
+    @takes(
+        {
+            "top": WHOLE_NUMBER | {"minimum": 1, "maximum": Calibration.RANKS, "default": 3},
+            "book_from": FRACTION,
+            "reasons": YES_OR_NO | {"default": "yes"},
+        },
+        body=lambda content: (asked(content), isinstance(content, list)),
+    )
+    def post_suggest(sent: tuple, top: int, book_from: float | None, reasons: str) -> dict | list:
+        samples, as_list = sent
         most = MAX_SUGGESTED // top
-        if with_reasons and isinstance(asked, list) and len(asked) > most:
+        if reasons == "yes" and len(samples) > most:
             raise BadRequest(
-                f"with reasons, send at most {most} samples in one request, not {len(asked)}; "
+                f"with reasons, send at most {most} samples in one request, not {len(samples)}; "
                 "?reasons=no leaves them out"
             )
-        samples = check_samples(asked, False, max_batch)
-        answers = bookkeeper.suggest(samples, top, level, with_reasons)
-        return answers if isinstance(asked, list) else answers[0]
+        answers = suggest(keeper.books, samples, top, book_from, reasons == "yes")
+        return answers if as_list else answers[0]
 
     @app.post("/correct")
-    def correct() -> dict:
-        match received():
-            case {"seq": float(seq), "AccountNumber": account, **others} if not others:
-                check_sample({TARGET: account}, (TARGET,))
-                if not (seq.is_integer() and 0 <= seq <= MAX_NUMBER):
-                    raise BadRequest(f"seq must be a whole number from 0 to {MAX_NUMBER}")
-                before = bookkeeper.correct(int(seq), account)
-                return {"seq": int(seq), TARGET: account, "before": before}
-        raise BadRequest('send {"seq": 1203, "AccountNumber": "6700"}, and nothing else')
+    @takes(body=_correction)
+    def post_correct(correction: tuple[int, str]) -> dict:
+        seq, account = correction
+        return {"seq": seq, TARGET: account, "before": keeper.correct(seq, account)}
 
     @app.delete("/company")  # clients take .. and the like out of a path
     @app.delete("/company/<id:re:(?s:.+)>")
-    def company(id: str | None = None) -> dict:
-        id = id or text_asked("id")
-        if not id:
-            raise HTTPError(400, "say which company, as in /company?id=acme")
-        return {"company": id, "forgotten": bookkeeper.forget(id)}
+    @takes({"id": TEXT})
+    def delete_company(id: str | None) -> dict:
+        if id is None:
+            raise BadRequest("say which company, as in /company?id=acme")
+        return {"company": id, "forgotten": keeper.forget(id)}
 
     @app.get("/metrics/<n>")
-    def metrics(n: str) -> dict[str, float]:
-        return bookkeeper.metrics(number("n, after /metrics/,", n, 1))
+    @takes({"n": WHOLE_NUMBER | {"minimum": 1}})
+    def get_metrics(n: int) -> dict[str, float]:
+        return metrics(keeper.books, n)
 
     @app.get("/report/<n>")
-    def report(n: str) -> dict:
-        n = number("n, after /report/,", n, 1)
-        return bookkeeper.report(n, text_asked("company"), share_asked("book_from"))
+    @takes({"n": WHOLE_NUMBER | {"minimum": 1}, "company": TEXT, "book_from": FRACTION})
+    def get_report(n: int, company: str | None, book_from: float | None) -> dict:
+        return report(keeper.books, n, company, book_from)
 
     @app.get("/bookings")
-    def bookings() -> dict:
-        limit = number("limit", request.query.get("limit", "50"), 1, MAX_PAGE)
-        found, end = bookkeeper.bookings(
-            limit,
-            text_asked("company"),
-            reviewed=choice_asked("reviewed", yes=True, no=False),
-            below=share_asked("below"),
-            by_confidence=choice_asked("order", newest=False, confidence=True),
-            before=page_before(),
-        )
+    @takes(
+        {
+            "company": TEXT,
+            "reviewed": YES_OR_NO,
+            "below": FRACTION,
+            "order": {"type": "string", "enum": ["newest", "confidence"], "default": "newest"},
+            "limit": WHOLE_NUMBER | {"minimum": 1, "maximum": MAX_PAGE, "default": 50},
+            "before": PAGE_END,
+        }
+    )
+    def get_bookings(company, reviewed, below, order, limit, before) -> dict:
+        sure, _, seq = (before or "").partition(":")
+        asked = {
+            "reviewed": reviewed and reviewed == "yes",
+            "below": below,
+            "by_confidence": order == "confidence",
+            "before": (float(sure), int(seq)) if before else None,
+        }
+        found, end = bookings(keeper, limit, company, **asked)
         return {"bookings": found, "next": end and "{}:{}".format(*end)}
 
     @app.get("/bookings/<seq>")
-    def one_booking(seq: str) -> dict:
-        return bookkeeper.booking(number("seq, after /bookings/,", seq, 0))
+    @takes({"seq": WHOLE_NUMBER})
+    def get_booking(seq: int) -> dict:
+        return booking(keeper, seq)
 
     @app.get("/samples")
-    def samples() -> BinaryIO | str:
-        first = number("from", request.query.get("from", "0"), 0)
-        limit = number("limit", request.query.get("limit", str(MAX_NUMBER)), 0)
-        company = text_asked("company")
-        if company is None:
-            lines, size = bookkeeper.log.export(range(first, first + limit))
-        else:
-            lines, size = bookkeeper.lines(company, first, limit)
-        response.content_type = JSON_LINES
-        response.content_length = size
-        if not size:
-            lines.close()
-            return ""
-        return lines  # which waitress sends by itself, so that a slow reader keeps no thread
-
-    @app.get("/metrics")
-    def prometheus() -> str:
-        response.content_type = "text/plain; version=0.0.4; charset=utf-8"
-        refused = ("Requests that were answered with a status of 4xx.", durations.seen('status="4'))
-        watched = bookkeeper.gauges() | {"refused_total": refused, BUILD: ("What runs.", 1)}
-        watched = {f"bookkeep_{name}": figure for name, figure in watched.items()} | process()
-        return "".join(f"{line}\n" for line in _exposition(watched, durations, fsyncs))
+    @takes({"from": WHOLE_NUMBER | {"default": 0}, "limit": WHOLE_NUMBER | {"default": MAX_NUMBER}})
+    def get_samples(first: int, limit: int) -> Export | str:
+        lines = Export(keeper.log, range(first, first + limit))
+        response.content_type, response.content_length = JSON_LINES, lines.size
+        return lines if lines.size else ""  # waitress sends it: a slow reader keeps no thread
 
     @app.get("/overview")
-    def overview() -> dict:
-        return bookkeeper.overview(text_asked("company"))
+    @takes({"company": TEXT})
+    def get_overview(company: str | None) -> dict:
+        return overview(keeper, company)
 
     @app.get("/health")
-    def health() -> dict:
-        return bookkeeper.health()
+    @takes()
+    def get_health() -> dict:
+        return health(keeper)
 
     @app.get("/ready")
-    def ready() -> dict:
-        bookkeeper.require_ready()
+    @takes()
+    def get_ready() -> dict:
+        require_ready(keeper)
         return {"status": "ready"}
 
     @app.get("/openapi.json")
-    def described() -> dict:
-        return description
-
-    @app.get("/")
-    def page() -> str:
-        response.set_header("Content-Security-Policy", PAGE_POLICY)
-        return page_file("index.html", "text/html")
-
-    @app.get("/desk.css")
-    def style() -> str:
-        return page_file("desk.css", "text/css")
-
-    @app.get("/desk.js")
-    def script() -> str:
-        return page_file("desk.js", "text/javascript")
-
-    def page_file(name: str, media: str) -> str:
+    @takes()
+    def get_openapi() -> dict:
         try:
-            content = (Path(__file__).parent / "bookkeep_extra" / "page" / name).read_text()
-        except FileNotFoundError:
-            raise HTTPError(
-                404, "there is no page: bookkeep_extra/page is missing"
-            ) from None
+            from bookkeep_extra import openapi
+        except ImportError:
+            raise NotFound("there is no description here: bookkeep_extra is missing") from None
+        return openapi.describe(app.routes, max_batch, max_body, token is not None)
+
+    def page(name: str, media: str) -> str:
+        if name not in pages:
+            raise NotFound("there is no page here: bookkeep_extra/page is missing")
+        response.set_header("Content-Security-Policy", PAGE_POLICY)
         response.content_type = f"{media}; charset=utf-8"
-        return content
+        return pages[name]
+
+    for path, name, media in (
+        ("/", "index.html", "text/html"),
+        ("/desk.css", "desk.css", "text/css"),
+        ("/desk.js", "desk.js", "text/javascript"),
+    ):
+        app.get(path, callback=takes()(partial(page, name, media)))
+
+    if EXTRA.exists():  # without it, there are no figures for Prometheus
+        from bookkeep_extra import prometheus
+
+        prometheus.watch(app, keeper)
+    paths = " ".join(dict.fromkeys(map(described_path, app.routes)))
 
     @app.error(404)
     def not_found(error: HTTPError) -> str:
         if error.body.startswith("Not found: "):  # Bottle's own
-            error.body = f"there is nothing here; {' '.join(description['paths'])} is all"
+            error.body = f"there is nothing here; {paths} is all"
         return _error_in_json(error)
 
     @app.error(405)
@@ -3917,14 +3314,6 @@ def create_app(
         error.body = f"ask for this with {response.get_header('Allow')}"
         return _error_in_json(error)
 
-    operations = {
-        route: description["paths"][_path(route.rule)][route.method.lower()] for route in app.routes
-    }
-    app.refuses, app.is_quick, app.is_busy = (
-        refuses,
-        bookkeeper.is_quick,
-        bookkeeper.is_busy,
-    )
     return app
 
 
@@ -3938,19 +3327,47 @@ def starting_app(log: Log) -> Bottle:
         more = {"Retry-After": "1", **HEADERS}
         raise HTTPError(503, f"the log is being read back, {log.progress()} so far", **more)
 
-    app.refuses, app.is_quick, app.is_busy = lambda environ: True, lambda size: False, bool
     return app
 
 
-def _in_json(callback: Callable) -> Callable:
-    """A Bottle plugin: what a route returns becomes JSON, what it raises an error with a status.
+def described_path(route: Route) -> str:
+    """A route's path as the API's description has it."""
+    return re.sub("<(.*?)(:.*?)?>", r"{\1}", route.rule)
+
+
+def _answering(
+    keeper: Bookkeeper, max_body: int, parsing: threading.Lock, handler: Callable
+) -> Callable:
+    """A Bottle plugin: gives a handler what it takes, makes JSON of what it returns or raises.
 
     Texts and files are left as they are.
     """
 
-    def route(**arguments: str) -> str | BinaryIO:
+    def arguments(in_path: dict[str, str]) -> Iterator[object]:
+        asked = [name for name, _ in request.query.allitems()] if request.query_string else []
+        known = [n for n in handler.schemas if n not in in_path and n != "Idempotency-Key"]
+        if set(asked) - set(known) or len(asked) > len(set(asked)):
+            these = f"only {', '.join(known)}, each once" if known else "nothing"
+            raise BadRequest(f"send {these} after the ? of this path")
+        if handler.body and request.content_type.partition(";")[0].strip() != "application/json":
+            raise HTTPError(415, "send JSON, with the header Content-Type: application/json")
+        if request.content_length > max_body:
+            raise HTTPError(413, f"send at most {max_body} bytes in one request")
+        if (total := _header(AT_LEAST)) is not None:
+            keeper.order.require_lines(keeper.log, value_of(AT_LEAST, WHOLE_NUMBER, total))
+        values = [
+            value_of(name, schema, in_path.get(name) or _sent(name))
+            for name, schema in handler.schemas.items()
+        ]
+        if handler.body:
+            # Parsed JSON may take 20 times its bytes, so it is one large body after the other.
+            with parsing if request.content_length > LARGE_BODY else nullcontext():
+                yield handler.body(parse_json(request.body.read()))
+        yield from values
+
+    def answer(**in_path: str) -> str | Export:
         try:
-            answer = callback(**arguments)
+            made = handler(*arguments(in_path))
         except HTTPError:
             raise
         except Exception as error:
@@ -3960,62 +3377,40 @@ def _in_json(callback: Callable) -> Callable:
                     raise HTTPError(status, str(error), **again) from None
             logger.exception("%s %s failed", request.method, request.path)
             raise HTTPError(500, "the service failed to answer; its log says why") from None
-        if not isinstance(answer, dict | list):
-            return answer
+        if not isinstance(made, dict | list):
+            return made
         response.content_type = "application/json"
-        if isinstance(answer, list):  # in parts: while one is made, all other threads wait
-            parts = (_encode(part)[1:-1] for part in chunks(answer, CHUNK))
-            return f"[{', '.join(parts)}]"
-        return _encode(answer)
+        if isinstance(made, list):  # in parts: while one is made, all other threads wait
+            return f"[{', '.join(_encode(part)[1:-1] for part in chunks(made, CHUNK))}]"
+        return _encode(made)
 
-    return route
-
-
-@cache
-def _path(rule: str) -> str:
-    """A route's path as the API's description has it."""
-    return re.sub("<(.*?)(:.*?)?>", r"{\1}", rule)
+    return answer
 
 
-def process() -> dict[str, tuple[str, float]]:
-    """What the system says of this process, as Prometheus's own clients do; {} without /proc."""
-    try:
-        # What follows the name, which may hold anything: state, parent, ... (man 5 proc).
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        boot = re.search("^btime ([0-9]+)$", Path("/proc/stat").read_text(), re.MULTILINE)
-        files = len(os.listdir("/proc/self/fd")) - 1  # one of them is to list them
-    except OSError:
-        return {}
-    ticks = os.sysconf("SC_CLK_TCK")
-    cpu, started = (int(fields[11]) + int(fields[12])) / ticks, int(fields[19]) / ticks
-    memory = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
-    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return {
-        "process_cpu_seconds_total": ("Seconds of all processors, user and system.", cpu),
-        "process_resident_memory_bytes": ("Bytes of memory in use.", memory),
-        "process_start_time_seconds": ("When it started, since 1970.", int(boot[1]) + started),
-        "process_open_fds": ("Files and connections that are open.", files),
-        "process_max_fds": ("Files and connections that may be open.", most),
-    }
+def _header(name: str) -> str | None:
+    """The text of a header, whatever its bytes: Bottle's own would raise unless they are UTF-8."""
+    return request.environ.get(f"HTTP_{name.upper().replace('-', '_')}")
 
 
-def _exposition(
-    watched: dict[str, tuple[str, float]], durations: Histogram, fsyncs: Histogram
-) -> Iterator[str]:
-    """What an operator watches, in Prometheus's text format."""
-    for labelled, (text, value) in watched.items():
-        name = labelled.partition("{")[0]
-        yield f"# HELP {name} {text}"
-        yield f"# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}"
-        yield f"{labelled} {value}"
-    for name, text, histogram in (
-        ("request", "How long requests took, by path and status.", durations),
-        ("fsync", "How long the disk took to store batches.", fsyncs),
-    ):
-        name = f"bookkeep_{name}_duration_seconds"
-        yield f"# HELP {name} {text}"
-        yield f"# TYPE {name} histogram"
-        yield from histogram.exposition(name)
+def _sent(name: str) -> str | None:
+    """The text of a header, or of a parameter after the ?. Raises BadRequest."""
+    if name == "Idempotency-Key":
+        return _header(name)
+    text = request.query.getunicode(name)
+    if text is None and name in request.query:
+        raise BadRequest(f"{name} must be UTF-8, percent-encoded")
+    return text
+
+
+def _correction(content: object) -> tuple[int, str]:
+    """The booking's number and its account. Raises BadRequest."""
+    match content:
+        case {"seq": float(seq), "AccountNumber": account, **others} if not others:
+            check_sample({TARGET: account}, (TARGET,))
+            if not (seq.is_integer() and 0 <= seq <= MAX_NUMBER):
+                raise BadRequest(f"seq must be a whole number from 0 to {MAX_NUMBER}")
+            return int(seq), account
+    raise BadRequest('send {"seq": 1203, "AccountNumber": "6700"}, and nothing else')
 
 
 def _error_in_json(error: HTTPError) -> str:
@@ -4025,98 +3420,148 @@ def _error_in_json(error: HTTPError) -> str:
 
 # ----------------------------------------------------------------------------------------- Server
 
-SHORT_BODY = 1 << 10  # bytes of a question that is answered without another thread
-TURN = 0.004  # seconds of such answers, after which it looks for what else there is to do
-ROOM = 2  # times what waitress takes of one request: for all large ones that are not answered
-SLOW = 1 << 17  # bytes a second; who sends fewer, or none for a while, makes room for others
-PATIENT = 5  # seconds, that while
-FEWEST = 10  # connections, for which the system must let it open files
+STRANGERS = 1 << 16  # bytes of a body that is waited for even from somebody without the token
 GRACE = 4  # seconds that requests have to arrive, and answers to be read, when the service stops
 STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
-class Server:
-    """Waitress, which calls the app: the one place that knows its insides."""
+class Request(HTTPRequestParser):
+    """A request while it is received: a stranger's long body is not, the app answers 401."""
 
-    def __init__(self, app: Bottle, listener: socket.socket, threads: int, max_body: int) -> None:
-        """Listens, but does not answer yet. Raises OSError if it may open too few files."""
+    def __init__(self, adj: Adjustments, welcomes: Callable[[str], bool]) -> None:
+        super().__init__(adj)
+        self._welcomes = welcomes
+
+    def parse_header(self, header_plus: bytes) -> None:
+        """Reads the headers. Raises ParsingError."""
+        try:
+            super().parse_header(header_plus)
+        except ValueError as error:  # an address in brackets that is none
+            raise ParsingError(str(error)) from None
+        if self.chunked and "CONTENT_LENGTH" in self.headers:  # a proxy may believe the other one
+            raise ParsingError("send Content-Length or Transfer-Encoding, not both")
+        is_long = self.chunked or self.content_length > STRANGERS
+        if is_long and not self._welcomes(self.headers.get("AUTHORIZATION", "")):
+            self.body_rcv, self.content_length, self.expect_continue = None, 0, False
+            self.headers["CONNECTION"] = "close"
+
+
+class Server:
+    """Waitress, turn by turn: it receives what has come, then answers short questions.
+
+    Changes, questions and all else have threads of their own, so that no kind waits for another:
+    changes wait for the disk. A short question is answered by the thread that received it: to hand
+    it over takes longer than to answer it, and with 100 threads asking, new connections would wait.
+    """
+
+    def __init__(
+        self,
+        app: Bottle,
+        listener: socket.socket,
+        threads: int,
+        max_body: int,
+        welcomes: Callable[[str], bool],
+    ) -> None:
+        """Listens, but does not answer yet. `welcomes` says if an Authorization header will do."""
         _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-        # A connection takes a socket, and a file for a body of over 512 KiB.
-        most = 1000 if files == resource.RLIM_INFINITY else min(1000, files // 2 - 50)
-        if most < FEWEST:
-            raise OSError(f"let it open at least {2 * FEWEST + 100} files (ulimit -n), not {files}")
-        self._dispatcher = Dispatcher(threads)
-        self._listener = listener
+        self._short: deque[HTTPChannel] = deque()  # whose next request is a short question
         self._stopping = threading.Event()
+        self._receiver = threading.get_ident()
+        self._pools = self._changes, self._questions, self._others = [
+            ThreadedTaskDispatcher() for _ in range(3)
+        ]
+        for pool in self._pools:
+            pool.set_thread_count(threads)
         self._server = waitress.create_server(
             app,
-            _dispatcher=self._dispatcher,
+            _dispatcher=self,
             sockets=[listener],
             ident=None,
-            connection_limit=most,
+            # A connection takes a file, and another for a long body.
+            connection_limit=1000 if files < 0 else max(10, min(1000, files // 2 - 50)),
             asyncore_use_poll=True,
-            # The app refuses long bodies, in JSON; waitress refuses what is not worth receiving.
+            # The app refuses long bodies, in JSON; waitress what is not worth receiving.
             max_request_body_size=2 * max_body + (1 << 20),
         )
+
+        class Channel(HTTPChannel):
+            def parser_class(self, adj: Adjustments) -> Request:
+                return Request(adj, welcomes)
+
         self._server.channel_class = Channel
-        self.call(app)
-        self._server.pull_trigger = self._wake
-        self._server.handle_accept = partial(self._accept, self._server.handle_accept)
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # waiting for a thread is fine
 
     def call(self, app: Bottle) -> None:
         """Has this app answer what comes from now on."""
-        self._server.application = self._dispatcher.app = app
+        self._server.application = app
+
+    def add_task(self, channel: HTTPChannel) -> None:
+        """Has the channel's next request answered; waitress calls this."""
+        request = channel.requests[0]
+        if self._stopping.is_set():
+            request.headers["CONNECTION"] = "close"
+        if request.error or request.command in ("GET", "HEAD"):
+            self._others.add_task(channel)
+        elif request.path not in ("/predict", "/suggest"):
+            self._changes.add_task(channel)
+        elif self._is_short(channel, request):
+            self._short.append(channel)
+        else:
+            self._questions.add_task(channel)
+
+    def _is_short(self, channel: HTTPChannel, request: HTTPRequestParser) -> bool:
+        return (
+            request.path == "/predict"
+            and 0 < request.content_length <= 1 << 10
+            and request.body_rcv.getbuf().get().lstrip().startswith(b"{")
+            and AT_LEAST.upper().replace("-", "_") not in request.headers  # it may have to wait
+            # Before a further request, it might wait for what only this thread can send.
+            and len(channel.requests) == 1
+            and threading.get_ident() == self._receiver
+        )
 
     def answer(self, until: Future | None = None) -> bool:
-        """Answers requests until one of STOPS, then those that are under way; or until it is done.
+        """Answers requests until one of STOPS, then those under way; or until that is done.
 
         Says whether it was stopped.
         """
         on_signals(self._stop)
         if until:
-            until.add_done_callback(lambda _: self._server.trigger.pull_trigger())
+            until.add_done_callback(lambda _: self._server.pull_trigger())
         while not self._stopping.is_set():
             if until and until.done():
                 return False
             self._turn(1)
-
-        self._server.del_channel()
-        self._listener.close()
+        self._server.del_channel()  # no further connections
+        self._server.socket.close()
         self._turn(0)  # what has arrived by now is under way
-        self._server.accepting = False
-        deadline = time.monotonic() + GRACE
-        while channels := list(self._server.active_channels.values()):
-            late = time.monotonic() > deadline
+        end = time.monotonic() + GRACE
+        while channels := [*self._server.active_channels.values()]:
+            late = time.monotonic() > end
             for channel in channels:
-                if channel.is_done() or (late and not channel.is_worked_on()):
+                unread = channel.total_outbufs_len
+                idle = not (channel.requests or channel.request or unread)
+                # Whole requests are answered, however long the disk takes.
+                if idle or (late and (unread or not channel.requests)):
                     channel.handle_close()
             self._turn(0.05)
-        self._dispatcher.shutdown()
+        for pool in self._pools:
+            pool.shutdown()
         return True
 
     def _stop(self, number: int, _: object) -> None:
         logger.info("stopping on %s", signal.Signals(number).name)
         self._stopping.set()  # also if it comes before it answers for the next app
-        self._server.trigger.pull_trigger()
+        self._server.pull_trigger()
 
     def _turn(self, seconds: float) -> None:
-        seconds = 0 if self._dispatcher.short else seconds
-        self._server.full = False
+        """Waits so long for what comes, unless there are short questions, and answers some."""
+        seconds = 0 if self._short else seconds
         self._server.asyncore.loop(seconds, use_poll=True, map=self._server._map, count=1)
-        self._dispatcher.answer_short()
-
-    def _wake(self) -> None:
-        """Has the loop look again, unless it is the loop that asks: it will."""
-        if threading.get_ident() != self._dispatcher.receiver:
-            self._server.trigger.pull_trigger()
-
-    def _accept(self, accept: Callable[[], None]) -> None:
-        """Accepts all that wait: if each had to wait for a turn, many would wait for long."""
-        before = -1
-        while before != (before := len(self._server._map)) and self._server.readable():
-            accept()
+        end = time.perf_counter() + 0.004  # then it receives again
+        while self._short and time.perf_counter() < end:
+            self._short.popleft().service()
 
 
 def on_signals(handler: Callable) -> None:
@@ -4126,236 +3571,19 @@ def on_signals(handler: Callable) -> None:
             signal.signal(number, handler)
 
 
-class Logged:
-    """A task of waitress's that leaves a line in the access log: no body, query or name."""
-
-    def service(self) -> None:
-        """Answers a request."""
-        arrived = self.channel.last_activity
-        try:
-            super().service()
-        finally:
-            route = (getattr(self, "environ", None) or {}).get("bottle.route")
-            access.info(
-                "%s %s %s %s %d %.1f ms",
-                self.channel.addr[0],
-                getattr(self.request, "command", "-"),
-                _path(route.rule) if route else "-",
-                self.status[:3],
-                self.content_length or self.content_bytes_written,
-                1e3 * (time.time() - arrived),
-            )
-
-
-class AppTask(Logged, WSGITask):
-    """What the app answers."""
-
-
-class JSONErrorTask(Logged, ErrorTask):
-    """What waitress answers, in JSON, to a request that it does not hand on."""
-
-    def execute(self) -> None:
-        """Writes the answer."""
-        error = self.request.error
-        reason = f"send a shorter or a proper HTTP request ({error.reason}: {error.body})"
-        body = json.dumps({"error": reason}).encode()
-        self.status = f"{error.code} {error.reason}"
-        self.response_headers += [("Content-Type", "application/json"), *HEADERS.items()]
-        self.set_close_on_finish()
-        self.content_length = len(body)
-        self.write(body)
-
-
-class Request(HTTPRequestParser):
-    """A request while it is received: what the app refuses in any case is answered at once."""
-
-    path = ""  # until it is known
-    took = 0  # bytes of the room for large ones
-    since = 0.0  # when it took them
-
-    def __init__(self, channel: "Channel") -> None:
-        super().__init__(channel.adj)
-        self._channel: Channel | None = channel
-
-    def received(self, data: bytes) -> int:
-        """Takes what it needs of the data, and says how many bytes."""
-        consumed = super().received(data)
-        if self.headers_finished and self._channel:
-            channel, self._channel = self._channel, None  # a cycle would keep the body for long
-            lacks = self.content_length > len(data) - consumed
-            if (lacks or self.chunked or self.expect_continue) and not self.error:
-                environ = WSGITask(channel, self).get_environment()
-                if channel.server.application.refuses(environ):
-                    self._go_without_body(channel)
-        return consumed
-
-    def parse_header(self, header_plus: bytes) -> None:
-        """Reads the headers. Raises ParsingError."""
-        try:
-            super().parse_header(header_plus)
-        except ValueError as error:  # an address in brackets that is none
-            raise ParsingError(str(error)) from None
-        if "CONTENT_LENGTH" in self.headers and (
-            self.chunked or "TRANSFER_ENCODING" in self.headers
-        ):
-            raise ParsingError("send Content-Length or Transfer-Encoding, not both")
-
-    def _go_without_body(self, channel: "Channel") -> None:
-        if self.expect_continue:  # nobody knows whether the body will come
-            self.headers["CONNECTION"] = "close"
-        else:
-            channel.rest = Rest(self.adj, self.body_rcv)
-        self.body_rcv, self.content_length = None, 0
-        self.expect_continue, self.completed = False, True
-
-
-class Rest(HTTPRequestParser):
-    """The body of a request that was refused without it: it is received, and thrown away."""
-
-    path, took = "", 0
-
-    def __init__(self, adj: Adjustments, receiver: FixedStreamReceiver | ChunkedReceiver) -> None:
-        super().__init__(adj)
-        receiver.buf = deque(maxlen=0)
-        self.body_rcv = receiver
-
-    @property
-    def empty(self) -> bool:
-        """Whether it needs no answer: it does if nobody knows where the next request starts."""
-        return not self.error
-
-    def close(self) -> None:
-        """Keeps nothing."""
-
-
-class Channel(HTTPChannel):
-    """A connection of waitress's whose errors are in JSON."""
-
-    task_class = AppTask
-    error_task_class = JSONErrorTask
-    rest: Rest | None = None  # what comes next, if it is no request
-
-    def parser_class(self, _: Adjustments) -> HTTPRequestParser:
-        """What receives whatever comes next."""
-        rest, self.rest = self.rest, None
-        return rest or Request(self)
-
-    def readable(self) -> bool:
-        """Whether it is to receive: no further request once the service stops."""
-        if self.request is None:
-            return self.server.accepting and super().readable()
-        return super().readable() and self._has_room(self.request)
-
-    def is_done(self) -> bool:
-        """Whether it has neither a request nor an answer under way."""
-        return not (self.requests or self.request or self.total_outbufs_len)
-
-    def is_worked_on(self) -> bool:
-        """Whether it has a whole request whose answer has not begun."""
-        return bool(self.requests) and not self.total_outbufs_len
-
-    def _has_room(self, request: HTTPRequestParser) -> bool:
-        """Whether it is small, or has room among the large ones; if not, slow ones go."""
-        size = max(request.content_length, request.body_bytes_received)
-        if request.empty or request.took or size <= LARGE_BODY:
-            return True
-        if self.server.full:  # in this turn: to look at all for each that waits would take long
-            return False
-        most = self.adj.max_request_body_size
-        needed = request.content_length or most
-        channels = self.server.active_channels.values()
-        large = [(channel, each) for channel in channels for each in channel.all() if each.took]
-        now = time.time()  # as waitress's last_activity
-        if not large or sum(each.took for _, each in large) + needed <= ROOM * most:
-            request.took, request.since = needed, now
-            return True
-        self.server.full = True
-        for channel, each in large:
-            slow = each.body_bytes_received < SLOW * (now - each.since - PATIENT)
-            if slow or channel.last_activity < now - PATIENT:
-                channel.will_close = not channel.requests
-        return False
-
-    def all(self) -> list[HTTPRequestParser]:
-        """The requests that wait for their answers, and that which is received."""
-        return [*self.requests, *filter(None, [self.request])]
-
-
-class Dispatcher:
-    """Threads of waitress's, others for each kind of request, so that no kind waits for another.
-
-    A short question is answered by the very thread that received it: to hand it to another and
-    back takes longer than to answer it. They take turns with all else that this thread does.
-    """
-
-    app: Bottle
-
-    def __init__(self, threads: int) -> None:
-        self.receiver = threading.get_ident()
-        self.short: deque[Channel] = deque()  # whose next request is a short question
-        self._looks, self._questions, self._changes, self._forgetting = self._pools = [
-            ThreadedTaskDispatcher() for _ in range(4)
-        ]
-        for pool in self._pools:
-            pool.set_thread_count(threads if pool is not self._forgetting else 1)
-
-    def add_task(self, channel: Channel) -> None:
-        """Has the channel's next request answered."""
-        if threading.get_ident() == self.receiver and self._is_short(channel.requests[0]):
-            self.short.append(channel)
-        else:
-            self._hand_out(channel)
-
-    def _is_short(self, request: HTTPRequestParser) -> bool:
-        return (
-            not request.error
-            and request.path == "/predict"
-            and AT_LEAST.removeprefix("HTTP_") not in request.headers
-            and 0 < request.content_length <= SHORT_BODY
-            and request.body_rcv.getbuf().get().lstrip().startswith(b"{")
-        )
-
-    def answer_short(self) -> None:
-        """Answers short questions, for no longer than a turn takes."""
-        end = time.perf_counter() + TURN
-        while self.short and not self.app.is_busy() and time.perf_counter() < end:
-            channel = self.short.popleft()
-            # Before a further request, it might wait for what only this thread can send.
-            alone = len(channel.requests) == 1
-            if alone and self.app.is_quick(channel.requests[0].content_length):
-                channel.service()
-            else:
-                self._hand_out(channel)
-
-    def _hand_out(self, channel: Channel) -> None:
-        request = channel.requests[0]
-        if request.error or request.command in ("GET", "HEAD"):
-            self._looks.add_task(channel)
-        elif request.path in ("/predict", "/suggest"):
-            self._questions.add_task(channel)
-        elif request.command == "DELETE":  # one company after the other, and bookings meanwhile
-            self._forgetting.add_task(channel)
-        else:
-            self._changes.add_task(channel)
-
-    def shutdown(self) -> None:
-        """Ends the threads."""
-        for pool in self._pools:
-            pool.shutdown()
-
-
 # ----------------------------------------------------------------------------------- Command line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the service until one of STOPS, or checks a log; the exit status."""
+    """Runs the service until one of STOPS, or a command on a log; the exit status."""
     options = _options(arguments)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
-    access.disabled = not options.access_log
     try:
         on_signals(signal.default_int_handler)  # as Ctrl-C, until it serves
-        if options.command == "check":
-            return check(options.checked, options.repair)
+        if options.command:
+            from bookkeep_extra import logs
+
+            return logs.COMMANDS[options.command](options)
         serve(options)
     except (LogError, OSError) as error:
         named = isinstance(error, OSError) and error.filename
@@ -4364,14 +3592,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         logger.info("stopped before it was done")
-        return 130 if options.command == "check" else 0
+        return 130 if options.command else 0
     return 0
 
 
 def serve(options: argparse.Namespace) -> None:
     """Runs the service. Raises LogError or OSError if it cannot."""
     token = read_token(options.token_file)
-    listener = _bind(options.host, options.port)
+    listener = _listen(options.host, options.port)
     host, port = listener.getsockname()[:2]
     if not (token or options.open or ipaddress.ip_address(host).is_loopback):
         raise OSError(
@@ -4379,34 +3607,32 @@ def serve(options: argparse.Namespace) -> None:
             "--token-file, or give --open to let anybody read and teach"
         )
     log = Log(options.log)
-    server = Server(starting_app(log), listener, options.threads, options.max_body)
+    welcomes = partial(admits, token)
+    server = Server(starting_app(log), listener, options.threads, options.max_body, welcomes)
     started = time.monotonic()
+    open_books: Callable = Bookkeeper
     if options.stream:
-        sys.modules.setdefault("bookkeep", sys.modules[__name__])  # which may be "__main__"
         try:
             from bookkeep_extra import cluster
         except ImportError:
-            raise OSError("--stream needs nats-py: pip install 'bookkeep[cluster]'") from None
-
-        keeper = partial(cluster.Node, options.stream)
-    else:
-        keeper = Bookkeeper
-    reading = _in_background(partial(keeper, log, options.unsaved))
+            needed = "nats-py: pip install 'bookkeep-service[cluster]'"
+            raise OSError(f"--stream needs bookkeep_extra and {needed}") from None
+        open_books = partial(cluster.Node, options.stream)
+    reading = _in_background(partial(open_books, log, options.unsaved))
     if server.answer(reading):
         raise KeyboardInterrupt
-    bookkeeper = reading.result()
+    keeper = reading.result()
     seconds = time.monotonic() - started
     names = {"localhost", "127.0.0.1", "[::1]", options.host.lower(), *options.name}
     hosts = None if token or options.open else sorted(names)
-    app = create_app(bookkeeper, token, hosts, options.max_body, options.max_batch)
-    server.call(app)
+    server.call(create_app(keeper, token, hosts, options.max_body, options.max_batch))
     logger.info(
         "serving on http://%s:%d, log %s, %d bookings read back in %.1f s",
         *(f"[{host}]" if ":" in host else host, port),
-        *(log.path, bookkeeper.gauges()["bookings"][1], seconds),
+        *(log.path, len(keeper.books.history.rows), seconds),
     )
     server.answer()
-    bookkeeper.close()
+    keeper.close()
     logger.info("stopped")
 
 
@@ -4442,14 +3668,17 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     _add_options(parser)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    checking = commands.add_parser(
-        "check",
-        help="verify a log without serving it",
-        description="Prints a line for each problem of a log; the exit status is 0 if it has none.",
-    )
-    checking.add_argument("checked", type=Path, metavar="LOG", help="the log to verify")
-    repair = "write all its whole batches to LOG.repaired, and say what is left out"
-    checking.add_argument("--repair", action="store_true", help=repair)
+    for name, paths, says in (
+        ("check", ("LOG",), "print each problem of a log; the exit status is 0 if it has none"),
+        (
+            *("relearn", ("OLD", "NEW")),
+            "book anew what is whole of a log of any version, under its numbers, keys and "
+            "corrections; print what is left out; the exit status is 0 if nothing is",
+        ),
+    ):
+        command = commands.add_parser(name, help=says, description=says)
+        for path in paths:
+            command.add_argument(path, type=Path)
     return parser.parse_args(arguments)
 
 
@@ -4488,8 +3717,6 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     option("token-file", token, Path, metavar="FILE")
     reach = "listen without a token where other machines can reach it"
     option("open", reach, _yes_or_no, False, action="store_true")
-    lines = "write a line for each request to standard error: no body, query or name"
-    option("access-log", lines, _yes_or_no, False, action="store_true")
     threads = "requests at work at once: so many that book, so many questions, so many others"
     option("threads", threads, _whole(1, 1000), 16)
     option("max-body", "bytes in one request's body", _whole(1, 1 << 40), MAX_BODY)
@@ -4521,18 +3748,17 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    """A socket bound to the address, so that a port in use shows before the log is read."""
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket at the address, so that a port in use shows before the log is read."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family)
     except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no host name"
+        reason = getattr(error, "strerror", "it is no host name").partition(" (while")[0]
         raise OSError(f"cannot listen on {host}, port {port}: {reason}") from None
-    return listener
 
 
 if __name__ == "__main__":
+    from bookkeep import main  # what stands beside it imports this module under that name, too
+
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""The page, in a real browser."""
+"""The page: bookkeep_extra/page, served by a real service, mostly in a real browser."""
 
 import csv
 import itertools
@@ -7,21 +7,20 @@ import re
 import shutil
 from collections import Counter
 from decimal import ROUND_HALF_UP, Decimal
+from html.parser import HTMLParser
 from urllib.parse import quote
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect, sync_playwright
 
-import bookkeep
-from conftest import Service, batches_of, booking, bookings, by
+from conftest import SERVICE, Service, batches_of, booking, bookings, by
 
 CHROMIUM = shutil.which("chromium")
-
-
 IN_A_BROWSER = pytest.mark.skipif(not CHROMIUM, reason="there is no chromium, the Debian package")
 
-
+FIELDS = ("CompanyId", "BankEntryText", "BankEntryAmount")  # of the form
+CHECK = 16  # bookings that a check stands for
 HOSTILE = '<img src=x onerror="document.title=1">'
 
 
@@ -91,24 +90,80 @@ def learned(tmp_path_factory):
     service.process.wait()
 
 
-def test_the_page_allows_its_own_style_and_script_and_nothing_else(service):
-    status, headers, page = service.ask("GET", "/", kind="text/html; charset=utf-8")
+PAGE_FILES = {
+    "/": "text/html; charset=utf-8",
+    "/desk.css": "text/css; charset=utf-8",
+    "/desk.js": "text/javascript; charset=utf-8",
+}
+
+
+def test_the_page_allows_its_own_files_and_nothing_else(service):
+    status, headers, _ = service.ask("GET", "/", kind=PAGE_FILES["/"])
     assert status == 200
     policy = dict(part.split(" ", 1) for part in headers["Content-Security-Policy"].split("; "))
     assert policy == {
         "default-src": "'none'",
-        "script-src": policy["script-src"],
-        "style-src": policy["style-src"],
+        "script-src": "'self'",
+        "style-src": "'self'",
         "connect-src": "'self'",
         "img-src": "data:",
         "base-uri": "'none'",
         "form-action": "'none'",
         "frame-ancestors": "'none'",
     }
-    for kind in ("script", "style"):
-        assert re.fullmatch(r"'sha256-[A-Za-z0-9+/]{43}='", policy[f"{kind}-src"])
-    assert b"innerHTML" not in page
-    assert {*re.findall(rb"https?://[^'\"/]*", page)} == {b"http://www.w3.org"}
+
+
+class Inline(HTMLParser):
+    """What of a page is inline, and the files that it loads."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.inline, self.loaded, self.element = [], [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.element = tag
+        for name, value in attributes:
+            if name == "style" or name.startswith("on"):
+                self.inline.append((tag, name))
+            if name == "src" or (name == "href" and tag == "link"):
+                self.loaded.append(value)
+
+    def handle_data(self, data):
+        if self.element in ("script", "style") and data.strip():
+            self.inline.append((self.element, data))
+
+
+def test_inline_styles_and_scripts_are_found():
+    found = Inline("<p style='x' onclick=y>z<style>a</style><script>b</script><script src=c>")
+    assert found.inline == [("p", "style"), ("p", "onclick"), ("style", "a"), ("script", "b")]
+    assert found.loaded == ["c"]
+
+
+def test_the_page_is_three_files_with_nothing_inline(service):
+    files = {}
+    for path, kind in PAGE_FILES.items():
+        status, headers, content = service.ask("GET", path, kind=kind)
+        assert (status, headers["X-Content-Type-Options"]) == (200, "nosniff")
+        files[path] = content.decode()
+    page = Inline(files["/"])
+    assert page.inline == []
+    local = [address for address in page.loaded if not address.startswith("data:")]
+    assert local == ["desk.css", "desk.js"]
+    for content in files.values():
+        assert not re.search("innerHTML|outerHTML|insertAdjacentHTML|document.write", content)
+        assert {*re.findall("https?://[^'\"/]*", content)} <= {"http://www.w3.org"}
+
+
+def test_without_the_page_files_there_is_a_404_that_says_so_and_the_api_works(serve, tmp_path):
+    alone = shutil.copy(SERVICE, tmp_path)
+    service = serve(program=(alone,))
+    for path in PAGE_FILES:
+        status, answer = service.get(path)
+        assert (status, [*answer]) == (404, ["error"])
+        assert "bookkeep_extra/page" in answer["error"]
+    assert service.post("/sample", [booking(account="6300")])[0] == 200
+    assert service.post("/predict", booking()) == (200, ["6300"])
 
 
 @IN_A_BROWSER
@@ -137,7 +192,7 @@ def test_the_page_shows_what_metrics_say_and_keeps_up(learned, visit):
 def test_the_form_gives_suggestions_and_reasons(learned, visit):
     page = visit(learned)
     asked = bookings(1, seed=3)[0]
-    for key in bookkeep.FEATURES:
+    for key in FIELDS:
         page.fill(f"#try [name={key}]", asked[key])
     page.press("#try [name=BankEntryAmount]", "Enter")
     page.wait_for_selector("#suggestions li")
@@ -175,13 +230,13 @@ def test_how_much_can_be_booked_unseen_of_all_companies_or_of_one(learned, visit
             expect(rows.nth(row).locator("td").nth(0)).to_have_text(share)
             expect(rows.nth(row).locator("td").nth(1)).to_have_text(accuracy)
         checks = f"{levels[0]['checks']} of them checks, each of which stands for"
-        expect(part).to_contain_text(f"{checks} {bookkeep.CHECKS}.")
+        expect(part).to_contain_text(f"{checks} {CHECK}.")
         usual = min(
             (level for level in levels if level["accuracy"] is not None),
             key=lambda level: abs(level["at_least"] - 0.9),
         )
         share, accuracy, error = (shown(usual[name]) for name in ("share", "accuracy", "error"))
-        expect(page.locator("#sentence")).to_have_text(
+        expect(page.locator("#coverage-sentence")).to_have_text(
             f"If it books by itself from {usual['at_least']:.0%} confidence on: {share} of the "
             f"bookings, {accuracy} ± {error} of them right."
         )
@@ -204,19 +259,19 @@ def test_how_much_can_be_booked_unseen_of_all_companies_or_of_one(learned, visit
     told = answer["error"].capitalize() + "."
     for node in (part.get_by_role("status"), page.locator("#empty")):
         expect(node).to_have_text(told)
-    expect(page.locator("#steps")).to_be_hidden()
+    expect(page.locator("#coverage")).to_be_hidden()
     expect(page.locator("#curve")).to_be_visible()
     expect(page.locator("#state")).to_have_text("Connected")
     company.fill("")
     company.press("Tab")
-    expect(page.locator("#steps")).to_be_visible()
+    expect(page.locator("#coverage")).to_be_visible()
     shows()
 
 
 @IN_A_BROWSER
 def test_a_filter_overtakes_what_was_asked_for_before_it(learned, visit):
     page = visit(learned)
-    expect(page.locator("#steps")).to_be_visible()
+    expect(page.locator("#coverage")).to_be_visible()
     held = []
     page.route("**/overview*", lambda route: held.append(route))
     while not held:
@@ -253,18 +308,18 @@ def test_the_page_tells_what_was_booked_unseen(serve, visit):
     expect(page.locator("#list tbody tr").nth(1)).to_contain_text("B")
     page.locator("#list tbody tr").nth(1).click()
     expect(page.locator("#booked")).to_have_text("7 · unseen")
-    expect(page.locator("#steps")).to_be_visible()
+    expect(page.locator("#coverage")).to_be_visible()
     page.fill("#company", "B")
     page.press("#company", "Enter")
-    expect(page.locator("#none")).to_have_text(
+    expect(page.locator("#no-coverage")).to_have_text(
         "No prediction for this company could be compared with a person’s booking yet."
     )
     page.fill("#company", "")
     page.press("#company", "Enter")
-    expect(page.locator("#steps")).to_be_visible()
+    expect(page.locator("#coverage")).to_be_visible()
     service.post("/sample", [booking("B", BookedBy="check")])
-    expect(page.locator("#checks")).to_have_text(
-        f"100 bookings by a person, 1 of them a check, which stands for {bookkeep.CHECKS}"
+    expect(page.locator("#evidence")).to_have_text(
+        f"100 bookings by a person, 1 of them a check, which stands for {CHECK}"
     )
 
 
@@ -281,7 +336,7 @@ def test_the_page_says_what_a_confidence_rests_on(serve, visit):
         service.post("/sample", [booking(company, "rent May", account="6300", **more)])
 
     def says(company, *sentences):
-        for key, value in zip(bookkeep.FEATURES, (company, "rent May", "> -1000"), strict=True):
+        for key, value in zip(FIELDS, (company, "rent May", "> -1000"), strict=True):
             page.fill(f"#try [name={key}]", value)
         page.press("#try [name=CompanyId]", "Enter")
         expect(page.locator("#suggestions > p").nth(1)).to_have_text(" ".join(sentences))
@@ -314,14 +369,14 @@ def test_the_page_says_what_a_confidence_rests_on(serve, visit):
     says(
         *("acme", f"Of acme’s own 2 {own}, 2 were right."),
         f"Of all companies’ 17 {everybodys}, 17 were right.",
-        f"A check counts as {bookkeep.CHECKS} of these.",
+        f"A check counts as {CHECK} of these.",
     )
 
 
 @IN_A_BROWSER
 def test_of_a_new_company_and_new_words_it_says_that_nothing_is_known(learned, visit):
     page = visit(learned)
-    for key, value in zip(bookkeep.FEATURES, ("new & Co.", "unheard", "< 10"), strict=True):
+    for key, value in zip(FIELDS, ("new & Co.", "unheard", "< 10"), strict=True):
         page.fill(f"#try [name={key}]", value)
     page.click("#try button")
     told = page.locator("#suggestions > p").first
@@ -343,15 +398,15 @@ def test_what_is_hostile_stays_text(learned, visit):
     page.select_option("#order", "newest")
     page.select_option("#reviewed", "yes")
     expect(page.locator("#list tbody")).to_contain_text(HOSTILE)
-    page.click("#ask")
-    expect(page.locator("#why li").first).to_contain_text(re.compile("<|[0-9]"))
-    page.click("#other")
+    page.click("#why")
+    expect(page.locator("#explanation li").first).to_contain_text(re.compile("<|[0-9]"))
+    page.click("#change")
     expect(page.locator("#account-list")).to_contain_text(HOSTILE)
     page.keyboard.press("Escape")
     page.click("#when a")
-    expect(page.locator("#own-title")).to_have_text(HOSTILE)
-    expect(page.locator("#latest-of")).to_contain_text(HOSTILE)
-    for key in bookkeep.FEATURES:
+    expect(page.locator("#company-title")).to_have_text(HOSTILE)
+    expect(page.locator("#company-latest")).to_contain_text(HOSTILE)
+    for key in FIELDS:
         page.fill(f"#try [name={key}]", HOSTILE)
     page.click("#try button")
     expect(page.locator("#suggestions ol")).to_contain_text(HOSTILE)
@@ -374,19 +429,20 @@ def test_the_page_is_as_wide_as_the_window_in_light_and_dark(learned, visit):
     page = visit(learned)
     page.fill("#company", "wide")
     page.press("#company", "Enter")
-    expect(page.locator("#own")).to_be_visible()
-    for key, value in zip(bookkeep.FEATURES, ("W" * 100, HOSTILE, HOSTILE), strict=True):
+    expect(page.locator("#company-view")).to_be_visible()
+    for key, value in zip(FIELDS, ("W" * 100, HOSTILE, HOSTILE), strict=True):
         page.fill(f"#try [name={key}]", value)
     page.click("#try button")
     expect(page.locator("#suggestions > p").first).to_contain_text("Nothing is known")
-    page.click("#ask")
-    expect(page.locator("#why summary").first).to_contain_text(LONG_ACCOUNT)
+    page.click("#why")
+    expect(page.locator("#explanation summary").first).to_contain_text(LONG_ACCOUNT)
     for width, scheme in itertools.product((360, 800, 1400), ("light", "dark")):
         page.set_viewport_size({"width": width, "height": 800})
         page.emulate_media(color_scheme=scheme)
         assert page.evaluate("document.documentElement.scrollWidth") == width
-        for place in ("#list .whole", "#why summary .whole", "#accounts-of .whole"):
-            assert page.locator(place).first.bounding_box()["height"] < 30  # one line
+        for place in ("#list", "#explanation summary", "#company-accounts"):
+            account = page.locator(f"{place} .one-line").first
+            assert account.bounding_box()["height"] < 30
         background = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (max(map(int, re.findall("[0-9]+", background))) < 99) == (scheme == "dark")
 
@@ -408,9 +464,9 @@ def test_an_empty_service_says_what_to_do_first(serve, visit):
     assert service.post("/sample", json.loads(body))[0] == 200
     expect(page.locator("#precision")).to_have_text("1.000")
     expect(page.locator("#list tbody")).to_contain_text("Office rent May")
-    expect(page.locator("#steps")).to_be_hidden()
+    expect(page.locator("#coverage")).to_be_hidden()
     assert service.post("/sample", [booking()] * 100)[0] == 200
-    expect(page.locator("#steps")).to_be_visible()
+    expect(page.locator("#coverage")).to_be_visible()
 
 
 @IN_A_BROWSER
@@ -422,7 +478,7 @@ def test_the_page_asks_for_the_token_once(serve, visit, monkeypatch):
     page = visit(service, expected=["status of 401"])
     page.fill("#token", "wrong")
     page.press("#token", "Enter")
-    expect(page.locator("#wanted")).to_contain_text("refused")
+    expect(page.locator("#access-status")).to_contain_text("refused")
     page.fill("#token", "s3cret")
     page.press("#token", "Enter")
     expect(page.locator("#samples")).to_have_text("1")
@@ -445,10 +501,10 @@ def test_a_refresh_keeps_what_the_user_is_at(learned, visit):
     assert page.evaluate("document.activeElement.name") == "BankEntryText"
     assert page.input_value("#try [name=BankEntryText]") == "half a te"
     assert page.evaluate("scrollY") == 300
-    expect(page.locator("#fresh")).to_be_visible()
+    expect(page.locator("#reload")).to_be_visible()
     assert row.evaluate("row => row.isConnected")  # the list waits until one wants it anew
-    page.click("#fresh")
-    expect(page.locator("#fresh")).to_be_hidden()
+    page.click("#reload")
+    expect(page.locator("#reload")).to_be_hidden()
 
 
 @IN_A_BROWSER
@@ -504,7 +560,7 @@ def chosen(page):
 
 
 def says(page, text):
-    expect(page.locator("#said")).to_have_text(text)
+    expect(page.locator("#review-status")).to_have_text(text)
 
 
 @IN_A_BROWSER
@@ -565,10 +621,10 @@ def test_the_buttons_do_what_the_keys_do(desk, visit):
     fifth = chosen(page)
     page.keyboard.press("k")
     assert chosen(page) != fifth
-    page.click("#ask")
-    expect(page.locator("#why > p").first).to_contain_text("Most likely")
+    page.click("#why")
+    expect(page.locator("#explanation > p").first).to_contain_text("Most likely")
     page.click(f"[data-seq='{second}']")
-    page.click("#other")
+    page.click("#change")
     page.fill("#account", "office")  # by its name, which only the other company uses
     expect(page.locator("#account-list")).not_to_contain_text("Travel")
     page.fill("#account", "tra" if standing_of(desk, second)[0] == "7140" else "off")
@@ -613,12 +669,22 @@ def test_the_list_is_filtered_by_company_confidence_and_order(desk, visit):
     lists("reviewed=yes&order=newest")
 
 
+def downloaded(page, folder):
+    """The CSV file of the company that the page shows: its name and its rows."""
+    with page.expect_download() as download:
+        page.click("#download")
+    download.value.save_as(folder / "download.csv")
+    with open(folder / "download.csv", encoding="utf-8-sig", newline="") as file:
+        return download.value.suggested_filename, [*csv.DictReader(file)]
+
+
 @IN_A_BROWSER
 def test_a_company_has_a_view_a_csv_file_and_an_end(desk, visit, tmp_path):
     odd = [
         booking("acme", "=cmd|' /C calc'!A0", "-9875.50", "6300", AccountName="Office costs"),
         booking("acme", '+47 "x",\n@y', "> -1000", "7140", AccountName="Travel"),
     ]
+    odd = [sample | {"AccountTypeName": "Expenses"} for sample in odd]
     *_, last = range(desk.post("/sample", odd)[1]["last"] + 1)
     for seq in (last, 20):
         assert desk.post("/correct", {"seq": seq, "AccountNumber": "6300"})[0] == 200
@@ -632,19 +698,16 @@ def test_a_company_has_a_view_a_csv_file_and_an_end(desk, visit, tmp_path):
     for level in report["confidence"][2:4]:
         words = f"Could be booked unseen from {level['at_least']:.0%} confidence on"
         expect(own).to_contain_text(words + shown(level["share"]))
-    expect(page.locator("#accounts-of tbody tr")).to_have_text("6300 Office costs22–")
-    expect(page.locator("#latest-of tbody tr").first).to_contain_text("@y")
-    with page.expect_download() as download:
-        page.click("#download")
-    download.value.save_as(tmp_path / "acme.csv")
-    assert download.value.suggested_filename == "acme.csv"
-    with open(tmp_path / "acme.csv", encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
+    expect(page.locator("#company-accounts tbody tr")).to_have_text("6300 Office costs22–")
+    expect(page.locator("#company-latest tbody tr").first).to_contain_text("@y")
+    file, rows = downloaded(page, tmp_path)
+    assert file == "acme.csv"
     assert [row["Seq"] for row in rows[-2:]] == [str(last - 1), str(last)]
     assert [row["BankEntryAmount"] for row in rows[-2:]] == ["-9875.50", "> -1000"]
     assert [row["BankEntryText"] for row in rows[-2:]] == ["'=cmd|' /C calc'!A0", '\'+47 "x",\n@y']
     assert [row["AccountNumber"] for row in rows] == ["6300"] * 22
     assert rows[-1]["AccountName"] == "Office costs"  # not the name of the account it was on
+    assert [row["AccountTypeName"] for row in rows[-2:]] == ["Expenses", ""]  # nor its type
     assert Counter(row["Reviewed"] for row in rows) == {"true": 13, "false": 9}
     assert Counter(row["BookedBy"] for row in rows) == {"": 12, "person": 1, "suggestion": 9}
     page.click("#forget")
@@ -659,8 +722,39 @@ def test_a_company_has_a_view_a_csv_file_and_an_end(desk, visit, tmp_path):
     submit.click()
     says(page, "22 bookings are forgotten.")
     assert desk.get("/report/1000?company=acme")[0] == 404
-    expect(page.locator("#own")).to_be_hidden()
+    expect(page.locator("#company-view")).to_be_hidden()
     expect(page.locator("#list tbody")).not_to_contain_text("acme")
+
+
+@IN_A_BROWSER
+def test_a_csv_file_has_all_bookings_of_a_company_and_all_their_keys(serve, visit, tmp_path):
+    service = serve()
+    plain = [
+        booking(company, f"rent {n}", AccountTypeName="Costs")
+        for n in range(1200)
+        for company in ("A/B", "other")
+    ]
+    odd = {"__proto__": "p", "constructor": "c", "toString": "t", "=1+1": "f", "Seq 2": "s"}
+    for batch in (plain, [booking("A/B") | odd], plain[:2]):
+        assert service.post("/sample", batch)[0] == 200
+    assert service.post("/correct", {"seq": 4, "AccountNumber": "7140"})[0] == 200
+    assert service.post("/correct", {"seq": 4, "AccountNumber": "3115"})[0] == 200
+    page = visit(service)
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"http://127.0.0.1:{service.port}/#company=A/B")
+    expect(page.locator("#company-view")).to_be_visible()
+    file, rows = downloaded(page, tmp_path)
+    assert file == "A-B.csv"
+    assert [int(row["Seq"]) for row in rows] == [*range(0, 2401, 2), 2401]
+    assert {row["AccountNumber"] for row in rows} == {"3115"}
+    assert [row["AccountTypeName"] for row in rows] == ["Costs"] * 1200 + ["", "Costs"]
+    names = {name: f"'{name}" if name == "=1+1" else name for name in odd}
+    for key, value in odd.items():
+        values = [row[names[key]] for row in rows]
+        assert values == [""] * 1200 + [value, ""]
+    assert not any("/samples" in url for url in asked)
+    assert sum("limit=500&before=" in url for url in asked) >= 2
 
 
 @IN_A_BROWSER
@@ -699,7 +793,7 @@ def test_two_tabs_do_not_undo_each_other(desk, visit):
     desk.delete(f"/company/{quote(company)}")
     gone = chosen(other)
     other.keyboard.press("c")
-    expect(other.locator("#said")).to_contain_text("There is no booking")
+    expect(other.locator("#review-status")).to_contain_text("There is no booking")
     expect(other.locator(f"[data-seq='{gone}']")).to_have_count(0)
 
 
@@ -711,7 +805,7 @@ def test_what_the_service_refuses_is_said_in_a_sentence(desk, visit, tmp_path, s
     log = tmp_path / "log.jsonl"
     log.rename(tmp_path / "elsewhere")
     page.keyboard.press("c")
-    expect(page.locator("#said.error")).to_have_text(re.compile(r"^The log .*\.$"))
+    expect(page.locator("#review-status.error")).to_have_text(re.compile(r"^The log .*\.$"))
     (tmp_path / "elsewhere").rename(log)
     page.context.set_offline(True)
     page.keyboard.press("c")
@@ -788,9 +882,9 @@ def test_axe_finds_nothing_to_object_to_in_any_state(learned, serve, visit):
     fine(visit(serve()))
     page = visit(learned, viewport={"width": 1300, "height": 900})
     page.locator("#list [data-seq]").first.wait_for()
-    expect(page.locator("#steps tbody tr")).to_have_count(6)
+    expect(page.locator("#coverage tbody tr")).to_have_count(6)
     page.keyboard.press("w")
-    page.wait_for_selector("#why li")
+    page.wait_for_selector("#explanation li")
     page.keyboard.press("a")
     expect(page.locator("#account-list li").first).to_be_visible()
     fine(page)
@@ -803,7 +897,7 @@ def test_axe_finds_nothing_to_object_to_in_any_state(learned, serve, visit):
     page.set_viewport_size({"width": 360, "height": 800})
     page.fill("#company", "company1")
     page.press("#company", "Enter")
-    page.locator("#latest-of tbody tr").first.wait_for()
+    page.locator("#company-latest tbody tr").first.wait_for()
     fine(page)
     page.click("#forget")
     fine(page)

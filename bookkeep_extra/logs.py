@@ -1,0 +1,118 @@
+"""What can be done with a log that is not served: check it, and book it anew."""
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from bookkeep import (
+    FEATURES,
+    TARGET,
+    BadRequest,
+    Batch,
+    Books,
+    Damage,
+    Log,
+    LogError,
+    Sample,
+    check_records,
+    check_sample,
+    fsync_folder,
+    scan,
+    score_weight,
+)
+
+logger = logging.getLogger("bookkeep")
+
+
+def check(path: Path) -> int:
+    """Prints what is wrong with a log; the exit status. Raises OSError if there is none."""
+    bookings = problems = 0
+    for found in scan(path):
+        damages = [found]
+        if isinstance(found, Batch):
+            damages = [*check_records(found.records, found.line)]
+            bookings += sum("sample" in record for record in found.records)
+        for damage in damages:
+            print(f"{path}, line {damage.line}: {damage.reason}")
+        problems += len(damages)
+    said = f"{problems or 'no'} problem{'s' * (problems != 1)}"
+    print(f"{path}: {bookings} booking{'s' * (bookings != 1)} in whole batches, {said}")
+    return int(problems > 0)
+
+
+def relearn(old: Path, new: Path) -> int:
+    """Books all whole batches of a log anew, as this version does; the exit status.
+
+    Seqs, keys and corrections stay. What is left out is printed; its lines are empty in the new
+    log. Raises LogError or OSError.
+    """
+    if os.path.lexists(new):
+        raise LogError(f"{new} is there already; move it away first")
+    with open(old, "rb"):  # before anything is made for the sake of a log that is not there
+        pass
+    if os.path.exists(f"{os.path.realpath(old)}.forgetting"):
+        raise LogError(f"what {old} is to forget is still in it; start the service on it first")
+    unfinished = new.with_name(f".{new.name}.unfinished")
+    unfinished.unlink(missing_ok=True)
+    log, books, left_out = Log(unfinished), Books(), 0
+    reported = time.monotonic()
+    try:
+        for found in scan(old):
+            damages = [found]
+            if isinstance(found, Batch):
+                damages = [*_relearn_batch(found, log, books)]
+            for damage in damages:
+                print(f"{old}, line {damage.line}: {damage.reason}; left out")
+            left_out += len(damages)
+            if time.monotonic() - reported > 3:
+                reported = time.monotonic()
+                logger.info("%s: %d lines so far", new, len(log))
+        log.sync()
+        log.close()
+        os.rename(unfinished, new)
+        fsync_folder(new.absolute().parent)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    n = len(books.history.rows)
+    print(f"{new}: {n} booking{'s' * (n != 1)} learned anew")
+    return int(left_out > 0)
+
+
+def _relearn_batch(batch: Batch, log: Log, books: Books) -> Iterator[Damage]:
+    """Books a batch under its seqs and key, and says what of it is left out."""
+    first, key = batch.records[0]["seq"], batch.records[0]["batch"]
+    log.write(log.place([(None, [{}] * (first - len(log)))]), durable=False)
+    records: list[dict] = [{} for _ in batch.records]
+    bookings: dict[int, Sample] = {}  # in the batch
+    corrected = None  # a correction is a batch of its own
+    for i, record in enumerate(batch.records):
+        try:
+            if "sample" in record:
+                check_sample(record["sample"], (*FEATURES, TARGET))
+                score_weight(record["sample"])
+                bookings[i] = record["sample"]
+            elif "corrects" in record:
+                check_sample({TARGET: record[TARGET]}, (TARGET,))
+                corrected = log.record(record["corrects"])
+                if "sample" not in corrected:
+                    raise ValueError("it corrects no booking before it")
+                records[i] = books.correction(corrected, record[TARGET]) or {}
+        except (BadRequest, KeyError, TypeError, ValueError) as error:
+            yield Damage(batch.line + i, str(error))
+    drafted, rows = books.draft([*bookings.values()])
+    for i, record in zip(bookings, drafted, strict=True):
+        records[i] = record
+    [placed] = log.place([(None if isinstance(key, int) else key, records)])
+    log.write([placed], durable=False)
+    books.enter([placed.records[i] for i in bookings], rows)
+    if "corrects" in placed.records[0]:
+        books.correct([(corrected, placed.records[0])])
+
+
+COMMANDS = {
+    "check": lambda options: check(options.LOG),
+    "relearn": lambda options: relearn(options.OLD, options.NEW),
+}
