@@ -436,11 +436,9 @@ class Table:
         """Warns what became of rows that the service does not take, if there are any, and why."""
         if self._lacking:
             *needed, last = [field for field, key in FIELDS.items() if key in self._needed]
-            logger.warning(
-                f"{self.path}: rows {outcome}, as {', '.join(needed)} or {last} is empty or too "
-                f"long: {len(self._lacking):,} of {self.rows:,}, the first in line "
-                f"{self._lacking[0]}"
-            )
+            why = f"{', '.join(needed)} or {last} is empty or too long"
+            which = f"{len(self._lacking):,} of {self.rows:,}, the first in line {self._lacking[0]}"
+            logger.warning(f"{self.path}: rows {outcome}, as {why}: {which}")
 
     def writer(self, file: TextIO) -> Any:
         """A csv.writer of rows as these are."""
@@ -474,10 +472,9 @@ class Table:
             for key, names in self._joined.items()
         } | self._fixed
         if self._booked and sample.get(BOOKED_BY, "person") not in WHO:
-            raise Failed(
-                f"{self.path}, line {line}: {BOOKED_BY} must be one of {', '.join(WHO)}; if the "
-                "column says something else, give it another name"
-            )
+            wrong = f"{BOOKED_BY} must be one of {', '.join(WHO)}"
+            how = "if the column says something else, give it another name"
+            raise Failed(f"{self.path}, line {line}: {wrong}; {how}")
         if not all(0 < len(sample.get(key, "")) <= LONGEST[key] for key in self._needed):
             return None
         amount = sample["BankEntryAmount"]
@@ -659,23 +656,28 @@ def _answers(port: int) -> bool:
 
 @contextmanager
 def _progress(total: int | None, how_good: Callable[[], str]) -> Iterator[Callable[[int], None]]:
-    """A function that shows how far it is and how good, where tqdm is installed."""
-    if not tqdm:
-        yield lambda done: None
+    """A function that shows how far it is and how good: a bar in a terminal, else plain lines."""
+    if tqdm and sys.stderr.isatty():
+        with tqdm(total=total, unit=" samples", dynamic_ncols=True) as bar, logging_redirect_tqdm():
+
+            def show(done: int) -> None:
+                if bar.update(done - bar.n):  # it was time to show it again
+                    bar.set_postfix_str(how_good())
+
+            yield show
         return
-    pause = 0.1 if sys.stderr.isatty() else 2
-    with (
-        tqdm(
-            total=total, unit=" samples", dynamic_ncols=True, mininterval=pause, delay=pause
-        ) as bar,
-        logging_redirect_tqdm(),  # a warning leaves the bar whole
-    ):
 
-        def show(done: int) -> None:
-            if bar.update(done - bar.n):  # it has been shown, for the first time in this while
-                bar.set_postfix_str(how_good())
+    started = shown = time.monotonic()
 
-        yield show
+    def show(done: int) -> None:
+        nonlocal shown
+        if time.monotonic() - shown > 2:
+            shown = time.monotonic()
+            of_all = f" of {total:,}" if total else ""
+            line = f"{done:,}{of_all} samples, {done / (shown - started):,.0f}/s, {how_good()}"
+            print(line.removesuffix(", "), file=sys.stderr)
+
+    yield show
 
 
 # ------------------------------------------------------------------------------------------- Replay
