@@ -74,8 +74,6 @@ from conftest import (
     EVERY_BIN,
     HERE,
     SERVICE,
-    Service,
-    add_rows,
     answer_of,
     answers,
     assert_same,
