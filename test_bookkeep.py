@@ -1270,7 +1270,7 @@ def test_what_cannot_be_written_is_not_in_the_log_or_said_to_be_there_maybe(path
             log.append(lost)
         assert (path.read_bytes() == line) == ("ftruncate" not in names)
         if said:
-            with no_space(*names), pytest.raises(OSError, match="No space left on device$"):
+            with no_space(*names), pytest.raises(OSError, match=r"No space left on device$"):
                 log.append(lost)  # which was not written at all
         log.append([(None, [{"x": 2}])])
         with no_space(*names), pytest.raises(OSError, match="No space"):
