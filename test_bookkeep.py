@@ -412,9 +412,9 @@ def learn_all(model, bookings, sign=1):
 
 
 def said(model, documents=EACH_TOKEN, labels="1234"):
-    """All that a model says, by account, whatever the order in which it learned."""
+    """What a model says, by account, whatever the order in which it learned."""
     if not model.n_classes:
-        return None, model.n_tokens, model.weigh(documents[:4], labels[:4])
+        return model.n_tokens
     scores = model.joint_log_likelihood(documents)
     labels = [labels[i % len(labels)] for i in range(len(documents))]
     by_account = {
@@ -424,8 +424,8 @@ def said(model, documents=EACH_TOKEN, labels="1234"):
     }
     assert len(by_account) == model.n_classes
     top = [[model.names[i] for i in best] for best in model.top(scores, 3).tolist()]
-    assessed, weighed = model.assess(documents, labels), model.weigh(documents, labels)
-    return by_account, model.n_tokens, top, model.predict(documents), assessed, weighed
+    assessed = model.assess(documents, labels)
+    return model.n_tokens, by_account, top, model.predict(documents), assessed
 
 
 def formula(bookings, document, label, alpha=0.1, beta=6):
@@ -593,13 +593,14 @@ def test_a_round_has_at_most_so_many_and_spans_the_whole_batch():
 @given(LEARNED, LABELLED, st.lists(st.integers(0, 10)), st.randoms(use_true_random=False))
 @example(
     [([1], Lesson(label, 1.0)) for label in "3214"], [([1], "1"), ([2], "2")], [1], random.Random(0)
-)
+)  # of equals, it is the first by name
 def test_any_batching_and_any_order_give_the_same_bits(bookings, asked, sizes, rng):
     documents, labels = zip(*asked, strict=True)
     model = taught(bookings)
     for other in (bookings, rng.sample(bookings, len(bookings))):
         assert said(taught(other, sizes)) == said(model)
         assert said(taught(other, sizes), documents, labels) == said(model, documents, labels)
+    assert taught(bookings, sizes).weigh(documents, labels) == model.weigh(documents, labels)
     scores = model.joint_log_likelihood(documents)
     for i, document in enumerate(documents):
         [alone] = model.joint_log_likelihood([document])
@@ -675,7 +676,8 @@ def test_how_rows_are_kept_changes_no_figure(strips):
     assert 0 < dense[0] <= strips
     assert dense[1] == 0
     assert said(model, documents, labels) == said(plain, documents, labels)
-    *_, weighed = said(model, documents, labels)
+    weighed = plain.weigh(documents, labels)
+    assert model.weigh(documents, labels) == weighed
     assert len({lesson.weight for lesson in weighed}) > 50
     assert sum(len(lesson.against) for lesson in weighed) > 50
     numbers = [[each.accounts[name] for name in plain.names[:40]] for each in (model, plain)]
@@ -902,6 +904,7 @@ def test_a_history_gives_the_last_that_are_scored(bookings, n, sizes):
         del rest[:size]
 
     def assert_it_has(history, rows):
+        assert {*history.companies} == {row["company"] for row in rows}
         for company in (None, "A", "B", "C"):
             mine = [row for row in rows if company in (None, row["company"])]
             scored = [row["seq"] for row in mine if row["predicted"] and row["score_weight"]]
@@ -941,41 +944,40 @@ def test_a_history_gives_the_last_that_are_scored(bookings, n, sizes):
             st.integers(0, 1),
         ),
         max_size=30,
-    ),
-    st.sampled_from([None, "A", "C"]),
-    st.sampled_from([None, True, False]),
-    st.sampled_from([None, 0.3, 1]),
-    st.booleans(),
-    st.integers(1, 9),
-    st.sampled_from([5, 100]),
+    )
 )
-def test_pages_of_a_history_have_all_that_match_once(
-    bookings, company, reviewed, below, by_confidence, limit, most
-):
+def test_pages_of_a_history_have_all_that_match_once(bookings):
     names = ("company", "predicted", "confidence", "score_weight")
     rows = [dict(zip(names, row, strict=True), seq=3 * i) for i, row in enumerate(bookings)]
     history = History()
     add_rows(history, rows)
-    matching = [
-        row
-        for row in reversed(rows)
-        if company in (None, row["company"])
-        and reviewed in (None, bool(row["score_weight"]))
-        and (below is None or row["confidence"] < below)
-        and (row["predicted"] or not (by_confidence or below))
-    ]
-    if by_confidence:
-        matching = sorted(matching[:most], key=lambda row: row["confidence"])
-    found, before = [], None
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bookkeep, "LEAST_SURE", most)
-        while True:
-            page, before = history.page(limit, company, reviewed, below, by_confidence, before)
-            found += page.tolist()
-            assert len(page) == limit or before is None
-            if before is None:
-                break
-    assert found == [row["seq"] for row in matching]
+
+    def pages(limit, *asked):
+        page, before = history.page(limit, *asked)
+        while before is not None:
+            assert len(page) == limit
+            yield from page.tolist()
+            page, before = history.page(limit, *asked, before)
+        yield from page.tolist()
+
+    asked = itertools.product([None, "A"], [None, True, False], [None, 0.3], [False, True])
+    for company, reviewed, below, by_confidence in asked:
+        matching = [
+            row
+            for row in reversed(rows)
+            if company in (None, row["company"])
+            and reviewed in (None, bool(row["score_weight"]))
+            and (below is None or row["confidence"] < below)
+            and (row["predicted"] or not (by_confidence or below))
+        ]
+        for limit, most in ((3, 100), (1, 5)):
+            if by_confidence:
+                matching = sorted(matching, key=lambda row: -row["seq"])[:most]
+                matching = sorted(matching, key=lambda row: row["confidence"])
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(bookkeep, "LEAST_SURE", most)
+                found = [*pages(limit, company, reviewed, below, by_confidence)]
+            assert found == [row["seq"] for row in matching]
 
 
 def test_a_history_knows_who_named_an_account_last():
@@ -1000,22 +1002,25 @@ def test_a_history_knows_who_named_an_account_last():
 
 
 def test_a_history_can_be_read_while_bookings_come():
-    def add(history):
-        for seq in range(300):
-            add_rows(history, [{"seq": seq}])
+    rows = add_rows(history := History(), [{"seq": seq} for seq in range(50)])
 
-    usual = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        for _ in range(20):
-            history, found = History(), []
-            adding = threading.Thread(target=add, args=[history])
-            adding.start()
-            while adding.is_alive():
-                found.append(len(history.of("A")))
-            assert found == sorted(found)
-    finally:
-        sys.setswitchinterval(usual)
+    class Growing(History):
+        """Has one row more whenever one looks."""
+
+        rows = property(lambda self: rows[: next(size)], lambda self, _: None)
+
+    growing, size = Growing(), itertools.count(20)
+    growing.companies, growing.accounts = history.companies, history.accounts
+    account = history.rows[:1]["booked"], history.rows[:1]["named"]
+    for found in (
+        growing.of("A")["seq"],
+        growing.last(99)["seq"],
+        growing.last(99, "A")["seq"],
+        growing.at(np.arange(99))["seq"],
+        growing.page(99, "A", True, 0.9, True)[0][::-1],
+    ):
+        assert found.tolist()[:20] == [*range(20)]
+    assert growing.last_named(history.rows[:1]["company"], account[0]).tolist() == [-1]
 
 
 # -------------------------------------------------------------------------------------------- Log
@@ -1348,21 +1353,22 @@ def test_a_start_does_the_rest_of_a_forgetting_wherever_it_was_cut_short(path, c
         assert "forgot what was to be forgotten, 3 lines" in caplog.text
 
 
-def test_what_was_forgotten_is_not_forgotten_again(path, monkeypatch):
-    forgetting(path)
-    synced = []
+def test_a_log_knows_whether_a_start_would_forget_something(path, monkeypatch):
+    written(path, [[{"x": 0}], [{"x": 1}]])
     with open_log(path) as log:
-        log.append([("more", [{"x": 6}])])
-        log.start_forgetting(np.array([6]))
-        log.empty(6)
+        with monkeypatch.context() as patch, no_space("fsync"):
+            patch.setattr(bookkeep, "new_file", lambda path, durable: open(path, "wb"))
+            with pytest.raises(OSError, match="No space"):  # once the note has its name
+                log.start_forgetting(np.array([0]))
+        assert (log.forgetting, note_of(path).exists()) == (True, True)
+        log.empty(0)
+        log.sync()
         with no_space("fsync"), pytest.raises(OSError, match="No space"):
             log.finish_forgetting()
-        assert note_of(path).exists()  # as it may not be on disk yet
-        monkeypatch.setattr(os, "fsync", lambda file: synced.append(note_of(path).exists()))
+        assert log.forgetting
         log.finish_forgetting()
-        assert synced == [True, False]  # first the log, then the folder
-        log.finish_forgetting()
-    assert values(path) == [0, None, None, 3, None, 5, None]
+        assert (log.forgetting, note_of(path).exists()) == (False, False)
+    assert values(path) == [None, 1]
 
 
 def other_note(path):
@@ -1487,242 +1493,23 @@ def test_an_export_shows_each_line_whole_as_it_was_or_emptied(path):
     assert min(seen[True], seen[False]) > 20
 
 
-def test_no_line_is_read_half_emptied(path):
-    lines = written(path, [[{"x": "x" * 100_000}] for _ in range(100)])
+def test_no_line_is_read_half_emptied(path, monkeypatch):
+    [line] = written(path, [[{"x": "secret"}]])
+    found, pwrite = [], os.pwrite
     with open_log(path) as log:
-        emptying = threading.Thread(target=lambda: [*map(log.empty, range(100))])
-        emptying.start()
-        while emptying.is_alive():
-            for seq, line in enumerate(log.lines(0, 100).splitlines(keepends=True)):
-                assert line in (lines[seq], bookkeep.emptied(lines[seq]))
+        reading = threading.Thread(target=lambda: found.append(log.lines(0, 1)))
 
+        def write_half(file, content, at):
+            written = pwrite(file, content[: len(content) // 2 + 1], at)
+            if not reading.ident:
+                reading.start()
+                reading.join(0.2)  # would be time enough
+            return written
 
-# --------------------------------------------------------------------------------------- Snapshot
-
-
-UNSAVED = 100  # lines after which a snapshot is due, here
-saving = partial(bookkeeping, unsaved=UNSAVED)
-
-
-def snapshot_of(path):
-    return path.with_name(f"{path.name}.snapshot.npz")
-
-
-@contextmanager
-def read_back():
-    """How many lines a start inside reads, in parts."""
-    sizes, follow = [], Bookkeeper.follow
-
-    def counted(keeper, records):
-        sizes.append(len(records))
-        follow(keeper, records)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Bookkeeper, "follow", counted)
-        yield sizes
-
-
-@pytest.fixture
-def grown(path):
-    """Answers of a keeper of 700 bookings, some corrected and some forgotten, in a log."""
-    samples = bookings(700)
-    with saving(path) as keeper:
-        for number, batch in enumerate(batches_of(samples[:600], 70)):
-            keeper.book(batch, f"key{number}")
-        keeper.forget(samples[0]["CompanyId"])
-    with saving(path) as keeper:
-        for batch in batches_of(samples[600:], 7):
-            keeper.book(batch)
-        for seq in (690, 691, 690):
-            keeper.correct(seq, f"account{seq}")
-        settled(keeper)
-        keeper.snapshot.lines = 0  # so that there will be a new one
-        return answers(keeper)
-
-
-def test_a_snapshot_spares_reading_the_log_and_changes_nothing(path, grown, caplog):
-    caplog.clear()
-    with read_back() as sizes, saving(path) as keeper:
-        assert sizes == []
-        assert_same(keeper, grown)
-        assert_same(keeper, books_of(path))
-        # It goes on as one that has read the log does.
-        assert keeper.book(bookings(700)[:70], "key0") == range(70)
-        assert keeper.correct(690, "other") == "account690"
-        assert keeper.forget(bookings(60, seed=2)[0]["CompanyId"]) > 0
-        keeper.book(bookings(60, seed=2))
-        assert_same(keeper, books_of(path))
-    assert not caplog.records
-
-
-def test_what_came_after_a_snapshot_is_read_from_the_log(path, grown):
-    late = bookings(UNSAVED - 1, seed=3)
-    with saving(path) as keeper:
-        keeper.book(late, "late")
-        known = answers(keeper)
-    whole = path.read_bytes()
-    lines = whole.count(b"\n")
-    path.write_bytes(whole + b'{"seq": 5')  # cut off by a crash
-    with read_back() as sizes, saving(path) as keeper:
-        assert sizes == [UNSAVED - 1]
-        assert_same(keeper, known)
-        assert keeper.book(late, "late").stop == lines
-        keeper.book([booking()])
-    for place, expected in ((-2, lines), (0, 1)):  # behind what the snapshot covers, and before
-        spoilt = path.read_bytes().splitlines(keepends=True)
-        spoilt[place] = spoilt[place].replace(b'"left": ', b'"left":  ')
-        path.write_bytes(b"".join(spoilt))
-        log = Log(path)
-        with pytest.raises(LogError, match=f"line {expected}: the checksum does not fit"):
-            Bookkeeper(log)
-        log.close()
-
-
-def with_arrays(snapshot, **values):
-    """The snapshot with these arrays, and without those that are None."""
-    with np.load(snapshot) as file:
-        arrays = dict(file) | values
-    changed = BytesIO()
-    np.savez(changed, **{name: array for name, array in arrays.items() if array is not None})
-    return changed.getvalue()
-
-
-def of_another_log(snapshot):
-    other = snapshot.with_name("other")
-    with saving(other) as keeper:
-        keeper.book(bookings(150, seed=9))
-    return snapshot_of(other).read_bytes()
-
-
-HARM = {
-    "empty": (lambda snapshot: b"", "damaged"),
-    "cut": (lambda snapshot: snapshot.read_bytes()[:-100], "damaged"),
-    "a pickle": (lambda snapshot: b"\x80\x04K\x01.", "damaged"),
-    "another version": (lambda it: with_arrays(it, origin=np.zeros(3)), "another version made it"),
-    "a part missing": (lambda snapshot: with_arrays(snapshot, corrected=None), "corrected"),
-    "nonsense": (lambda snapshot: with_arrays(snapshot, keys=np.zeros(3)), "damaged"),
-    "of another log": (of_another_log, "not of this log"),
-}
-
-
-@pytest.mark.parametrize(("harm", "reason"), HARM.values(), ids=HARM)
-def test_a_snapshot_of_no_use_is_said_so_and_the_log_read(path, grown, caplog, harm, reason):
-    caplog.clear()
-    snapshot_of(path).write_bytes(harm(snapshot_of(path)))
-    with read_back() as sizes, saving(path) as keeper:
-        assert not snapshot_of(path).exists()
-        assert_same(keeper, grown)
-        assert sum(sizes) == len(keeper.log)
-    assert [reason in record.message for record in caplog.records] == [True]
-    with read_back() as sizes, saving(path) as keeper:  # it was made anew
-        assert_same(keeper, grown)
-        assert sizes == []
-
-
-def test_a_flipped_byte_in_a_snapshot_does_no_harm(path, grown):
-    whole = snapshot_of(path).read_bytes()
-    rng = random.Random(0)
-    directory = whole.index(b"PK\1\2")  # in which each name comes 13 bytes after a length
-    places = [directory + at.start() - 13 for at in re.finditer(rb"\w+\.npy", whole[directory:])]
-    assert len(places) > 15
-    for place in [*places, *(rng.randrange(len(whole)) for _ in range(9))]:
-        flipped = bytearray(whole)
-        flipped[place] ^= 1 << rng.randrange(8)
-        snapshot_of(path).write_bytes(flipped)
-        with bookkeeping(path) as keeper:  # that makes no new one
-            assert_same(keeper, grown)
-
-
-def test_a_snapshot_of_other_tokens_is_not_used(path, monkeypatch, caplog):
-    with monkeypatch.context() as patch:
-        patch.setattr(bookkeep, "amount_range", str)  # as up to version 0.3
-        with bookkeeping(path, unsaved=1) as keeper:
-            keeper.book([booking(amount="-5.00", account="1"), booking(amount="7")])
-    assert snapshot_of(path).exists()
-    with bookkeeping(path) as keeper:
-        assert "another version made it" in caplog.text
-        asked = [booking("B", "", "-3.20"), booking("B", "", "< 10")]
-        assert keeper.books.predict(asked) == ["1", "3115"]
-        assert_same(keeper, books_of(path), asked)
-
-
-def test_a_snapshot_is_made_while_the_log_grows(path):
-    with saving(path) as keeper:
-        for batch in batches_of(bookings(1030), 10):
-            keeper.book(batch)
-        settled(keeper)
-        saved = snapshot_of(path).read_bytes()
-    snapshot_of(path).write_bytes(saved)  # as if it had been killed
-    with read_back() as sizes, saving(path) as keeper:
-        assert 0 < sum(sizes) <= UNSAVED + 10
-        assert_same(keeper, books_of(path))
-
-
-@pytest.mark.parametrize(
-    "owner", [(np, "savez"), (os, "open"), (threading.Thread, "start")], ids=str
-)
-def test_a_snapshot_that_cannot_be_made_keeps_nothing_from_working(
-    path, monkeypatch, caplog, owner
-):
-    def fail(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    with saving(path) as keeper:
-        keeper.book([booking("mine")])
-        with monkeypatch.context() as patch:
-            patch.setattr(*owner, fail)
-            keeper.book(bookings(150))
-            settled(keeper)
-        assert "No space left" in caplog.text
-        assert [*path.parent.iterdir()] == [path]
-        keeper.book(bookings(150))
-        assert keeper.forget("mine") == 1
-        assert_same(keeper, books_of(path))
-    with saving(path) as keeper:
-        keeper.book(bookings(150))
-    assert snapshot_of(path).stat().st_mode & 0o777 == 0o600
-
-
-@pytest.mark.parametrize("moment", ["before", "left unfinished", "under way", "just begun"])
-def test_what_was_forgotten_is_in_no_snapshot(path, monkeypatch, moment):
-    samples = [booking(company="mine", text=f"shop{i}", account="its own") for i in range(150)]
-    let_go, checksum = threading.Event(), Log.checksum
-
-    def held(log, size):
-        assert let_go.wait(30)
-        return checksum(log, size)
-
-    def begin(make):
-        """Has a snapshot begin after forget has seen that none is under way."""
-        monkeypatch.setattr(keeper, "change", change)
-        monkeypatch.setattr(Log, "checksum", held)
-        keeper.book(samples)
-        threading.Timer(0.3, let_go.set).start()
-        return change(make)
-
-    with saving(path) as keeper:
-        change = keeper.change
-        if moment == "under way":
-            monkeypatch.setattr(Log, "checksum", held)
-            threading.Timer(0.3, let_go.set).start()
-        keeper.book(samples[:1] if moment == "just begun" else samples)
-        if moment == "just begun":
-            monkeypatch.setattr(keeper, "change", begin)
-        elif moment != "under way":
-            settled(keeper)
-            assert b"mine" in snapshot_of(path).read_bytes()
-        if moment == "left unfinished":
-            snapshot_of(path).rename(path.with_name(f".{path.name}.snapshot.npz"))
-        assert keeper.forget("mine") in (150, 151)
-        assert [*path.parent.iterdir()] == [path]
-        keeper.book(bookings(300))
-        settled(keeper)
-    with saving(path) as keeper:
-        keeper.book(bookings(300, seed=2))
-    assert snapshot_of(path).exists()
-    for file in path.parent.iterdir():
-        assert b"mine" not in file.read_bytes()
-        assert b"its own" not in file.read_bytes()
+        monkeypatch.setattr(os, "pwrite", write_half)
+        log.empty(0)
+        reading.join()
+    assert found == [bookkeep.emptied(line)]
 
 
 # ----------------------------------------------------------------------------------------- Writer
