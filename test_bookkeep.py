@@ -1512,6 +1512,234 @@ def test_no_line_is_read_half_emptied(path, monkeypatch):
     assert found == [bookkeep.emptied(line)]
 
 
+# --------------------------------------------------------------------------------------- Snapshot
+
+
+UNSAVED = 100  # lines after which a snapshot is due, here
+saving = partial(bookkeeping, unsaved=UNSAVED)
+
+
+def snapshot_of(path):
+    return path.with_name(f"{path.name}.snapshot.npz")
+
+
+@contextmanager
+def read_back():
+    """How many lines a start inside reads, in parts."""
+    sizes, follow = [], Bookkeeper.follow
+
+    def counted(keeper, records):
+        sizes.append(len(records))
+        follow(keeper, records)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Bookkeeper, "follow", counted)
+        yield sizes
+
+
+@pytest.fixture
+def grown(path):
+    """Answers of a keeper of 700 bookings, some corrected and some forgotten, in a log."""
+    samples = bookings(700)
+    with saving(path) as keeper:
+        for number, batch in enumerate(batches_of(samples[:600], 70)):
+            keeper.book(batch, f"key{number}")
+        keeper.forget(samples[0]["CompanyId"])
+    with saving(path) as keeper:
+        for batch in batches_of(samples[600:], 7):
+            keeper.book(batch)
+        for seq in (690, 691, 690):
+            keeper.correct(seq, f"account{seq}")
+        settled(keeper)
+        keeper.snapshot.lines = 0  # so that there will be a new one
+        return answers(keeper)
+
+
+def test_a_snapshot_spares_reading_the_log_and_changes_nothing(path, grown, caplog):
+    caplog.clear()
+    with read_back() as sizes, saving(path) as keeper:
+        assert sizes == []
+        assert_same(keeper, grown)
+        assert_same(keeper, books_of(path))
+        # It goes on as one that has read the log does.
+        assert keeper.book(bookings(700)[:70], "key0") == range(70)
+        assert keeper.correct(690, "other") == "account690"
+        assert keeper.forget(bookings(60, seed=2)[0]["CompanyId"]) > 0
+        keeper.book(bookings(60, seed=2))
+        assert_same(keeper, books_of(path))
+    assert not caplog.records
+
+
+def test_what_came_after_a_snapshot_is_read_from_the_log(path, grown):
+    late = bookings(UNSAVED - 1, seed=3)
+    with saving(path) as keeper:
+        keeper.book(late, "late")
+        known = answers(keeper)
+    whole = path.read_bytes()
+    lines = whole.count(b"\n")
+    path.write_bytes(whole + b'{"seq": 5')  # cut off by a crash
+    with read_back() as sizes, saving(path) as keeper:
+        assert sizes == [UNSAVED - 1]
+        assert_same(keeper, known)
+        assert keeper.book(late, "late").stop == lines
+        keeper.book([booking()])
+    for place, expected in ((-2, lines), (0, 1)):  # behind what the snapshot covers, and before
+        spoilt = path.read_bytes().splitlines(keepends=True)
+        spoilt[place] = spoilt[place].replace(b'"left": ', b'"left":  ')
+        path.write_bytes(b"".join(spoilt))
+        log = Log(path)
+        with pytest.raises(LogError, match=f"line {expected}: the checksum does not fit"):
+            Bookkeeper(log)
+        log.close()
+
+
+def with_arrays(snapshot, **values):
+    """The snapshot with these arrays, and without those that are None."""
+    with np.load(snapshot) as file:
+        arrays = dict(file) | values
+    changed = BytesIO()
+    np.savez(changed, **{name: array for name, array in arrays.items() if array is not None})
+    return changed.getvalue()
+
+
+def of_another_log(snapshot):
+    other = snapshot.with_name("other")
+    with saving(other) as keeper:
+        keeper.book(bookings(150, seed=9))
+    return snapshot_of(other).read_bytes()
+
+
+HARM = {
+    "empty": (lambda snapshot: b"", "damaged"),
+    "cut": (lambda snapshot: snapshot.read_bytes()[:-100], "damaged"),
+    "a pickle": (lambda snapshot: b"\x80\x04K\x01.", "damaged"),
+    "another version": (lambda it: with_arrays(it, origin=np.zeros(3)), "another version made it"),
+    "a part missing": (lambda snapshot: with_arrays(snapshot, corrected=None), "corrected"),
+    "nonsense": (lambda snapshot: with_arrays(snapshot, keys=np.zeros(3)), "damaged"),
+    "of another log": (of_another_log, "not of this log"),
+}
+
+
+@pytest.mark.parametrize(("harm", "reason"), HARM.values(), ids=HARM)
+def test_a_snapshot_of_no_use_is_said_so_and_the_log_read(path, grown, caplog, harm, reason):
+    caplog.clear()
+    snapshot_of(path).write_bytes(harm(snapshot_of(path)))
+    with read_back() as sizes, saving(path) as keeper:
+        assert not snapshot_of(path).exists()
+        assert_same(keeper, grown)
+        assert sum(sizes) == len(keeper.log)
+    assert [reason in record.message for record in caplog.records] == [True]
+    with read_back() as sizes, saving(path) as keeper:  # it was made anew
+        assert_same(keeper, grown)
+        assert sizes == []
+
+
+def test_a_flipped_byte_in_a_snapshot_does_no_harm(path, grown):
+    whole = snapshot_of(path).read_bytes()
+    rng = random.Random(0)
+    directory = whole.index(b"PK\1\2")  # in which each name comes 13 bytes after a length
+    places = [directory + at.start() - 13 for at in re.finditer(rb"\w+\.npy", whole[directory:])]
+    assert len(places) > 15
+    for place in [*places, *(rng.randrange(len(whole)) for _ in range(9))]:
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << rng.randrange(8)
+        snapshot_of(path).write_bytes(flipped)
+        with bookkeeping(path) as keeper:  # that makes no new one
+            assert_same(keeper, grown)
+
+
+def test_a_snapshot_of_other_tokens_is_not_used(path, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        patch.setattr(bookkeep, "amount_range", str)  # as up to version 0.3
+        with bookkeeping(path, unsaved=1) as keeper:
+            keeper.book([booking(amount="-5.00", account="1"), booking(amount="7")])
+    assert snapshot_of(path).exists()
+    with bookkeeping(path) as keeper:
+        assert "another version made it" in caplog.text
+        asked = [booking("B", "", "-3.20"), booking("B", "", "< 10")]
+        assert keeper.books.predict(asked) == ["1", "3115"]
+        assert_same(keeper, books_of(path), asked)
+
+
+def test_a_snapshot_is_made_while_the_log_grows(path):
+    with saving(path) as keeper:
+        for batch in batches_of(bookings(1030), 10):
+            keeper.book(batch)
+        settled(keeper)
+        saved = snapshot_of(path).read_bytes()
+    snapshot_of(path).write_bytes(saved)  # as if it had been killed
+    with read_back() as sizes, saving(path) as keeper:
+        assert 0 < sum(sizes) <= UNSAVED + 10
+        assert_same(keeper, books_of(path))
+
+
+@pytest.mark.parametrize(
+    "owner", [(np, "savez"), (os, "open"), (threading.Thread, "start")], ids=str
+)
+def test_a_snapshot_that_cannot_be_made_keeps_nothing_from_working(
+    path, monkeypatch, caplog, owner
+):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with saving(path) as keeper:
+        keeper.book([booking("mine")])
+        with monkeypatch.context() as patch:
+            patch.setattr(*owner, fail)
+            keeper.book(bookings(150))
+            settled(keeper)
+        assert "No space left" in caplog.text
+        assert [*path.parent.iterdir()] == [path]
+        keeper.book(bookings(150))
+        assert keeper.forget("mine") == 1
+        assert_same(keeper, books_of(path))
+    with saving(path) as keeper:
+        keeper.book(bookings(150))
+    assert snapshot_of(path).stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("moment", ["before", "left unfinished", "under way", "just begun"])
+def test_what_was_forgotten_is_in_no_snapshot(path, monkeypatch, moment):
+    samples = [booking(company="mine", text=f"shop{i}", account="its own") for i in range(150)]
+    let_go, checksum = threading.Event(), Log.checksum
+
+    def held(log, size):
+        assert let_go.wait(30)
+        return checksum(log, size)
+
+    def begin(make):
+        """Has a snapshot begin after forget has seen that none is under way."""
+        monkeypatch.setattr(keeper, "change", change)
+        monkeypatch.setattr(Log, "checksum", held)
+        keeper.book(samples)
+        threading.Timer(0.3, let_go.set).start()
+        return change(make)
+
+    with saving(path) as keeper:
+        change = keeper.change
+        if moment == "under way":
+            monkeypatch.setattr(Log, "checksum", held)
+            threading.Timer(0.3, let_go.set).start()
+        keeper.book(samples[:1] if moment == "just begun" else samples)
+        if moment == "just begun":
+            monkeypatch.setattr(keeper, "change", begin)
+        elif moment != "under way":
+            settled(keeper)
+            assert b"mine" in snapshot_of(path).read_bytes()
+        if moment == "left unfinished":
+            snapshot_of(path).rename(path.with_name(f".{path.name}.snapshot.npz"))
+        assert keeper.forget("mine") in (150, 151)
+        assert [*path.parent.iterdir()] == [path]
+        keeper.book(bookings(300))
+        settled(keeper)
+    with saving(path) as keeper:
+        keeper.book(bookings(300, seed=2))
+    assert snapshot_of(path).exists()
+    for file in path.parent.iterdir():
+        assert b"mine" not in file.read_bytes()
+        assert b"its own" not in file.read_bytes()
+
+
 # ----------------------------------------------------------------------------------------- Writer
 
 
