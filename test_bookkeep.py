@@ -1275,7 +1275,7 @@ def test_what_cannot_be_written_is_not_in_the_log_or_said_to_be_there_maybe(path
             log.append(lost)
         assert (path.read_bytes() == line) == ("ftruncate" not in names)
         if said:
-            with no_space(*names), pytest.raises(OSError, match="No space left on device$"):
+            with no_space(*names), pytest.raises(OSError, match=r"No space left on device$"):
                 log.append(lost)  # which was not written at all
         log.append([(None, [{"x": 2}])])
         with no_space(*names), pytest.raises(OSError, match="No space"):
@@ -1357,9 +1357,10 @@ def test_a_start_does_the_rest_of_a_forgetting_wherever_it_was_cut_short(path, c
 
 def test_a_log_knows_whether_a_start_would_forget_something(path, monkeypatch):
     written(path, [[{"x": 0}], [{"x": 1}]])
+    new_file = bookkeep.new_file
     with open_log(path) as log:
         with monkeypatch.context() as patch, no_space("fsync"):
-            patch.setattr(bookkeep, "new_file", lambda path, durable: open(path, "wb"))
+            patch.setattr(bookkeep, "new_file", lambda path, durable: new_file(path, False))
             with pytest.raises(OSError, match="No space"):  # once the note has its name
                 log.start_forgetting(np.array([0]))
         assert (log.forgetting, note_of(path).exists()) == (True, True)
