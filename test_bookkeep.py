@@ -374,7 +374,7 @@ def test_what_is_taken_away_leaves_its_room_to_others():
         (rng.choice([1, 2 + rng.randrange(20), 1000 + i]), rng.randrange(i // 12 + 1), i % 2, 640)
         for i in range(9000)
     ]
-    for sign in (1, -1) * 20:
+    for sign in (1, -1) * 8:
         for part in batches_of(sums, 300):
             count(counts, part, sign)
     assert len(counts.entries) < 8 * len(sums)
@@ -734,7 +734,7 @@ def add_rows(history, rows):
     st.lists(
         st.tuples(st.integers(0, 9), st.integers(0, 9), st.sampled_from([1, 1, 16])),
         min_size=1,
-        max_size=50,
+        max_size=20,
     )
 )
 def test_precision_and_recall_equal_scikit_learns(rows):
