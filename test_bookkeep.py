@@ -3721,13 +3721,14 @@ def test_a_valid_booking_is_never_refused_for_good_while_the_service_starts(serv
         posting = [threading.Thread(target=post, args=(port, number)) for number in range(6)]
         for thread in posting:
             thread.start()
-        service = serve(log=path, port=port)
+        service = serve("--threads=1", log=path, port=port)  # so that requests queue
         for thread in posting:
             thread.join()
         service.stop(signal.SIGKILL)
+        assert {*statuses} <= {200, 503}, statuses
         texts = [record["sample"]["BankEntryText"] for record in scanned(path)[3000:]]
         assert sorted(texts) == sorted(f"mine {n} {i}" for n in range(6) for i in range(5))
-    assert {*statuses} == {200, 503}, statuses
+    assert {*statuses} == {200, 503}
 
 
 def test_a_signal_stops_it_cleanly_and_a_start_knows_all(serve):
