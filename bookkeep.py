@@ -257,8 +257,8 @@ def wordings(sample: Sample, context: Sequence[str] = ()) -> list[tuple[str, str
 def words(text: str) -> list[str]:
     """The words of a text that count, at most MAX_WORDS.
 
-    "Büro  MIETE" -> büro, miete; "東京電力" -> 東京, 京電, 電力; "Amazon.co.uk*1f37" -> amazon.co.uk*1f37,
-    and, behind all others, amazon
+    "Büro  MIETE" -> büro, miete; "東京電力" -> 東京, 京電, 電力; "Uber*1f37b5qz4 May" ->
+    uber*1f37b5qz4, may, and behind all others uber
     """
     ascii_only = text.isascii()
     if not ascii_only:  # full-width letters, accents in two characters and the like
@@ -734,6 +734,24 @@ class NaiveBayes:
     has met, or, if there are none, all. A document is a list of tokens. Accounts count from 0 in
     the order in which they were first seen. Scores are exact sums of rounded numbers: the same, bit
     for bit, however many are computed at once.
+
+    The example of Manning, Raghavan and Schuetze (Introduction to Information Retrieval, table
+    13.1), whose tokens are of one kind here:
+
+    >>> chinese, beijing, shanghai, macao, tokyo, japan = range(1, 7)
+    >>> documents = [
+    ...     [chinese, beijing, chinese],
+    ...     [chinese, chinese, shanghai],
+    ...     [chinese, macao],
+    ...     [tokyo, japan, chinese],
+    ... ]
+    >>> model = NaiveBayes(alpha=1)
+    >>> model.learn(documents, [Lesson("c", 1.0)] * 3 + [Lesson("j", 1.0)])
+    >>> asked = [chinese, chinese, chinese, tokyo, japan]
+    >>> model.predict([asked])
+    ['c']
+    >>> model.joint_log_likelihood([asked]).score.round(2).tolist()
+    [-0.12, -2.03]
     """
 
     def __init__(self, alpha: float = ALPHA, beta: float = BETA) -> None:
@@ -745,7 +763,9 @@ class NaiveBayes:
         self.names: list[str] = []  # (A,) the accounts by number
         self.token_counts = Counts(self._evidence)  # N(t, a) and M(t, a)
         self.sums = np.zeros((0, 1 + len(KINDS)))  # (A and room, 1 + kinds) N(a), T_k(a)
-        self.n_classes = 0  # accounts it can predict: all that were learned but the wholly unlearned
+        self.n_classes = (
+            0  # accounts it can predict: all that were learned but the wholly unlearned
+        )
 
     @property
     def class_counts(self) -> np.ndarray:
@@ -952,7 +972,8 @@ class NaiveBayes:
         found = []
         scores = self.joint_log_likelihood(documents)
         for start, end in pairwise([*scores.start.tolist(), len(scores.score)]):
-            pairs = zip(scores.score[start:end].tolist(), scores.account[start:end].tolist())
+            each = (values[start:end].tolist() for values in (scores.score, scores.account))
+            pairs = zip(*each, strict=True)
             found.append(nsmallest(most, pairs, key=lambda pair: (-pair[0], self.names[pair[1]])))
         return found
 
@@ -979,7 +1000,7 @@ class NaiveBayes:
             ranks[scores.labelled[right]] = 1
             made += map(
                 Assessment,
-                [self.names[account] for account in best.tolist()],
+                map(self.names.__getitem__, best.tolist()),
                 [margin if margin < np.inf else None for margin in lead.round(4).tolist()],
                 [rank or None for rank in ranks.tolist()],
                 self.specificity(documents).tolist(),
@@ -1086,9 +1107,10 @@ class NaiveBayes:
         insert = partial(self.token_counts.rows.insert, changing=changing)
         found = self._look_up(documents, insert)
         assessments, scores = self._assess(found, labels)
-        for part in rounds(len(documents)):
-            taken = found.part(part)
-            if len(documents) <= ROUND and len(scores) == 1:  # they are still those of this model
+        parts = rounds(len(documents))
+        for part in parts:
+            taken = found.part(part) if len(parts) > 1 else found
+            if len(parts) == len(scores) == 1:  # they are still those of this model
                 lessons = self._weigh(scores[0], labels)
             else:
                 lessons = self.weigh(taken, labels[part])
@@ -1193,7 +1215,9 @@ class History:
         ]
     )
 
-    def __init__(self) -> None:
+    def __init__(self, target: str = TARGET) -> None:
+        """What is booked is what the samples have under `target`."""
+        self.target = target
         self.accounts = _numbers()
         self.companies = _numbers()
         self._sizes: Counter[int] = Counter()  # company -> how many bookings
@@ -1212,39 +1236,44 @@ class History:
         companies, sizes = np.unique(self.rows["company"], return_counts=True)
         self._sizes.update(dict(zip(companies.tolist(), sizes.tolist(), strict=True)))
 
-    def draft(self, records: Sequence[dict], documents: Sequence[Sequence[int]]) -> np.ndarray:
-        """(n,) rows for records of bookings, and their documents.
+    def draft(self, records: Sequence[dict]) -> np.ndarray:
+        """(n,) rows for records of bookings.
 
         What they lack is what only the log and `append` give them: a seq, what was booked, and
         numbers for new names, which are -1 here.
         """
         rows = np.zeros(len(records), dtype=self.ROW)
-        company, predicted = self.companies.get, self.accounts.get
-        rows[["company", "predicted", "confidence", "specificity", "rank", "reviewed"]] = [
+        company, predicted, ranks = (
+            self.companies.get,
+            self.accounts.get,
+            range(Calibration.RANKS + 1),
+        )
+        known = ["company", "predicted", "confidence", "specificity", "rank", "score_weight"]
+        rows[known] = [
             (
                 company(r["sample"]["CompanyId"], -1),
                 predicted(r["predicted"], -1),
                 r["confidence"] or 0,
                 r["known"],
-                in_ranks(r["rank"]),
-                "reviewed" not in r,
+                r["rank"] if r["rank"] in ranks else 0,
+                SCORE_WEIGHTS[r["sample"].get(BOOKED_BY, "person")],
             )
             for r in records
         ]
-        rows["score_weight"] = [score_weight(record["sample"]) for record in records]
-        margins = np.array([record["margin"] or 0 for record in records], dtype=np.float64)
-        rows["bin"] = Calibration.bins(margins / [len(document) for document in documents])
+        rows["reviewed"] = rows["score_weight"] > 0
+        rows["bin"] = Calibration.bins([r["margin"] or 0 for r in records])
         return rows
 
     def append(self, rows: np.ndarray, records: Sequence[dict]) -> None:
         """Adds what was drafted of records that are in the log now."""
         company, account = self.companies.__getitem__, self.accounts.__getitem__
+        named = self.target == TARGET  # else a name is not that of what is predicted
         rows[["seq", "company", "booked", "named", "predicted"]] = [
             (
                 r["seq"],
                 company(r["sample"]["CompanyId"]),
-                account(r["sample"][TARGET]),
-                account(r["sample"][TARGET]) if r["sample"].get(NAME) else -1,
+                account(r["sample"][self.target]),
+                account(r["sample"][TARGET]) if named and r["sample"].get(NAME) else -1,
                 -1 if r["predicted"] is None else account(r["predicted"]),
             )
             for r in records
@@ -1398,10 +1427,8 @@ class Calibration:
     OWN_DOUBT = 1 / 4  # of a wrong one that is added to a company's own: the best are often lucky
 
     def __init__(self) -> None:
-        self._all = np.zeros(
-            (len(SPECIFICITY), self.BINS), dtype=np.int64
-        )  # suggestions of everybody's
-        self._right = np.zeros((len(SPECIFICITY), self.BINS), dtype=np.int64)
+        # (2, specificities, BINS) suggestions of everybody's: all, and those that were right
+        self._all, self._right = np.zeros((2, len(SPECIFICITY), self.BINS), dtype=np.int64)
         self._ranks = np.zeros(self.RANKS + 1, dtype=np.int64)  # of the others' accounts, 0: beyond
         self._own = Table(2)  # of a company, a specificity or an account, a bin: all, right
         self._shares: dict[int, np.ndarray] = {}  # specificity -> (BINS,) p0, until it changes
@@ -1636,6 +1663,7 @@ class Log:
         self.path = path
         self.size = 0  # bytes of whole batches
         self.failure: str | None = None  # why the last append failed, if it did
+        self.forgetting = False  # is there a note of what is to be forgotten?
         self.fsynced: Callable[[float], object] = lambda seconds: None  # told how long each took
         self._starts = array("q")  # the byte at which each line of a whole batch starts
         self._torn = False  # may the file hold bytes beyond them?
@@ -1727,46 +1755,44 @@ class Log:
         self._cut_back()
         logger.warning("%s, line %d: %s; they are kept in %s", self.path, *end[:2], path)
 
-    def append(
-        self, batches: Sequence[tuple[str | None, Sequence[dict]]], durable: bool = True
-    ) -> list[dict]:
+    def append(self, batches: Iterable[tuple[str | None, Sequence[dict]]]) -> list[dict]:
         """Writes batches, with or without a key, with one fsync: then they are on disk.
 
         The answer is all records with their places. Raises OSError if they could not be written;
-        then the log is as it was before, unless the error says that it may not be. Batches that
-        need not be `durable` are not on disk before the next fsync.
+        then the log is as it was before, unless the error says that it may not be.
         """
         placed = self.place(batches)
-        self.write(placed, durable)
-        return [record for batch in placed for record in batch.records]
+        self.write(placed)
+        records: list[dict] = []
+        for batch in placed:
+            records += batch.records
+        return records
 
     def place(self, batches: Iterable[tuple[str | None, Sequence[dict]]]) -> list["Batch"]:
         """The batches as they would stand behind all others."""
-        placed, first = [], len(self)
+        placed, seq = [], len(self._starts)
         for key, records in batches:
-            end = first + len(records)
-            batch = first if key is None else key
-            records = [
-                {"seq": seq, "batch": batch, "left": end - seq - 1, **record}
-                for seq, record in enumerate(records, start=first)
-            ]
-            lines = [_sealed(_encode(record)[:-1].encode()) for record in records]
-            placed.append(Batch(records, lines, first + 1))
-            first = end
+            batch = Batch([], [], seq + 1)
+            name, left = seq if key is None else key, len(records)
+            for record in records:
+                left -= 1
+                batch.records.append({"seq": seq, "batch": name, "left": left, **record})
+                batch.lines.append(_sealed(_encode(batch.records[-1])[:-1].encode()))
+                seq += 1
+            placed.append(batch)
         return placed
 
     def write(self, batches: Sequence["Batch"], durable: bool = True) -> None:
-        """Writes what was placed. Raises OSError, as append does."""
+        """Writes what was placed. Raises OSError, as append does.
+
+        What need not be `durable` is not on disk before the next fsync.
+        """
         self._require_place()
         if self._torn:
             self._cut_back()
         try:
             self._torn = True
-            unwritten = memoryview(b"".join([line for batch in batches for line in batch.lines]))
-            at = self.size
-            while unwritten:
-                written = os.pwrite(self._file, unwritten, at)
-                unwritten, at = unwritten[written:], at + written
+            self._write_at(self.size, b"".join([line for batch in batches for line in batch.lines]))
             if durable:
                 started = time.perf_counter()
                 os.fsync(self._file)
@@ -1807,50 +1833,65 @@ class Log:
         return self._starts[seq] if seq < len(self) else self.size
 
     def start_forgetting(self, seqs: np.ndarray) -> None:
-        """Notes on disk that these lines are to be emptied. Raises OSError if nothing has changed.
+        """Notes on disk that these lines are to be emptied: if nothing else does, a start will.
 
-        Once it has come back, a start empties them, if nothing else does.
+        Raises OSError; then nothing has changed, unless it is `forgetting` all the same.
         """
         self._require_place()
         starts = np.append(np.array(self._starts), self.size)
         lines = np.column_stack([seqs, starts[seqs], np.diff(starts)[seqs]]).tolist()
-        with new_file(self.beside("{}.forgetting"), durable=True) as file:
-            file.write(_sealed(_encode({"lines": lines})[:-1].encode()))
+        path = self.beside("{}.forgetting")
+        try:
+            with new_file(path, durable=True) as file:
+                file.write(_sealed(_encode({"lines": lines})[:-1].encode()))
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+        self.forgetting = True
+        fsync_folder(path.parent)
 
     def empty(self, seq: int, start: int | None = None, size: int = 0) -> None:
         """Overwrites a line with its place and blanks. Raises OSError, or ValueError."""
         with self._lock:
             start = self.start(seq) if start is None else start
             size = size or self.start(seq + 1) - start
-            line = emptied(os.pread(self._file, size, start))
-            if _parse(line)["seq"] != seq:
-                raise ValueError("it is another line")
-            os.pwrite(self._file, line, start)
+            self._write_at(start, self._emptied(seq, start, size))
+
+    def _emptied(self, seq: int, start: int, size: int) -> bytes:
+        line = emptied(os.pread(self._file, size, start))
+        if _parse(line)["seq"] != seq:
+            raise ValueError("it is another line")
+        return line
+
+    def _write_at(self, start: int, content: bytes) -> None:
+        unwritten = memoryview(content)
+        while unwritten:  # a disk that is nearly full takes a part of it
+            written = os.pwrite(self._file, unwritten, start)
+            unwritten, start = unwritten[written:], start + written
 
     def sync(self) -> None:
         """Has all that was written on disk. Raises OSError."""
         os.fsync(self._file)
 
     def finish_forgetting(self) -> None:
-        """Makes sure that what was emptied is so on disk, and needs no note any more.
-
-        Raises OSError; then a start does it.
-        """
-        os.fsync(self._file)
+        """Removes the note, once the lines are emptied on disk. Raises OSError; a start does it."""
         path = self.beside("{}.forgetting")
         path.unlink(missing_ok=True)
         fsync_folder(path.parent)
+        self.forgetting = False
 
     def _end_forgetting(self) -> None:
         """Empties what a note says. Raises OSError, or LogError if the note is of another log."""
         path = self.beside("{}.forgetting")
         try:
             noted = json.loads(_unsealed(path.read_bytes()) + b"}")["lines"]
-            for seq, start, size in noted:
-                self.empty(seq, start, size)
+            for step in (self._emptied, self.empty):  # nothing is overwritten before all is seen
+                for seq, start, size in noted:
+                    step(seq, start, size)
+            self.sync()
         except FileNotFoundError:
             return
-        except ValueError as error:
+        except (KeyError, ValueError) as error:
             os.close(self._file)
             raise LogError(f"{path} is not of {self.path} ({error}); move it away") from None
         self.finish_forgetting()
@@ -1872,14 +1913,14 @@ class Log:
 
     def _keep(self, batch: "Batch") -> None:
         """Counts a whole batch that stands behind all others."""
-        first = len(self)
+        first = len(self._starts)
         with self._lock:
             for line in batch.lines:
                 self._starts.append(self.size)
                 self.size += len(line)
         key = batch.records[0]["batch"] if batch.records else None
         if isinstance(key, str):  # its sender's; from now on, another thread may find it
-            self._keys[key] = range(first, len(self))
+            self._keys[key] = range(first, len(self._starts))
             if len(self._keys) > MAX_KEYS:
                 self._keys.popitem(last=False)
 
@@ -1893,9 +1934,10 @@ class Export(io.RawIOBase):
     """Lines of a log as a file, each as it is when it is read: as it was written, or emptied."""
 
     def __init__(self, log: Log, seqs: range) -> None:
-        self._log, self._next, self._stop = log, seqs.start, min(seqs.stop, len(log))
+        self._log, self._first, self._stop = log, seqs.start, min(seqs.stop, len(log))
         self.size = max(0, log.start(self._stop) - log.start(seqs.start))  # bytes
-        self._piece, self._offset, self._at = b"", 0, 0  # read last, where that is, where it stands
+        self._at = 0  # where it stands
+        self._piece, self._start = b"", 0  # the lines from _first on, and where they start
 
     def seekable(self) -> bool:
         """It is, if not to before what was read last."""
@@ -1908,11 +1950,15 @@ class Export(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         """At most so many bytes, and at least one before the end."""
-        if self._at == self._offset + len(self._piece) and self._next < self._stop:
-            first, self._next = self._next, min(self._next + 64, self._stop)
-            self._offset, self._piece = self._at, self._log.lines(first, self._next)
-        start = self._at - self._offset
-        found = self._piece[start : None if size < 0 else start + size]
+        # A line that is begun goes on as it was. Those behind it are read as they are by now, also
+        # where they were read before: waitress skips only what it could send.
+        at = self._at - self._start
+        line = self._piece.rfind(b"\n", 0, at) + 1
+        begun = self._piece[line : self._piece.find(b"\n", line) + 1] if line < at else b""
+        self._first += self._piece.count(b"\n", 0, line)
+        self._start, at, behind = self._start + line, at - line, self._first + bool(begun)
+        self._piece = begun + self._log.lines(behind, min(behind + 64, self._stop))
+        found = self._piece[at : None if size < 0 else at + size]
         self._at += len(found)
         return found
 
@@ -2052,7 +2098,7 @@ def emptied(line: bytes) -> bytes:
 
 @contextmanager
 def new_file(path: Path, durable: bool) -> Iterator[BinaryIO]:
-    """A file that takes that path, in one step, once it is written. Raises OSError if it is not."""
+    """A file that takes that path once it is written, and on disk. Raises OSError if it is not."""
     unfinished = path.with_name(f".{path.name}")
     unfinished.unlink(missing_ok=True)  # it may be a link
     try:
@@ -2062,11 +2108,9 @@ def new_file(path: Path, durable: bool) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(unfinished, path)
-        if durable:
-            fsync_folder(path.parent)
     except BaseException:
         with suppress(OSError):
-            (unfinished if unfinished.exists() else path).unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
         raise
 
 
@@ -2304,8 +2348,10 @@ class Books:
     been, but was checked, counts for all the others that nobody looked at.
     """
 
-    def __init__(self) -> None:
-        self.model, self.calibration, self.history = NaiveBayes(), Calibration(), History()
+    def __init__(self, context: Sequence[str] = (), target: str = TARGET) -> None:
+        """`context` are keys of a sample that are features, too; `target` is the one to predict."""
+        self.context, self.target = tuple(context), target
+        self.model, self.calibration, self.history = NaiveBayes(), Calibration(), History(target)
         self.corrected: dict[int, Standing] = {}  # seq -> how it stands by now
         self.counters: Counter[str] = Counter()  # since the start, for an operator
         self.last_batch = 0  # the seq that the last batch of bookings starts with
@@ -2327,26 +2373,25 @@ class Books:
 
         If it raises, nothing is learned.
         """
-        documents = [*map(tokens, samples)]
+        documents = [*map(self.tokens, samples)]
+        labels = [sample[self.target] for sample in samples]
         records: list[dict] = [{}] * len(samples)
         seen, unseen, learned = [], [], []
         for i, sample in enumerate(samples):
             (seen if score_weight(sample) else unseen).append(i)
-
-        def chosen(numbers: list[int]) -> tuple[list[list[int]], list[str]]:
-            return [documents[i] for i in numbers], [samples[i][TARGET] for i in numbers]
-
         try:
             if unseen:
-                for i, made in zip(unseen, self.model.assess(*chosen(unseen)), strict=True):
-                    records[i] = _record(samples[i], made, reviewed=False)
-            for part, assessments, lessons in self.model.book(*chosen(seen), self.changing):
+                made = self.model.assess(_at(documents, unseen), _at(labels, unseen))
+                for i, assessment in zip(unseen, made, strict=True):
+                    records[i] = _record(samples[i], assessment, reviewed=False)
+            rounds = self.model.book(_at(documents, seen), _at(labels, seen), self.changing)
+            for part, assessments, lessons in rounds:
                 for i, made, (_, weight, against) in zip(
                     seen[part], assessments, lessons, strict=True
                 ):
                     records[i] = _record(samples[i], made, weight=weight, against=against)
                     learned.append(records[i])
-            rows = self.history.draft(records, documents)
+            rows = self.history.draft(records)
             rows["confidence"] = confidence = self.calibration.confidence(rows).round(4)
             for record, sure in zip(records, confidence.tolist(), strict=True):
                 record["confidence"] = None if record["predicted"] is None else sure
@@ -2364,28 +2409,29 @@ class Books:
             self.counters["booked"] += len(rows)
             self.counters["scored"] += int(weights.sum())
             self.counters["scored_right"] += int(weights @ (rows["booked"] == rows["predicted"]))
-            if records:
-                last = records[-1]["batch"]
-                self.last_batch = next(r["seq"] for r in records if r["batch"] == last)
+            for record in reversed(records):
+                if record["batch"] != records[-1]["batch"]:
+                    break
+                self.last_batch = record["seq"]
 
     def undo(self, records: Iterable[dict]) -> None:
         """Unlearns bookings, as they stand."""
         learned = (record for record in records if self.lesson(record).weight)
         for chunk in chunks(learned, CHUNK):
-            documents = [tokens(record["sample"]) for record in chunk]
+            documents = [self.tokens(record["sample"]) for record in chunk]
             with self.changing():
                 self.model.learn(documents, [*map(self.lesson, chunk)], sign=-1)
 
     def apply(self, records: Sequence[dict], booking_of: Callable[[dict], dict]) -> None:
         """Learns what the log says next. `booking_of` gives the booking of a correction."""
         bookings = [record for record in records if "sample" in record]
-        documents = [tokens(record["sample"]) for record in bookings]
+        documents = [self.tokens(record["sample"]) for record in bookings]
         learned = [i for i, record in enumerate(bookings) if "weight" in record]
         with self.changing():
             self.model.learn(
-                [documents[i] for i in learned], [_lesson(bookings[i]) for i in learned]
+                [documents[i] for i in learned], [self._lesson(bookings[i]) for i in learned]
             )
-        self.enter(bookings, self.history.draft(bookings, documents))
+        self.enter(bookings, self.history.draft(bookings))
         self.correct([(booking_of(record), record) for record in records if "corrects" in record])
 
     def correction(self, booking: dict, account: str) -> dict | None:
@@ -2396,29 +2442,36 @@ class Books:
         before = self.lesson(booking)
         if account == before.account and before.weight:
             return None
-        [(_, weight, against)] = self.model.weigh([tokens(booking["sample"])], [account])
-        return {"corrects": booking["seq"], TARGET: account, "weight": weight, "against": against}
+        [(_, weight, against)] = self.model.weigh([self.tokens(booking["sample"])], [account])
+        return {
+            "corrects": booking["seq"],
+            self.target: account,
+            "weight": weight,
+            "against": against,
+        }
 
     def correct(self, corrections: Sequence[tuple[dict, dict]]) -> None:
         """Unlearns bookings, and learns them as they were corrected, one after the other."""
         if not corrections:
             return
-        documents = [tokens(booking["sample"]) for booking, _ in corrections]
+        documents = [self.tokens(booking["sample"]) for booking, _ in corrections]
         before = []
         with self.changing():
             seqs = np.unique([booking["seq"] for booking, _ in corrections])
             at = self.history.find(seqs)
             self.calibration.add(self.history.rows[at], sign=-1)
             for booking, correction in corrections:
-                seq, account = booking["seq"], correction[TARGET]
+                seq, account = booking["seq"], correction[self.target]
                 before.append(self.lesson(booking))
                 lines = self.corrected[seq].lines if seq in self.corrected else []
-                self.corrected[seq] = Standing(_lesson(correction), [*lines, correction["seq"]])
-                as_sent = account == booking["sample"][TARGET]
+                self.corrected[seq] = Standing(
+                    self._lesson(correction), [*lines, correction["seq"]]
+                )
+                as_sent = account == booking["sample"][self.target]
                 self.history.correct(seq, account, in_ranks(booking["rank"] if as_sent else None))
             self.calibration.add(self.history.rows[at])
             # First what is added, so that no sum is below 0 meanwhile.
-            self.model.learn(documents, [_lesson(correction) for _, correction in corrections])
+            self.model.learn(documents, [self._lesson(correction) for _, correction in corrections])
             self.model.learn(documents, before, sign=-1)
             self.counters["corrections"] += len(corrections)
 
@@ -2433,7 +2486,16 @@ class Books:
     def lesson(self, booking: dict) -> Lesson:
         """To which account a booking is booked by now, and what it counts."""
         standing = self.corrected.get(booking.get("seq", -1))
-        return standing.lesson if standing else _lesson(booking)
+        return standing.lesson if standing else self._lesson(booking)
+
+    def _lesson(self, record: dict) -> Lesson:
+        """What a booking or a correction counts; what nobody has looked at counts 0."""
+        account = record[self.target] if "corrects" in record else record["sample"][self.target]
+        return Lesson(account, record.get("weight", 0.0), record.get("against", ()))
+
+    def tokens(self, sample: Sample) -> list[int]:
+        """The sample's tokens."""
+        return tokens(sample, self.context)
 
     def lines_of(self, company: str) -> np.ndarray:
         """(m,) the seqs of a company's bookings and corrections, in order. Raises NotFound."""
@@ -2450,11 +2512,16 @@ class Books:
     def state(self) -> Arrays:
         """All of it; arrays that are those at work."""
         parts = (self.model, self.calibration, self.history)
-        corrected = {"corrected": _packed([*self.corrected.items()])}
-        return dict(chain(*(part.state().items() for part in parts), corrected.items()))
+        own = {
+            "corrected": _packed([*self.corrected.items()]),
+            "features": _packed([self.target, *self.context]),
+        }
+        return dict(chain(*(part.state().items() for part in parts), own.items()))
 
     def restore(self, state: Arrays) -> None:
         """Takes over all of it."""
+        if _unpacked(state["features"]) != [self.target, *self.context]:
+            raise ValueError("it is of another context or target")
         for part in (self.model, self.calibration, self.history):
             part.restore(state)
         self.corrected = {
@@ -2480,14 +2547,18 @@ class Books:
         return accounts
 
     def confidences(
-        self, samples: Sequence[Sample], made: Iterable[Assessment], documents: Sequence[list[int]]
+        self, samples: Sequence[Sample], made: Iterable[Assessment]
     ) -> tuple[list[list[float]], list[dict]]:
         """(n, RANKS) how sure n suggestions are, each with those after it; what they rest on."""
         # The samples' other values may be anything.
         asked = ({"CompanyId": sample["CompanyId"]} for sample in samples)
-        rows = self.history.draft([*map(_record, asked, made)], documents)
+        rows = self.history.draft([*map(_record, asked, made)])
         sure = self.calibration.shared(self.calibration.confidence(rows))
         return sure.round(4).tolist(), self.calibration.evidence_counts(rows)
+
+
+def _at(items: Sequence[T], numbers: Iterable[int]) -> list[T]:
+    return [*map(items.__getitem__, numbers)]
 
 
 def _record(sample: Sample, assessment: Assessment, **counts: object) -> dict:
@@ -2497,13 +2568,7 @@ def _record(sample: Sample, assessment: Assessment, **counts: object) -> dict:
     return {**made, "rank": rank, "known": known, **counts}
 
 
-def _lesson(record: dict) -> Lesson:
-    """What a booking or a correction counts; what nobody has looked at counts 0."""
-    account = record[TARGET] if "corrects" in record else record["sample"][TARGET]
-    return Lesson(account, record.get("weight", 0.0), record.get("against", ()))
-
-
-def check_records(records: Sequence[dict], line: int) -> Iterator[Damage]:
+def check_records(records: Sequence[dict], line: int, target: str = TARGET) -> Iterator[Damage]:
     """A Damage for each record that this version's `draft` and `correction` could not have made.
 
     The first one is on that line.
@@ -2511,32 +2576,36 @@ def check_records(records: Sequence[dict], line: int) -> Iterator[Damage]:
     for number, record in enumerate(records, start=line):
         try:
             if "corrects" in record:
-                check_sample({TARGET: record[TARGET]}, (TARGET,))
-                if record["corrects"] not in range(record["seq"]):
+                check_sample({target: record[target]}, (target,))
+                if (
+                    type(record["corrects"]) is not int
+                    or not 0 <= record["corrects"] < record["seq"]
+                ):
                     raise ValueError("it corrects no booking before it")
                 _check_counts(record["weight"], record["against"])
             elif len(record) > len(PLACE):  # else it was emptied
-                _check_booking(record)
+                _check_booking(record, target)
         except KeyError as error:
             yield Damage(number, f"{error} is missing")
         except (AttributeError, TypeError, ValueError) as error:
             yield Damage(number, str(error))
 
 
-def _check_booking(record: dict) -> None:
+def _check_booking(record: dict, target: str) -> None:
     if "known" not in record:
         raise ValueError("a version before 0.3 wrote it")
-    check_sample(record["sample"], (*FEATURES, TARGET))
+    check_sample(record["sample"], (*FEATURES, target))
     if score_weight(record["sample"]):
         _check_counts(record["weight"], record["against"])
     elif "weight" in record or record["reviewed"] is not False:
         raise ValueError("what was booked unseen counts nothing")
     if not isinstance(record["predicted"], str | None):
         raise ValueError("predicted is no account")
-    most = {"confidence": 1, "margin": sys.float_info.max, "known": len(SPECIFICITY) - 1}
-    for name, highest in most.items():
+    for name, highest in (("confidence", 1), ("margin", sys.float_info.max)):
         if record[name] is not None and not 0 <= record[name] <= highest:
             raise ValueError(f"no prediction can have that {name}")
+    if record["known"] not in range(len(SPECIFICITY)):
+        raise ValueError("no prediction can have that known")
     if record["rank"] is not None and (type(record["rank"]) is not int or record["rank"] < 1):
         raise ValueError("no account can have that rank")
 
@@ -2569,6 +2638,10 @@ class Alone:
         """What comes of a change that appends; the writer's thread asks for it."""
         return change()
 
+    def append(self, log: Log, batches: Sequence[tuple[str | None, Sequence[dict]]]) -> list[dict]:
+        """Appends to the log, as Log.append says, behind all that others have appended."""
+        return log.append(batches)
+
     def require_ready(self) -> None:
         """Raises NotReady if nothing can be appended."""
 
@@ -2594,15 +2667,23 @@ class Bookkeeper:
     appended is unlearned, exactly.
     """
 
-    def __init__(self, log: Log, unsaved: int = UNSAVED, order: Alone | None = None) -> None:
+    def __init__(
+        self,
+        log: Log,
+        unsaved: int = UNSAVED,
+        order: Alone | None = None,
+        context: Sequence[str] = (),
+        target: str = TARGET,
+    ) -> None:
         """Learns all that is in the log. Raises LogError if that is damaged, or OSError.
 
-        A snapshot is not made for fewer than `unsaved` lines.
+        A snapshot is not made for fewer than `unsaved` lines. The books are of this context and
+        target.
         """
         self.log = log
         self.unsaved = unsaved
         self.order = order or Alone()
-        self.books = Books()
+        self.books = Books(context, target)
         self.snapshot = Snapshot(log)
         self.started = time.monotonic()
         # Lines of the log that the last snapshot was to cover; infinite if there must be none.
@@ -2646,33 +2727,30 @@ class Bookkeeper:
         """Removes lines, which the writer's thread is to ask for, as forget does."""
         with self._forgetting:
             self._end_saving()  # or the writer would have to wait for it
-            lines, forgotten = self.change(partial(self._start_forgetting, lines_of))
             try:
-                for part in chunks(lines.tolist(), 8 * CHUNK):
+                lines, forgotten = self.change(partial(self._start_forgetting, lines_of))
+                # A copy may be read meanwhile: let it have no correction without its booking.
+                for part in chunks(lines[::-1].tolist(), 8 * CHUNK):
                     self.change(partial(self._forget_part, part))
-                    self.log.sync()
                 self.log.finish_forgetting()
             except BaseException as error:
+                if not self.log.forgetting:
+                    raise
                 self.books.broken = True  # the log says less than the books, or will after a start
                 raise NotReady(f"the next start forgets the rest ({error}); {RESTART}") from None
         _digests.clear()
-        logger.info("forgot a company of %d bookings", forgotten)
+        logger.info("forgot %d lines", len(lines))
         return forgotten
 
     def change(self, make: Callable[[], T]) -> T:
         """What comes of a change, made by the writer's thread. Raises what it raises, NotReady."""
 
         def made() -> T:
-            self._require_whole()
+            if self.books.broken:
+                raise NotReady(RESTART)
             return make()
 
         return self.writer.submit(Change(Future(), made))
-
-    def follow(self, records: Sequence[dict]) -> None:
-        """Has the books learn what the log says next. Raises LogError if that makes no sense."""
-        for damage in check_records(records, records[0]["seq"] + 1):
-            raise self.log.damaged(damage)
-        self.books.apply(records, self._corrected)
 
     def booking(self, seq: int) -> dict:
         """The record of a booking. Raises NotFound, NotStored."""
@@ -2715,25 +2793,21 @@ class Bookkeeper:
 
     # What the writer's thread does
 
-    def _require_whole(self) -> None:
+    def _book(self, group: list[BookRequest]) -> None:
         if self.books.broken:
             raise NotReady(RESTART)
-
-    def _book(self, group: list[BookRequest]) -> None:
-        self._require_whole()
         self.order.in_order(partial(self._store, group))
 
     def _store(self, group: list[BookRequest]) -> None:
         """Answers requests of different keys, but those that are answered by now."""
-        group = [each for each in group if not each.done.done() and not self._is_repeated(each)]
+        group = [each for each in group if not (each.done.done() or self._is_repeated(each))]
         if not group:
             return
-        records, rows = self.books.draft([*chain.from_iterable(each.samples for each in group)])
+        records, rows = self.books.draft([sample for each in group for sample in each.samples])
         try:
             rest = iter(records)
-            records = self.log.append(
-                [(each.key, [*islice(rest, len(each.samples))]) for each in group]
-            )
+            batches = [(each.key, [*islice(rest, len(each.samples))]) for each in group]
+            records = self.order.append(self.log, batches)
         except BaseException:
             self.books.undo(records)
             raise
@@ -2745,8 +2819,6 @@ class Bookkeeper:
 
     def _is_repeated(self, request: BookRequest) -> bool:
         """Whether its key is known, or cannot be looked up; then it is answered."""
-        if request.key is None:
-            return False
         try:
             if (known := self.repeated(request.samples, request.key)) is None:
                 return False
@@ -2759,7 +2831,7 @@ class Bookkeeper:
         booking = self.booking(seq)
         before = self.books.lesson(booking).account
         if correction := self.books.correction(booking, account):
-            [correction] = self.log.append([(None, [correction])])
+            [correction] = self.order.append(self.log, [(None, [correction])])
             self.books.correct([(booking, correction)])
         return before
 
@@ -2767,8 +2839,8 @@ class Bookkeeper:
         lines = lines_of()
         self._end_saving()
         self.snapshot.discard()  # which a full disk has room for, and then for the note
-        self._saved = math.inf  # only a start drops the names of its accounts
         self.log.start_forgetting(lines)
+        self._saved = math.inf  # only a start drops the names of its accounts
         return lines, self.books.drop(lines)
 
     def _forget_part(self, seqs: list[int]) -> None:
@@ -2779,13 +2851,16 @@ class Bookkeeper:
             self.books.corrected.pop(record["seq"], None)
         for seq in seqs:
             self.log.empty(seq)
+        self.log.sync()  # by this thread: the kernel tells only one that bytes were lost
 
     def _read_back(self) -> None:
         reported = time.monotonic()
         gc.disable()  # no cycles are made, and to look for them takes a tenth of the time
         try:
             for records in chunks(self.log.read(), 4096):
-                self.follow(records)
+                for damage in check_records(records, records[0]["seq"] + 1, self.books.target):
+                    raise self.log.damaged(damage)
+                self.books.apply(records, self._corrected)
                 if time.monotonic() - reported > 3:
                     reported = time.monotonic()
                     logger.info("%s: %s read back so far", self.log.path, self.log.progress())
@@ -2807,7 +2882,7 @@ class Bookkeeper:
 
     def _restore(self, state: Arrays) -> None:
         """Takes over all that was made of the log; or nothing, if it raises."""
-        books = Books()
+        books = Books(self.books.context, self.books.target)
         books.restore(state)
         self.log.restore(state)
         self.books, self._saved = books, len(self.log)
@@ -2815,14 +2890,15 @@ class Bookkeeper:
     def _save(self) -> None:
         """Saves the state in the background, if it is time to."""
         due = max(self.unsaved, self._saved / 16)
-        saving = self._saving and self._saving.is_alive()
-        if len(self.log) - self._saved < due or saving or self.books.broken:
+        is_saving = self._saving and self._saving.is_alive()
+        if len(self.log) - self._saved < due or is_saving or self.books.broken:
             return
         self._saved = len(self.log)
         try:
             state = {name: array.copy() for name, array in self._state().items()}
-            self._saving = threading.Thread(target=self.snapshot.save, args=[state], name="saving")
-            self._saving.start()
+            saving = threading.Thread(target=self.snapshot.save, args=[state], name="saving")
+            saving.start()
+            self._saving = saving  # now another thread may join it
         except Exception as error:  # there is the log
             logger.warning("no snapshot was made: %s", error)
 
@@ -2867,14 +2943,15 @@ def suggest(
             leads = [row[0] - row[1] if len(row) > 1 else None for row in scores]
             firsts = [row[0] for row in accounts]
             made = map(Assessment, firsts, leads, repeat(None), known)
-            sure, evidence = books.confidences(chunk, made, documents)
+            sure, evidence = books.confidences(chunk, made)
             sizes = [books.history.size(sample["CompanyId"]) for sample in chunk]
             books.counters["predictions"] += len(chunk)
         for i, sample in enumerate(chunk):
             check = is_check(sample, sizes[i], len(answers))
+            says = wordings(sample, books.context) if with_reasons else []
             answer = {
                 "suggestions": [
-                    _suggestion(sample, accounts[i], scores[i], rank, sure[i][rank], terms[i])
+                    _suggestion(accounts[i], scores[i], rank, sure[i][rank], says, terms[i])
                     for rank in range(min(top, len(accounts[i])))
                 ],
                 "record": {"known": SPECIFICITY[known[i]], **evidence[i]},
@@ -2898,11 +2975,11 @@ def is_check(sample: Sample, bookings: int, place: int) -> bool:
 
 
 def _suggestion(
-    sample: Sample,
     accounts: Sequence[str],
     scores: Sequence[float],
     rank: int,
     confidence: float,
+    says: Sequence[tuple[str, str]],
     terms: np.ndarray | None,
 ) -> dict[str, object]:
     """One of k accounts, and what speaks for it over another, by the terms (k, 1 + T)."""
@@ -2913,14 +2990,14 @@ def _suggestion(
         made |= {"over": accounts[other], "margin": round(scores[rank] - scores[other], 4)}
         if terms is not None:
             prior, *weights = (terms[rank] - terms[other]).tolist()
-            reasons = {"prior": round(prior, 4), "reasons": _reasons(sample, weights)}
+            reasons = {"prior": round(prior, 4), "reasons": _reasons(says, weights)}
     return made | reasons
 
 
-def _reasons(sample: Sample, weights: list[float]) -> list[dict[str, str | float]]:
+def _reasons(says: Sequence[tuple[str, str]], weights: list[float]) -> list[dict[str, str | float]]:
     """What the sample's words weigh, the heaviest first, without those that are not known."""
     reasons: Counter[tuple[str, str]] = Counter()
-    for wording, weight in zip(wordings(sample), weights, strict=True):
+    for wording, weight in zip(says, weights, strict=True):
         reasons[wording] += weight
     return [
         {"token": token, "kind": kind, "weight": round(weight, 4)}
@@ -3037,9 +3114,10 @@ def _standing(keeper: Bookkeeper, seqs: np.ndarray) -> list[dict]:
         if row["reviewed"] and booked_by == "suggestion":
             booked_by = "person"
             sample = sample | {BOOKED_BY: booked_by}
-        before = sample[TARGET]
+        target = keeper.books.target
+        before = sample[target]
         if before != account:
-            sample = sample | {TARGET: account}
+            sample = sample | {target: account}
             sample.pop(NAME, None)  # which is the other account's
         found.append(
             {
@@ -3132,8 +3210,11 @@ TEXT: Schema = {"type": "string", "minLength": 1}
 YES_OR_NO: Schema = {"type": "string", "enum": ["yes", "no"]}
 KEY: Schema = {"type": "string", "pattern": "^[!-~]([ -~]{0,198}[!-~])?$"}
 KEY |= {"title": "1 to 200 printable ASCII characters"}
-PAGE_END: Schema = {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?(e-[0-9]+)?:[0-9]{1,18}$"}
-PAGE_END |= {"title": "what the page before says is `next`", "maxLength": 40}
+PAGE_END: Schema = {
+    "type": "string",
+    "pattern": r"^[0-9]{1,20}(\.[0-9]{1,20})?(e-[0-9]{1,3})?:[0-9]{1,18}$",
+    "title": "what the page before says is `next`",
+}
 
 
 def takes(schemas: dict[str, Schema] | None = None, body: Callable | None = None) -> Callable:
@@ -3193,6 +3274,10 @@ def create_app(
     app = Bottle()
     app.install(partial(_answering, keeper, max_body, threading.Lock()))
     app.default_error_handler = _error_in_json
+    if EXTRA.exists():  # without it, there are no figures for Prometheus
+        from bookkeep_extra import prometheus
+
+        prometheus.watch(app, keeper)  # before authorize: a refusal takes time, too
     pages = {path.name: path.read_text() for path in (EXTRA / "page").glob("*")}
     booked = partial(check_samples, booked=True, most=max_batch)
     asked = partial(check_samples, booked=False, most=max_batch)
@@ -3343,10 +3428,6 @@ def create_app(
     ):
         app.get(path, callback=takes()(partial(page, name, media)))
 
-    if EXTRA.exists():  # without it, there are no figures for Prometheus
-        from bookkeep_extra import prometheus
-
-        prometheus.watch(app, keeper)
     paths = " ".join(dict.fromkeys(map(described_path, app.routes)))
 
     @app.error(404)
@@ -3399,7 +3480,7 @@ def _answering(
             raise HTTPError(415, "send JSON, with the header Content-Type: application/json")
         if request.content_length > max_body:
             raise HTTPError(413, f"send at most {max_body} bytes in one request")
-        if (total := request.get_header(AT_LEAST)) is not None:
+        if (total := _header(AT_LEAST)) is not None:
             keeper.order.require_lines(keeper.log, value_of(AT_LEAST, WHOLE_NUMBER, total))
         values = [
             value_of(name, schema, in_path.get(name) or _sent(name))
@@ -3433,10 +3514,15 @@ def _answering(
     return answer
 
 
+def _header(name: str) -> str | None:
+    """The text of a header, whatever its bytes: Bottle's own would raise unless they are UTF-8."""
+    return request.environ.get(f"HTTP_{name.upper().replace('-', '_')}")
+
+
 def _sent(name: str) -> str | None:
     """The text of a header, or of a parameter after the ?. Raises BadRequest."""
     if name == "Idempotency-Key":
-        return request.get_header(name)
+        return _header(name)
     text = request.query.getunicode(name)
     if text is None and name in request.query:
         raise BadRequest(f"{name} must be UTF-8, percent-encoded")
@@ -3461,9 +3547,7 @@ def _error_in_json(error: HTTPError) -> str:
 
 # ----------------------------------------------------------------------------------------- Server
 
-SHORT_BODY = 1 << 10  # bytes of a question that the receiving thread answers itself
 STRANGERS = 1 << 16  # bytes of a body that is waited for even from somebody without the token
-TURN = 0.004  # seconds of such answers, before it receives what else has come
 GRACE = 4  # seconds that requests have to arrive, and answers to be read, when the service stops
 STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
@@ -3489,62 +3573,13 @@ class Request(HTTPRequestParser):
             self.headers["CONNECTION"] = "close"
 
 
-class Dispatcher:
-    """Gives each request to a thread: questions, changes and all else have threads of their own.
-
-    So no kind waits for another: changes wait for the disk. A short question is answered by the
-    thread that received it, once it has received all that has come: to hand it over takes longer
-    than to answer it, and with 100 threads asking, new connections would wait.
-    """
-
-    def __init__(self, threads: int) -> None:
-        self.short: deque[HTTPChannel] = deque()  # whose next request is a short question
-        self.stopping = False
-        self._receiver = threading.get_ident()
-        self._pools = [ThreadedTaskDispatcher() for _ in range(3)]
-        for pool in self._pools:
-            pool.set_thread_count(threads)
-
-    def add_task(self, channel: HTTPChannel) -> None:
-        """Has the channel's next request answered."""
-        request = channel.requests[0]
-        questions, changes, others = self._pools
-        if self.stopping:
-            request.headers["CONNECTION"] = "close"
-        if request.error or request.command in ("GET", "HEAD"):
-            others.add_task(channel)
-        elif request.path not in ("/predict", "/suggest"):
-            changes.add_task(channel)
-        elif self._is_short(channel, request):
-            self.short.append(channel)
-        else:
-            questions.add_task(channel)
-
-    def _is_short(self, channel: HTTPChannel, request: HTTPRequestParser) -> bool:
-        return (
-            request.path == "/predict"
-            and 0 < request.content_length <= SHORT_BODY
-            and request.body_rcv.getbuf().get().lstrip().startswith(b"{")
-            and AT_LEAST.upper().replace("-", "_") not in request.headers  # it may have to wait
-            # Before a further request, it might wait for what only this thread can send.
-            and len(channel.requests) == 1
-            and threading.get_ident() == self._receiver
-        )
-
-    def answer_short(self) -> None:
-        """Answers short questions for a moment."""
-        end = time.perf_counter() + TURN
-        while self.short and time.perf_counter() < end:
-            self.short.popleft().service()
-
-    def shutdown(self) -> None:
-        """Ends the threads."""
-        for pool in self._pools:
-            pool.shutdown()
-
-
 class Server:
-    """Waitress, turn by turn: it receives what has come, then answers short questions."""
+    """Waitress, turn by turn: it receives what has come, then answers short questions.
+
+    Changes, questions and all else have threads of their own, so that no kind waits for another:
+    changes wait for the disk. A short question is answered by the thread that received it: to hand
+    it over takes longer than to answer it, and with 100 threads asking, new connections would wait.
+    """
 
     def __init__(
         self,
@@ -3557,16 +3592,17 @@ class Server:
         """Listens, but does not answer yet. `welcomes` says if an Authorization header will do."""
         _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-
-        class Channel(HTTPChannel):
-            def parser_class(self, adj: Adjustments) -> Request:
-                return Request(adj, welcomes)
-
-        self._dispatcher = Dispatcher(threads)
+        self._short: deque[HTTPChannel] = deque()  # whose next request is a short question
         self._stopping = threading.Event()
+        self._receiver = threading.get_ident()
+        self._pools = self._changes, self._questions, self._others = [
+            ThreadedTaskDispatcher() for _ in range(3)
+        ]
+        for pool in self._pools:
+            pool.set_thread_count(threads)
         self._server = waitress.create_server(
             app,
-            _dispatcher=self._dispatcher,
+            _dispatcher=self,
             sockets=[listener],
             ident=None,
             # A connection takes a file, and another for a long body.
@@ -3575,12 +3611,42 @@ class Server:
             # The app refuses long bodies, in JSON; waitress what is not worth receiving.
             max_request_body_size=2 * max_body + (1 << 20),
         )
+
+        class Channel(HTTPChannel):
+            def parser_class(self, adj: Adjustments) -> Request:
+                return Request(adj, welcomes)
+
         self._server.channel_class = Channel
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # waiting for a thread is fine
 
     def call(self, app: Bottle) -> None:
         """Has this app answer what comes from now on."""
         self._server.application = app
+
+    def add_task(self, channel: HTTPChannel) -> None:
+        """Has the channel's next request answered; waitress calls this."""
+        request = channel.requests[0]
+        if self._stopping.is_set():
+            request.headers["CONNECTION"] = "close"
+        if request.error or request.command in ("GET", "HEAD"):
+            self._others.add_task(channel)
+        elif request.path not in ("/predict", "/suggest"):
+            self._changes.add_task(channel)
+        elif self._is_short(channel, request):
+            self._short.append(channel)
+        else:
+            self._questions.add_task(channel)
+
+    def _is_short(self, channel: HTTPChannel, request: HTTPRequestParser) -> bool:
+        return (
+            request.path == "/predict"
+            and 0 < request.content_length <= 1 << 10
+            and request.body_rcv.getbuf().get().lstrip().startswith(b"{")
+            and AT_LEAST.upper().replace("-", "_") not in request.headers  # it may have to wait
+            # Before a further request, it might wait for what only this thread can send.
+            and len(channel.requests) == 1
+            and threading.get_ident() == self._receiver
+        )
 
     def answer(self, until: Future | None = None) -> bool:
         """Answers requests until one of STOPS, then those under way; or until that is done.
@@ -3593,10 +3659,9 @@ class Server:
         while not self._stopping.is_set():
             if until and until.done():
                 return False
-            self._turn(0 if self._dispatcher.short else 1)
+            self._turn(1)
         self._server.del_channel()  # no further connections
         self._server.socket.close()
-        self._dispatcher.stopping = True
         self._turn(0)  # what has arrived by now is under way
         end = time.monotonic() + GRACE
         while channels := [*self._server.active_channels.values()]:
@@ -3607,8 +3672,9 @@ class Server:
                 # Whole requests are answered, however long the disk takes.
                 if idle or (late and (unread or not channel.requests)):
                     channel.handle_close()
-            self._turn(0 if self._dispatcher.short else 0.05)
-        self._dispatcher.shutdown()
+            self._turn(0.05)
+        for pool in self._pools:
+            pool.shutdown()
         return True
 
     def _stop(self, number: int, _: object) -> None:
@@ -3617,8 +3683,12 @@ class Server:
         self._server.pull_trigger()
 
     def _turn(self, seconds: float) -> None:
+        """Waits so long for what comes, unless there are short questions, and answers some."""
+        seconds = 0 if self._short else seconds
         self._server.asyncore.loop(seconds, use_poll=True, map=self._server._map, count=1)
-        self._dispatcher.answer_short()
+        end = time.perf_counter() + 0.004  # then it receives again
+        while self._short and time.perf_counter() < end:
+            self._short.popleft().service()
 
 
 def on_signals(handler: Callable) -> None:
@@ -3637,12 +3707,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     try:
         on_signals(signal.default_int_handler)  # as Ctrl-C, until it serves
-        if options.command == "check":
-            return check(options.checked)
-        if options.command == "relearn":
-            from bookkeep_extra.relearn import relearn
-
-            return relearn(options.old, options.new)
+        if options.command:
+            try:
+                from bookkeep_extra import logs
+            except ImportError:
+                raise OSError("check and relearn need bookkeep_extra beside bookkeep.py") from None
+            return logs.COMMANDS[options.command](options)
         serve(options)
     except (LogError, OSError) as error:
         named = isinstance(error, OSError) and error.filename
@@ -3658,7 +3728,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def serve(options: argparse.Namespace) -> None:
     """Runs the service. Raises LogError or OSError if it cannot."""
     token = read_token(options.token_file)
-    listener = _bind(options.host, options.port)
+    listener = _listen(options.host, options.port)
     host, port = listener.getsockname()[:2]
     if not (token or options.open or ipaddress.ip_address(host).is_loopback):
         raise OSError(
@@ -3709,22 +3779,6 @@ def _in_background(work: Callable[[], T]) -> "Future[T]":
     return future
 
 
-def check(path: Path) -> int:
-    """Prints what is wrong with a log; the exit status. Raises OSError if there is none."""
-    bookings = problems = 0
-    for found in scan(path):
-        damages = [found]
-        if isinstance(found, Batch):
-            damages = [*check_records(found.records, found.line)]
-            bookings += sum("sample" in record for record in found.records)
-        for damage in damages:
-            print(f"{path}, line {damage.line}: {damage.reason}")
-        problems += len(damages)
-    said = f"{problems or 'no'} problem{'s' * (problems != 1)}"
-    print(f"{path}: {bookings} booking{'s' * (bookings != 1)} in whole batches, {said}")
-    return int(problems > 0)
-
-
 def read_token(file: Path | None) -> str | None:
     """The token in the file, or else in BOOKKEEP_TOKEN. Raises OSError if it cannot be one."""
     if file is None and "BOOKKEEP_TOKEN" not in os.environ:
@@ -3743,21 +3797,17 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     _add_options(parser)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    checking = commands.add_parser(
-        "check",
-        help="verify a log without serving it",
-        description="Prints a line for each problem of a log; the exit status is 0 if it has none.",
-    )
-    checking.add_argument("checked", type=Path, metavar="LOG", help="the log to verify")
-    relearning = commands.add_parser(
-        "relearn",
-        help="book a log anew: to upgrade, or to keep what is whole of a damaged one",
-        description="Books all whole batches of a log anew, under their numbers, keys and "
-        "corrections, with this version's model. Prints what is left out; the exit status is 0 if "
-        "nothing is. The old log stays as it is.",
-    )
-    relearning.add_argument("old", type=Path, metavar="OLD", help="the log to read, of any version")
-    relearning.add_argument("new", type=Path, metavar="NEW", help="the log to write")
+    for name, paths, says in (
+        ("check", ("LOG",), "print each problem of a log; the exit status is 0 if it has none"),
+        (
+            *("relearn", ("OLD", "NEW")),
+            "book anew what is whole of a log of any version, under its numbers, keys and "
+            "corrections; print what is left out; the exit status is 0 if nothing is",
+        ),
+    ):
+        command = commands.add_parser(name, help=says, description=says)
+        for path in paths:
+            command.add_argument(path, type=Path)
     return parser.parse_args(arguments)
 
 
@@ -3827,17 +3877,14 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    """A socket bound to the address, so that a port in use shows before the log is read."""
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket at the address, so that a port in use shows before the log is read."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family)
     except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no host name"
+        reason = getattr(error, "strerror", "it is no host name").partition(" (while")[0]
         raise OSError(f"cannot listen on {host}, port {port}: {reason}") from None
-    return listener
 
 
 if __name__ == "__main__":

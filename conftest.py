@@ -1,9 +1,7 @@
-"""The tests, in the order of bookkeep.py's sections, then replay.py, the synthetic data, bench.py.
+"""What several files of tests use: builders, fixtures, and what to compare.
 
-What several sections use stands first.
-
-What is said of processes, signals and disks is tried on real ones. Oracles: scikit-learn for the
-model and the metrics.
+`books` are in memory, `keeper` has a log on disk, `service` is a real process. assert_same(a, b)
+says that two books, or keepers, are the same: that is what "as if it had never been" means.
 """
 
 import json
@@ -16,6 +14,8 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -25,23 +25,28 @@ import pytest
 from hypothesis import settings
 from sklearn.isotonic import IsotonicRegression
 
-import bookkeep
 import replay
 from bookkeep import (
-    GRAIN,
+    CHUNK,
+    SPECIFICITY,
+    UNSAVED,
+    Batch,
     Bookkeeper,
-    Copy,
+    Books,
+    Calibration,
     History,
-    Lesson,
     Log,
-    NaiveBayes,
+    NotReady,
+    chunks,
     precision_recall,
+    report,
     scan,
+    suggest,
     tokens,
 )
 
-settings.register_profile("untimed", deadline=None)  # speed is the benchmark's matter
-settings.load_profile("untimed")
+settings.register_profile("quick", max_examples=50, deadline=None)
+settings.load_profile("quick")
 
 HERE = Path(__file__).parent
 SERVICE = HERE / "bookkeep.py"
@@ -80,16 +85,6 @@ def bookings(n, seed=0):
     ]
 
 
-def parse_samples(body, **options):
-    return bookkeep.check_samples(bookkeep.parse_json(body), **options)
-
-
-def suggested_by(bookkeeper, sample, top, place=0, book_from=None):
-    """What is suggested for a sample in that place of a request."""
-    [answer] = bookkeeper._suggest([sample], place, top, book_from, True)
-    return answer
-
-
 def wait_until(condition):
     """Returns once it holds; fails if it does not within 30 seconds."""
     end = time.monotonic() + 30
@@ -102,56 +97,33 @@ def batches_of(samples, size):
     return [samples[i : i + size] for i in range(0, len(samples), size)]
 
 
-KIND = 1 << bookkeep.KIND_SHIFT
-
-
-def taught(bookings, chunks=(), **constants):
-    """A model that has learned these (document, lesson), in chunks of these sizes."""
-    model = NaiveBayes(**constants)
-    rest = list(bookings)
-    for size in (*chunks, len(rest)):
-        chunk, rest = rest[:size], rest[size:]
-        model.learn([document for document, _ in chunk], [lesson for _, lesson in chunk])
-    return model
-
-
-def entries_of(counts):
-    """All of its sums that are not zero: token, account, N, M."""
-    for row in counts.sizes.nonzero()[0].tolist():
-        units = np.zeros(counts.dense_units.shape[1:])
-        if counts.sizes[row] == bookkeep.DENSE:
-            units[:] = counts.dense_units[counts.starts[row]]
-        _, column, entered = counts.take(np.array([row]))
-        units[column >> 1, column & 1] += entered
-        for account in units.any(axis=1).nonzero()[0].tolist():
-            n, m = (units[account] / GRAIN).tolist()
-            yield int(counts.vocabulary.tokens[row]), account, n, m
-
-
-def counts(model):
-    """All that a model has counted, whatever the order in which it did."""
-    classes = zip(model.names, model.class_counts, model.feature_counts.T.tolist(), strict=True)
-    return {
-        "classes": {name: (n, features) for name, n, features in classes if n or any(features)},
-        "tokens": {
-            (token, model.names[account]): (n, m)
-            for token, account, n, m in entries_of(model.token_counts)
-        },
-        "known": model.token_counts.occupied.tolist(),
-    }
-
-
 @pytest.fixture
 def path(tmp_path):
+    """Of a log that is not there yet, nor its folder."""
     return tmp_path / "folder" / "log.jsonl"
 
 
+# What a log holds, whoever owns it
+
+
 def read(path):
+    """Its records, as a start reads them."""
     log = Log(path)
     try:
         return list(log.read())
     finally:
         log.close()
+
+
+def scanned(path):
+    """The records of all whole batches."""
+    batches = (found for found in scan(path) if isinstance(found, Batch))
+    return [record for batch in batches for record in batch.records]
+
+
+def read_lines(path):
+    """What JSON says that its lines are."""
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def written(path, batches, name=None):
@@ -164,88 +136,124 @@ def written(path, batches, name=None):
     return path.read_bytes().splitlines(keepends=True)
 
 
-def empty(log, seqs):
-    """Takes a copy without these records for the log."""
-    with Copy(log) as copy:
-        copy.extend(np.array(sorted(seqs)), len(log))
-        log.replace(copy)
+def line_of(record):
+    """A line of a log that says this, and the checksum of it."""
+    text = json.dumps(record, ensure_ascii=False)[:-1].encode()
+    return b'%s, "crc": %d}\n' % (text, zlib.crc32(text))
 
 
 def changed(line, **values):
-    """The line with other values, and a checksum that fits them."""
-    return bookkeep._line(bookkeep._parse(line) | values)
+    """The line with other values, and a checksum that fits them; without those that are None."""
+    record = json.loads(line) | values
+    del record["crc"]
+    return line_of({key: value for key, value in record.items() if value is not None})
 
 
-def scanned(log):
-    """The records of all whole batches in a log, whoever owns it."""
-    return [record for found in scan(log) for record in getattr(found, "records", [])]
+# Books and keepers, and what they answer
 
 
-def read_lines(path):
-    return [json.loads(line) for line in path.read_bytes().splitlines()]
+@pytest.fixture
+def books():
+    """Books in memory, with nothing in them."""
+    return Books()
+
+
+def learn(books, samples):
+    """Has books in memory book a batch, as the next lines of a log; their records."""
+    records, rows = books.draft(samples)
+    first = len(books.history.rows)
+    places = [{"seq": first + i, "batch": first} for i in range(len(records))]
+    records = [place | record for place, record in zip(places, records, strict=True)]
+    books.enter(records, rows)
+    return records
+
+
+def books_of(path):
+    """Books that have read all of a log, whoever owns it."""
+    books, records = Books(), scanned(path)
+    for chunk in chunks(records, CHUNK):
+        books.apply(chunk, lambda correction: records[correction["corrects"]])
+    return books
 
 
 @contextmanager
 def bookkeeping(path, **options):
-    """A bookkeeper on the log, closed at the end."""
-    bookkeeper = Bookkeeper(Log(path), **options)
+    """A keeper of the log, closed at the end."""
+    keeper = Bookkeeper(Log(path), **options)
     try:
-        yield bookkeeper
+        yield keeper
     finally:
-        bookkeeper.close()
+        keeper.close()
 
 
-def state(bookkeeper, asked):
-    """All that a bookkeeper knows and says."""
-    model = bookkeeper._model
-    scores = model.joint_log_likelihood([tokens(sample) for sample in asked])
-    return (
-        counts(model),
-        {
-            name: scores[:, number].tolist()
-            for number, name in enumerate(model.names)
-            if model.class_counts[number]
-        },
-        bookkeeper.predict(asked),
-        [suggested_by(bookkeeper, sample, 3) for sample in asked[:5]],
-        [bookkeeper.metrics(n) for n in (1, 10, 100, 10_000)],
-        bookkeeper.health() | {"status": "", "uptime": 0},
-    )
+@pytest.fixture
+def keeper(path):
+    """A keeper of a new log."""
+    with bookkeeping(path) as keeper:
+        yield keeper
 
 
-def settled(bookkeeper):
+# Suggestions of an unknown company and account, one for each specificity and bin.
+EVERY_BIN = np.zeros(len(SPECIFICITY) * Calibration.BINS, History.ROW)
+EVERY_BIN["company"] = EVERY_BIN["predicted"] = -1
+EVERY_BIN["specificity"], EVERY_BIN["bin"] = np.divmod(np.arange(len(EVERY_BIN)), Calibration.BINS)
+
+
+def answers(books, asked=()):
+    """All that books, or those of a keeper, say, as if nothing had a number; of these samples."""
+    books, asked = getattr(books, "books", books), [*asked] or bookings(30, seed=1)
+    model, history, calibration = books.model, books.history, books.calibration
+    names = [account for account, n in zip(model.names, model.class_counts, strict=True) if n]
+    columns = [model.accounts[name] for name in names]
+    documents = [tokens(sample) for sample in asked]
+    scores = model.joint_log_likelihood(documents)[:, columns].T.tolist()
+    sums = np.vstack([model.class_counts, model.feature_counts])[:, columns].T.tolist()
+    accounts = [*history.accounts, None]
+    companies = {number: company for company, number in history.companies.items()}
+    said = {
+        "tokens": model.n_tokens,
+        "sums": dict(zip(names, sums, strict=True)),
+        "scores": dict(zip(names, scores, strict=True)),
+        "bookings": [
+            (companies[company], accounts[booked], accounts[named], accounts[predicted], *others)
+            for _, company, booked, named, predicted, *others in history.rows.tolist()
+        ],
+        "corrected": [books.corrected[seq].lesson for seq in sorted(books.corrected)],
+        "confidence": calibration.confidence(EVERY_BIN).tolist(),
+        "confidence of others": calibration.shared(np.array([0.5])).tolist(),
+        "evidence": calibration.evidence_counts(np.concatenate([EVERY_BIN, history.rows])),
+    }
+    with suppress(NotReady):  # where nothing was learned, or nothing predicted
+        said["suggestions"] = suggest(books, asked, 3)
+        said["lessons"] = model.weigh(documents, [sorted(names)[0]] * len(asked))
+        said["report"] = report(books, 10_000)
+    return said
+
+
+def assert_same(one, other, asked=()):
+    """Two books, or keepers, or what one of them answered before, say the same of all."""
+    one, other = (each if isinstance(each, dict) else answers(each, asked) for each in (one, other))
+    for about in one | other:
+        assert one.get(about) == other.get(about), about
+
+
+def settled(keeper):
     """Returns once the writer has nothing to do and no snapshot is on its way."""
-    bookkeeper.book([])
-    bookkeeper.book([])  # the writer has looked whether a snapshot is due after the first
-    bookkeeper._end_saving()
-
-
-def standing(path):
-    """What counts by the log: (tokens, lesson) of each booking, as last corrected."""
-    records = {record["seq"]: record for record in scanned(path)}
-    last = {record["corrects"]: record for record in records.values() if "corrects" in record}
-    return [
-        (
-            tokens(record["sample"]),
-            Lesson(
-                last.get(seq, record["sample"])["AccountNumber"],
-                last.get(seq, record)["weight"],
-                last.get(seq, record).get("against", {}),
-            ),
-        )
-        for seq, record in records.items()
-        if "weight" in last.get(seq, record) and "sample" in record
-    ]
+    keeper.book([])
+    keeper.book([])  # the writer has looked whether a snapshot is due after the first
+    for thread in threading.enumerate():
+        if thread.name == "saving":
+            thread.join()
 
 
 @contextmanager
-def held_at_the_disk(bookkeeper, calls):
+def held_at_the_disk(calls):
     """Inside, the first of these calls waits for the disk and the others behind it, in order.
 
     Gives the fsyncs that it sees; afterwards, all calls have come back.
     """
-    called, let_go, fsyncs = threading.Event(), threading.Event(), []
-    fsync = os.fsync
+    called, let_go, fsyncs, waiting = threading.Event(), threading.Event(), [], []
+    fsync, result = os.fsync, Future.result
 
     def wait(file):
         fsyncs.append(file)
@@ -253,14 +261,18 @@ def held_at_the_disk(bookkeeper, calls):
         assert let_go.wait(30)
         fsync(file)
 
+    def wait_for_it(future, *more):
+        waiting.append(future)
+        return result(future, *more)
+
     threads = [threading.Thread(target=call) for call in calls]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", wait)
-        threads[0].start()
-        assert called.wait(30)
-        for waiting, thread in enumerate(threads[1:], start=1):
+        patch.setattr(Future, "result", wait_for_it)
+        for number, thread in enumerate(threads, start=1):
             thread.start()
-            wait_until(lambda waiting=waiting: len(bookkeeper._writer._queue) == waiting)
+            wait_until(lambda number=number: len(waiting) == number)
+            assert called.wait(30)
         try:
             yield fsyncs
         finally:
@@ -269,10 +281,10 @@ def held_at_the_disk(bookkeeper, calls):
                 thread.join()
 
 
-def answer_of(bookkeeper, samples, name):
+def answer_of(keeper, samples, name):
     """The numbers that the samples got, or what was raised."""
     try:
-        return bookkeeper.book(samples, name)
+        return keeper.book(samples, name)
     except Exception as error:
         return type(error)
 
@@ -291,26 +303,27 @@ class Service:
         *options,
         port=None,
         limit=None,
-        unsaved=bookkeep.UNSAVED,
+        unsaved=UNSAVED,
         program=(SERVICE,),
         under=(),
         reads=True,
     ):
         """Waits until it has read its log, or answers that it `reads` it not yet."""
+
+        def prepare():
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a job in the background ignores
+            if limit:
+                limit()
+
         self.port = port or free_port()
         self.messages = log.with_suffix(".stderr")
         with open(self.messages, "wb") as stderr:
             self.process = subprocess.Popen(
-                [
-                    *under,
-                    *(sys.executable, *program),
-                    *(f"--log={log}", f"--port={self.port}"),
-                    *options,
-                ],
+                [*under, sys.executable, *program, f"--log={log}", f"--port={self.port}", *options],
                 env=os.environ | {"BOOKKEEP_UNSAVED": str(unsaved)},
                 cwd=HERE,
                 stderr=stderr,
-                preexec_fn=limit,
+                preexec_fn=prepare,
             )
         wanted = 200 if reads else 503
         wait_until(lambda: self.process.poll() is not None or self.answers() == wanted)
@@ -446,19 +459,7 @@ def prequential(path):
     return right.mean(), *np.mean(windows, axis=0), error / late.sum()
 
 
-def add_rows(history, rows):
-    """Adds rows to a history, each a dict of what differs from these."""
-    usual = {"seq": 0, "company": "A", "booked": "1", "predicted": "1", "confidence": 0.5}
-    usual |= {"bin": 9, "known": 3, "rank": 0, "times": 1}
-    rows = [usual | row for row in rows]
-    numbers = ("seq", "confidence", "bin", "known", "rank", "times")
-    table = np.zeros(len(rows), History.ROW)
-    for name in numbers:
-        table[name] = [row[name] for row in rows]
-    table["reviewed"] = table["times"] > 0
-    names = [(row["company"], row["booked"], row.get("named"), row["predicted"]) for row in rows]
-    history.append(table, names)
-    return history.rows[-len(rows) :] if rows else history.rows[:0]
+# What Calibration is to make of a log, as its formulas say it
 
 
 def judged(path):
@@ -470,18 +471,17 @@ def judged(path):
         if record.get("predicted") is None:
             continue
         sample = record["sample"]
-        booked = last.get(record["seq"], sample["AccountNumber"])
         found.append(
             {
                 "company": sample["CompanyId"],
-                "booked": booked,
+                "booked": last.get(record["seq"], sample["AccountNumber"]),
                 "predicted": record["predicted"],
                 "bin": bin_of(record["margin"], sample),
                 "known": record["known"],
-                "times": {"suggestion": 0, "check": 16}.get(sample.get("BookedBy"), 1),
+                "score_weight": {"suggestion": 0, "check": 16}.get(sample.get("BookedBy"), 1),
             }
         )
-    return [row for row in found if row["times"]]
+    return [row for row in found if row["score_weight"]]
 
 
 def bin_of(margin, sample):
@@ -522,8 +522,8 @@ def confidence_by_hand(rows, asked):
     def sums(rows):
         right, counted = np.zeros(48), np.zeros(48)
         for row in rows:
-            counted[row["bin"]] += row["times"]
-            right[row["bin"]] += row["times"] * (row["booked"] == row["predicted"])
+            counted[row["bin"]] += row["score_weight"]
+            right[row["bin"]] += row["score_weight"] * (row["booked"] == row["predicted"])
         return right, counted
 
     right, anybodys = sums(rows)
@@ -534,15 +534,3 @@ def confidence_by_hand(rows, asked):
         own = tally_by_hand(own_by_hand(rows, asked, name))
         share = (own["right"] + 20 * share) / (own["suggestions"] + 20.25)
     return share
-
-
-def sums_of(calibration):
-    """All that it has counted, wherever it keeps that."""
-    cells, own = calibration._cells.tokens, calibration._own
-    kept = dict(zip(cells.tolist(), own.tolist(), strict=True))
-    return (
-        calibration._all.tolist(),
-        calibration._right.tolist(),
-        calibration._ranks.tolist(),
-        {cell: counted for cell, counted in kept.items() if any(counted)},
-    )

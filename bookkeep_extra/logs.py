@@ -1,4 +1,4 @@
-"""Books a log anew: to upgrade, to change what the model sees, or to keep what is whole of it."""
+"""What can be done with a log that is not served: check it, and book it anew."""
 
 import logging
 import os
@@ -16,6 +16,7 @@ from bookkeep import (
     Log,
     LogError,
     Sample,
+    check_records,
     check_sample,
     fsync_folder,
     scan,
@@ -23,6 +24,22 @@ from bookkeep import (
 )
 
 logger = logging.getLogger("bookkeep")
+
+
+def check(path: Path) -> int:
+    """Prints what is wrong with a log; the exit status. Raises OSError if there is none."""
+    bookings = problems = 0
+    for found in scan(path):
+        damages = [found]
+        if isinstance(found, Batch):
+            damages = [*check_records(found.records, found.line)]
+            bookings += sum("sample" in record for record in found.records)
+        for damage in damages:
+            print(f"{path}, line {damage.line}: {damage.reason}")
+        problems += len(damages)
+    said = f"{problems or 'no'} problem{'s' * (problems != 1)}"
+    print(f"{path}: {bookings} booking{'s' * (bookings != 1)} in whole batches, {said}")
+    return int(problems > 0)
 
 
 def relearn(old: Path, new: Path) -> int:
@@ -35,6 +52,8 @@ def relearn(old: Path, new: Path) -> int:
         raise LogError(f"{new} is there already; move it away first")
     with open(old, "rb"):  # before anything is made for the sake of a log that is not there
         pass
+    if os.path.exists(f"{os.path.realpath(old)}.forgetting"):
+        raise LogError(f"what {old} is to forget is still in it; start the service on it first")
     unfinished = new.with_name(f".{new.name}.unfinished")
     unfinished.unlink(missing_ok=True)
     log, books, left_out = Log(unfinished), Books(), 0
@@ -65,7 +84,7 @@ def relearn(old: Path, new: Path) -> int:
 def _relearn_batch(batch: Batch, log: Log, books: Books) -> Iterator[Damage]:
     """Books a batch under its seqs and key, and says what of it is left out."""
     first, key = batch.records[0]["seq"], batch.records[0]["batch"]
-    log.append([(None, [{}] * (first - len(log)))], durable=False)
+    log.write(log.place([(None, [{}] * (first - len(log)))]), durable=False)
     records: list[dict] = [{} for _ in batch.records]
     bookings: dict[int, Sample] = {}  # in the batch
     corrected = None  # a correction is a batch of its own
@@ -86,7 +105,14 @@ def _relearn_batch(batch: Batch, log: Log, books: Books) -> Iterator[Damage]:
     drafted, rows = books.draft([*bookings.values()])
     for i, record in zip(bookings, drafted, strict=True):
         records[i] = record
-    placed = log.append([(None if isinstance(key, int) else key, records)], durable=False)
-    books.enter([placed[i] for i in bookings], rows)
-    if "corrects" in placed[0]:
-        books.correct([(corrected, placed[0])])
+    [placed] = log.place([(None if isinstance(key, int) else key, records)])
+    log.write([placed], durable=False)
+    books.enter([placed.records[i] for i in bookings], rows)
+    if "corrects" in placed.records[0]:
+        books.correct([(corrected, placed.records[0])])
+
+
+COMMANDS = {
+    "check": lambda options: check(options.LOG),
+    "relearn": lambda options: relearn(options.OLD, options.NEW),
+}
