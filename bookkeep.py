@@ -659,7 +659,7 @@ FLOOR = 1 / 64  # what it counts at the least, even if it surprises nobody
 RIVALS = 2  # that it counts against at most
 NEAR = 1 / 32  # the probability from which on an account is a rival
 ROUND = 64  # documents of a batch that are weighed, and learned, at once
-AT_WORK = 1 << 16  # sums that are at work at once, unless one document has more
+AT_WORK = 1 << 14  # sums that are at work at once, unless one document has more
 EVIDENCE = 2.0**-36  # evidence and logs are multiples of it, so sums of them are exact, too
 ACCOUNT = (1 << 23) - 1  # the lower bits of a pair of a document and an account
 
@@ -1451,7 +1451,8 @@ class Calibration:
         own = rows["specificity"] > 0  # else it says nothing of the company
         cells = self._cells_of(rows[own], np.array([0])).ravel()
         sums = np.column_stack([own[own], hit[own]]).repeat(2, axis=0)
-        np.add.at(self._own.values, self._own.insert(cells), sign * sums)
+        at = self._own.insert(cells)  # first, for the table may grow
+        np.add.at(self._own.values, at, sign * sums)
 
     def _cells_of(self, rows: np.ndarray, near: np.ndarray) -> np.ndarray:
         """(n, 2, k) cells of n rows, by specificity and by account, in k wide bins near it."""
