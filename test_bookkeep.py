@@ -1529,14 +1529,14 @@ def snapshot_of(path):
 @contextmanager
 def read_back():
     """How many lines a start inside reads, in parts."""
-    sizes, follow = [], Bookkeeper.follow
+    sizes, apply = [], Books.apply
 
-    def counted(keeper, records):
+    def counted(books, records, booking_of):
         sizes.append(len(records))
-        follow(keeper, records)
+        apply(books, records, booking_of)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Bookkeeper, "follow", counted)
+        patch.setattr(Books, "apply", counted)
         yield sizes
 
 
