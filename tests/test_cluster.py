@@ -280,12 +280,14 @@ def test_nodes_have_equal_logs_and_know_the_same(joined):
         knows(other, numbers.stop)
         assert other.correct(numbers[3], "9999") == batch[3]["AccountNumber"]
         knows(nodes[number % 3], numbers.stop + 1)
+    assert nodes[0].book(bookings(300, seed=2), "long") == range(15 * 21, 15 * 21 + 300)
     assert equal(nodes)
+    wait_until(lambda: len({booked(node) for node in nodes}) == 1)
     a, b, c = nodes
     assert_same(a, b)
     assert_same(a, c)
     assert len({gauges(node)["last_batch_accuracy"][1] for node in nodes}) == 1
-    assert {node.books.last_batch for node in nodes} == {14 * 21}
+    assert {node.books.last_batch for node in nodes} == {15 * 21}
     with bookkeeping(shutil.copy(a.path, a.path.with_name("copy"))) as keeper:
         assert_same(a, keeper)
 
@@ -612,7 +614,8 @@ def test_a_node_that_crashes_before_it_has_forgotten_does_it_later(
     wait_until(lambda: (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes())
 
 
-def test_what_a_node_has_still_to_forget_is_counted_and_done_once_it_can(joined):
+@pytest.mark.parametrize("starts_again", [False, True])
+def test_what_a_node_has_still_to_forget_is_counted_and_done_once_it_can(joined, starts_again):
     a, b = joined("a"), joined("b")
     a.book([booking(company="secret"), booking()])
     assert equal([a, b])
@@ -632,10 +635,32 @@ def test_what_a_node_has_still_to_forget_is_counted_and_done_once_it_can(joined)
         with pytest.raises(NotFound):
             b.correct(0, "9999")
         assert b"secret" in b.path.read_bytes()
+        a.book(bookings(3))
+        assert equal([a, b]) is False
+        if starts_again:
+            joined.close(b)
+    if starts_again:
+        b = joined("b")
     wait_until(lambda: stream(b)["to_forget"] == 0)
     assert b"secret" not in b.path.read_bytes()
     assert equal([a, b])
     assert_same(a, b)
+
+
+def test_a_node_knows_its_log_in_messages_that_are_not_erased_yet(servers, topic, joined):
+    node = joined("a")
+    node.book([booking(company="secret"), booking()])
+
+    def fail(stream, sequence):
+        raise cluster.Unreachable("no answer")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster.Stream, "erase", fail)
+        assert node.forget("secret") == 1
+        joined.close(node)
+    assert 1 in servers.messages(topic)
+    assert booked(joined("a")) == 1
+    wait_until(lambda: 1 not in servers.messages(topic))
 
 
 def test_what_is_ordered_to_be_forgotten_cannot_be_corrected(joined):
@@ -960,8 +985,10 @@ def test_without_a_quorum_all_but_bookings_goes_on(serve, servers, topic, tmp_pa
     options = ["--stream", servers.address(topic)]
     nodes = [serve(*options, log=tmp_path / name, program=("-c", IMPATIENT)) for name in "ab"]
     wait_until(lambda: all(node.get("/ready")[0] == 200 for node in nodes))
-    for batch in batches_of(bookings(50), 25):
-        assert nodes[0].post("/sample", batch)[0] == 200
+    first, second = batches_of(bookings(50), 25)
+    known = {"Idempotency-Key": "known"}
+    assert nodes[0].ask("POST", "/sample", first, headers=known)[0] == 200
+    assert nodes[0].post("/sample", second)[0] == 200
     headers = {"Idempotency-Key": "key"}
     wait_until(lambda: nodes[1].samples() == 50)
     servers.kill(0, 1)
@@ -977,6 +1004,8 @@ def test_without_a_quorum_all_but_bookings_goes_on(serve, servers, topic, tmp_pa
                 assert node.post("/correct", {"seq": 0, "AccountNumber": "1"})[0] == 503
             assert node.delete("/company/company1")[0] == 503
             assert time.monotonic() - started < 1
+            status, _, answer = node.ask("POST", "/sample", first, headers=known)
+            assert (status, answer["first"]) == (200, 0)
             assert node.post("/predict", booking())[0] == 200
             assert node.get("/metrics/10")[0] == 200
             assert len(node.ask("GET", "/samples", kind=JSON_LINES)[2].splitlines()) == 50

@@ -679,6 +679,50 @@ def test_whatever_call_fails_an_answer_says_whether_it_is_stored(serve, tmp_path
     assert said(scanned(disk / "log.jsonl")) == log
 
 
+def test_what_a_disk_takes_in_parts_is_written_to_its_end(serve, tmp_path, faults):
+    log = tmp_path / "disk" / "log.jsonl"
+    log.parent.mkdir()
+    service, samples = serve(log=log, under=faults.under), bookings(50)
+    faults.set("write,pwrite64", "*/disk/*", lasting=True, how=HALF)
+    assert service.post("/sample", samples)[0] == 200
+    assert service.delete("/company/company1")[0] == 200
+    service.stop()
+    faults.clear()
+    assert said(scanned(log)) == said_without(samples, "company1")
+    with bookkeeping(log) as keeper:
+        assert_same(keeper, books_of(log))
+
+
+def test_whatever_call_fails_at_a_start_the_next_one_is_sound(serve, tmp_path, faults, filled):
+    """6 faults, or all with BOOKKEEP_ROUNDS, of starts that forget the rest and cut a batch off."""
+    rng, (folder, before) = seeded(), filled
+    noted = shutil.copytree(folder, tmp_path / "noted" / "disk")
+    log = noted / "log.jsonl"
+    service = serve(log=log, under=faults.under)
+    faults.set("pwrite64", "*/log.jsonl", 20, how=KILLS_HALF_WAY)
+    with pytest.raises((OSError, HTTPException)):
+        service.delete(f"/company/{SMALL}")
+    assert service.process.wait(30) == -signal.SIGKILL
+    with open(log, "ab") as file:
+        file.write(b'{"seq": %d, "batch": "cut", "left": 1, ' % len(before))
+    calls = ["open64", "read", "pread64", "pwrite64", "fsync", "ftruncate64", "unlink", "write"]
+    kinds = [*itertools.product(calls, (1, 2, 3), (False, True), (FAILS, FAILS_BUT_IS_DONE))]
+    outcomes = Counter()
+    for number, (call, *how) in enumerate(kinds if LONG else rng.sample(kinds, 6)):
+        log = shutil.copytree(noted, tmp_path / str(number) / "disk") / "log.jsonl"
+        faults.set(call, "*/disk*", *how, rng.choice([errno.EIO, errno.ENOSPC]))
+        service = serve(log=log, under=faults.under)
+        status = service.process.poll()
+        assert status in (None, 1), (call, how)
+        assert "Traceback" not in service.said(), (call, how)
+        outcomes["serves" if status is None else service.said().split(": ")[-1]] += 1
+        service.stop(signal.SIGKILL)
+        faults.clear()
+        require_all_or_nothing(log, before, SMALL, True)
+        shutil.rmtree(log.parent)
+    print(outcomes)
+
+
 def test_on_a_full_disk_a_company_is_forgotten_or_nothing_has_changed(
     serve, tmp_path, faults, filled
 ):

@@ -12,7 +12,7 @@ import threading
 import time
 import tracemalloc
 import zipfile
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from functools import cache, partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -213,11 +213,12 @@ def test_what_can_help_and_do_no_harm_is_sent_again(monkeypatch, answers, call, 
     pauses = []
     monkeypatch.setattr(time, "sleep", pauses.append)
     fails = answers[times - 1] is not OK
-    with serving(Script, answers=list(answers), asked=[]) as (server, url):
-        client = replay.Client(url, patience=5)
-        with pytest.raises(replay.ServiceError) if fails else nullcontext() as raised:
-            client.sample([]) if call == "sample" else client.forget("A")
-        client.close()
+    with (
+        serving(Script, answers=list(answers), asked=[]) as (server, url),
+        closing(replay.Client(url, patience=5)) as client,
+        pytest.raises(replay.ServiceError) if fails else nullcontext() as raised,
+    ):
+        client.sample([]) if call == "sample" else client.forget("A")
     if fails:
         assert raised.value.status == status
         assert raised.value.temporary == (status in (None, 502, 503, 507))
