@@ -3581,7 +3581,7 @@ class Server:
     """Waitress, turn by turn: it receives what has come, then answers short questions.
 
     Changes, questions and all else have threads of their own, so that no kind waits for another:
-    changes wait for the disk. A short question is answered by the thread that received it: to hand
+    changes wait for the disk, and one company is forgotten after the other. A short question is answered by the thread that received it: to hand
     it over takes longer than to answer it, and with 100 threads asking, new connections would wait.
     """
 
@@ -3599,11 +3599,10 @@ class Server:
         self._short: deque[HTTPChannel] = deque()  # whose next request is a short question
         self._stopping = threading.Event()
         self._receiver = threading.get_ident()
-        self._pools = self._changes, self._questions, self._others = [
-            ThreadedTaskDispatcher() for _ in range(3)
-        ]
+        self._pools = [ThreadedTaskDispatcher() for _ in range(4)]
+        self._changes, self._questions, self._others, self._forgetting = self._pools
         for pool in self._pools:
-            pool.set_thread_count(threads)
+            pool.set_thread_count(1 if pool is self._forgetting else threads)
         self._server = waitress.create_server(
             app,
             _dispatcher=self,
@@ -3634,6 +3633,8 @@ class Server:
             request.headers["CONNECTION"] = "close"
         if request.error or request.command in ("GET", "HEAD"):
             self._others.add_task(channel)
+        elif request.command == "DELETE":
+            self._forgetting.add_task(channel)
         elif request.path not in ("/predict", "/suggest"):
             self._changes.add_task(channel)
         elif self._is_short(channel, request):

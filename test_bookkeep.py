@@ -1264,6 +1264,7 @@ def test_a_log_has_one_owner(path):
 
 UNSURE = "may hold this all the same, so that only a key makes it safe to send it again"
 FAILURES = {("pwrite",): "", ("fsync",): UNSURE, ("pwrite", "ftruncate"): UNSURE}
+FAILURES[("fsync", "ftruncate")] = UNSURE  # so that all of it is there
 
 
 @pytest.mark.parametrize(("names", "said"), FAILURES.items(), ids=str)
@@ -1280,7 +1281,8 @@ def test_what_cannot_be_written_is_not_in_the_log_or_said_to_be_there_maybe(path
         log.append([(None, [{"x": 2}])])
         with no_space(*names), pytest.raises(OSError, match="No space"):
             log.append(lost)
-    assert values(path) == [1, 2]  # for at the end, it could be cut back
+    assert b"lost" not in path.read_bytes()  # for at the end, it could be cut back
+    assert values(path) == [1, 2]
 
 
 def test_a_log_that_was_moved_is_not_written_but_can_be_read(path):
@@ -1986,22 +1988,23 @@ def test_confidence_is_the_record_of_earlier_predictions_only(keeper):
     for seq in range(0, 600, 40):
         keeper.correct(seq, "3001")
     keeper.forget("company3")
-    for sample in [*bookings(40, seed=1), booking("new")]:
-        assert_confidence_is_that_of_the_log(keeper, sample)
+    assert_confidence_is_that_of_the_log(keeper, [*bookings(40, seed=1), booking("new")])
 
 
-def assert_confidence_is_that_of_the_log(keeper, sample):
-    """What a suggestion says of its confidence is what the log and the formula say."""
-    answer, rows = suggested(keeper, sample), judged(keeper.log.path)
-    [best] = answer["suggestions"]
-    asked = {
-        "company": sample["CompanyId"],
-        "predicted": best["account"],
-        "bin": bin_of(best["margin"], sample),
-        "known": bookkeep.SPECIFICITY.index(answer["record"]["known"]),
-    }
-    assert best["confidence"] == pytest.approx(confidence_by_hand(rows, asked), abs=1e-4)
-    assert answer["record"]["own"] == tally_by_hand(own_by_hand(rows, asked, "predicted"))
+def assert_confidence_is_that_of_the_log(keeper, samples):
+    """What suggestions say of their confidence is what the log and the formula say."""
+    rows = judged(keeper.log.path)
+    for sample in samples:
+        answer = suggested(keeper, sample)
+        [best] = answer["suggestions"]
+        asked = {
+            "company": sample["CompanyId"],
+            "predicted": best["account"],
+            "bin": bin_of(best["margin"], sample),
+            "known": bookkeep.SPECIFICITY.index(answer["record"]["known"]),
+        }
+        assert best["confidence"] == pytest.approx(confidence_by_hand(rows, asked), abs=1e-4)
+        assert answer["record"]["own"] == tally_by_hand(own_by_hand(rows, asked, "predicted"))
 
 
 def test_of_a_company_without_a_booking_it_knows_that_it_knows_nothing(keeper):
@@ -2028,12 +2031,12 @@ def test_one_in_sixteen_is_to_be_checked_whatever_recurs(keeper):
     # The same again: by its place in the request, and by how many bookings its company has.
     assert 0 < sum(drawn([booking()] * 200)) < 40
     found = []
+    others = drawn([booking("B")] * 50)
     for _ in range(100):
         found += drawn([booking()])
-        others = drawn([booking("B")] * 50)
         keeper.book([booking()])
-        assert drawn([booking("B")] * 50) == others
     assert 0 < sum(found) < 25
+    assert drawn([booking("B")] * 50) == others
 
 
 def test_what_was_booked_unseen_proves_nothing(keeper):
@@ -2085,7 +2088,7 @@ def test_who_corrects_a_correction_back_leaves_no_trace_in_the_confidence(keeper
 
 
 @given(st.data())
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_any_mix_of_bookings_corrections_and_forgetting_is_exact(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("mix") / "log.jsonl"
     unsaved = data.draw(st.sampled_from([1, 10_000]))
@@ -2110,7 +2113,7 @@ def test_any_mix_of_bookings_corrections_and_forgetting_is_exact(tmp_path_factor
                     keeper = Bookkeeper(Log(path), unsaved)
         assert_true_to_log(keeper)
         if keeper.books.model.n_classes:
-            assert_confidence_is_that_of_the_log(keeper, booking("company1"))
+            assert_confidence_is_that_of_the_log(keeper, [booking("company1")])
     finally:
         keeper.close()
 

@@ -520,7 +520,7 @@ class Node(bookkeep.Alone):
         return found
 
     def _take(self) -> bool:
-        """Takes over what is next, and says if there was any. Raises what it may."""
+        """Takes over what comes next, if any does. Raises Unreachable, Foreign, OSError."""
         base, lines = 0, b""
         for message in (messages := self._next()):
             if message.node != self._stream.node:

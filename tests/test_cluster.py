@@ -149,6 +149,8 @@ def servers(tmp_path_factory):
 
 
 def makes_streams(servers):
+    ended = [i for i, process in enumerate(servers.processes) if process.poll() is not None]
+    servers.start(*ended)  # for a moment, another process may have had their ports
     with suppress(nats.errors.Error, OSError):
         servers.make("ready")
         return servers.do(lambda js: js.delete_stream("ready"))
