@@ -146,10 +146,12 @@ def parse_json(body: bytes) -> object:
         raise BadRequest(f"the body must be JSON: {error}") from None
 
 
-def check_samples(content: object, booked: bool, most: int = MAX_BATCH) -> list[Sample]:
+def check_samples(
+    content: object, booked: bool, most: int = MAX_BATCH, target: str = TARGET
+) -> list[Sample]:
     """The samples that a body says: a list, or, unless they must be `booked`, a single one.
 
-    A booked sample must name its account. Raises BadRequest, which counts the samples from 0, also
+    A booked sample must have its target. Raises BadRequest, which counts the samples from 0, also
     if there are more than `most`.
     """
     if isinstance(content, dict) and not booked:
@@ -158,10 +160,10 @@ def check_samples(content: object, booked: bool, most: int = MAX_BATCH) -> list[
         raise BadRequest(f"send a list of samples{'' if booked else ' or one sample'}")
     if len(content) > most:
         raise BadRequest(f"send at most {most} samples in one request, not {len(content)}")
-    required = (*FEATURES, TARGET) if booked else FEATURES
+    required = (*FEATURES, target) if booked else FEATURES
     for number, sample in enumerate(content):
         try:
-            check_sample(sample, required)
+            check_sample(sample, required, (*SHORT, target))
             if booked:
                 score_weight(sample)
         except BadRequest as error:
@@ -194,6 +196,19 @@ def check_sample(sample: object, required: Sequence[str], short: Sequence[str] =
         text.encode()
     except UnicodeEncodeError:
         raise BadRequest("a lone surrogate (half of a \\u pair) is not text") from None
+
+
+def check_features(context: Sequence[str], target: str) -> None:
+    """Raises BadRequest unless these keys can be features, and that one the target."""
+    taken = {*FEATURES, "BankEntryDate", "Id", BOOKED_BY}
+    if target in taken or not re.fullmatch(r"[\w-]{1,100}", target):
+        raise BadRequest(f"{_shown(target)} cannot be the target")
+    if len(context) > 8 or len({*context}) < len(context):
+        raise BadRequest("a context is of at most 8 keys, each once")
+    for key in context:
+        of_the_account = key.startswith("Account") and target == TARGET
+        if key in taken or key == target or of_the_account or not key or len(key) > MAX_SHORT:
+            raise BadRequest(f"{_shown(key)} cannot be a context")
 
 
 def score_weight(sample: Sample) -> int:
@@ -2357,6 +2372,9 @@ class Books:
     def __init__(self, context: Sequence[str] = (), target: str = TARGET) -> None:
         """`context` are keys of a sample that are features, too; `target` is the one to predict."""
         self.context, self.target = tuple(context), target
+        usual = not context and target == TARGET
+        # What each record says of them, so that no log is read with others.
+        self.features = {} if usual else {"target": target, "context": [*context]}
         self.model, self.calibration, self.history = NaiveBayes(), Calibration(), History(target)
         self.corrected: dict[int, Standing] = {}  # seq -> how it stands by now
         self.counters: Counter[str] = Counter()  # since the start, for an operator
@@ -2389,13 +2407,14 @@ class Books:
             if unseen:
                 made = self.model.assess(_at(documents, unseen), _at(labels, unseen))
                 for i, assessment in zip(unseen, made, strict=True):
-                    records[i] = _record(samples[i], assessment, reviewed=False)
+                    records[i] = _record(samples[i], assessment, reviewed=False, **self.features)
             rounds = self.model.book(_at(documents, seen), _at(labels, seen), self.changing)
             for part, assessments, lessons in rounds:
                 for i, made, (_, weight, against) in zip(
                     seen[part], assessments, lessons, strict=True
                 ):
-                    records[i] = _record(samples[i], made, weight=weight, against=against)
+                    counts = {"weight": weight, "against": against, **self.features}
+                    records[i] = _record(samples[i], made, **counts)
                     learned.append(records[i])
             rows = self.history.draft(records)
             rows["confidence"] = confidence = self.calibration.confidence(rows).round(4)
@@ -2449,12 +2468,8 @@ class Books:
         if account == before.account and before.weight:
             return None
         [(_, weight, against)] = self.model.weigh([self.tokens(booking["sample"])], [account])
-        return {
-            "corrects": booking["seq"],
-            self.target: account,
-            "weight": weight,
-            "against": against,
-        }
+        counts = {"weight": weight, "against": against, **self.features}
+        return {"corrects": booking["seq"], self.target: account, **counts}
 
     def correct(self, corrections: Sequence[tuple[dict, dict]]) -> None:
         """Unlearns bookings, and learns them as they were corrected, one after the other."""
@@ -2574,13 +2589,20 @@ def _record(sample: Sample, assessment: Assessment, **counts: object) -> dict:
     return {**made, "rank": rank, "known": known, **counts}
 
 
-def check_records(records: Sequence[dict], line: int, target: str = TARGET) -> Iterator[Damage]:
+def check_records(
+    records: Sequence[dict], line: int, features: dict | None = None
+) -> Iterator[Damage]:
     """A Damage for each record that this version's `draft` and `correction` could not have made.
 
-    The first one is on that line.
+    The first one is on that line. They must have been learned with those features, if any.
     """
     for number, record in enumerate(records, start=line):
         try:
+            learned = {key: record[key] for key in ("target", "context") if key in record}
+            target = learned.get("target", TARGET)
+            if features not in (None, learned) and len(record) > len(PLACE):
+                context = ",".join(learned.get("context", ())) or "none"
+                raise ValueError(f"it was learned with the context {context}, the target {target}")
             if "corrects" in record:
                 check_sample({target: record[target]}, (target,))
                 if (
@@ -2677,19 +2699,18 @@ class Bookkeeper:
         self,
         log: Log,
         unsaved: int = UNSAVED,
+        books: Books | None = None,
         order: Alone | None = None,
-        context: Sequence[str] = (),
-        target: str = TARGET,
     ) -> None:
-        """Learns all that is in the log. Raises LogError if that is damaged, or OSError.
+        """Learns all that is in the log, in these books or some of the usual context and target.
 
-        A snapshot is not made for fewer than `unsaved` lines. The books are of this context and
-        target.
+        Raises LogError if that is damaged, or OSError. A snapshot is not made for fewer than
+        `unsaved` lines.
         """
         self.log = log
         self.unsaved = unsaved
         self.order = order or Alone()
-        self.books = Books(context, target)
+        self.books = books or Books()
         self.snapshot = Snapshot(log)
         self.started = time.monotonic()
         # Lines of the log that the last snapshot was to cover; infinite if there must be none.
@@ -2864,7 +2885,7 @@ class Bookkeeper:
         gc.disable()  # no cycles are made, and to look for them takes a tenth of the time
         try:
             for records in chunks(self.log.read(), 4096):
-                for damage in check_records(records, records[0]["seq"] + 1, self.books.target):
+                for damage in check_records(records, records[0]["seq"] + 1, self.books.features):
                     raise self.log.damaged(damage)
                 self.books.apply(records, self._corrected)
                 if time.monotonic() - reported > 3:
@@ -3062,6 +3083,8 @@ def overview(keeper: Bookkeeper, company: str | None = None) -> dict:
     recent = _scored(keeper.books, RECENT, company)
     return {
         "health": health(keeper),
+        "target": keeper.books.target,
+        "context": [*keeper.books.context],
         "metrics": figures(last) if len(last) else None,
         "curve": [*curve(keeper.books.history.rows)],
         "scored": len(recent),
@@ -3291,7 +3314,8 @@ def create_app(
     if EXTRA.exists():  # without it, there are no figures for Prometheus
         extra("prometheus").watch(app, keeper)  # before authorize: a refusal takes time, too
     pages = {path.name: path.read_text() for path in (EXTRA / "page").glob("*")}
-    booked = partial(check_samples, booked=True, most=max_batch)
+    target = keeper.books.target
+    booked = partial(check_samples, booked=True, most=max_batch, target=target)
     asked = partial(check_samples, booked=False, most=max_batch)
 
     @app.hook("before_request")
@@ -3344,10 +3368,10 @@ def create_app(
         return answers if as_list else answers[0]
 
     @app.post("/correct")
-    @takes(body=_correction)
+    @takes(body=partial(_correction, target))
     def post_correct(correction: tuple[int, str]) -> dict:
         seq, account = correction
-        return {"seq": seq, TARGET: account, "before": keeper.correct(seq, account)}
+        return {"seq": seq, target: account, "before": keeper.correct(seq, account)}
 
     @app.delete("/company")  # clients take .. and the like out of a path
     @app.delete("/company/<id:re:(?s:.+)>")
@@ -3420,7 +3444,8 @@ def create_app(
     @app.get("/openapi.json")
     @takes()
     def get_openapi() -> dict:
-        return extra("openapi").describe(app.routes, max_batch, max_body, token is not None)
+        described = max_batch, max_body, token is not None, target
+        return extra("openapi").describe(app.routes, *described)
 
     def page(name: str, media: str) -> str:
         if name not in pages:
@@ -3537,15 +3562,15 @@ def _sent(name: str) -> str | None:
     return text
 
 
-def _correction(content: object) -> tuple[int, str]:
+def _correction(target: str, content: object) -> tuple[int, str]:
     """The booking's number and its account. Raises BadRequest."""
-    match content:
-        case {"seq": float(seq), "AccountNumber": account, **others} if not others:
-            check_sample({TARGET: account}, (TARGET,))
-            if not (seq.is_integer() and 0 <= seq <= MAX_NUMBER):
-                raise BadRequest(f"seq must be a whole number from 0 to {MAX_NUMBER}")
-            return int(seq), account
-    raise BadRequest('send {"seq": 1203, "AccountNumber": "6700"}, and nothing else')
+    if not isinstance(content, dict) or content.keys() != {"seq", target}:
+        raise BadRequest(f'send {{"seq": 1203, "{target}": "6700"}}, and nothing else')
+    check_sample({target: content[target]}, (target,), (target,))
+    seq = content["seq"]
+    if not isinstance(seq, float) or not (seq.is_integer() and 0 <= seq <= MAX_NUMBER):
+        raise BadRequest(f"seq must be a whole number from 0 to {MAX_NUMBER}")
+    return int(seq), content[target]
 
 
 def _error_in_json(error: HTTPError) -> str:
@@ -3746,13 +3771,14 @@ def serve(options: argparse.Namespace) -> None:
     server = Server(starting_app(log), listener, options.threads, options.max_body, welcomes)
     started = time.monotonic()
     open_books: Callable = Bookkeeper
+    books = Books(options.context, options.target)
     if options.stream:
         try:
             open_books = partial(extra("cluster").Node, options.stream)
         except ImportError:
             needed = "nats-py: pip install 'bookkeep-service[cluster]'"
             raise OSError(f"--stream needs bookkeep_extra and {needed}") from None
-    reading = _in_background(partial(open_books, log, options.unsaved))
+    reading = _in_background(partial(open_books, log, options.unsaved, books))
     if server.answer(reading):
         raise KeyboardInterrupt
     keeper = reading.result()
@@ -3813,7 +3839,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         command = commands.add_parser(name, help=says, description=says)
         for path in paths:
             command.add_argument(path, type=Path)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    try:
+        check_features(options.context, options.target)
+    except BadRequest as error:
+        parser.error(str(error))
+    return options
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -3840,6 +3871,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
     option("host", "address to listen on", str, "127.0.0.1")
     option("port", "0 for any free one", _whole(0, 65535), 8080)
+    keys = "keys of a sample that are features, too, with commas between: Department,Project"
+    option("context", keys, lambda text: text.split(","), [], metavar="KEY,KEY")
+    option("target", "the key to predict", str, TARGET, metavar="KEY")
     option(
         "name", "names that a proxy calls it by, with commas between", _names, [], metavar="HOST"
     )

@@ -358,7 +358,9 @@ class Node(bookkeep.Alone):
     forgotten. What a node does not do itself, its bookkeeper does.
     """
 
-    def __init__(self, address: str, log: Log, unsaved: int) -> None:
+    def __init__(
+        self, address: str, log: Log, unsaved: int, books: bookkeep.Books | None = None
+    ) -> None:
         """Learns all that is in the log, and joins the stream in the background.
 
         Raises LogError, or OSError, also if the address is none.
@@ -380,7 +382,7 @@ class Node(bookkeep.Alone):
         self._waits, self._forgetting = threading.Semaphore(4), threading.Lock()
         self._news, self._wanted, self._ordered, self._ended = (threading.Event() for _ in range(4))
         self._passed: int | None = None  # the file that says how far the log is, once it joined
-        self.keeper = Bookkeeper(log, unsaved, order=self)
+        self.keeper = Bookkeeper(log, unsaved, books, order=self)
         for work in (self._keep_up, self._obey):
             threading.Thread(target=work, name=work.__name__, daemon=True).start()
 
@@ -571,7 +573,9 @@ class Node(bookkeep.Alone):
         batches = []
         for batch in bookkeep.batches_of(BytesIO(data), base):
             damaged = isinstance(batch, bookkeep.Damage)
-            if damaged or any(bookkeep.check_records(batch.records, batch.line)):
+            if damaged or any(
+                bookkeep.check_records(batch.records, batch.line, self.books.features)
+            ):
                 raise Foreign(NONSENSE)
             if batch.line > len(self.log):
                 batches.append(batch)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from bookkeep import (
     FEATURES,
-    TARGET,
     BadRequest,
     Batch,
     Books,
@@ -42,8 +41,8 @@ def check(path: Path) -> int:
     return int(problems > 0)
 
 
-def relearn(old: Path, new: Path) -> int:
-    """Books all whole batches of a log anew, as this version does; the exit status.
+def relearn(old: Path, new: Path, books: Books) -> int:
+    """Books all whole batches of a log anew, as this version and these books do; the exit status.
 
     Seqs, keys and corrections stay. What is left out is printed; its lines are empty in the new
     log. Raises LogError or OSError.
@@ -56,7 +55,7 @@ def relearn(old: Path, new: Path) -> int:
         raise LogError(f"what {old} is to forget is still in it; start the service on it first")
     unfinished = new.with_name(f".{new.name}.unfinished")
     unfinished.unlink(missing_ok=True)
-    log, books, left_out = Log(unfinished), Books(), 0
+    log, left_out = Log(unfinished), 0
     reported = time.monotonic()
     try:
         for found in scan(old):
@@ -91,15 +90,16 @@ def _relearn_batch(batch: Batch, log: Log, books: Books) -> Iterator[Damage]:
     for i, record in enumerate(batch.records):
         try:
             if "sample" in record:
-                check_sample(record["sample"], (*FEATURES, TARGET))
+                check_sample(record["sample"], (*FEATURES, books.target))
                 score_weight(record["sample"])
                 bookings[i] = record["sample"]
             elif "corrects" in record:
-                check_sample({TARGET: record[TARGET]}, (TARGET,))
+                account = record[books.target]
+                check_sample({books.target: account}, (books.target,))
                 corrected = log.record(record["corrects"])
                 if "sample" not in corrected:
                     raise ValueError("it corrects no booking before it")
-                records[i] = books.correction(corrected, record[TARGET]) or {}
+                records[i] = books.correction(corrected, account) or {}
         except (BadRequest, KeyError, TypeError, ValueError) as error:
             yield Damage(batch.line + i, str(error))
     drafted, rows = books.draft([*bookings.values()])
@@ -114,5 +114,7 @@ def _relearn_batch(batch: Batch, log: Log, books: Books) -> Iterator[Damage]:
 
 COMMANDS = {
     "check": lambda options: check(options.LOG),
-    "relearn": lambda options: relearn(options.OLD, options.NEW),
+    "relearn": lambda options: relearn(
+        options.OLD, options.NEW, Books(options.context, options.target)
+    ),
 }

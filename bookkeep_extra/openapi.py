@@ -5,6 +5,7 @@ body are what the service itself goes by. Here stands what a route does not say:
 and the schemas of what is sent and answered.
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -188,6 +189,12 @@ SCHEMAS = {
     "Overview": _record(
         "the page",
         health=(_of("Health"), "how much is learned"),
+        target=(FILLED, "the key that is predicted", TARGET),
+        context=(
+            {"type": "array", "items": FILLED},
+            "keys of a sample that are features, too",
+            ["Department"],
+        ),
         metrics=(_or_null(_of("Figures")), "of the last predictions, if any"),
         curve=(_list("Point", maxItems=129), "the learning curve"),
         scored=(COUNT, "predictions that the confidence is about", 10000),
@@ -317,8 +324,13 @@ REFUSALS = {  # status -> when, and a sentence that comes with it
 }
 
 
-def describe(routes: Iterable[Route], max_batch: int, max_body: int, guarded: bool) -> dict:
-    """The description of the API that has these routes; guarded if it takes a token."""
+def describe(
+    routes: Iterable[Route], max_batch: int, max_body: int, guarded: bool, target: str = TARGET
+) -> dict:
+    """The description of the API that has these routes; guarded if it takes a token.
+
+    What a service predicts has another key than usual if that is its `target`.
+    """
     samples = {"anyOf": [_of("Sample"), _list("Sample", maxItems=max_batch)]}
     bodies = {
         "sample": _list("Booking", maxItems=max_batch),
@@ -341,7 +353,7 @@ def describe(routes: Iterable[Route], max_batch: int, max_body: int, guarded: bo
         str(status): {"description": when, **_media(_of("Error"), {"error": sentence})}
         for status, (when, sentence) in REFUSALS.items()
     }
-    return {
+    made = {
         "openapi": "3.1.0",
         "info": info | {"license": {"name": "MIT", "identifier": "MIT"}},
         "servers": [{"url": "/", "description": "this service"}],
@@ -354,6 +366,7 @@ def describe(routes: Iterable[Route], max_batch: int, max_body: int, guarded: bo
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}} if guarded else {},
         },
     }
+    return json.loads(json.dumps(made).replace(f'"{TARGET}"', f'"{target}"'))
 
 
 def _operation(path: str, route: Route, bodies: dict[str, Schema]) -> dict:
