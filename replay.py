@@ -635,9 +635,9 @@ def _reading(path: Path) -> Iterator[None]:
     """Says in one sentence what goes wrong when the file is read."""
     try:
         yield
-    except OSError as error:
-        raise Failed(f"cannot read {path}: {error.strerror}") from None
-    except (csv.Error, UnicodeError, *ZIP_ERRORS) as error:
+    except (OSError, csv.Error, UnicodeError, *ZIP_ERRORS) as error:
+        if reason := getattr(error, "strerror", None):  # bzip2 has errors with none
+            raise Failed(f"cannot read {path}: {reason}") from None
         raise Failed(f"{path} is no CSV file: {error}") from None
 
 
