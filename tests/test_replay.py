@@ -33,20 +33,13 @@ from conftest import (
     run,
     scanned,
     wait_until,
+    write_csv,
 )
 
 
 def rows_by_date(n):
     """So many rows of the synthetic set, as a replay sends them."""
     return replay.by_date(replay.read_rows(SYNTHETIC))[:n]
-
-
-def write_csv(path, rows, encoding="utf-8", **how):
-    with open(path, "w", newline="", encoding=encoding) as file:
-        writer = csv.DictWriter(file, rows[0], **how)
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
 
 
 def test_the_demo_in_one_command(serve, tmp_path):
