@@ -303,14 +303,14 @@ def measure_service(rows: list[Sample], repeats: int, context: Keys) -> dict:
             for number, batch in enumerate(chunks(rows, 500)):
                 client.ask("POST", "/sample", batch, key=f"{number}")
             for connections in (1, 8):
-                ours = load(port, itertools.repeat(predict), connections)
-                bare = load(bare_port, itertools.repeat(predict), connections)
+                ours = measure_load(port, itertools.repeat(predict), connections)
+                bare = measure_load(bare_port, itertools.repeat(predict), connections)
                 share = ours["requests_per_second"] / bare["requests_per_second"]
                 name = f"/predict, {connections} at once"
                 found.setdefault(name, []).append(ours | {"share_of_bare": share})
             for size, connections in itertools.product((1, 50, 500), (1, 8)):
                 bodies = [request("/sample", batch) for batch in chunks(rows, size)]
-                ours = load(port, itertools.cycle(bodies), connections)
+                ours = measure_load(port, itertools.cycle(bodies), connections)
                 ours["samples_per_second"] = ours["requests_per_second"] * size
                 found.setdefault(f"/sample of {size}, {connections} at once", []).append(ours)
             name = "/predict while 1,000s stream in"
@@ -322,22 +322,24 @@ def busy(port: int, rows: list[Sample], predict: bytes) -> dict:
     """How long predictions take while another process sends batches of 1,000."""
     bodies = [request("/sample", batch) for batch in chunks(rows, 1000)]
     context = multiprocessing.get_context("fork")
-    sender = context.Process(target=load, args=(port, itertools.cycle(bodies), 1, 4.0))
+    sender = context.Process(target=measure_load, args=(port, itertools.cycle(bodies), 1, 4.0))
     sender.start()
     time.sleep(0.5)
-    figures = load(port, itertools.repeat(predict), 1, 3.0)
+    figures = measure_load(port, itertools.repeat(predict), 1, 3.0)
     sender.join()
     return figures
 
 
 def request(path: str, content: object) -> bytes:
-    """The bytes of a POST request."""
+    """The bytes of a POST with this as JSON."""
     body = json.dumps(content).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-def load(port: int, requests: Iterator[bytes], connections: int, seconds: float = 2.0) -> dict:
+def measure_load(
+    port: int, requests: Iterator[bytes], connections: int, seconds: float = 2.0
+) -> dict:
     """Requests a second, and milliseconds for one, over so many connections for so long."""
     waits: list[float] = []
     ready = selectors.DefaultSelector()
@@ -392,11 +394,11 @@ def measure_scale(most: int) -> dict[str, dict]:
         subprocess.run(command, check=True)
         rows = iter(replay.by_date(replay.read_rows(file)))
         with replay.started(SERVICE, f"--log={folder}/empty") as (_, process):
-            empty = memory("VmRSS", process)
+            empty = memory("VmRSS", process.pid)
         sent = 0
         for size in (*(size for size in SIZES if size < most), most):
-            with replay.serving(log) as url:
-                client = replay.Client(url)
+            with replay.started(SERVICE, f"--log={log}") as (port, _):
+                client = replay.Client(f"http://127.0.0.1:{port}")
                 send(client, itertools.islice(rows, max(0, size - LAST - sent)), size)
                 last = list(itertools.islice(rows, LAST))
                 started = time.perf_counter()
@@ -408,7 +410,7 @@ def measure_scale(most: int) -> dict[str, dict]:
                 restart = time.perf_counter() - started
                 results[f"{size:,}"] = {
                     "samples_per_second": len(last) / seconds,
-                    "bytes_per_sample": (memory("VmRSS", process) - empty) * (1 << 20) / size,
+                    "bytes_per_sample": (memory("VmRSS", process.pid) - empty) * (1 << 20) / size,
                     "restart_seconds": restart,
                 }
     return results

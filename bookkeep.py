@@ -1864,7 +1864,7 @@ class Export(io.RawIOBase):
     def __init__(self, log: Log, seqs: range) -> None:
         self._log, self._first, self._stop = log, seqs.start, min(seqs.stop, len(log))
         self.size = max(0, log.start(self._stop) - log.start(seqs.start))  # bytes
-        self._at, self._read_at = 0, -1  # where it stands, and where it was read last
+        self._at = 0  # where it stands
         self._piece, self._start = b"", 0  # the lines from _first on, and where they start
 
     def seekable(self) -> bool:
@@ -1878,15 +1878,14 @@ class Export(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         """At most so many bytes, and at least one before the end."""
+        # A line that is begun goes on as it was. Those behind it are read as they are by now, also
+        # where they were read before: waitress skips only what it could send.
         at = self._at - self._start
-        if self._at != self._read_at:  # else once more: waitress takes what it could send
-            # A line that is begun goes on as it was; those behind it are read as they are by now.
-            line = self._piece.rfind(b"\n", 0, at) + 1
-            begun = self._piece[line : self._piece.find(b"\n", line) + 1] if line < at else b""
-            self._first += self._piece.count(b"\n", 0, line)
-            self._start, at, behind = self._start + line, at - line, self._first + bool(begun)
-            self._piece = begun + self._log.lines(behind, min(behind + 64, self._stop))
-            self._read_at = self._at
+        line = self._piece.rfind(b"\n", 0, at) + 1
+        begun = self._piece[line : self._piece.find(b"\n", line) + 1] if line < at else b""
+        self._first += self._piece.count(b"\n", 0, line)
+        self._start, at, behind = self._start + line, at - line, self._first + bool(begun)
+        self._piece = begun + self._log.lines(behind, min(behind + 64, self._stop))
         found = self._piece[at : None if size < 0 else at + size]
         self._at += len(found)
         return found
@@ -2551,6 +2550,10 @@ class Alone:
         """What comes of a change that appends; the writer's thread asks for it."""
         return change()
 
+    def append(self, log: Log, batches: Sequence[tuple[str | None, Sequence[dict]]]) -> list[dict]:
+        """Appends to the log, as Log.append says, behind all that others have appended."""
+        return log.append(batches)
+
     def require_ready(self) -> None:
         """Raises NotReady if nothing can be appended."""
 
@@ -2640,7 +2643,7 @@ class Bookkeeper:
                 self.books.broken = True  # the log says less than the books, or will after a start
                 raise NotReady(f"the next start forgets the rest ({error}); {RESTART}") from None
         _digests.clear()
-        logger.info("forgot a company of %d bookings", forgotten)
+        logger.info("forgot %d lines", len(lines))
         return forgotten
 
     def change(self, make: Callable[[], T]) -> T:
@@ -2652,12 +2655,6 @@ class Bookkeeper:
             return make()
 
         return self.writer.submit(Change(Future(), made))
-
-    def follow(self, records: Sequence[dict]) -> None:
-        """Has the books learn what the log says next. Raises LogError if that makes no sense."""
-        for damage in check_records(records, records[0]["seq"] + 1):
-            raise self.log.damaged(damage)
-        self.books.apply(records, self._corrected)
 
     def booking(self, seq: int) -> dict:
         """The record of a booking. Raises NotFound, NotStored."""
@@ -2714,7 +2711,7 @@ class Bookkeeper:
         try:
             rest = iter(records)
             batches = [(each.key, [*islice(rest, len(each.samples))]) for each in group]
-            records = self.log.append(batches)
+            records = self.order.append(self.log, batches)
         except BaseException:
             self.books.undo(records)
             raise
@@ -2738,7 +2735,7 @@ class Bookkeeper:
         booking = self.booking(seq)
         before = self.books.lesson(booking).account
         if correction := self.books.correction(booking, account):
-            [correction] = self.log.append([(None, [correction])])
+            [correction] = self.order.append(self.log, [(None, [correction])])
             self.books.correct([(booking, correction)])
         return before
 
@@ -2765,7 +2762,9 @@ class Bookkeeper:
         gc.disable()  # no cycles are made, and to look for them takes a tenth of the time
         try:
             for records in chunks(self.log.read(), 4096):
-                self.follow(records)
+                for damage in check_records(records, records[0]["seq"] + 1):
+                    raise self.log.damaged(damage)
+                self.books.apply(records, self._corrected)
                 if time.monotonic() - reported > 3:
                     reported = time.monotonic()
                     logger.info("%s: %s read back so far", self.log.path, self.log.progress())
@@ -3611,8 +3610,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         on_signals(signal.default_int_handler)  # as Ctrl-C, until it serves
         if options.command:
-            from bookkeep_extra import logs
-
+            try:
+                from bookkeep_extra import logs
+            except ImportError:
+                raise OSError("check and relearn need bookkeep_extra beside bookkeep.py") from None
             return logs.COMMANDS[options.command](options)
         serve(options)
     except (LogError, OSError) as error:

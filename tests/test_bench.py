@@ -1,4 +1,4 @@
-"""bench.py."""
+"""The benchmark: bench.py."""
 
 import itertools
 import re
@@ -81,16 +81,16 @@ def test_a_column_amount_is_the_amount(tmp_path):
 
 
 def test_a_load_counts_requests_and_their_milliseconds(service):
-    request = bench.request("/predict", booking())
+    predict = bench.request("/predict", booking())
     started = time.perf_counter()
-    load = bench.load(service.port, itertools.repeat(request), connections=3, seconds=0.3)
+    load = bench.measure_load(service.port, itertools.repeat(predict), connections=3, seconds=0.3)
     took = time.perf_counter() - started
     assert 0.3 <= took < 5
     assert 1 < load["requests_per_second"] < 20_000
     assert 0 < load["p50"] <= load["p99"] < 1e3 * took
     bad = bench.request("/predict", {})
     with pytest.raises(replay.Failed, match="CompanyId is missing"):
-        bench.load(service.port, itertools.repeat(bad), connections=1)
+        bench.measure_load(service.port, itertools.repeat(bad), connections=1)
 
 
 def test_growth_is_measured_with_synthetic_bookings():
