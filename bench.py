@@ -168,7 +168,7 @@ def vowpal_wabbit_crossed(batches: Batches, accounts: Accounts, context: Keys) -
         said = namespaces(sample, context)
         return " ".join(f"|{name} {' '.join(said[name])}" for name in said)
 
-    options = "CROSSES"
+    options = "-l 1 -q ct -q cx -q ca -q cs -q ck --cubic ckx"
     return one_against_all(options, example, batches, accounts)
 
 
