@@ -182,7 +182,7 @@ def one_against_all(
     """
     import vowpalwabbit
 
-    options = f"--oaa {len(accounts)} --loss_function hinge -l 1 -b 28 --quiet {crosses}"
+    options = f"--oaa {len(accounts)} --loss_function hinge -l .6 -b 28 --quiet {crosses}"
     model = vowpalwabbit.Workspace(options)
     numbers = {account: number for number, account in enumerate(accounts, 1)}
     for number, batch in enumerate(batches):
@@ -242,7 +242,7 @@ def compare_models(rows: list[Sample], repeats: int, context: Keys) -> dict[str,
         figures = in_a_process(evaluate, peer.model, rows[: peer.rows], context)
         if peer.model is not bookkeep:
             ours = in_a_process(evaluate, bookkeep, rows[: peer.rows], context)
-            times = ours["samples_per_second"] / figures["samples_per_second"]
+            times = ours["samples_per_cpu_second"] / figures["samples_per_cpu_second"]
             figures |= {"bookkeep_accuracy": ours["accuracy"], "bookkeep_times_as_fast": times}
         found[name].append(figures)
     return {name: medians(measured) for name, measured in found.items()}
@@ -253,9 +253,9 @@ def evaluate(model: Callable, rows: list[Sample], context: Keys) -> dict:
     accounts = list(dict.fromkeys(row[TARGET] for row in rows))
     batches = list(replay.batches(rows, 1000, seed=0))
     before = memory("VmHWM")
-    started = time.perf_counter()
+    started = time.process_time()
     guessed = np.array([*itertools.chain.from_iterable(model(batches, accounts, context))])
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started  # of a core, whoever else is at work
     booked = np.array([row[TARGET] for row in rows])
     windows = [
         precision_recall(booked[end - WINDOW : end], guessed[end - WINDOW : end])
@@ -267,7 +267,7 @@ def evaluate(model: Callable, rows: list[Sample], context: Keys) -> dict:
         "accuracy": float((booked == guessed).mean()),
         "precision": precision,
         "recall": recall,
-        "samples_per_second": len(booked) / seconds,
+        "samples_per_cpu_second": len(booked) / seconds,
         "megabytes": memory("VmHWM") - before,
     }
 

@@ -22,7 +22,7 @@ def test_models_are_compared_on_the_same_rows(tmp_path, monkeypatch, capsys):
     names = ["", *(f"small: {name}" for name in bench.MODELS)]
     pairs = zip(names, lines, strict=True)
     table = {name: re.split("  +", line[len(name) :].strip()) for name, line in pairs}
-    assert table[""][:5] == ["rows", "accuracy", "precision", "recall", "samples per second"]
+    assert table[""][:5] == ["rows", "accuracy", "precision", "recall", "samples per cpu second"]
     *ours, _ = prequential(small)
     assert table["small: bookkeep"][:4] == ["2,500", *(f"{figure:.4f}" for figure in ours)]
     assert table["small: River MultinomialNB"] == ["needs river"]
