@@ -1,9 +1,10 @@
 """bench: measures bookkeep beside what one would use instead, on the same data, in one run.
 
-`python bench.py [CSV or ZIP]` streams the rows by date, in batches of random size, to each model;
-every batch is predicted whole before any of it is learned. Then it measures the service over HTTP,
-beside a handler that does nothing but read and answer JSON, and how it grows. Absolute times are
-those of this machine in this hour; the ratios are what to look at.
+`python bench.py FILE ...` streams the rows of each file by date, in batches of random size, to each
+model; every batch is predicted whole before any of it is learned, and nobody has predictions for
+the first. All get the same: text, company, sum, and the context. `--part service` measures the
+service over HTTP, beside a handler that does nothing but read and answer JSON, and `--part scale`
+how it grows. Absolute times are those of this machine in this hour; the ratios are what to look at.
 """
 
 import argparse
@@ -23,23 +24,29 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 import replay
 from bookkeep import (
-    FEATURES,
     TARGET,
     NaiveBayes,
     Sample,
+    amount_range,
     chunks,
+    exact_sum,
     precision_recall,
     tokens,
+    words,
 )
 
 WINDOW = 1000  # predictions that macro averages are over
 SIZES = (10_000, 50_000, 100_000, 1_000_000)  # bookings at which the service is looked at
 LAST = 10_000  # bookings, the last before, that its speed is taken from
+Accounts, Keys = list[str], Sequence[str]
+Batches, Predictions = Iterable[list[Sample]], Iterator[list[str]]
+
 SERVICE = replay.HERE / "bookkeep.py"
 BARE = """
 import sys, json, bottle, waitress
@@ -55,224 +62,201 @@ waitress.serve(app, host="127.0.0.1", port=port, threads=16)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures what the options say and prints tables, or JSON; the exit status."""
-    options = _options(arguments)
-    results = {"machine": f"{os.cpu_count()} cores, Python {sys.version.split()[0]}"}
+    """Measures what the options say and prints a table; the exit status."""
+    options = parse_options(arguments)
+    found: dict[str, dict] = {}  # by line
     try:
-        rows = replay.by_date(replay.read_rows(options.file))
-        results["file"] = {"name": options.file.name, "rows": len(rows)}
-        if options.part in ("models", "all"):
-            results["models"] = compare_models(rows, options.repeats)
-        if options.part in ("service", "all"):
-            results["service"] = measure_service(rows, options.repeats)
-        if options.part in ("scale", "all"):
-            results["scale"] = measure_scale(options.most)
+        if options.part == "scale":
+            found = measure_scale(options.most)
+        for file in options.files if options.part != "scale" else ():
+            rows = read_rows(file)
+            measure = compare_models if options.part == "models" else measure_service
+            name = file.name.partition(".")[0]
+            for line, figures in measure(rows, options.repeats, options.context).items():
+                found[f"{name}: {line}"] = figures
     except (replay.Failed, OSError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    print(json.dumps(results) if options.json else "\n".join(in_words(results)))
+    print(f"{os.cpu_count()} cores, Python {sys.version.split()[0]}, NumPy {np.__version__}\n")
+    print("\n".join(table(found)))
     return 0
+
+
+def read_rows(file: Path) -> list[Sample]:
+    """The file's rows by date. Where a column is called Amount, that is the amount."""
+    rows = replay.by_date(replay.read_rows(file))
+    for row in rows:
+        row["BankEntryAmount"] = row.get("Amount") or row["BankEntryAmount"]
+    return rows
 
 
 # ----------------------------------------------------------------------------------------- Models
 
 
-class Bookkeep:
+# A model is given the batches, and predicts each before it learns it: as empty strings if it has
+# learned nothing yet.
+
+
+def bookkeep(batches: Batches, accounts: Accounts, context: Keys) -> Predictions:
     """The model of this repository."""
-
-    rows = None
-
-    def __init__(self, accounts: list[str]) -> None:
-        self.model = NaiveBayes()
-
-    def step(self, batch: list[Sample]) -> list[str]:
-        """The predictions for a batch, which is learned then."""
-        documents = [tokens(sample) for sample in batch]
-        labels = [sample[TARGET] for sample in batch]
+    model = NaiveBayes()
+    for batch in batches:
+        documents = [tokens(sample, context) for sample in batch]
         predicted = [""] * len(batch)
-        for part, assessments, _ in self.model.book(documents, labels):
+        for part, assessments, _ in model.book(documents, [sample[TARGET] for sample in batch]):
             predicted[part] = [made.predicted or "" for made in assessments]
-        return predicted
+        yield predicted
 
 
-class Refitted:
-    """scikit-learn's MultinomialNB on words, company, amount: fitted anew on all at each batch."""
+def river(batches: Batches, accounts: Accounts, context: Keys) -> Predictions:
+    """River's MultinomialNB on bookkeep's tokens, one sample after the other."""
+    from river import naive_bayes
 
-    needs = "sklearn"
-    rows = 10_000
-
-    def __init__(self, accounts: list[str]) -> None:
-        from sklearn.feature_extraction.text import CountVectorizer
-        from sklearn.naive_bayes import MultinomialNB
-        from sklearn.pipeline import make_pipeline
-
-        self.pipeline = make_pipeline(CountVectorizer(analyzer=str.split), MultinomialNB())
-        self.texts: list[str] = []
-        self.labels: list[str] = []
-
-    def step(self, batch: list[Sample]) -> list[str]:
-        """The predictions for a batch, which is learned then."""
-        texts = [
-            f"company={s['CompanyId']} amount={s['BankEntryAmount'].replace(' ', '_')} "
-            + s["BankEntryText"]
-            for s in batch
-        ]
-        predicted = self.pipeline.predict(texts).tolist() if self.texts else [""] * len(batch)
-        self.texts += texts
-        self.labels += [sample[TARGET] for sample in batch]
-        self.pipeline.fit(self.texts, self.labels)
-        return predicted
-
-
-class PartiallyFitted:
-    """scikit-learn's MultinomialNB.partial_fit on bookkeep's tokens, hashed to 65,536 columns."""
-
-    needs = "sklearn"
-    rows = 10_000
-
-    def __init__(self, accounts: list[str]) -> None:
-        from sklearn.feature_extraction import FeatureHasher
-        from sklearn.naive_bayes import MultinomialNB
-
-        self.hasher = FeatureHasher(1 << 16, input_type="string", alternate_sign=False)
-        self.model = MultinomialNB(alpha=0.01)
-        self.accounts = sorted(accounts)
-
-    def step(self, batch: list[Sample]) -> list[str]:
-        """The predictions for a batch, which is learned then."""
-        documents = self.hasher.transform(map(str, tokens(sample)) for sample in batch)
-        known = hasattr(self.model, "classes_")
-        predicted = self.model.predict(documents).tolist() if known else [""] * len(batch)
-        labels = [sample[TARGET] for sample in batch]
-        self.model.partial_fit(documents, labels, None if known else self.accounts)
-        return predicted
-
-
-class River:
-    """A River classifier on bookkeep's tokens, one sample after the other."""
-
-    needs = "river"
-    rows = 2_000
-    name = "MultinomialNB"
-
-    def __init__(self, accounts: list[str]) -> None:
-        from river import naive_bayes
-
-        self.model = getattr(naive_bayes, self.name)(alpha=0.02)
-
-    def step(self, batch: list[Sample]) -> list[str]:
-        """The predictions for a batch, which is learned then."""
-        documents = [Counter(map(str, tokens(sample))) for sample in batch]
-        predicted = [self.model.predict_one(document) or "" for document in documents]
+    model = naive_bayes.MultinomialNB(alpha=0.02)
+    for batch in batches:
+        documents = [Counter(map(str, tokens(sample, context))) for sample in batch]
+        yield [model.predict_one(document) or "" for document in documents]
         for document, sample in zip(documents, batch, strict=True):
-            self.model.learn_one(document, sample[TARGET])
-        return predicted
+            model.learn_one(document, sample[TARGET])
 
 
-class RiverComplement(River):
-    """River's ComplementNB."""
+def partially_fitted(batches: Batches, accounts: Accounts, context: Keys) -> Predictions:
+    """scikit-learn's MultinomialNB.partial_fit on bookkeep's tokens, hashed to 65,536 columns."""
+    from sklearn.feature_extraction import FeatureHasher
+    from sklearn.naive_bayes import MultinomialNB
 
-    rows = 1_000
-    name = "ComplementNB"
+    hasher = FeatureHasher(1 << 16, input_type="string", alternate_sign=False)
+    model = MultinomialNB(alpha=0.01)
+    for number, batch in enumerate(batches):
+        documents = hasher.transform(map(str, tokens(sample, context)) for sample in batch)
+        yield model.predict(documents).tolist() if number else [""] * len(batch)
+        model.partial_fit(documents, [sample[TARGET] for sample in batch], sorted(accounts))
 
 
-class VowpalWabbit:
-    """Vowpal Wabbit's one-against-all on crossed words, company and amount.
+def refitted(batches: Batches, accounts: Accounts, context: Keys) -> Predictions:
+    """scikit-learn's MultinomialNB on what a sample says: fitted anew on all at each batch."""
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.naive_bayes import MultinomialNB
+    from sklearn.pipeline import make_pipeline
+
+    model = make_pipeline(CountVectorizer(analyzer=str.split), MultinomialNB())
+    texts, labels = [], []
+    for batch in batches:
+        said = [namespaces(sample, context) for sample in batch]
+        new = [" ".join(name + word for name in each for word in each[name]) for each in said]
+        yield model.predict(new).tolist() if texts else [""] * len(batch)
+        texts += new
+        labels += [sample[TARGET] for sample in batch]
+        model.fit(texts, labels)
+
+
+def vowpal_wabbit(batches: Batches, accounts: Accounts, context: Keys) -> Predictions:
+    """Vowpal Wabbit on bookkeep's tokens, as words: it takes a number for a place in its table."""
+
+    def example(sample: Sample) -> str:
+        return "|t " + " ".join(f"t{token}" for token in tokens(sample, context))
+
+    return one_against_all(example, "", batches, accounts)
+
+
+def vowpal_wabbit_crossed(batches: Batches, accounts: Accounts, context: Keys) -> Predictions:
+    """Vowpal Wabbit on namespaces and crosses of its own."""
+
+    def example(sample: Sample) -> str:
+        said = namespaces(sample, context)
+        return " ".join(f"|{name} {' '.join(said[name])}" for name in said)
+
+    crosses = "-q ct -q cx -q ca -q cs -q ck --cubic ckx"
+    return one_against_all(example, crosses, batches, accounts)
+
+
+def one_against_all(
+    example: Callable[[Sample], str], crosses: str, batches: Batches, accounts: Accounts
+) -> Predictions:
+    """Vowpal Wabbit's predictions at the best setting of those that were tried on three sets.
 
     It must know all accounts from the start. With fewer than 28 bits its weights for so many
     accounts collide.
     """
+    import vowpalwabbit
 
-    needs = "vowpalwabbit"
-    rows = None
-    options = "-q ct -q cx -q ca"
-
-    def __init__(self, accounts: list[str]) -> None:
-        import vowpalwabbit
-
-        options = f"--loss_function hinge -l 1 -b 28 --quiet {self.options}"
-        self.vw = vowpalwabbit.Workspace(f"--oaa {len(accounts)} {options}")
-        self.names = ["", *accounts]
-        self.numbers = {name: number for number, name in enumerate(self.names)}
-
-    def step(self, batch: list[Sample]) -> list[str]:
-        """The predictions for a batch, which is learned then."""
-        examples = [self.example(sample) for sample in batch]
-        predicted = [self.names[self.vw.predict(example)] for example in examples]
-        for example, sample in zip(examples, batch, strict=True):
-            self.vw.learn(f"{self.numbers[sample[TARGET]]} {example}")
-        return predicted
-
-    def example(self, sample: Sample) -> str:
-        """The sample in Vowpal Wabbit's text format."""
-        company, text, amount = (sample[key].translate(ESCAPES) for key in FEATURES)
-        words = sample["BankEntryText"].translate(str.maketrans(":|", "__"))
-        return f"|c {company} |t {words} |x {text} |a {amount}"
+    options = f"--oaa {len(accounts)} --loss_function hinge -l .6 -b 28 --quiet {crosses}"
+    model = vowpalwabbit.Workspace(options)
+    numbers = {account: number for number, account in enumerate(accounts, 1)}
+    for number, batch in enumerate(batches):
+        examples = [example(sample) for sample in batch]
+        yield [accounts[model.predict(each) - 1] if number else "" for each in examples]
+        for each, sample in zip(examples, batch, strict=True):
+            model.learn(f"{numbers[sample[TARGET]]} {each}")
 
 
-class VowpalWabbitOnTokens(VowpalWabbit):
-    """Vowpal Wabbit's strongest setting that was found: on bookkeep's tokens, slower to settle."""
+def namespaces(sample: Sample, context: Keys) -> dict[str, list[str]]:
+    """What a sample says, by one letter: company, words, whole text, range, sum, context keys."""
+    amount, text = sample["BankEntryAmount"], words(sample["BankEntryText"])
+    exact = exact_sum(amount)
+    said = {
+        "c": [sample["CompanyId"]],
+        "t": text,
+        "x": ["_".join(text)],
+        "a": [amount_range(amount)],
+        "s": [exact, f"...{exact[-2:]}"] if exact else [],
+        "k": [f"{key}={sample[key]}" for key in context if sample.get(key)],
+    }
+    return {name: [word.translate(ESCAPES) for word in found] for name, found in said.items()}
 
-    options = "--power_t .3"
 
-    def example(self, sample: Sample) -> str:
-        """The sample's tokens: as words, for it takes a number for a place in its table."""
-        return "|t " + " ".join(f"t{token}" for token in tokens(sample))
+ESCAPES = str.maketrans(dict.fromkeys(" :|\t\r\n", "_"))
 
 
-ESCAPES = str.maketrans(" :|", "___")
+class Peer(NamedTuple):
+    """A model, the first rows that it gets if it is slow, and the package that it needs."""
+
+    model: Callable[[Batches, Accounts, Keys], Predictions]
+    rows: int | None
+    needs: str
+
+
 MODELS = {
-    "bookkeep": Bookkeep,
-    "Vowpal Wabbit -q ct -q cx -q ca": VowpalWabbit,
-    "Vowpal Wabbit, same tokens": VowpalWabbitOnTokens,
-    "River MultinomialNB": River,
-    "River ComplementNB": RiverComplement,
-    "scikit-learn partial_fit": PartiallyFitted,
-    "scikit-learn refitted": Refitted,
+    "bookkeep": Peer(bookkeep, None, "numpy"),
+    "Vowpal Wabbit, same tokens": Peer(vowpal_wabbit, None, "vowpalwabbit"),
+    "Vowpal Wabbit, own crosses": Peer(vowpal_wabbit_crossed, None, "vowpalwabbit"),
+    "River MultinomialNB": Peer(river, 2_000, "river"),
+    "scikit-learn partial_fit": Peer(partially_fitted, 10_000, "sklearn"),
+    "scikit-learn refitted": Peer(refitted, 10_000, "sklearn"),
 }
 
 
-def compare_models(rows: list[Sample], repeats: int) -> dict[str, dict]:
-    """The figures of each model, on the first rows if it is slow, or what it needs to be there.
+def compare_models(rows: list[Sample], repeats: int, context: Keys) -> dict[str, dict]:
+    """The figures of each model, or what it needs to be there.
 
-    Beside them, those of bookkeep on the same rows.
+    Beside each, bookkeep's accuracy on the same rows, and how many times as fast it is.
     """
     found: dict[str, list[dict]] = {name: [] for name in MODELS}
-    missing = {
-        name: model.needs
-        for name, model in MODELS.items()
-        if hasattr(model, "needs") and not find_spec(model.needs)
-    }
-    for repeat, (name, model) in itertools.product(range(repeats), MODELS.items()):
-        if name not in missing:
-            _say(f"{name}, {repeat + 1} of {repeats}")
-            figures = _in_a_process(evaluate, model, rows[: model.rows])
-            if model is not Bookkeep:
-                ours = _in_a_process(evaluate, Bookkeep, rows[: model.rows])
-                times = ours["samples_per_second"] / figures["samples_per_second"]
-                figures |= {"bookkeep_accuracy": ours["accuracy"], "bookkeep_times_as_fast": times}
-            found[name].append(figures)
-    return {
-        name: medians(found[name]) if name not in missing else {"not_installed": missing[name]}
-        for name in MODELS
-    }
+    for repeat, (name, peer) in itertools.product(range(repeats), MODELS.items()):
+        if not find_spec(peer.needs):
+            found[name].append({"not_installed": peer.needs})
+            continue
+        say(f"{name}, {repeat + 1} of {repeats}")
+        figures = in_a_process(evaluate, peer.model, rows[: peer.rows], context)
+        if peer.model is not bookkeep:
+            ours = in_a_process(evaluate, bookkeep, rows[: peer.rows], context)
+            times = ours["samples_per_cpu_second"] / figures["samples_per_cpu_second"]
+            figures |= {"bookkeep_accuracy": ours["accuracy"], "bookkeep_times_as_fast": times}
+        found[name].append(figures)
+    return {name: medians(measured) for name, measured in found.items()}
 
 
-def evaluate(model_of: Callable, rows: list[Sample]) -> dict:
+def evaluate(model: Callable, rows: list[Sample], context: Keys) -> dict:
     """How good and how fast a model is on the rows."""
     accounts = list(dict.fromkeys(row[TARGET] for row in rows))
     batches = list(replay.batches(rows, 1000, seed=0))
-    before = _memory("VmHWM")
-    model = model_of(accounts)
-    predicted: list[str] = []
-    started = time.perf_counter()
-    for batch in batches:
-        predicted += model.step(batch)
-    seconds = time.perf_counter() - started
+    before = memory("VmHWM")
+    started = time.process_time()
+    guessed = np.array([*itertools.chain.from_iterable(model(batches, accounts, context))])
+    seconds = time.process_time() - started  # of a core, whoever else is at work
     booked = np.array([row[TARGET] for row in rows])
-    guessed = np.array(predicted)
     windows = [
         precision_recall(booked[end - WINDOW : end], guessed[end - WINDOW : end])
         for end in range(2 * WINDOW, len(booked) + 1, WINDOW)
@@ -283,18 +267,18 @@ def evaluate(model_of: Callable, rows: list[Sample]) -> dict:
         "accuracy": float((booked == guessed).mean()),
         "precision": precision,
         "recall": recall,
-        "samples_per_second": len(booked) / seconds,
-        "megabytes": _memory("VmHWM") - before,
+        "samples_per_cpu_second": len(booked) / seconds,
+        "megabytes": memory("VmHWM") - before,
     }
 
 
-def _in_a_process(measure: Callable, *arguments: object) -> dict:
+def in_a_process(measure: Callable, *arguments: object) -> dict:
     """What the function gives in a process of its own, so that its peak of memory is its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
         return pool.submit(measure, *arguments).result()
 
 
-def _memory(kind: str, process: int | str = "self") -> float:
+def memory(kind: str, process: int | str = "self") -> float:
     """The memory of a process in MB: VmRSS now, VmHWM the most that it had so far."""
     status = Path(f"/proc/{process}/status").read_text()
     return int(status.partition(f"{kind}:")[2].split()[0]) / 1024
@@ -303,16 +287,16 @@ def _memory(kind: str, process: int | str = "self") -> float:
 # ---------------------------------------------------------------------------------------- Service
 
 
-def measure_service(rows: list[Sample], repeats: int) -> dict:
+def measure_service(rows: list[Sample], repeats: int, context: Keys) -> dict:
     """Requests and samples a second over HTTP, and how long predictions take."""
     found: dict[str, list[dict]] = {}
-    asked = replay.without_account(rows[-1])
-    predict = request("/predict", asked)
+    predict = request("/predict", replay.without_account(rows[-1]))
+    options = [f"--context={','.join(context)}"] if context else []
     for repeat in range(repeats):
-        _say(f"service, {repeat + 1} of {repeats}")
+        say(f"service, {repeat + 1} of {repeats}")
         with (
             tempfile.TemporaryDirectory() as folder,
-            replay.started(SERVICE, f"--log={folder}/log") as (port, _),
+            replay.started(SERVICE, f"--log={folder}/log", *options) as (port, _),
             replay.started("-c", BARE) as (bare_port, _),
         ):
             client = replay.Client(f"http://127.0.0.1:{port}")
@@ -326,25 +310,24 @@ def measure_service(rows: list[Sample], repeats: int) -> dict:
                 found.setdefault(name, []).append(ours | {"share_of_bare": share})
             for size, connections in itertools.product((1, 50, 500), (1, 8)):
                 bodies = [request("/sample", batch) for batch in chunks(rows, size)]
-                load = measure_load(port, itertools.cycle(bodies), connections)
-                load["samples_per_second"] = load["requests_per_second"] * size
-                found.setdefault(f"/sample of {size}, {connections} at once", []).append(load)
-            found.setdefault("/predict while 1,000s stream in", []).append(
-                _busy(port, rows, predict)
-            )
-    return {name: medians(loads) for name, loads in found.items()}
+                ours = measure_load(port, itertools.cycle(bodies), connections)
+                ours["samples_per_second"] = ours["requests_per_second"] * size
+                found.setdefault(f"/sample of {size}, {connections} at once", []).append(ours)
+            name = "/predict while 1,000s stream in"
+            found.setdefault(name, []).append(busy(port, rows, predict))
+    return {name: medians(figures) for name, figures in found.items()}
 
 
-def _busy(port: int, rows: list[Sample], predict: bytes) -> dict:
+def busy(port: int, rows: list[Sample], predict: bytes) -> dict:
     """How long predictions take while another process sends batches of 1,000."""
     bodies = [request("/sample", batch) for batch in chunks(rows, 1000)]
     context = multiprocessing.get_context("fork")
     sender = context.Process(target=measure_load, args=(port, itertools.cycle(bodies), 1, 4.0))
     sender.start()
     time.sleep(0.5)
-    load = measure_load(port, itertools.repeat(predict), 1, 3.0)
+    figures = measure_load(port, itertools.repeat(predict), 1, 3.0)
     sender.join()
-    return load
+    return figures
 
 
 def request(path: str, content: object) -> bytes:
@@ -370,7 +353,7 @@ def measure_load(
     while time.perf_counter() - started < seconds:
         for key, _ in ready.select(1):
             key.data.extend(key.fileobj.recv(1 << 16))
-            if not _whole(key.data):
+            if not whole(key.data):
                 continue
             if not key.data.startswith(b"HTTP/1.1 200"):
                 raise replay.Failed(f"the service answered {bytes(key.data[:300])!r}")
@@ -390,7 +373,7 @@ def measure_load(
     }
 
 
-def _whole(answer: bytearray) -> bool:
+def whole(answer: bytearray) -> bool:
     """Whether an answer with a Content-Length has arrived."""
     head, end, body = answer.partition(b"\r\n\r\n")
     length = head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
@@ -405,21 +388,21 @@ def measure_scale(most: int) -> dict[str, dict]:
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         file, log = Path(folder) / "rows.csv", Path(folder) / "log"
-        _say(f"making {most:,} synthetic rows")
+        say(f"making {most:,} synthetic rows")
         script = replay.HERE / "data" / "synthesize.py"
         command = [sys.executable, script, f"--rows={most}", "--companies=10000", "--out", file]
         subprocess.run(command, check=True)
         rows = iter(replay.by_date(replay.read_rows(file)))
         with replay.started(SERVICE, f"--log={folder}/empty") as (_, process):
-            empty = _memory("VmRSS", process.pid)
+            empty = memory("VmRSS", process.pid)
         sent = 0
         for size in (*(size for size in SIZES if size < most), most):
             with replay.started(SERVICE, f"--log={log}") as (port, _):
                 client = replay.Client(f"http://127.0.0.1:{port}")
-                _send(client, itertools.islice(rows, max(0, size - LAST - sent)), size)
+                send(client, itertools.islice(rows, max(0, size - LAST - sent)), size)
                 last = list(itertools.islice(rows, LAST))
                 started = time.perf_counter()
-                _send(client, last, size)
+                send(client, last, size)
                 seconds = time.perf_counter() - started
                 sent = size
             started = time.perf_counter()
@@ -427,40 +410,30 @@ def measure_scale(most: int) -> dict[str, dict]:
                 restart = time.perf_counter() - started
                 results[f"{size:,}"] = {
                     "samples_per_second": len(last) / seconds,
-                    "bytes_per_sample": (_memory("VmRSS", process.pid) - empty) * (1 << 20) / size,
+                    "bytes_per_sample": (memory("VmRSS", process.pid) - empty) * (1 << 20) / size,
                     "restart_seconds": restart,
                 }
     return results
 
 
-def _send(client: replay.Client, rows: Iterable[Sample], size: int) -> None:
+def send(client: replay.Client, rows: Iterable[Sample], size: int) -> None:
+    """Books the rows, on the way to that size."""
     for number, batch in enumerate(chunks(rows, 500)):
         client.ask("POST", "/sample", batch, key=f"{size} {batch[0]['']} {number}")
-        _say(f"growing to {size:,} synthetic bookings")
+        say(f"growing to {size:,} synthetic bookings")
 
 
 # ----------------------------------------------------------------------------------- Command line
 
 
-def in_words(results: dict) -> Iterator[str]:
-    """The results as tables: medians, with half of the spread."""
-    yield f"{results['file']['name']}, {results['file']['rows']:,} rows; {results['machine']}"
-    for part in ("models", "service", "scale"):
-        if part in results:
-            yield ""
-            yield from _table(part, results[part])
-
-
-def _table(title: str, lines: dict[str, dict]) -> Iterator[str]:
+def table(lines: dict[str, dict]) -> Iterator[str]:
+    """The figures as a table: medians, with half of the spread."""
     names = list(dict.fromkeys(name for figures in lines.values() for name in figures))
     names = [name for name in names if not name.endswith("_spread") and name != "not_installed"]
     cells = [["", *(name.replace("_", " ") for name in names)]]
     for line, figures in lines.items():
-        if "not_installed" in figures:
-            cells.append([line, f"needs {figures['not_installed']}"])
-        else:
-            cells.append([line, *(_shown(name, figures) for name in names)])
-    cells[0][0] = title
+        needs = [f"needs {package}" for package in figures.values() if isinstance(package, str)]
+        cells.append([line, *(needs or (shown(name, figures) for name in names))])
     widths = [max(len(row[i]) for row in cells if i < len(row)) for i in range(len(names) + 1)]
     for row in cells:
         yield "  ".join(
@@ -469,7 +442,8 @@ def _table(title: str, lines: dict[str, dict]) -> Iterator[str]:
         )
 
 
-def _shown(name: str, figures: dict) -> str:
+def shown(name: str, figures: dict) -> str:
+    """A figure as the table has it."""
     value, spread = figures.get(name), figures.get(f"{name}_spread")
     if value is None:
         return "-"
@@ -482,48 +456,57 @@ def medians(measured: list[dict]) -> dict:
     result = {}
     for name in measured[0]:
         values = [figures[name] for figures in measured]
-        result[name] = values[0] if None in values else statistics.median(values)
-        if None not in values and max(values) > min(values):
+        is_number = not isinstance(values[0], str | None)
+        result[name] = statistics.median(values) if is_number else values[0]
+        if is_number and max(values) > min(values):
             result[f"{name}_spread"] = max(values) - min(values)
     return result
 
 
-def _say(what: str) -> None:
+def say(what: str) -> None:
     """Shows what is being done, in one line that the next replaces, if there is someone to see."""
     if sys.stderr.isatty():
         print(f"\r\033[K{what}", end="", file=sys.stderr, flush=True)
 
 
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="bench",
         description="Measures bookkeep beside other models, and its service. Takes some minutes.",
         epilog="The other models: pip install -e '.[bench]'",
     )
-    parser.add_argument(
-        "file",
-        nargs="?",
+    option = parser.add_argument
+    option(
+        "files",
+        nargs="*",
         type=Path,
-        default=replay.DATA / "bank_expenses_synthetic.csv.zip",
-        help="a CSV file of bookings, or a zip with one (default: the synthetic set)",
+        metavar="FILE",
+        default=[replay.DATA / "bank_expenses_synthetic.csv.zip"],
+        help="CSV files of bookings, or zips with one (default: the synthetic set); a column "
+        "Amount is taken for BankEntryAmount",
     )
-    parser.add_argument(
+    option(
+        "--context",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="KEY,...",
+        help="columns that the models get, too, of the files that have them",
+    )
+    option(
         "--part",
-        choices=["models", "service", "scale", "all"],
-        default="all",
-        help="measure only this: the models in process, the service over HTTP with the file's "
-        "bookings, or how it grows with synthetic ones (default: all)",
+        choices=["models", "service", "scale"],
+        default="models",
+        help="what to measure: the models in process, the service over HTTP with the files' "
+        "bookings, or how it grows with synthetic ones (default: models)",
     )
-    parser.add_argument(
-        "--repeats", type=replay.count, default=3, help="of models and service (default: 3)"
-    )
-    parser.add_argument(
+    option("--repeats", type=replay.count, default=3, help="of models and service (default: 3)")
+    option(
         "--most",
         type=replay.count,
         default=SIZES[-1],
         help="synthetic bookings that it grows to (default: %(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="print the figures as a JSON object")
     return parser.parse_args(arguments)
 
 

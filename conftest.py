@@ -4,6 +4,7 @@
 says that two books, or keepers, are the same: that is what "as if it had never been" means.
 """
 
+import csv
 import json
 import os
 import random
@@ -63,6 +64,15 @@ def booking(company="A", text="rent May", amount="> -1000", account="3115", **mo
         "AccountNumber": account,
         **more,
     }
+
+
+def write_csv(path, rows, encoding="utf-8", **how):
+    """The rows as a CSV file."""
+    with open(path, "w", newline="", encoding=encoding) as file:
+        writer = csv.DictWriter(file, rows[0], **how)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
 
 
 def by(who, sample=None, **more):

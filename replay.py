@@ -383,7 +383,9 @@ def open_csv(path: Path) -> Iterator[BinaryIO]:
                 shutil.copyfileobj(file, copy)
                 file = copy
             yield file
-        except NOT_CSV as error:
+        except (OSError, *NOT_CSV) as error:
+            if getattr(error, "errno", None):  # bzip2 says OSError of damage, with no number
+                raise
             raise Failed(f"{path} is no CSV file: {error}") from None
 
 

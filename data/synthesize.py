@@ -2,11 +2,13 @@
 
 Nothing in it is taken from real data: names and numbers are made up from the seed, and no company
 in it is meant to be a real one. The constants aim at the figures published for the real set, whose
-words are hashes; `--describe` prints those of any such set.
+words are hashes; `--describe` prints those of any such set. Where that set has ranges of amounts,
+this one has sums, and a column more: a `Department`, for what a key beside the text is worth.
 
 Companies meet merchants and book each by habit, to an account of their own chart. What is hard to
 predict is hard for an accountant's reasons: a merchant never met before, an account just opened, an
-entry split over two accounts, a habit that leaves room for doubt.
+entry split over two accounts, a habit that leaves room for doubt. Sums and departments help with
+some of that, and with some they don't.
 """
 
 import argparse
@@ -22,11 +24,12 @@ from math import exp
 from pathlib import Path
 from random import Random
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 FILE = Path(__file__).with_name("bank_expenses_synthetic.csv.zip")
 COLUMNS = ["", "CompanyId", "BankEntryDate", "BankEntryText", "BankEntryAmount"]
-COLUMNS += ["AccountName", "AccountNumber", "AccountTypeName"]
+COLUMNS += ["AccountName", "AccountNumber", "AccountTypeName"]  # the real set's
+ALL_COLUMNS = [*COLUMNS, "Department"]
 DAYS = [date(2014, 1, 2) + timedelta(n) for n in range(994)]  # to 2016-09-21
 WORKDAYS = [day.isoformat() for day in DAYS if day.weekday() < 5]
 
@@ -68,6 +71,17 @@ SPLIT = 0.045  # rows that book the entry before to another account
 PAYS_IN = {"1": 0.95, "2": 0.05, "3": 0.05, "4": 0.05}  # merchants, by first digit; others: half
 PAID_IN, PAID_OUT = (3.26, 0.79), (2.82, 0.95)  # mean and sd of log10(amount): 57 % are negative
 MERCHANT_SPREAD = 0.4  # the part of that sd which is within one merchant
+
+# Sums: rents, subscriptions and fees recur to the cent; most others are never seen again
+RECURS, RECURS_ELSEWHERE = 0.8, 0.06  # merchants with a usual sum: of RECURRING accounts, others
+FROM_TARIFF = 0.5  # usual sums that another merchant of the same account has, too
+USUAL = 0.92  # entries that are of the usual sum, where there is one
+CENTS = ["any", "none", "price"], [60, 25, 15]  # accounts, by what their other sums end in
+
+# Departments: each account has its own in a company, and each merchant of it that or another
+STAFFED = [0, 3, 4, 5, 6, 7, 8, 10]  # departments that a company has
+AT_HOME = 0.85  # merchants that the account's department deals with
+UNSAID, MISTAKEN = 0.1, 0.06  # entries with no department, and of the others with just any
 
 split = str.split  # lists of words are easier to read as text
 
@@ -155,6 +169,10 @@ CHART = """
 8 Shop fittings: fittings Joinery counter shelves lights sign
 8 Investments: shares Investments bonds fund securities dealing
 """.strip().splitlines()
+RECURRING = "Maintenance contracts, Subscriptions sold, Rental income, Pensions, Office rent, "
+RECURRING += "Bank fees, Software, Telephone and internet, Insurance, Memberships, Bank loan, "
+RECURRING += "Hire purchase, Pensions payable, Vehicle tax, Deposits paid, Canteen"
+RECURRING = split(RECURRING, ", ")
 DEPARTMENTS = split("north south workshop shop abroad events east west online fleet studio")
 
 # What texts say of any account, most used first; phrases where there is room for two words
@@ -191,6 +209,15 @@ NUMBERS = split("%d %d %d %d INV-%d K%d REF%d T%d")
 INITIALS = "ABCDEFGHIJKLMNOPRSTVW"
 
 Account = tuple[str, str, str]  # its name, number and type
+
+
+class Manner(NamedTuple):
+    """How a company uses an account."""
+
+    cents: str  # what sums end in: one of CENTS
+    recurs: float  # the share of merchants with a usual sum
+    tariff: list[str]  # the usual sums so far
+    department: str
 
 
 class Recurring:
@@ -249,10 +276,24 @@ def open_account(rng: Random, title: str, first: str, digits: int, taken: set[st
     return title, new, "Balance" if first >= "5" else "Profit and Loss"
 
 
-def bucket(paid_in: bool, size: float) -> str:
-    """The BankEntryAmount of 10 ** size: `> -1000` for 300 paid out."""
-    big, bound = ("big positive", "< ") if paid_in else ("big negative", "> -")
-    return big if size >= 4 else f"{bound}{10 ** max(1, int(size) + 1)}"
+def amount(paid_in: bool, size: float, cents: str, rng: Random) -> str:
+    """The BankEntryAmount of 10 ** size: -312.07, or such as -310.00 or -309.95."""
+    total = round(10 ** (size + 2))
+    if cents == "none":
+        step = 10 ** max(2, len(str(total)) - 2)  # 1,200.00 rather than 1,234.00
+        total = round(total / step) * step
+    elif cents == "price":
+        total += rng.choice([90, 95, 99]) - total % 100
+    return f"{'' if paid_in else '-'}{max(1, total) / 100:.2f}"
+
+
+def amount_range(amount: str) -> str:
+    """The range that the real set has for a sum: `> -1000` for -312.07; a range stays as it is."""
+    if amount[0] in "<>b":
+        return amount
+    positive, whole = amount[0] != "-", len(amount.lstrip("-").partition(".")[0])
+    big, bound = ("big positive", "< ") if positive else ("big negative", "> -")
+    return big if whole > 4 else f"{bound}{10**whole}"
 
 
 class World:
@@ -296,13 +337,16 @@ class World:
 class Company:
     """A company's books: its chart of accounts, and what it makes of the merchants it meets."""
 
-    def __init__(self, world: World, id: str, rng: Random):
+    def __init__(self, world: World, id: str, rng: Random, aside: Random):
         self.world, self.id, self.rng = world, id, rng
+        self.aside = aside  # for sums and departments: all else is as it would be without these
         self.chart, self.numbers = {}, set(world.numbers)
         self.house_chart = rng.random() < HOUSE_CHART
         self.digits = rng.randint(4, 7) if self.house_chart else 4
         self.places = Recurring(rng, *ACCOUNTS, lambda: early(rng, PLACES, 1.2))
         self.habits = Recurring(rng, *MERCHANTS, self.meet)
+        self.departments = aside.sample(DEPARTMENTS, aside.choice(STAFFED))
+        self.manners = {}  # by account
 
     def account(self, place: int) -> Account:
         """The account that the company keeps in a place of the standard chart."""
@@ -315,7 +359,7 @@ class Company:
         return self.chart[place]
 
     def meet(self) -> tuple:
-        """A new merchant's template, account, doubt, second account, sign and size (log10)."""
+        """A new merchant's template, account, doubt, second account, sign, size (log10), deals."""
         rng, place = self.rng, self.places.draw()
         if rng.random() < MERCHANT_IS_SHARED:
             template, usual = early(rng, self.world.merchants, 3)
@@ -328,7 +372,38 @@ class Company:
         paid_in = rng.random() < PAYS_IN.get(account[1][0], 0.5)
         mean, sd = PAID_IN if paid_in else PAID_OUT
         size = rng.gauss(mean, (sd**2 - MERCHANT_SPREAD**2) ** 0.5)
-        return template, account, doubt, second, paid_in, size
+        return template, account, doubt, second, paid_in, size, {}
+
+    def manner(self, account: Account) -> Manner:
+        """How the company uses the account."""
+        if account not in self.manners:
+            title, _, part = account[0].partition(", ")
+            recurs = RECURS if title in RECURRING else RECURS_ELSEWHERE
+            named = self.departments and part in DEPARTMENTS  # Sales, north
+            department = part if named else self.any_department()
+            self.manners[account] = Manner(self.aside.choices(*CENTS)[0], recurs, [], department)
+        return self.manners[account]
+
+    def deal(self, account: Account, paid_in: bool, size: float) -> tuple[str, str]:
+        """A merchant's usual sum for what is booked to an account, or none, and its department."""
+        aside, manner, usual = self.aside, self.manner(account), ""
+        if aside.random() < manner.recurs:
+            usual = amount(paid_in, size, manner.cents, aside)
+            if manner.tariff and aside.random() < FROM_TARIFF:
+                usual = aside.choice(manner.tariff)
+            manner.tariff.append(usual)
+        at_home = aside.random() < AT_HOME
+        return usual, manner.department if at_home else self.any_department()
+
+    def any_department(self) -> str:
+        """One of the company's departments, the first ones most often."""
+        return early(self.aside, self.departments, 1) if self.departments else ""
+
+    def said_department(self, department: str) -> str:
+        """What an entry says of its department."""
+        if self.aside.random() < UNSAID:
+            return ""
+        return (self.any_department() if self.aside.random() < MISTAKEN else department).title()
 
     def rows(self, n: int) -> Iterator[tuple[str, ...]]:
         """n rows without their index, oldest first."""
@@ -338,13 +413,20 @@ class Company:
         for workday in sorted(first + int(days * rng.random()) for _ in range(n)):
             day, chance = WORKDAYS[workday], rng.random()
             if entry is None or chance >= REPEATED + SPLIT:
-                template, account, doubt, second, paid_in, size = self.habits.draw()
+                template, account, doubt, second, paid_in, size, deals = self.habits.draw()
                 account = second if rng.random() < doubt else account
-                amount = bucket(paid_in, rng.gauss(size, MERCHANT_SPREAD))
-                entry = self.id, day, self.text(template, day), amount
+                size = rng.gauss(size, MERCHANT_SPREAD)
+                if account not in deals:
+                    deals[account] = self.deal(account, paid_in, size)
+                usual, department = deals[account]
+                if not usual or self.aside.random() >= USUAL:
+                    usual = amount(paid_in, size, self.manner(account).cents, self.aside)
+                entry = self.id, day, self.text(template, day), usual
+                said = self.said_department(department)
             elif chance >= REPEATED:
                 account = self.account(self.places.draw())
-            yield *entry, *account
+                said = self.said_department(self.manner(account).department)
+            yield *entry, *account, said
 
     def text(self, template: list[str], day: str) -> str:
         """The text of an entry: the template with its slots filled."""
@@ -371,7 +453,8 @@ def synthesize(rows: int, companies: int, seed: int) -> Iterator[tuple]:
     ends = [*accumulate(exp(SIZE_SPREAD * z) for z in rng.sample(quantiles, companies))]
     for id, end in zip(map(company_id, ids), ends, strict=True):
         end = round(rows * end / ends[-1])
-        company = Company(world, id, Random(f"{seed} books of {id}"))
+        aside = Random(f"{seed} sums and departments of {id}")
+        company = Company(world, id, Random(f"{seed} books of {id}"), aside)
         for index, row in enumerate(reversed(list(company.rows(end - start))), start):
             yield index, *row
         start = end
@@ -383,9 +466,12 @@ def numeric(word: str) -> bool:
 
 
 def describe(rows: Iterable[Sequence]) -> dict[str, str]:
-    """The real data set's published figures for these rows; "new" counts the first row of each."""
+    """The real data set's published figures for these rows; "new" counts the first row of each.
+
+    Behind them, those of sums and departments, which the real set has not.
+    """
     _, *columns = zip(*rows, strict=True)
-    companies, dates, texts, amounts, _, numbers, types = columns
+    companies, dates, texts, amounts, _, numbers, types, *departments = columns
     lengths = [len(text.split()) for text in texts]
     accounts, words = Counter(numbers), Counter(w for text in texts for w in text.split())
     charts = set(zip(companies, numbers, strict=True))
@@ -419,11 +505,13 @@ def describe(rows: Iterable[Sequence]) -> dict[str, str]:
         "- numeric": share((n for w, n in words.items() if numeric(w)), words.total()),
         "distinct texts": f"{len({*texts})}",
         "- new to its company, of rows": share([len(own_texts)]),
-        "amounts": shares(amounts),
+        "amounts": shares(map(amount_range, amounts)),
         "AccountTypeName": shares(types),
         "exact duplicate rows": share([len(texts) - len(set(zip(*columns, strict=True)))]),
         "dates": f"{min(dates)} to {max(dates)}",
         "digits of AccountNumber, of rows": shares(map(len, numbers)),
+        "amounts new to their company": share([len(set(zip(companies, amounts, strict=True)))]),
+        "Department": ", ".join(map(shares, departments)),
     }
 
 
@@ -434,7 +522,7 @@ def read(file: str) -> list[list[str]]:
         archive = zipfile.ZipFile(io.BytesIO(data))
         data = archive.read(archive.namelist()[0])
     table = list(csv.reader(io.StringIO(data.decode())))
-    if table[:1] != [COLUMNS] or len(table) < 2:
+    if len(table) < 2 or table[0] not in (COLUMNS, ALL_COLUMNS):
         raise ValueError(f"{file} has no rows under the columns {','.join(COLUMNS)}")
     return table[1:]
 
@@ -445,14 +533,14 @@ def write(rows: Iterable[Sequence], file: str) -> None:
         if file.endswith(".zip"):  # with a fixed date and mode: the same rows make the same bytes
             name = Path(file).stem.removesuffix(".csv") + ".csv"
             member = zipfile.ZipInfo(name, (2016, 9, 21, 0, 0, 0))
-            member.compress_type, member.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
+            member.compress_type, member.external_attr = zipfile.ZIP_BZIP2, 0o644 << 16
             archive = files.enter_context(zipfile.ZipFile(file, "w"))
             raw = files.enter_context(archive.open(member, "w"))
         else:
             stdout = file == "-"
             raw = files.enter_context(open(1 if stdout else file, "wb", closefd=not stdout))
         out = files.enter_context(io.TextIOWrapper(raw, "utf-8", newline=""))
-        csv.writer(out, lineterminator="\n").writerows(chain([COLUMNS], rows))
+        csv.writer(out, lineterminator="\n").writerows(chain([ALL_COLUMNS], rows))
 
 
 def main() -> None:

@@ -1,8 +1,6 @@
 """The benchmark: bench.py."""
 
-import csv
 import itertools
-import json
 import re
 import time
 
@@ -10,36 +8,76 @@ import pytest
 
 import bench
 import replay
-from conftest import HERE, SYNTHETIC, booking, prequential, run
+from conftest import HERE, SYNTHETIC, booking, prequential, run, write_csv
 
 
-def test_models_are_compared_on_the_same_rows(tmp_path, monkeypatch):
+def test_models_are_compared_on_the_same_rows(tmp_path, monkeypatch, capsys):
     rows = replay.by_date(replay.read_rows(SYNTHETIC))[:2500]
-    small = tmp_path / "small.csv"
-    with open(small, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-    monkeypatch.setattr(bench, "find_spec", lambda package: package == "sklearn")
-    monkeypatch.setattr(bench.Refitted, "rows", 1500)
-    found = bench.compare_models(rows, repeats=1)
-    assert list(found) == list(bench.MODELS)
-    accuracy, precision, recall, _ = prequential(small)
-    ours = found["bookkeep"]
-    assert [ours[name] for name in ("rows", "accuracy", "precision", "recall")] == [
-        *(2500, accuracy, precision, recall)
-    ]
-    refitted = found["scikit-learn refitted"]
-    assert (refitted["rows"], refitted["precision"]) == (1500, None)
-    assert 0.2 < refitted["accuracy"] < refitted["bookkeep_accuracy"]
-    assert 0.2 < found["scikit-learn partial_fit"]["accuracy"] < 0.9
-    times = refitted["bookkeep_times_as_fast"] * refitted["samples_per_second"]
-    assert times > 0
-    assert found["River MultinomialNB"] == {"not_installed": "river"}
-    results = {"file": {"name": "small.csv", "rows": 2500}, "machine": "", "models": found}
-    table = "\n".join(bench.in_words(results))
-    assert re.search(r"River MultinomialNB +needs river\n", table)
-    assert re.search(rf"bookkeep +2,500 +{accuracy:.4f} +{precision:.4f} +{recall:.4f} ", table)
+    small = write_csv(tmp_path / "small.csv", rows)
+    monkeypatch.setattr(bench, "find_spec", lambda package: package in ("numpy", "sklearn"))
+    refitted = bench.MODELS["scikit-learn refitted"]._replace(rows=1500)
+    monkeypatch.setitem(bench.MODELS, "scikit-learn refitted", refitted)
+    assert bench.main([str(small), "--repeats=1"]) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    names = ["", *(f"small: {name}" for name in bench.MODELS)]
+    pairs = zip(names, lines, strict=True)
+    table = {name: re.split("  +", line[len(name) :].strip()) for name, line in pairs}
+    assert table[""][:5] == ["rows", "accuracy", "precision", "recall", "samples per cpu second"]
+    *ours, _ = prequential(small)
+    assert table["small: bookkeep"][:4] == ["2,500", *(f"{figure:.4f}" for figure in ours)]
+    assert table["small: River MultinomialNB"] == ["needs river"]
+    refitted = table["small: scikit-learn refitted"]
+    assert refitted[0::2][:2] == ["1,500", "-"]
+    assert 0.2 < float(refitted[1]) < float(refitted[6]) < 0.9
+    assert float(refitted[7]) > 0
+    assert 0.2 < float(table["small: scikit-learn partial_fit"][1]) < 0.9
+
+
+@pytest.mark.parametrize("name", bench.MODELS)
+def test_a_model_predicts_each_batch_before_it_learns_it(name):
+    model, _, package = bench.MODELS[name]
+    pytest.importorskip(package)
+    rents, fuels = ([booking(text=text, account=account)] * 3 for text, account in KNOWN)
+    predictions = model([rents, fuels, rents + fuels], ["3115", "4320"], ())
+    assert list(predictions) == [[""] * 3, ["3115"] * 3, ["3115"] * 3 + ["4320"] * 3]
+
+
+KNOWN = [("Office rent", "3115"), ("Diesel", "4320")]
+
+
+@pytest.mark.parametrize("name", bench.MODELS)
+def test_all_models_get_sums_and_context(name):
+    model, _, package = bench.MODELS[name]
+    pytest.importorskip(package)
+    for told in ({"amount": "{}.17"}, {"Department": "{}"}):
+        samples = [
+            booking(text="Invoice", account=account, **{k: v.format(n) for k, v in told.items()})
+            for account, n in (("3115", 21), ("4320", 84))
+        ]
+        batches = [samples] * 9
+        *_, last = model(batches, ["3115", "4320"], ["Department"])
+        assert last == ["3115", "4320"]
+        if "Department" in told:
+            *_, last = model(batches, ["3115", "4320"], ())
+            assert last[0] == last[1]
+
+
+def test_what_a_sample_says_by_namespace():
+    sample = booking(company="A: 1", text="Office|RENT June", amount="-9875.50", Department="North")
+    assert bench.namespaces(sample, ["Department", "Project"]) == {
+        "c": ["A__1"],
+        "t": ["office_rent", "june"],
+        "x": ["office_rent_june"],
+        "a": [">_-10000"],
+        "s": ["-9875.5", "....5"],
+        "k": ["Department=North"],
+    }
+
+
+def test_a_column_amount_is_the_amount(tmp_path):
+    rows = [booking(amount="> -10", Amount=amount, BankEntryDate="2016-02-29") for amount in "12"]
+    read = bench.read_rows(write_csv(tmp_path / "rows.csv", rows))
+    assert [row["BankEntryAmount"] for row in read] == ["1", "2"]
 
 
 def test_a_load_counts_requests_and_their_milliseconds(service):
@@ -56,13 +94,17 @@ def test_a_load_counts_requests_and_their_milliseconds(service):
 
 
 def test_growth_is_measured_with_synthetic_bookings():
-    status, out, said = run(HERE / "bench.py", "--part=scale", "--most=600", "--json")
+    status, out, said = run(HERE / "bench.py", "--part=scale", "--most=600")
     assert (status, said) == (0, "")
-    [(size, figures)] = json.loads(out)["scale"].items()
+    *_, names, figures = out.splitlines()
+    assert re.split("  +", names.strip()) == [
+        *("samples per second", "bytes per sample", "restart seconds")
+    ]
+    size, speed, memory, restart = re.split("  +", figures)
     assert size == "600"
-    assert figures["samples_per_second"] > 10
-    assert 0 < figures["restart_seconds"] < 30
-    assert figures["bytes_per_sample"] > 0
+    assert float(speed.replace(",", "")) > 10
+    assert float(memory.replace(",", "")) > 0
+    assert 0 < float(restart) < 30
 
 
 def test_medians_and_spreads():

@@ -2,11 +2,13 @@
 
 import itertools
 import re
+from collections import Counter
+from operator import eq
 
 import pytest
 
 import replay
-from bookkeep import NaiveBayes, tokens
+from bookkeep import NaiveBayes, amount_range, tokens
 from conftest import HERE, REAL, SYNTHETIC, batches_of, booking, prequential, run
 
 SYNTHESIZE = HERE / "data" / "synthesize.py"
@@ -23,7 +25,7 @@ def test_the_synthetic_set_is_what_its_script_makes(rows, tmp_path):
     made = list(replay.read_rows(tmp_path / "again.csv"))
     assert made == list(replay.read_rows(tmp_path / "again.zip"))
     assert made == rows
-    assert SYNTHETIC.stat().st_size < 1_000_000
+    assert SYNTHETIC.stat().st_size < 350_000
     assert [row[""] for row in made] == [str(index) for index in range(20_000)]
     blocks = [(row["CompanyId"], row["BankEntryDate"]) for row in made]
     for (company, date), (next_company, next_date) in itertools.pairwise(blocks):
@@ -54,7 +56,11 @@ def test_the_figures_of_a_synthetic_set():
         ("in several companies", 9, 15),
         ("numeric", 18, 22),
         ("new to its company, of rows", 60, 70),
-        ("exact duplicate rows", 5, 10),
+        ("exact duplicate rows", 4, 7),  # fewer than with ranges of amounts
+        ("> -1000:", 20, 27),
+        ("big positive:", 5, 10),
+        ("amounts new to their company", 60, 75),
+        ("Department +:", 10, 20),
     ):
         assert least < float(re.search(rf"{figure} +([0-9.]+)[%,]", out)[1]) < most
     assert run(SYNTHESIZE, "--rows", "0")[0] == 2
@@ -62,7 +68,7 @@ def test_the_figures_of_a_synthetic_set():
 
 def test_numeric_words_of_a_set_that_hides_its_words(rows, tmp_path):
     file = tmp_path / "hidden.csv"
-    columns = rows[0].keys()
+    columns = [*rows[0]][:-1]  # a set that hides its words has no Department
     row = "0,int:1,2014-01-02,{},> -10,str:1,1234,Balance"
     texts = ("str:5d04e5f int:3fdba35", "str:5d04e5f Rent", "May 10482 K12")
     file.write_text("\n".join([",".join(columns), *map(row.format, texts)]))
@@ -80,6 +86,8 @@ def test_a_synthetic_set_can_be_read(rows):
         assert re.fullmatch("[1-8][0-9]{3,6}", number)
         assert row["AccountTypeName"] == ("Balance" if number >= "5" else "Profit and Loss")
         assert re.fullmatch("[A-Z][A-Za-z', ]+", row["AccountName"])
+        assert re.fullmatch("-?(0|[1-9][0-9]*)[.][0-9]{2}", row["BankEntryAmount"])
+        assert re.fullmatch("([A-Z][a-z]+)?", row["Department"])
         names.setdefault((company, number), set()).add(row["AccountName"])
     assert all(len(of_account) == 1 for of_account in names.values())
 
@@ -113,6 +121,37 @@ def test_what_a_synthetic_text_says_fits_its_account(rows):
     for text, account in (("Office rent June", "Office rent"), ("Fuel Larkby 03/14", "Fuel")):
         asked = booking(company="new", text=text)
         assert names[model.predict([tokens(asked)])[0]] == account
+
+
+def test_rents_and_fees_recur_to_the_cent_and_most_other_sums_do_not(rows):
+    met = Counter((row["CompanyId"], row["BankEntryAmount"]) for row in rows)
+
+    def share_that_recur(*accounts):
+        sums = [row for row in rows if row["AccountName"].partition(",")[0] in accounts]
+        assert len(sums) > 200
+        return sum(met[row["CompanyId"], row["BankEntryAmount"]] > 2 for row in sums) / len(sums)
+
+    assert share_that_recur("Office rent", "Insurance", "Bank fees", "Software") > 0.5
+    assert share_that_recur("Sales", "Goods for resale", "Fuel", "Trade debtors") < 0.3
+    paid_in = [row["BankEntryAmount"][0] != "-" for row in rows if row["AccountNumber"][0] == "1"]
+    assert sum(paid_in) > 0.85 * len(paid_in)
+
+
+def test_sums_and_departments_say_something_of_the_account(rows):
+    def accuracy(samples, context=()):
+        model, hits = NaiveBayes(), 0
+        for batch in batches_of(samples, 200):
+            documents = [tokens(sample, context) for sample in batch]
+            labels = [sample["AccountNumber"] for sample in batch]
+            for part, assessments, _ in model.book(documents, labels):
+                hits += sum(map(eq, (made.predicted for made in assessments), labels[part]))
+        return hits / len(samples)
+
+    rows = replay.by_date(rows)[:8000]
+    ranges = [row | {"BankEntryAmount": amount_range(row["BankEntryAmount"])} for row in rows]
+    with_ranges, with_sums = accuracy(ranges), accuracy(rows)
+    assert with_ranges + 0.005 < with_sums < with_ranges + 0.03
+    assert with_sums + 0.01 < accuracy(rows, ["Department"]) < with_sums + 0.06
 
 
 def test_ids_of_synthetic_companies_are_unique(tmp_path):

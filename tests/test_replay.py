@@ -34,6 +34,7 @@ from conftest import (
     run,
     scanned,
     wait_until,
+    write_csv,
 )
 
 REPLAY = HERE / "replay.py"
@@ -43,14 +44,6 @@ REPLAY = HERE / "replay.py"
 def rows_by_date():
     """All rows of the synthetic set, as a replay sends them."""
     return replay.by_date(replay.read_rows(SYNTHETIC))
-
-
-def write_csv(path, rows, encoding="utf-8", **how):
-    with open(path, "w", newline="", encoding=encoding) as file:
-        writer = csv.DictWriter(file, rows[0], **how)
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
 
 
 @pytest.fixture
