@@ -67,7 +67,7 @@ from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.task import ThreadedTaskDispatcher
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 logger = logging.getLogger("bookkeep")
 
@@ -2639,6 +2639,8 @@ def _check_booking(record: dict, target: str) -> None:
 
 
 def _check_counts(weight: float, against: list[str]) -> None:
+    if not isinstance(against, list):
+        raise ValueError("a version before 0.5 wrote it")
     if not FLOOR <= weight <= 1 or weight * GRAIN % 1:
         raise ValueError("no booking can have that weight")
     if len({*against}) < len(against) or len(against) > RIVALS:
