@@ -205,15 +205,13 @@ def answers(books, asked=()):
     model, history, calibration = books.model, books.history, books.calibration
     names = [account for account, n in zip(model.names, model.class_counts, strict=True) if n]
     columns = [model.accounts[name] for name in names]
-    documents = [tokens(sample) for sample in asked]
-    scores = model.joint_log_likelihood(documents)[:, columns].T.tolist()
-    sums = np.vstack([model.class_counts, model.feature_counts])[:, columns].T.tolist()
+    documents = [books.tokens(sample) for sample in asked]
+    sums = model.sums[columns].tolist()
     accounts = [*history.accounts, None]
     companies = {number: company for company, number in history.companies.items()}
     said = {
         "tokens": model.n_tokens,
         "sums": dict(zip(names, sums, strict=True)),
-        "scores": dict(zip(names, scores, strict=True)),
         "bookings": [
             (companies[company], accounts[booked], accounts[named], accounts[predicted], *others)
             for _, company, booked, named, predicted, *others in history.rows.tolist()
@@ -223,6 +221,9 @@ def answers(books, asked=()):
         "confidence of others": calibration.shared(np.array([0.5])).tolist(),
         "evidence": calibration.evidence_counts(np.concatenate([EVERY_BIN, history.rows])),
     }
+    if names:
+        top = model.top(documents, len(names))
+        said["scores"] = [[(model.names[i], score) for score, i in each] for each in top]
     with suppress(NotReady):  # where nothing was learned, or nothing predicted
         said["suggestions"] = suggest(books, asked, 3)
         said["lessons"] = model.weigh(documents, [sorted(names)[0]] * len(asked))
