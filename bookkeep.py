@@ -1629,10 +1629,10 @@ def confused(rows: np.ndarray, accounts: Sequence[str], most: int = 10) -> list[
 #
 #   {"seq": 2, "batch": "june-1", "left": 0, "sample": {"CompanyId": "acme", "BankEntryText":
 #     "Office rent June", "BankEntryAmount": "> -10000", "AccountNumber": "6300"}, "predicted":
-#     "6300", "margin": 19.1832, "confidence": 0.0, "rank": 1, "known": 5, "weight": 0.015625,
-#     "against": [], "crc": 0}
+#     "6300", "margin": 16.2377, "confidence": 0.0, "rank": 1, "known": 5, "weight": 0.015625,
+#     "against": [], "crc": 807336227}
 #   {"seq": 3, "batch": 3, "left": 0, "corrects": 2, "AccountNumber": "7140", "weight":
-#     0.7490234375, "against": ["6300"], "crc": 0}
+#     0.7470703125, "against": ["6300"], "crc": 27062549}
 #   {"seq": 3, "batch": 3, "left": 0, "crc": 4241497597}            ...
 #
 # First comes a line's place, then the record, then the CRC-32 of all before it. `seq` counts lines
@@ -2613,6 +2613,8 @@ def _check_booking(record: dict, target: str) -> None:
 
 
 def _check_counts(weight: float, against: list[str]) -> None:
+    if not isinstance(against, list):
+        raise ValueError("a version before 0.5 wrote it")
     if not FLOOR <= weight <= 1 or weight * GRAIN % 1:
         raise ValueError("no booking can have that weight")
     if len({*against}) < len(against) or len(against) > RIVALS:

@@ -477,7 +477,7 @@ def judged(path):
                 "company": sample["CompanyId"],
                 "booked": last.get(record["seq"], sample["AccountNumber"]),
                 "predicted": record["predicted"],
-                "bin": bin_of(record["margin"], sample),
+                "bin": bin_of(record["margin"]),
                 "known": record["known"],
                 "score_weight": {"suggestion": 0, "check": 16}.get(sample.get("BookedBy"), 1),
             }
@@ -485,8 +485,8 @@ def judged(path):
     return [row for row in found if row["score_weight"]]
 
 
-def bin_of(margin, sample):
-    return min(int(6 * np.log2(1 + 8 * (margin or 0) / len(tokens(sample)))), 47)
+def bin_of(margin):
+    return min(int(8 * np.log2(1 + (margin or 0))), 47)
 
 
 def pooled(right, counted):
@@ -508,7 +508,7 @@ def own_by_hand(rows, asked, name):
         for row in rows
         if row["known"] > 0
         and (row["company"], row[name]) == (asked["company"], asked[name])
-        and abs(row["bin"] // 4 - asked["bin"] // 4) <= 1
+        and abs(row["bin"] // 3 - asked["bin"] // 3) <= 1
     ]
 
 
@@ -530,8 +530,8 @@ def confidence_by_hand(rows, asked):
     right, anybodys = sums(rows)
     g = pooled(right, np.where(anybodys > 0, anybodys + 2, 0))
     right, counted = sums(row for row in rows if row["known"] == asked["known"])
-    share = pooled(right + 2 * g, np.where(anybodys > 0, counted + 2, 0))[asked["bin"]]
+    share = pooled(right + 10 * g, np.where(anybodys > 0, counted + 10, 0))[asked["bin"]]
     for name in ("known", "predicted"):
         own = tally_by_hand(own_by_hand(rows, asked, name))
-        share = (own["right"] + 20 * share) / (own["suggestions"] + 20.25)
+        share = (own["right"] + 60 * share) / (own["suggestions"] + 60.25)
     return share
