@@ -771,7 +771,7 @@ class NaiveBayes:
     >>> model.predict([asked])
     ['c']
     >>> model.joint_log_likelihood([asked]).score.round(2).tolist()
-    [-0.12, -2.03]
+    [6.55, 1.75]
     """
 
     def __init__(self, alpha: float = ALPHA, beta: float = BETA) -> None:
@@ -1097,7 +1097,7 @@ class NaiveBayes:
             for i, lesson in enumerate(lessons)
             for rival in lesson.against
         ]
-        all_alive = sign > 0 and self.n_classes == len(self.names)
+        alive = self.n_classes if sign > 0 and self.n_classes == len(self.names) else 0
         self.names += islice(self.accounts, len(self.names), None)
         if len(self.names) > len(self.sums):
             self.sums = _grown(self.sums, len(self.names) * 3 // 2, self.sums.shape[1])
@@ -1112,7 +1112,7 @@ class NaiveBayes:
         units = np.concatenate([units, np.full(len(loser), sign * GRAIN)])
         of, token = _ranges(found.start[document], found.lengths[document])
         self.token_counts.add(found.row[token], column[of], units[of])
-        self._count(all_alive)
+        self._count(alive)
 
     def book(
         self,
@@ -1154,12 +1154,11 @@ class NaiveBayes:
         self.token_counts.restore(state)
         self._count()
 
-    def _count(self, all_alive: bool = False) -> None:
-        """Has what follows from the sums; are all accounts known to have some?"""
-        counts, occupied = self.class_counts, self.token_counts.occupied
-        self.n_classes = len(counts) if all_alive else int(np.count_nonzero(counts))
+    def _count(self, alive: int = 0) -> None:
+        """Has what follows from the sums; the first accounts, so many, are known to have some."""
+        self.n_classes = alive + int(np.count_nonzero(self.class_counts[alive:]))
         # A kind without known tokens has no use for its log, which must be finite.
-        self._smoothing = np.append(0, self.alpha * np.maximum(occupied, 1))
+        self._smoothing = np.append(0, self.alpha * np.maximum(self.token_counts.occupied, 1))
 
 
 def root_log(x: np.ndarray) -> np.ndarray:
@@ -1427,23 +1426,22 @@ class Calibration:
     these (p1); its own for this account, whatever was known (p2).
 
         g  = right / (all + 2), made monotone
-        p0 = (right + 2 g) / (all + 2), made monotone
-        p1 = (right + 20 p0) / (all + 20 + 1/4)
-        p2 = (right + 20 p1) / (all + 20 + 1/4)
+        p0 = (right + 10 g) / (all + 10), made monotone
+        p1 = (right + 60 p0) / (all + 60 + 1/4)
+        p2 = (right + 60 p1) / (all + 60 + 1/4)
 
-    "As much evidence" is the same bin of the margin (log-odds) for each token, for Naive Bayes
-    takes each token for independent of the others and is the surer the more there are; in the last
-    two, the same wide bin or one beside it. Shares are made monotone over the bins by pooling
+    "As much evidence" is the same bin of the margin (log-odds); in the last two, the same wide bin
+    or one beside it. Shares are made monotone over the bins by pooling
     adjacent violators (Ayer et al., 1955). All that is kept are whole numbers: any order gives the
     same, and what is taken away leaves no trace.
     """
 
-    BINS = 48  # six for each doubling of 1 / 8 + margin
-    WIDE = 4  # bins in a wide one
+    BINS = 48  # eight for each doubling of 1 + margin
+    WIDE = 3  # bins in a wide one
     RANKS = 20  # suggestions that get a confidence
     DOUBT = 2  # wrong ones that are added to those of all companies
-    BACK = 2  # suggestions that g counts in p0
-    OWN = 20  # suggestions that p0 counts in p1, and p1 in p2
+    BACK = 10  # suggestions that g counts in p0
+    OWN = 60  # suggestions that p0 counts in p1, and p1 in p2
     OWN_DOUBT = 1 / 4  # of a wrong one that is added to a company's own: the best are often lucky
 
     def __init__(self) -> None:
@@ -1546,9 +1544,9 @@ class Calibration:
 
     @classmethod
     def bins(cls, margins: Sequence[float]) -> np.ndarray:
-        """(n,) the bins of margins for each token."""
-        doublings = np.log2(1 + 8 * np.asarray(margins, dtype=np.float64))
-        return np.minimum(6 * doublings, cls.BINS - 1).astype(np.int64)
+        """(n,) the bins of margins."""
+        doublings = np.log2(1 + np.asarray(margins, dtype=np.float64))
+        return np.minimum(8 * doublings, cls.BINS - 1).astype(np.int64)
 
     def _share(self, specificity: int) -> np.ndarray:
         """(BINS,) p0 of suggestions with as much known."""
@@ -1648,10 +1646,10 @@ def confused(rows: np.ndarray, accounts: Sequence[str], most: int = 10) -> list[
 #
 #   {"seq": 2, "batch": "june-1", "left": 0, "sample": {"CompanyId": "acme", "BankEntryText":
 #     "Office rent June", "BankEntryAmount": "> -10000", "AccountNumber": "6300"}, "predicted":
-#     "6300", "margin": 19.1832, "confidence": 0.0, "rank": 1, "known": 5, "weight": 0.015625,
-#     "against": [], "crc": 0}
+#     "6300", "margin": 16.2377, "confidence": 0.0, "rank": 1, "known": 5, "weight": 0.015625,
+#     "against": [], "crc": 807336227}
 #   {"seq": 3, "batch": 3, "left": 0, "corrects": 2, "AccountNumber": "7140", "weight":
-#     0.7490234375, "against": ["6300"], "crc": 0}
+#     0.7470703125, "against": ["6300"], "crc": 27062549}
 #   {"seq": 3, "batch": 3, "left": 0, "crc": 4241497597}            ...
 #
 # First comes a line's place, then the record, then the CRC-32 of all before it. `seq` counts lines
