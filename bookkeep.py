@@ -82,8 +82,7 @@ SCORE_WEIGHTS = {"person": 1, "check": CHECKS, "suggestion": 0}  # what its pred
 
 MAX_BATCH = 10_000  # samples in one body
 MAX_VALUE = 10_000  # characters in a key or a value
-SHORT = ("CompanyId", "BankEntryAmount", TARGET)  # of at most MAX_SHORT characters
-MAX_SHORT = 100
+MAX_SHORT = 100  # of those that a sample must have, but for the text
 MAX_WORDS = 100  # words of a text that become tokens: its first ones
 LONG_WORD = 11  # characters of a word beyond which its parts are words, too
 
@@ -163,7 +162,7 @@ def check_samples(
     required = (*FEATURES, target) if booked else FEATURES
     for number, sample in enumerate(content):
         try:
-            check_sample(sample, required, (*SHORT, target))
+            check_sample(sample, required)
             if booked:
                 score_weight(sample)
         except BadRequest as error:
@@ -171,7 +170,7 @@ def check_samples(
     return content
 
 
-def check_sample(sample: object, required: Sequence[str], short: Sequence[str] = SHORT) -> None:
+def check_sample(sample: object, required: Sequence[str]) -> None:
     """Raises BadRequest unless it is an object of strings with all `required` keys filled."""
     if not isinstance(sample, dict):
         raise BadRequest("must be an object of strings")
@@ -190,7 +189,7 @@ def check_sample(sample: object, required: Sequence[str], short: Sequence[str] =
             raise BadRequest(f"{key} is missing")
         if not sample[key]:
             raise BadRequest(f"{key} is empty")
-        if key in short and len(sample[key]) > MAX_SHORT:
+        if key != "BankEntryText" and len(sample[key]) > MAX_SHORT:
             raise BadRequest(f"{key} is longer than {MAX_SHORT} characters")
     try:
         text.encode()
@@ -3566,7 +3565,7 @@ def _correction(target: str, content: object) -> tuple[int, str]:
     """The booking's number and its account. Raises BadRequest."""
     if not isinstance(content, dict) or content.keys() != {"seq", target}:
         raise BadRequest(f'send {{"seq": 1203, "{target}": "6700"}}, and nothing else')
-    check_sample({target: content[target]}, (target,), (target,))
+    check_sample({target: content[target]}, (target,))
     seq = content["seq"]
     if not isinstance(seq, float) or not (seq.is_integer() and 0 <= seq <= MAX_NUMBER):
         raise BadRequest(f"seq must be a whole number from 0 to {MAX_NUMBER}")
