@@ -80,6 +80,12 @@ BOOKED_BY = "BookedBy"  # optional: who booked it, a person if it is not said
 CHECKS = 16  # of the suggestions that could be booked unseen, one in so many is to be checked
 SCORE_WEIGHTS = {"person": 1, "check": CHECKS, "suggestion": 0}  # what its prediction counts
 
+MAX_CONTEXT = 8  # keys beside the text that are features
+OF_A_RECORD = (  # keys that stand beside the target in a log, or in an answer
+    *("seq", "batch", "left", "crc", "sample", "corrects", "weight", "against"),
+    *("target", "context", "before"),
+)
+
 MAX_BATCH = 10_000  # samples in one body
 MAX_VALUE = 10_000  # characters in a key or a value
 MAX_SHORT = 100  # of those that a sample must have, but for the text
@@ -200,10 +206,10 @@ def check_sample(sample: object, required: Sequence[str]) -> None:
 def check_features(context: Sequence[str], target: str) -> None:
     """Raises BadRequest unless these keys can be features, and that one the target."""
     taken = {*FEATURES, "BankEntryDate", "Id", BOOKED_BY}
-    if target in taken or not re.fullmatch(r"[\w-]{1,100}", target):
+    if target in {*taken, *OF_A_RECORD} or not re.fullmatch(r"[\w-]{1,100}", target):
         raise BadRequest(f"{_shown(target)} cannot be the target")
-    if len(context) > 8 or len({*context}) < len(context):
-        raise BadRequest("a context is of at most 8 keys, each once")
+    if len(context) > MAX_CONTEXT or len({*context}) < len(context):
+        raise BadRequest(f"a context is of at most {MAX_CONTEXT} keys, each once")
     for key in context:
         of_the_account = key.startswith("Account") and target == TARGET
         if key in taken or key == target or of_the_account or not key or len(key) > MAX_SHORT:
