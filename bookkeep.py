@@ -3152,7 +3152,8 @@ def _standing(keeper: Bookkeeper, seqs: np.ndarray) -> list[dict]:
         before = sample[target]
         if before != account:
             sample = sample | {target: account}
-            sample.pop(NAME, None)  # which is the other account's
+            if target == TARGET:
+                sample.pop(NAME, None)  # which is the other account's
         found.append(
             {
                 "seq": int(row["seq"]),
