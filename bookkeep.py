@@ -1930,9 +1930,14 @@ class Log:
 
     def damaged(self, damage: "Damage") -> LogError:
         """What to raise when a line makes no sense."""
+        anew = f"python bookkeep.py relearn {self.path} NEW"
+        where = f"line {damage.line}: {damage.reason}"
+        if damage.otherwise:
+            return LogError(
+                f"{self.path}, {where}; to learn it anew, give the options of this start to: {anew}"
+            )
         return LogError(
-            f"{self.path} is damaged, line {damage.line}: {damage.reason}; restore a backup, or "
-            f"keep what is whole: python bookkeep.py relearn {self.path} NEW"
+            f"{self.path} is damaged, {where}; restore a backup, or keep what is whole: {anew}"
         )
 
     def _keep(self, batch: "Batch") -> None:
@@ -2001,6 +2006,7 @@ class Damage(NamedTuple):
     line: int  # from 1
     reason: str
     unfinished: bool = False  # may it be but what a crash left of an append?
+    otherwise: bool = False  # is it whole, but learned by another version, or from other keys?
 
 
 Line = tuple[int, bytes, dict | ValueError | None]
@@ -2212,7 +2218,7 @@ class Snapshot:
 
     def _version(self) -> list[int]:
         sample = dict.fromkeys(FEATURES, "a b c") | {"BankEntryAmount": "-1000"}
-        return [FORMAT, *tokens(sample)]
+        return [FORMAT, *tokens(sample, FEATURES)]
 
 
 # ----------------------------------------------------------------------------------------- Writer
@@ -2542,10 +2548,12 @@ class Books:
         }
         return dict(chain(*(part.state().items() for part in parts), own.items()))
 
+    def fits(self, state: Arrays) -> bool:
+        """Is it of the same context and target?"""
+        return _unpacked(state["features"]) == [self.target, *self.context]
+
     def restore(self, state: Arrays) -> None:
         """Takes over all of it."""
-        if _unpacked(state["features"]) != [self.target, *self.context]:
-            raise ValueError("it is of another context or target")
         for part in (self.model, self.calibration, self.history):
             part.restore(state)
         self.corrected = {
@@ -2601,11 +2609,11 @@ def check_records(
     """
     for number, record in enumerate(records, start=line):
         try:
-            learned = {key: record[key] for key in ("target", "context") if key in record}
+            learned = features_of(record)
             target = learned.get("target", TARGET)
             if features not in (None, learned) and len(record) > len(PLACE):
                 context = ",".join(learned.get("context", ())) or "none"
-                raise ValueError(f"it was learned with the context {context}, the target {target}")
+                raise Otherwise(f"it was learned with the context {context}, the target {target}")
             if "corrects" in record:
                 check_sample({target: record[target]}, (target,))
                 if (
@@ -2619,12 +2627,21 @@ def check_records(
         except KeyError as error:
             yield Damage(number, f"{error} is missing")
         except (AttributeError, TypeError, ValueError) as error:
-            yield Damage(number, str(error))
+            yield Damage(number, str(error), otherwise=isinstance(error, Otherwise))
+
+
+def features_of(record: dict) -> dict:
+    """What a record says of the keys that it was learned from, as Books.features does."""
+    return {key: record[key] for key in ("target", "context") if key in record}
+
+
+class Otherwise(ValueError):
+    """What another version, or one with other options, has learned."""
 
 
 def _check_booking(record: dict, target: str) -> None:
     if "known" not in record:
-        raise ValueError("a version before 0.3 wrote it")
+        raise Otherwise("a version before 0.5 wrote it")
     check_sample(record["sample"], (*FEATURES, target))
     if score_weight(record["sample"]):
         _check_counts(record["weight"], record["against"])
@@ -2643,7 +2660,7 @@ def _check_booking(record: dict, target: str) -> None:
 
 def _check_counts(weight: float, against: list[str]) -> None:
     if not isinstance(against, list):
-        raise ValueError("a version before 0.5 wrote it")
+        raise Otherwise("a version before 0.5 wrote it")
     if not FLOOR <= weight <= 1 or weight * GRAIN % 1:
         raise ValueError("no booking can have that weight")
     if len({*against}) < len(against) or len(against) > RIVALS:
@@ -2915,6 +2932,8 @@ class Bookkeeper:
     def _restore(self, state: Arrays) -> None:
         """Takes over all that was made of the log; or nothing, if it raises."""
         books = Books(self.books.context, self.books.target)
+        if not books.fits(state):
+            return  # the log says so, too, unless all of it is forgotten
         books.restore(state)
         self.log.restore(state)
         self.books, self._saved = books, len(self.log)
