@@ -1458,7 +1458,7 @@ class Calibration:
         company = 1 + rows["company"].astype(np.int64)[:, np.newaxis, np.newaxis]
         level = np.stack([rows["specificity"], len(SPECIFICITY) + 1 + rows["predicted"]], axis=1)
         wide = 1 + rows["bin"][:, np.newaxis] // self.WIDE + near
-        cells = company << 36 | level[:, :, np.newaxis] << 4 | wide[:, np.newaxis]
+        cells = company << 36 | level[:, :, np.newaxis] << 5 | wide[:, np.newaxis]
         cells = cells.astype(np.uint64)
         cells *= np.uint64(0x9E3779B97F4A7C15)  # spreads them over the table's slots
         return (cells ^ cells >> 40).astype(np.int64) & (1 << 63) - 1
@@ -2189,7 +2189,8 @@ class Snapshot:
         self.lines = 0
 
     def _version(self) -> list[int]:
-        sample = dict.fromkeys(FEATURES, "a b c") | {"BankEntryAmount": "-1000"}
+        sample = {"CompanyId": "a", "BankEntryText": "\u00c4 \u6771\u4eac\u90fd Amazon.com*1f37"}
+        sample["BankEntryAmount"] = "-1000.50"
         return [FORMAT, *tokens(sample)]
 
 

@@ -1753,13 +1753,13 @@ def test_a_flipped_byte_in_a_snapshot_does_no_harm(path, grown):
 
 def test_a_snapshot_of_other_tokens_is_not_used(path, monkeypatch, caplog):
     with monkeypatch.context() as patch:
-        patch.setattr(bookkeep, "amount_range", str)  # as up to version 0.3
+        patch.setattr(bookkeep, "words", str.split)  # as up to version 0.4
         with bookkeeping(path, unsaved=1) as keeper:
-            keeper.book([booking(amount="-5.00", account="1"), booking(amount="7")])
+            keeper.book([booking(text="RENT", account="1"), booking(text="Food")])
     assert snapshot_of(path).exists()
     with bookkeeping(path) as keeper:
         assert "another version made it" in caplog.text
-        asked = [booking("B", "", "-3.20"), booking("B", "", "< 10")]
+        asked = [booking("B", "rent"), booking("B", "food")]
         assert keeper.books.predict(asked) == ["1", "3115"]
         assert_same(keeper, books_of(path), asked)
 
@@ -1968,7 +1968,7 @@ def assert_true_to_log(keeper):
     alone.model.learn(documents, lessons)
     now, alone = answers(keeper), answers(alone)
     for name in ("tokens", "sums", "scores"):
-        assert now[name] == alone[name], name
+        assert now.get(name) == alone.get(name), name
     assert_same(now, books_of(keeper.log.path))
 
 
@@ -2016,12 +2016,14 @@ def test_suggestions_are_the_best_scores_and_their_reasons_add_up(keeper):
     model = keeper.books.model
     for sample in [*bookings(40, seed=1), booking(text="rent rent nobody knows")]:
         suggestions = suggested(keeper, sample, 20)["suggestions"]
-        [scores] = model.joint_log_likelihood([tokens(sample)])
-        score = {name: scores[number] for name, number in model.accounts.items()}
+        [score] = scores_of(model, [tokens(sample)])
         accounts = [suggestion["account"] for suggestion in suggestions]
         assert accounts == sorted(score, key=score.get, reverse=True)
         assert accounts[:1] == keeper.books.predict([sample])
-        assert [each["over"] for each in suggestions] == [accounts[1], *[accounts[0]] * 7]
+        assert [each["over"] for each in suggestions] == [
+            accounts[1],
+            *[accounts[0]] * (len(score) - 1),
+        ]
         confidences = [each["confidence"] for each in suggestions]
         assert confidences == sorted(confidences, reverse=True)
         for each in suggestions:
@@ -2046,11 +2048,11 @@ def test_a_reason_is_what_the_word_says_for_one_account_over_the_other(keeper):
     assert (first["account"], first["over"], second["account"]) == ("1", "2", "2")
     assert (first["prior"], second["margin"]) == (0, -first["margin"])
     weights = {(reason["kind"], reason["token"]): reason["weight"] for reason in first["reasons"]}
-    odds = np.log((1 + bookkeep.ALPHA) / bookkeep.ALPHA)
-    for kind, times in ((2, 2), (3, 2), (4, 1), (5, 1)):  # the first is of both words
+    odds = power(1 / 0.15)
+    for kind, times in ((2, 2), (3, 1), (4, 1), (5, 1)):  # the first is of both words
         assert weights[bookkeep.KINDS[kind], "rent"] == pytest.approx(times * odds, abs=1e-4)
-    for kind in bookkeep.KINDS[2:4]:
-        assert weights[kind, "food"] == pytest.approx(-odds, abs=1e-4)
+    for kind, factor in ((2, 1), (3, 1 / 2)):
+        assert weights[bookkeep.KINDS[kind], "food"] == pytest.approx(-odds * factor, abs=1e-4)
     assert (bookkeep.KINDS[6], "rent food") not in weights
 
 
@@ -3145,8 +3147,8 @@ class Described:
             if accounts:
                 assert line["predicted"] in accounts
                 assert 0 <= line["confidence"] <= 1
-                assert (line["margin"] is None) == (len(accounts) == 1)
-                assert (line["rank"] is None) == (account not in accounts)
+                assert line["margin"] is None or len(accounts) > 1
+                assert line["rank"] is None or account in accounts
                 assert (line["rank"] == 1) == (account == line["predicted"])
             else:
                 assert {line[key] for key in predicted - {"known"}} == {None}
