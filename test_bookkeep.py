@@ -818,7 +818,7 @@ def add_rows(history, rows):
     for row in (usual | row for row in rows):
         who = by(WHO[row["score_weight"]], company=row["company"], account=row["booked"])
         reviewed = {} if row["score_weight"] else {"reviewed": False}
-        margin = (2 ** ((row["bin"] + 0.5) / 6) - 1) / 8  # for each token, of which there is one
+        margin = 2 ** ((row["bin"] + 0.5) / 8) - 1
         records.append(
             {name: row[name] for name in ("seq", "predicted", "confidence", "known", "rank")}
             | {"sample": who | {"AccountName": row["name"]}, "margin": margin}
@@ -2563,9 +2563,9 @@ def test_others_are_served_between_the_steps_of_forgetting(keeper, monkeypatch):
         """What others ask between two steps, and what they get."""
         step = next(steps)
         keeper.book([booking("company1", f"late {step}")])
-        keeper.book([booking("B", f"rent {step}", account="new")])
+        keeper.book([booking("B", f"fee {step}", account="new")])
         assert keeper.correct(other, str(step)) != str(step)
-        assert keeper.books.predict([booking("B", "rent")]) == ["new"]
+        assert keeper.books.predict([booking("B", "fee")]) == ["new"]
         with pytest.raises(NotFound):
             keeper.correct(mine[0], "3001")
         assert keeper.book(samples[:500], "batch0") == range(500)
