@@ -50,8 +50,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from functools import lru_cache, partial
 from hashlib import blake2b
 from heapq import nsmallest
+from importlib import import_module
 from itertools import chain, count, islice, pairwise, repeat
 from pathlib import Path
+from types import ModuleType
 from typing import BinaryIO, NamedTuple, TypeVar
 
 # Requests are answered by threads of its own: those of NumPy's BLAS would only be in their way.
@@ -3203,7 +3205,8 @@ PAGE_POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 EXTRA = Path(__file__).resolve().parent / "bookkeep_extra"
-STATUS = {BadRequest: 400, NotFound: 404, Conflict: 422, NotReady: 503, NotStored: 507}
+STATUS = {BadRequest: 400, NotFound: 404, ImportError: 404, Conflict: 422, NotReady: 503}
+STATUS |= {NotStored: 507}
 
 # What a route takes beside a body: each name with its JSON Schema. The name is in the path, or a
 # header, or else after the ?. From this come the refusals, the handler's arguments, and what
@@ -3220,6 +3223,13 @@ PAGE_END: Schema = {
     "pattern": r"^[0-9]{1,20}(\.[0-9]{1,20})?(e-[0-9]{1,3})?:[0-9]{1,18}$",
     "title": "what the page before says is `next`",
 }
+
+
+def extra(name: str) -> ModuleType:
+    """What stands beside this module under that name. Raises ImportError."""
+    if not EXTRA.exists():  # or that of another one might be found
+        raise ImportError(f"this needs {EXTRA.name} beside {Path(__file__).name}, which is missing")
+    return import_module(f"{EXTRA.name}.{name}")
 
 
 def takes(schemas: dict[str, Schema] | None = None, body: Callable | None = None) -> Callable:
@@ -3280,9 +3290,7 @@ def create_app(
     app.install(partial(_answering, keeper, max_body, threading.Lock()))
     app.default_error_handler = _error_in_json
     if EXTRA.exists():  # without it, there are no figures for Prometheus
-        from bookkeep_extra import prometheus
-
-        prometheus.watch(app, keeper)  # before authorize: a refusal takes time, too
+        extra("prometheus").watch(app, keeper)  # before authorize: a refusal takes time, too
     pages = {path.name: path.read_text() for path in (EXTRA / "page").glob("*")}
     booked = partial(check_samples, booked=True, most=max_batch)
     asked = partial(check_samples, booked=False, most=max_batch)
@@ -3413,11 +3421,7 @@ def create_app(
     @app.get("/openapi.json")
     @takes()
     def get_openapi() -> dict:
-        try:
-            from bookkeep_extra import openapi
-        except ImportError:
-            raise NotFound("there is no description here: bookkeep_extra is missing") from None
-        return openapi.describe(app.routes, max_batch, max_body, token is not None)
+        return extra("openapi").describe(app.routes, max_batch, max_body, token is not None)
 
     def page(name: str, media: str) -> str:
         if name not in pages:
@@ -3582,8 +3586,9 @@ class Server:
     """Waitress, turn by turn: it receives what has come, then answers short questions.
 
     Changes, questions and all else have threads of their own, so that no kind waits for another:
-    changes wait for the disk, and one company is forgotten after the other. A short question is answered by the thread that received it: to hand
-    it over takes longer than to answer it, and with 100 threads asking, new connections would wait.
+    changes wait for the disk, and one company is forgotten after the other. A short question is
+    answered by the thread that received it: to hand it over takes longer than to answer it, and
+    with 100 threads asking, new connections would wait.
     """
 
     def __init__(
@@ -3714,13 +3719,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         on_signals(signal.default_int_handler)  # as Ctrl-C, until it serves
         if options.command:
-            try:
-                from bookkeep_extra import logs
-            except ImportError:
-                raise OSError("check and relearn need bookkeep_extra beside bookkeep.py") from None
-            return logs.COMMANDS[options.command](options)
+            return extra("logs").COMMANDS[options.command](options)
         serve(options)
-    except (LogError, OSError) as error:
+    except (ImportError, LogError, OSError) as error:
         named = isinstance(error, OSError) and error.filename
         reason = f"{error.filename}: {error.strerror}" if named else error
         print(f"bookkeep: {reason}", file=sys.stderr)
@@ -3748,11 +3749,10 @@ def serve(options: argparse.Namespace) -> None:
     open_books: Callable = Bookkeeper
     if options.stream:
         try:
-            from bookkeep_extra import cluster
+            open_books = partial(extra("cluster").Node, options.stream)
         except ImportError:
             needed = "nats-py: pip install 'bookkeep-service[cluster]'"
             raise OSError(f"--stream needs bookkeep_extra and {needed}") from None
-        open_books = partial(cluster.Node, options.stream)
     reading = _in_background(partial(open_books, log, options.unsaved))
     if server.answer(reading):
         raise KeyboardInterrupt

@@ -42,7 +42,6 @@ from bookkeep import (
     report,
     scan,
     suggest,
-    tokens,
 )
 
 settings.register_profile("quick", max_examples=50, deadline=None)
