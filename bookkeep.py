@@ -49,7 +49,6 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import lru_cache, partial
 from hashlib import blake2b
-from heapq import nsmallest
 from importlib import import_module
 from itertools import chain, count, islice, pairwise, repeat
 from pathlib import Path
@@ -788,9 +787,7 @@ class NaiveBayes:
         self.names: list[str] = []  # (A,) the accounts by number
         self.token_counts = Counts(self._evidence)  # N(t, a) and M(t, a)
         self.sums = np.zeros((0, 1 + len(KINDS)))  # (A and room, 1 + kinds) N(a), T_k(a)
-        self.n_classes = (
-            0  # accounts it can predict: all that were learned but the wholly unlearned
-        )
+        self.n_classes = 0  # accounts it can predict: those that are not wholly unlearned
 
     @property
     def class_counts(self) -> np.ndarray:
@@ -956,20 +953,26 @@ class NaiveBayes:
 
     def predict(self, documents: Sequence[Sequence[int]]) -> list[str]:
         """The most probable account of each document. There must be a model, that is an account."""
-        found = self._look_up(documents)
         return [
             self.names[account]
-            for part in (self._parts(found) if len(documents) > 1 else [found])
-            for account in self._best(self.joint_log_likelihood(part))[0].tolist()
+            for _, scores in self._scores(documents)
+            for account in self._best(scores)[0].tolist()
         ]
 
-    def _parts(self, found: LookedUp) -> Iterator[LookedUp]:
-        """The documents, so many at a time that their sums stay in a processor's cache."""
-        values = self.token_counts.rows.values[found.row]
-        sums = np.bincount(found.document, np.where(values > SIZE, values & SIZE, 0))
-        sums = np.where(sums > 0, sums, len(self.names)).cumsum()
-        ends = 1 + np.flatnonzero(np.diff(sums // AT_WORK, append=-1))
-        return (found.part(slice(*ends)) for ends in pairwise([0, *ends.tolist()]))
+    def _scores(
+        self, documents: Sequence[Sequence[int]] | LookedUp, labels: Sequence[str] = ()
+    ) -> Iterator[tuple[slice, Scores]]:
+        """Those of all documents, so many at a time that all sums stay in a processor's cache."""
+        found = self._look_up(documents)
+        ends = [len(found.lengths)]
+        if ends[0] > 1:
+            values = self.token_counts.rows.values.take(found.row)
+            sums = np.bincount(found.document, np.where(values > SIZE, values & SIZE, 0))
+            sums = np.where(sums > 0, sums, len(self.names)).cumsum()
+            ends = (1 + np.diff(sums // AT_WORK, append=-1).nonzero()[0]).tolist()
+        for part in map(slice, [0, *ends], ends):
+            some = found.part(part) if len(ends) > 1 else found
+            yield part, self.joint_log_likelihood(some, labels[part])
 
     def _best(self, scores: Scores) -> tuple[np.ndarray, np.ndarray]:
         """(n,) the account of each document's highest score, and (n,) its lead over the second.
@@ -995,11 +998,12 @@ class NaiveBayes:
         They are at most so many.
         """
         found = []
-        scores = self.joint_log_likelihood(documents)
-        for start, end in pairwise([*scores.start.tolist(), len(scores.score)]):
-            each = (values[start:end].tolist() for values in (scores.score, scores.account))
-            pairs = zip(*each, strict=True)
-            found.append(nsmallest(most, pairs, key=lambda pair: (-pair[0], self.names[pair[1]])))
+        for _, scores in self._scores(documents):
+            for start, end in pairwise([*scores.start.tolist(), len(scores.score)]):
+                each = (values[start:end].tolist() for values in (scores.score, scores.account))
+                pairs = zip(*each, strict=True)
+                best = sorted(pairs, key=lambda pair: (-pair[0], self.names[pair[1]]))
+                found.append(best[:most])
         return found
 
     def assess(self, documents: Sequence[Sequence[int]], labels: Sequence[str]) -> list[Assessment]:
@@ -1012,11 +1016,9 @@ class NaiveBayes:
         if not self.n_classes:
             return [Assessment(None, None, None, 0)] * len(labels), []
         made, parts = [], []
-        for documents in self._parts(found) if len(labels) > 1 else [found]:
-            n = len(documents.lengths)
-            scores = self.joint_log_likelihood(documents, labels[len(made) :][:n])
+        for part, scores in self._scores(found, labels):
+            n = len(scores.start)
             best, lead = self._best(scores)
-            ranks = np.zeros(n, dtype=np.int64)
             booked = np.full(n, np.inf)
             booked[scores.labelled] = scores.score[scores.label]
             ranks = np.add.reduceat(scores.score >= booked[scores.document], scores.start)
@@ -1028,7 +1030,7 @@ class NaiveBayes:
                 map(self.names.__getitem__, best.tolist()),
                 [margin if margin < np.inf else None for margin in lead.round(4).tolist()],
                 [rank or None for rank in ranks.tolist()],
-                self.specificity(documents).tolist(),
+                self.specificity(found.part(part)).tolist(),
             )
             parts.append(scores)
         return made, parts
@@ -1058,7 +1060,11 @@ class NaiveBayes:
         """
         if not self.n_classes:
             return [Lesson(label, 1.0) for label in labels]
-        return self._weigh(self.joint_log_likelihood(documents, labels), labels)
+        return [
+            lesson
+            for part, scores in self._scores(documents, labels)
+            for lesson in self._weigh(scores, labels[part])
+        ]
 
     def _weigh(self, scores: Scores, labels: Sequence[str]) -> list[Lesson]:
         score = scores.score / SOFTENING
@@ -1480,7 +1486,7 @@ class Calibration:
         company = 1 + rows["company"].astype(np.int64)[:, np.newaxis, np.newaxis]
         level = np.stack([rows["specificity"], len(SPECIFICITY) + 1 + rows["predicted"]], axis=1)
         wide = 1 + rows["bin"][:, np.newaxis] // self.WIDE + near
-        cells = company << 36 | level[:, :, np.newaxis] << 4 | wide[:, np.newaxis]
+        cells = company << 36 | level[:, :, np.newaxis] << 5 | wide[:, np.newaxis]
         cells = cells.astype(np.uint64)
         cells *= np.uint64(0x9E3779B97F4A7C15)  # spreads them over the table's slots
         return (cells ^ cells >> 40).astype(np.int64) & (1 << 63) - 1
@@ -2217,7 +2223,8 @@ class Snapshot:
         self.lines = 0
 
     def _version(self) -> list[int]:
-        sample = dict.fromkeys(FEATURES, "a b c") | {"BankEntryAmount": "-1000"}
+        sample = {"CompanyId": "a", "BankEntryText": "\u00c4 \u6771\u4eac\u90fd Amazon.com*1f37"}
+        sample["BankEntryAmount"] = "-1000.50"
         return [FORMAT, *tokens(sample, FEATURES)]
 
 
