@@ -25,7 +25,7 @@ import zipfile
 import zlib
 from collections import Counter
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -4348,3 +4348,254 @@ def test_a_command_that_is_interrupted_says_so_and_leaves_no_half_copy(tmp_path,
     assert said.endswith("stopped before it was done\n")
     assert "Traceback" not in said
     assert list(new.parent.iterdir()) == []
+
+
+# What is learned from other keys, and predicted instead of the account
+
+
+EIGHT = [f"--context={','.join('ABCDEFGH')}"]
+KEYS = [  # options, what is said of them
+    (["--context=BankEntryText"], "BankEntryText cannot be a context"),
+    (["--context=Department,BankEntryDate"], "BankEntryDate cannot be a context"),
+    (["--context=Id"], "Id cannot be a context"),
+    (["--context=BookedBy"], "BookedBy cannot be a context"),
+    (["--context=AccountNumber"], "AccountNumber cannot be a context"),
+    (["--context=AccountName"], "AccountName cannot be a context"),
+    (["--context=Department,,Project"], '"" cannot be a context'),
+    ([f"--context={'x' * 101}"], " cannot be a context"),
+    (["--context=Department,Department"], "a context is of at most 8 keys, each once"),
+    ([f"{EIGHT[0]},I"], "a context is of at most 8 keys, each once"),
+    (["--target=Vat", "--context=Vat"], "Vat cannot be a context"),
+    (["--target=CompanyId"], "CompanyId cannot be the target"),
+    (["--target=BookedBy"], "BookedBy cannot be the target"),
+    (["--target="], '"" cannot be the target'),
+    (["--target=V a t"], '"V a t" cannot be the target'),
+    *(([f"--target={key}"], f"{key} cannot be the target") for key in bookkeep.OF_A_RECORD),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), KEYS, ids=str)
+def test_keys_that_cannot_be_features_or_the_target_are_refused(capsys, options, said):
+    with pytest.raises(SystemExit, match="2"):
+        bookkeep.main([*options, "check", "/no/log"])
+    assert capsys.readouterr().err.endswith(f"{said}\n")
+
+
+def test_keys_beside_the_text_are_taken_as_options_or_variables(monkeypatch, capsys, failed):
+    for options in (
+        EIGHT,
+        ["--target=Vat", "--context=AccountNumber,AccountName"],
+        ["--target=Ü-1"],
+    ):
+        assert failed(*options, "check", "/no/log").startswith("/no/log: ")
+    monkeypatch.setenv("BOOKKEEP_CONTEXT", "Department,Id")
+    with pytest.raises(SystemExit, match="2"):
+        bookkeep.main(["check", "/no/log"])
+    assert "Id cannot be a context" in capsys.readouterr().err
+
+
+def by_department(n=60):
+    """Bookings whose text says nothing of the account; only the department does."""
+    rng = random.Random(3)
+    departments = [rng.choice(["HR", "IT", "Ünits"]) for _ in range(n)]
+    return [
+        booking(text="card payment", amount="-9.50", account=f"{len(each)}", Department=each)
+        for each in departments
+    ]
+
+
+def test_a_context_says_the_account_and_a_sample_may_lack_it(serve, tmp_path, monkeypatch):
+    asked = [booking(text="card payment", amount="-9.50", Department=d) for d in ("Ünits", "HR")]
+    lacking = [
+        booking(text="card payment", amount="-9.50", **more) for more in ({}, {"Department": ""})
+    ]
+    without = serve(log=tmp_path / "without.jsonl")
+    monkeypatch.setenv("BOOKKEEP_CONTEXT", "Department,Project")
+    service = serve()
+    for each in (without, service):
+        for batch in batches_of(by_department(), 10):
+            assert each.post("/sample", batch)[0] == 200
+        assert each.post("/sample", lacking)[0] == 200
+    assert service.post("/predict", asked) == (200, ["5", "2"])
+    assert len({*without.post("/predict", asked)[1]}) == 1
+    known, *others = service.post("/suggest", [*asked, *lacking])[1]
+    kinds = {reason["kind"]: reason["token"] for reason in known["suggestions"][0]["reasons"]}
+    said = {"Department": "Ünits", "Department in this company": "Ünits"}
+    said |= {
+        "first word in that Department": "card",
+        "this text in that Department": "card payment",
+    }
+    assert said.items() <= kinds.items()
+    assert "Department" not in str(without.post("/suggest", asked)[1])
+    none, empty = (answer["suggestions"] for answer in others[1:])
+    assert none == empty
+    assert "Department" not in str(none)
+    assert service.get("/overview")[1]["context"] == ["Department", "Project"]
+    assert service.get("/bookings/0")[1]["sample"] == by_department()[0]
+    before = service.post("/suggest", asked)
+    service.stop(signal.SIGKILL)
+    service = serve()
+    assert service.post("/suggest", asked) == before
+    assert service.post("/correct", {"seq": 61, "AccountNumber": "9"})[0] == 200
+    service.stop()
+    status, out, _ = run(SERVICE, "check", tmp_path / "log.jsonl")
+    assert (status, out[-40:]) == (0, "62 bookings in whole batches, no problems\n"[-40:])
+
+
+LEARNED_FROM = [  # the context and target of a log, and of a start on it; what is said
+    (([], "AccountNumber"), (["Department"], "AccountNumber")),
+    ((["Department"], "AccountNumber"), ([], "AccountNumber")),
+    ((["Department"], "AccountNumber"), (["Department", "Project"], "AccountNumber")),
+    (([], "AccountNumber"), ([], "Vat")),
+    ((["AccountNumber"], "Vat"), ([], "Vat")),
+]
+
+
+@pytest.mark.parametrize("unsaved", [1, UNSAVED], ids=["with a snapshot", "without"])
+@pytest.mark.parametrize(("learned", "wanted"), LEARNED_FROM, ids=str)
+def test_a_log_that_was_learned_from_other_keys_is_refused(path, caplog, learned, wanted, unsaved):
+    with bookkeeping(path, unsaved=unsaved, books=Books(*learned)) as keeper:
+        keeper.book([booking(Vat="25")])
+        keeper.book([by("suggestion", Vat="25")])
+        keeper.correct(0, "12")
+    files = {each: each.read_bytes() for each in path.parent.iterdir()}
+    context, target = (",".join(learned[0]) or "none", learned[1])
+    with closing(Log(path)) as log, pytest.raises(LogError) as raised:
+        Bookkeeper(log, unsaved, Books(*wanted))
+    assert str(raised.value) == (
+        f"{path}, line 1: it was learned with the context {context}, the target {target}; to learn "
+        f"it anew, give the options of this start to: python bookkeep.py relearn {path} NEW"
+    )
+    assert caplog.text == ""
+    assert {each: each.read_bytes() for each in path.parent.iterdir()} == files
+    with bookkeeping(path, books=Books(*learned)) as keeper:
+        assert_true_to_log(keeper)
+
+
+def test_a_log_whose_bookings_are_all_forgotten_may_be_learned_from_other_keys(path):
+    with bookkeeping(path, unsaved=1) as keeper:
+        keeper.book([booking()])
+        keeper.forget("A")
+    with bookkeeping(path, unsaved=1):
+        pass  # it makes a snapshot
+    with bookkeeping(path, books=Books(["Department"], "Vat")) as keeper:
+        keeper.book([booking(Vat="25")])
+        keeper.book([booking(Vat="25")])
+        assert lines_of(keeper)[-1]["predicted"] == "25"
+
+
+def test_a_check_says_which_lines_were_learned_from_other_keys(path, capsys):
+    with bookkeeping(path, books=Books(["Department"], "Vat")) as keeper:
+        keeper.book([booking("gone", Vat="25")])
+        keeper.book([booking(Vat="25")] * 2)
+        keeper.book([by("suggestion", Vat="12")])
+        keeper.correct(2, "12")
+        keeper.forget("gone")
+    assert checked(path, capsys) == []
+    lines = path.read_bytes().splitlines(keepends=True)
+    for seq, values in ((2, {"context": None}), (3, {"target": "Id"}), (4, {"context": ["X"]})):
+        damaged = [*lines]
+        damaged[seq] = changed(lines[seq], **values)
+        path.write_bytes(b"".join(damaged))
+        [problem] = checked(path, capsys)
+        assert problem.startswith(f"line {seq + 1}: it was learned with the context ")
+        with closing(Log(path)) as log, pytest.raises(LogError, match=re.escape(problem)):
+            Bookkeeper(log, books=Books(["Department"], "Vat"))
+
+
+def batches_by_department(keeper):
+    """Books what a log with any context may have."""
+    for number, batch in enumerate(batches_of(by_department(), 7)):
+        who = ("person", "check", "suggestion")[number % 3]
+        keeper.book([by(who, sample) for sample in batch], f"key{number}" if number % 2 else None)
+    for seq in (3, 20, 3):
+        keeper.correct(seq, str(seq))
+
+
+def test_relearned_with_another_context_it_is_as_if_it_had_always_had_that(path, capsys):
+    other = path.with_name("other.jsonl")
+    with bookkeeping(path) as keeper:
+        batches_by_department(keeper)
+    with bookkeeping(other, books=Books(["Department"])) as keeper:
+        batches_by_department(keeper)
+    for log, books, expected in ((path, Books(["Department"]), other), (other, Books(), path)):
+        new, left_out = relearned(log, capsys, books)
+        assert left_out == []
+        assert new.read_bytes() == expected.read_bytes()
+        new.unlink()
+
+
+def test_what_lacks_another_target_is_left_out_of_a_log_relearned_for_it(path, capsys):
+    with bookkeeping(path) as keeper:
+        keeper.book([booking(Vat="25"), booking(), booking(Vat="v" * 101), booking(Vat="12")])
+        keeper.correct(0, "1")
+    new, left_out = relearned(path, capsys, Books(["AccountNumber"], "Vat"))
+    assert left_out == [
+        "line 2: Vat is missing",
+        "line 3: Vat is longer than 100 characters",
+        "line 5: it corrects another key than Vat",
+    ]
+    with bookkeeping(new, books=Books(["AccountNumber"], "Vat")) as keeper:
+        assert_true_to_log(keeper)
+        assert keeper.correct(3, "25") == "12"
+
+
+def test_another_key_than_the_account_is_predicted_from_the_account(serve, tmp_path):
+    old, new = tmp_path / "old.jsonl", tmp_path / "log.jsonl"
+    options = ["--target=Vat", "--context=AccountNumber"]
+    vats = {"3001": "25", "3002": "12", "3003": "0"}
+    rows = [
+        booking(text="card payment", account=account, Vat=vats[account], AccountName="Büro")
+        for account in random.Random(5).choices([*vats], k=40)
+    ]
+    usual = serve(log=old)
+    for batch in batches_of(rows, 10):
+        assert usual.post("/sample", batch)[0] == 200
+    usual.stop()
+    said = refused(old, *options)
+    assert "line 1: it was learned with the context none, the target AccountNumber; " in said
+    assert f"python bookkeep.py relearn {old} NEW" in said
+    status, out, _ = run(SERVICE, *options, "relearn", old, new)
+    assert (status, out) == (0, f"{new}: 40 bookings learned anew\n")
+    service = serve(*options)
+    asked = [booking(text="card payment", account=account) for account in vats]
+    assert service.post("/predict", asked) == (200, [*vats.values()])
+    assert service.get("/report/100")[1]["accuracy"] > 0.5
+    status, refusal = service.post("/sample", [booking()])
+    assert (status, refusal) == (400, {"error": "sample 0: Vat is missing"})
+    status, refusal = service.post("/sample", [booking(Vat="1" * 101)])
+    assert (status, refusal) == (400, {"error": "sample 0: Vat is longer than 100 characters"})
+    bare = {key: value for key, value in booking(Vat="25").items() if key != "AccountNumber"}
+    assert service.post("/sample", [bare])[1]["total"] == 41
+    status, refusal = service.post("/correct", {"seq": 0, "AccountNumber": "3001"})
+    needed = {"error": 'send {"seq": 1203, "Vat": "6700"}, and nothing else'}
+    assert (status, refusal) == (400, needed)
+    before = rows[7]["Vat"]
+    answer = service.post("/correct", {"seq": 7, "Vat": "6"})
+    assert answer == (200, {"seq": 7, "Vat": "6", "before": before})
+    standing = service.get("/bookings/7")[1]
+    assert standing["sample"] == rows[7] | {"Vat": "6"}
+    assert (standing["account"], standing["name"]) == ("6", None)
+    assert standing["corrected"] == {"from": before}
+    assert service.get("/overview")[1]["target"] == "Vat"
+    schemas = service.get("/openapi.json")[1]["components"]["schemas"]
+    assert "Vat" in schemas["Booking"]["required"]
+    assert schemas["Correction"]["properties"].keys() == {"seq", "Vat"}
+    assert "AccountNumber" not in schemas["Corrected"]["properties"]
+    service.stop()
+    with bookkeeping(new, books=Books(["AccountNumber"], "Vat")) as keeper:
+        assert_true_to_log(keeper)
+
+
+def test_a_sum_gets_the_same_suggestions_however_it_is_written(keeper):
+    keeper.book([booking(text="x", amount="+1200.00", account="1"), booking(text="y", account="2")])
+    ways = ["1200", "1200.0", "+1200.00", "01200"]
+    for zero in ("0", "-0.00", "+0"):
+        keeper.book([booking(text="z", amount=zero, account="3")])
+    for each in (ways, ["0", "0.00", "-0.00"]):
+        suggestions = [suggested(keeper, booking(text="w", amount=way), 3) for way in each]
+        for suggestion in suggestions:
+            del suggestion["check"]  # which is drawn
+        assert all(suggestion == suggestions[0] for suggestion in suggestions)
+    reasons = suggested(keeper, booking(text="w", amount="1200.0"))["suggestions"][0]["reasons"]
+    assert ("this very sum", "1200") in {(each["kind"], each["token"]) for each in reasons}

@@ -137,7 +137,7 @@ SCHEMAS = {
     ),
     "Reason": _record(
         "what something that the sample says speaks for",
-        token=(FILLED, "the sample's own words", "Office"),
+        token=({"type": "string", "minLength": 1}, "the sample's own words", "Office"),
         kind=(FILLED, "what they are in it", "word in this company"),
         weight=(NUMBER, "log-odds for this account over the other", 2.4137),
     ),
