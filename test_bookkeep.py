@@ -3063,6 +3063,7 @@ class Described:
     """A service as README.md and docs/operations.md describe it; told what was predicted."""
 
     def __init__(self, context):
+        self.context = context
         self.features = {"target": "AccountNumber", "context": context} if context else {}
         self.lines = []  # as /samples gives them
         self.bookings = {}  # by seq, those that are not forgotten: the line, and what became of it
@@ -3227,7 +3228,9 @@ class Described:
             "lines": len(self.lines),
             "accounts": len(self.accounts()),
             "companies": len({booking["company"] for booking in self.bookings.values()}),
-            "tokens": len({token for each in learned for token in tokens(each["sample"])}),
+            "tokens": len(
+                {token for each in learned for token in tokens(each["sample"], self.context)}
+            ),
         }
 
     def scored(self, n=None, company=None):
@@ -3271,7 +3274,7 @@ class Described:
         levels = (0, 0.5, 0.8, 0.9, 0.95, 0.99) if recent else ()
         return 200, {
             "target": "AccountNumber",
-            "context": self.features.get("context", []),
+            "context": self.context,
             "metrics": figures_of(self.scored(1000)) if self.scored() else None,
             "curve": curve,
             "scored": len(recent),
