@@ -2795,6 +2795,7 @@ class Bookkeeper:
                 self.books.broken = True  # the log says less than the books, or will after a start
                 raise NotReady(f"the next start forgets the rest ({error}); {RESTART}") from None
         _digests.clear()
+        _amount_digests.cache_clear()
         logger.info("forgot %d lines", len(lines))
         return forgotten
 
