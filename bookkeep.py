@@ -46,7 +46,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from functools import partial
+from functools import cache, partial
 from hashlib import blake2b
 from importlib import import_module
 from itertools import chain, count, islice, pairwise, repeat
@@ -3363,6 +3363,7 @@ def starting_app(log: Log) -> Bottle:
     return app
 
 
+@cache
 def described_path(route: Route) -> str:
     """A route's path as the API's description has it."""
     return re.sub("<(.*?)(:.*?)?>", r"{\1}", route.rule)
@@ -3523,6 +3524,7 @@ class Server:
                 return Request(adj, welcomes)
 
         self._server.channel_class = Channel
+        self._server.pull_trigger = self._wake
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # waiting for a thread is fine
 
     def call(self, app: Bottle) -> None:
@@ -3563,7 +3565,7 @@ class Server:
         """
         on_signals(self._stop)
         if until:
-            until.add_done_callback(lambda _: self._server.pull_trigger())
+            until.add_done_callback(lambda _: self._wake())
         while not self._stopping.is_set():
             if until and until.done():
                 return False
@@ -3588,7 +3590,12 @@ class Server:
     def _stop(self, number: int, _: object) -> None:
         logger.info("stopping on %s", signal.Signals(number).name)
         self._stopping.set()  # also if it comes before it answers for the next app
-        self._server.pull_trigger()
+        self._server.trigger.pull_trigger()
+
+    def _wake(self) -> None:
+        """Has the receiving thread look again, unless it asks for it itself: it will."""
+        if threading.get_ident() != self._receiver:
+            self._server.trigger.pull_trigger()
 
     def _turn(self, seconds: float) -> None:
         """Waits so long for what comes, unless there are short questions, and answers some."""
