@@ -255,7 +255,7 @@ def compare_models(rows: list[Sample], repeats: int) -> dict[str, dict]:
                 figures |= {"bookkeep_accuracy": ours["accuracy"], "bookkeep_times_as_fast": times}
             found[name].append(figures)
     return {
-        name: _medians(found[name]) if name not in missing else {"not_installed": missing[name]}
+        name: medians(found[name]) if name not in missing else {"not_installed": missing[name]}
         for name in MODELS
     }
 
@@ -307,7 +307,7 @@ def measure_service(rows: list[Sample], repeats: int) -> dict:
     """Requests and samples a second over HTTP, and how long predictions take."""
     found: dict[str, list[dict]] = {}
     asked = replay.without_account(rows[-1])
-    predict = _request("/predict", asked)
+    predict = request("/predict", asked)
     for repeat in range(repeats):
         _say(f"service, {repeat + 1} of {repeats}")
         with (
@@ -319,41 +319,44 @@ def measure_service(rows: list[Sample], repeats: int) -> dict:
             for number, batch in enumerate(chunks(rows, 500)):
                 client.ask("POST", "/sample", batch, key=f"{number}")
             for connections in (1, 8):
-                ours = _load(port, itertools.repeat(predict), connections)
-                bare = _load(bare_port, itertools.repeat(predict), connections)
+                ours = measure_load(port, itertools.repeat(predict), connections)
+                bare = measure_load(bare_port, itertools.repeat(predict), connections)
                 share = ours["requests_per_second"] / bare["requests_per_second"]
                 name = f"/predict, {connections} at once"
                 found.setdefault(name, []).append(ours | {"share_of_bare": share})
             for size, connections in itertools.product((1, 50, 500), (1, 8)):
-                bodies = [_request("/sample", batch) for batch in chunks(rows, size)]
-                load = _load(port, itertools.cycle(bodies), connections)
+                bodies = [request("/sample", batch) for batch in chunks(rows, size)]
+                load = measure_load(port, itertools.cycle(bodies), connections)
                 load["samples_per_second"] = load["requests_per_second"] * size
                 found.setdefault(f"/sample of {size}, {connections} at once", []).append(load)
             found.setdefault("/predict while 1,000s stream in", []).append(
                 _busy(port, rows, predict)
             )
-    return {name: _medians(loads) for name, loads in found.items()}
+    return {name: medians(loads) for name, loads in found.items()}
 
 
 def _busy(port: int, rows: list[Sample], predict: bytes) -> dict:
     """How long predictions take while another process sends batches of 1,000."""
-    bodies = [_request("/sample", batch) for batch in chunks(rows, 1000)]
+    bodies = [request("/sample", batch) for batch in chunks(rows, 1000)]
     context = multiprocessing.get_context("fork")
-    sender = context.Process(target=_load, args=(port, itertools.cycle(bodies), 1, 4.0))
+    sender = context.Process(target=measure_load, args=(port, itertools.cycle(bodies), 1, 4.0))
     sender.start()
     time.sleep(0.5)
-    load = _load(port, itertools.repeat(predict), 1, 3.0)
+    load = measure_load(port, itertools.repeat(predict), 1, 3.0)
     sender.join()
     return load
 
 
-def _request(path: str, content: object) -> bytes:
+def request(path: str, content: object) -> bytes:
+    """The bytes of a POST with this as JSON."""
     body = json.dumps(content).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-def _load(port: int, requests: Iterator[bytes], connections: int, seconds: float = 2.0) -> dict:
+def measure_load(
+    port: int, requests: Iterator[bytes], connections: int, seconds: float = 2.0
+) -> dict:
     """Requests a second, and milliseconds for one, over so many connections for so long."""
     waits: list[float] = []
     ready = selectors.DefaultSelector()
@@ -408,11 +411,11 @@ def measure_scale(most: int) -> dict[str, dict]:
         subprocess.run(command, check=True)
         rows = iter(replay.by_date(replay.read_rows(file)))
         with replay.started(SERVICE, f"--log={folder}/empty") as (_, process):
-            empty = _memory("VmRSS", process)
+            empty = _memory("VmRSS", process.pid)
         sent = 0
         for size in (*(size for size in SIZES if size < most), most):
-            with replay.serving(log) as url:
-                client = replay.Client(url)
+            with replay.started(SERVICE, f"--log={log}") as (port, _):
+                client = replay.Client(f"http://127.0.0.1:{port}")
                 _send(client, itertools.islice(rows, max(0, size - LAST - sent)), size)
                 last = list(itertools.islice(rows, LAST))
                 started = time.perf_counter()
@@ -424,7 +427,7 @@ def measure_scale(most: int) -> dict[str, dict]:
                 restart = time.perf_counter() - started
                 results[f"{size:,}"] = {
                     "samples_per_second": len(last) / seconds,
-                    "bytes_per_sample": (_memory("VmRSS", process) - empty) * (1 << 20) / size,
+                    "bytes_per_sample": (_memory("VmRSS", process.pid) - empty) * (1 << 20) / size,
                     "restart_seconds": restart,
                 }
     return results
@@ -474,7 +477,7 @@ def _shown(name: str, figures: dict) -> str:
     return f"{value:,.{digits}f}" + (f" ±{50 * spread / value:.0f}%" if spread else "")
 
 
-def _medians(measured: list[dict]) -> dict:
+def medians(measured: list[dict]) -> dict:
     """Each figure's median, and its spread (the highest less the lowest) if it varied."""
     result = {}
     for name in measured[0]:

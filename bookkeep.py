@@ -47,10 +47,12 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from functools import partial
+from functools import cache, partial
 from hashlib import blake2b
+from importlib import import_module
 from itertools import chain, count, islice, pairwise, repeat
 from pathlib import Path
+from types import ModuleType
 from typing import BinaryIO, NamedTuple, TypeVar
 
 # Requests are answered by threads of its own: those of NumPy's BLAS would only be in their way.
@@ -757,6 +759,24 @@ class NaiveBayes:
     A document is a list of tokens; n documents with A accounts give (n, A) scores. Accounts count
     from 0 in the order in which they were first seen. Scores are exact sums of rounded logs: the
     same, bit for bit, however many are computed at once.
+
+    The example of Manning, Raghavan and Schuetze (Introduction to Information Retrieval, table
+    13.1), whose tokens are of one kind here:
+
+    >>> chinese, beijing, shanghai, macao, tokyo, japan = range(1, 7)
+    >>> documents = [
+    ...     [chinese, beijing, chinese],
+    ...     [chinese, chinese, shanghai],
+    ...     [chinese, macao],
+    ...     [tokyo, japan, chinese],
+    ... ]
+    >>> model = NaiveBayes(alpha=1)
+    >>> model.learn(documents, [Lesson("c", 1.0)] * 3 + [Lesson("j", 1.0)])
+    >>> asked = [chinese, chinese, chinese, tokyo, japan]
+    >>> model.predict([asked])
+    ['c']
+    >>> model.joint_log_likelihood([asked]).round(2).tolist()
+    [[-0.12, -2.03]]
     """
 
     def __init__(self, alpha: float = ALPHA, beta: float = BETA) -> None:
@@ -1574,7 +1594,7 @@ class Log:
         self.path = path
         self.size = 0  # bytes of whole batches
         self.failure: str | None = None  # why the last append failed, if it did
-        self.forgetting = False  # may there be a note of what is to be forgotten?
+        self.forgetting = False  # is there a note of what is to be forgotten?
         self.fsynced: Callable[[float], object] = lambda seconds: None  # told how long each took
         self._starts = array("q")  # the byte at which each line of a whole batch starts
         self._torn = False  # may the file hold bytes beyond them?
@@ -1748,28 +1768,33 @@ class Log:
     def start_forgetting(self, seqs: np.ndarray) -> None:
         """Notes on disk that these lines are to be emptied: if nothing else does, a start will.
 
-        Raises OSError; then nothing has changed, unless it may be `forgetting` all the same.
+        Raises OSError; then nothing has changed, unless it is `forgetting` all the same.
         """
         self._require_place()
         starts = np.append(np.array(self._starts), self.size)
         lines = np.column_stack([seqs, starts[seqs], np.diff(starts)[seqs]]).tolist()
-        self.forgetting = True
+        path = self.beside("{}.forgetting")
         try:
-            with new_file(self.beside("{}.forgetting"), durable=True) as file:
+            with new_file(path, durable=True) as file:
                 file.write(_sealed(_encode({"lines": lines})[:-1].encode()))
         except OSError:
-            self.finish_forgetting()
+            path.unlink(missing_ok=True)
             raise
+        self.forgetting = True
+        fsync_folder(path.parent)
 
     def empty(self, seq: int, start: int | None = None, size: int = 0) -> None:
         """Overwrites a line with its place and blanks. Raises OSError, or ValueError."""
         with self._lock:
             start = self.start(seq) if start is None else start
             size = size or self.start(seq + 1) - start
-            line = emptied(os.pread(self._file, size, start))
-            if _parse(line)["seq"] != seq:
-                raise ValueError("it is another line")
-            self._write_at(start, line)
+            self._write_at(start, self._emptied(seq, start, size))
+
+    def _emptied(self, seq: int, start: int, size: int) -> bytes:
+        line = emptied(os.pread(self._file, size, start))
+        if _parse(line)["seq"] != seq:
+            raise ValueError("it is another line")
+        return line
 
     def _write_at(self, start: int, content: bytes) -> None:
         unwritten = memoryview(content)
@@ -1793,12 +1818,13 @@ class Log:
         path = self.beside("{}.forgetting")
         try:
             noted = json.loads(_unsealed(path.read_bytes()) + b"}")["lines"]
-            for seq, start, size in noted:
-                self.empty(seq, start, size)
+            for step in (self._emptied, self.empty):  # nothing is overwritten before all is seen
+                for seq, start, size in noted:
+                    step(seq, start, size)
             self.sync()
         except FileNotFoundError:
             return
-        except ValueError as error:
+        except (KeyError, ValueError) as error:
             os.close(self._file)
             raise LogError(f"{path} is not of {self.path} ({error}); move it away") from None
         self.finish_forgetting()
@@ -1843,7 +1869,7 @@ class Export(io.RawIOBase):
     def __init__(self, log: Log, seqs: range) -> None:
         self._log, self._first, self._stop = log, seqs.start, min(seqs.stop, len(log))
         self.size = max(0, log.start(self._stop) - log.start(seqs.start))  # bytes
-        self._at, self._read_at = 0, -1  # where it stands, and where it was read last
+        self._at = 0  # where it stands
         self._piece, self._start = b"", 0  # the lines from _first on, and where they start
 
     def seekable(self) -> bool:
@@ -1857,15 +1883,14 @@ class Export(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         """At most so many bytes, and at least one before the end."""
+        # A line that is begun goes on as it was. Those behind it are read as they are by now, also
+        # where they were read before: waitress skips only what it could send.
         at = self._at - self._start
-        if self._at != self._read_at:  # else once more: waitress takes what it could send
-            # A line that is begun goes on as it was; those behind it are read as they are by now.
-            line = self._piece.rfind(b"\n", 0, at) + 1
-            begun = self._piece[line : self._piece.find(b"\n", line) + 1] if line < at else b""
-            self._first += self._piece.count(b"\n", 0, line)
-            self._start, at, behind = self._start + line, at - line, self._first + bool(begun)
-            self._piece = begun + self._log.lines(behind, min(behind + 64, self._stop))
-            self._read_at = self._at
+        line = self._piece.rfind(b"\n", 0, at) + 1
+        begun = self._piece[line : self._piece.find(b"\n", line) + 1] if line < at else b""
+        self._first += self._piece.count(b"\n", 0, line)
+        self._start, at, behind = self._start + line, at - line, self._first + bool(begun)
+        self._piece = begun + self._log.lines(behind, min(behind + 64, self._stop))
         found = self._piece[at : None if size < 0 else at + size]
         self._at += len(found)
         return found
@@ -2006,7 +2031,7 @@ def emptied(line: bytes) -> bytes:
 
 @contextmanager
 def new_file(path: Path, durable: bool) -> Iterator[BinaryIO]:
-    """A file that takes that path, in one step, once it is written. Raises OSError if it is not."""
+    """A file that takes that path once it is written, and on disk. Raises OSError if it is not."""
     unfinished = path.with_name(f".{path.name}")
     unfinished.unlink(missing_ok=True)  # it may be a link
     try:
@@ -2016,8 +2041,6 @@ def new_file(path: Path, durable: bool) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(unfinished, path)
-        if durable:
-            fsync_folder(path.parent)
     except BaseException:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
@@ -2471,7 +2494,10 @@ def check_records(records: Sequence[dict], line: int) -> Iterator[Damage]:
         try:
             if "corrects" in record:
                 check_sample({TARGET: record[TARGET]}, (TARGET,))
-                if record["corrects"] not in range(record["seq"]):
+                if (
+                    type(record["corrects"]) is not int
+                    or not 0 <= record["corrects"] < record["seq"]
+                ):
                     raise ValueError("it corrects no booking before it")
                 _check_counts(record["weight"], record["against"])
             elif len(record) > len(PLACE):  # else it was emptied
@@ -2492,10 +2518,11 @@ def _check_booking(record: dict) -> None:
         raise ValueError("what was booked unseen counts nothing")
     if not isinstance(record["predicted"], str | None):
         raise ValueError("predicted is no account")
-    most = {"confidence": 1, "margin": sys.float_info.max, "known": len(SPECIFICITY) - 1}
-    for name, highest in most.items():
+    for name, highest in (("confidence", 1), ("margin", sys.float_info.max)):
         if record[name] is not None and not 0 <= record[name] <= highest:
             raise ValueError(f"no prediction can have that {name}")
+    if record["known"] not in range(len(SPECIFICITY)):
+        raise ValueError("no prediction can have that known")
     if record["rank"] is not None and (type(record["rank"]) is not int or record["rank"] < 1):
         raise ValueError("no account can have that rank")
 
@@ -2527,6 +2554,10 @@ class Alone:
     def in_order(self, change: Callable[[], T]) -> T:
         """What comes of a change that appends; the writer's thread asks for it."""
         return change()
+
+    def append(self, log: Log, batches: Sequence[tuple[str | None, Sequence[dict]]]) -> list[dict]:
+        """Appends to the log, as Log.append says, behind all that others have appended."""
+        return log.append(batches)
 
     def require_ready(self) -> None:
         """Raises NotReady if nothing can be appended."""
@@ -2607,7 +2638,8 @@ class Bookkeeper:
             self._end_saving()  # or the writer would have to wait for it
             try:
                 lines, forgotten = self.change(partial(self._start_forgetting, lines_of))
-                for part in chunks(lines.tolist(), 8 * CHUNK):
+                # A copy may be read meanwhile: let it have no correction without its booking.
+                for part in chunks(lines[::-1].tolist(), 8 * CHUNK):
                     self.change(partial(self._forget_part, part))
                 self.log.finish_forgetting()
             except BaseException as error:
@@ -2616,7 +2648,7 @@ class Bookkeeper:
                 self.books.broken = True  # the log says less than the books, or will after a start
                 raise NotReady(f"the next start forgets the rest ({error}); {RESTART}") from None
         _digests.clear()
-        logger.info("forgot a company of %d bookings", forgotten)
+        logger.info("forgot %d lines", len(lines))
         return forgotten
 
     def change(self, make: Callable[[], T]) -> T:
@@ -2628,12 +2660,6 @@ class Bookkeeper:
             return make()
 
         return self.writer.submit(Change(Future(), made))
-
-    def follow(self, records: Sequence[dict]) -> None:
-        """Has the books learn what the log says next. Raises LogError if that makes no sense."""
-        for damage in check_records(records, records[0]["seq"] + 1):
-            raise self.log.damaged(damage)
-        self.books.apply(records, self._corrected)
 
     def booking(self, seq: int) -> dict:
         """The record of a booking. Raises NotFound, NotStored."""
@@ -2688,7 +2714,7 @@ class Bookkeeper:
         try:
             rest = iter(records)
             batches = [(each.key, [*islice(rest, len(each.samples))]) for each in group]
-            records = self.log.append(batches)
+            records = self.order.append(self.log, batches)
         except BaseException:
             self.books.undo(records)
             raise
@@ -2712,7 +2738,7 @@ class Bookkeeper:
         booking = self.booking(seq)
         before = self.books.lesson(booking).account
         if correction := self.books.correction(booking, account):
-            [correction] = self.log.append([(None, [correction])])
+            [correction] = self.order.append(self.log, [(None, [correction])])
             self.books.correct([(booking, correction)])
         return before
 
@@ -2739,7 +2765,9 @@ class Bookkeeper:
         gc.disable()  # no cycles are made, and to look for them takes a tenth of the time
         try:
             for records in chunks(self.log.read(), 4096):
-                self.follow(records)
+                for damage in check_records(records, records[0]["seq"] + 1):
+                    raise self.log.damaged(damage)
+                self.books.apply(records, self._corrected)
                 if time.monotonic() - reported > 3:
                     reported = time.monotonic()
                     logger.info("%s: %s read back so far", self.log.path, self.log.progress())
@@ -3075,7 +3103,8 @@ PAGE_POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 EXTRA = Path(__file__).resolve().parent / "bookkeep_extra"
-STATUS = {BadRequest: 400, NotFound: 404, Conflict: 422, NotReady: 503, NotStored: 507}
+STATUS = {BadRequest: 400, NotFound: 404, ImportError: 404, Conflict: 422, NotReady: 503}
+STATUS |= {NotStored: 507}
 
 # What a route takes beside a body: each name with its JSON Schema. The name is in the path, or a
 # header, or else after the ?. From this come the refusals, the handler's arguments, and what
@@ -3087,8 +3116,18 @@ TEXT: Schema = {"type": "string", "minLength": 1}
 YES_OR_NO: Schema = {"type": "string", "enum": ["yes", "no"]}
 KEY: Schema = {"type": "string", "pattern": "^[!-~]([ -~]{0,198}[!-~])?$"}
 KEY |= {"title": "1 to 200 printable ASCII characters"}
-PAGE_END: Schema = {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?(e-[0-9]+)?:[0-9]{1,18}$"}
-PAGE_END |= {"title": "what the page before says is `next`", "maxLength": 40}
+PAGE_END: Schema = {
+    "type": "string",
+    "pattern": r"^[0-9]{1,20}(\.[0-9]{1,20})?(e-[0-9]{1,3})?:[0-9]{1,18}$",
+    "title": "what the page before says is `next`",
+}
+
+
+def extra(name: str) -> ModuleType:
+    """What stands beside this module under that name. Raises ImportError."""
+    if not EXTRA.exists():  # or that of another one might be found
+        raise ImportError(f"this needs {EXTRA.name} beside {Path(__file__).name}, which is missing")
+    return import_module(f"{EXTRA.name}.{name}")
 
 
 def takes(schemas: dict[str, Schema] | None = None, body: Callable | None = None) -> Callable:
@@ -3148,6 +3187,8 @@ def create_app(
     app = Bottle()
     app.install(partial(_answering, keeper, max_body, threading.Lock()))
     app.default_error_handler = _error_in_json
+    if EXTRA.exists():  # without it, there are no figures for Prometheus
+        extra("prometheus").watch(app, keeper)  # before authorize: a refusal takes time, too
     pages = {path.name: path.read_text() for path in (EXTRA / "page").glob("*")}
     booked = partial(check_samples, booked=True, most=max_batch)
     asked = partial(check_samples, booked=False, most=max_batch)
@@ -3278,11 +3319,7 @@ def create_app(
     @app.get("/openapi.json")
     @takes()
     def get_openapi() -> dict:
-        try:
-            from bookkeep_extra import openapi
-        except ImportError:
-            raise NotFound("there is no description here: bookkeep_extra is missing") from None
-        return openapi.describe(app.routes, max_batch, max_body, token is not None)
+        return extra("openapi").describe(app.routes, max_batch, max_body, token is not None)
 
     def page(name: str, media: str) -> str:
         if name not in pages:
@@ -3298,10 +3335,6 @@ def create_app(
     ):
         app.get(path, callback=takes()(partial(page, name, media)))
 
-    if EXTRA.exists():  # without it, there are no figures for Prometheus
-        from bookkeep_extra import prometheus
-
-        prometheus.watch(app, keeper)
     paths = " ".join(dict.fromkeys(map(described_path, app.routes)))
 
     @app.error(404)
@@ -3331,6 +3364,7 @@ def starting_app(log: Log) -> Bottle:
     return app
 
 
+@cache
 def described_path(route: Route) -> str:
     """A route's path as the API's description has it."""
     return re.sub("<(.*?)(:.*?)?>", r"{\1}", route.rule)
@@ -3453,8 +3487,9 @@ class Server:
     """Waitress, turn by turn: it receives what has come, then answers short questions.
 
     Changes, questions and all else have threads of their own, so that no kind waits for another:
-    changes wait for the disk. A short question is answered by the thread that received it: to hand
-    it over takes longer than to answer it, and with 100 threads asking, new connections would wait.
+    changes wait for the disk, and one company is forgotten after the other. A short question is
+    answered by the thread that received it: to hand it over takes longer than to answer it, and
+    with 100 threads asking, new connections would wait.
     """
 
     def __init__(
@@ -3471,11 +3506,10 @@ class Server:
         self._short: deque[HTTPChannel] = deque()  # whose next request is a short question
         self._stopping = threading.Event()
         self._receiver = threading.get_ident()
-        self._pools = self._changes, self._questions, self._others = [
-            ThreadedTaskDispatcher() for _ in range(3)
-        ]
+        self._pools = [ThreadedTaskDispatcher() for _ in range(4)]
+        self._changes, self._questions, self._others, self._forgetting = self._pools
         for pool in self._pools:
-            pool.set_thread_count(threads)
+            pool.set_thread_count(1 if pool is self._forgetting else threads)
         self._server = waitress.create_server(
             app,
             _dispatcher=self,
@@ -3501,6 +3535,7 @@ class Server:
                 super().service()
 
         self._server.channel_class = Channel
+        self._server.pull_trigger = self._wake
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # waiting for a thread is fine
 
     def call(self, app: Bottle) -> None:
@@ -3514,6 +3549,8 @@ class Server:
             request.headers["CONNECTION"] = "close"
         if request.error or request.command in ("GET", "HEAD"):
             self._others.add_task(channel)
+        elif request.command == "DELETE":
+            self._forgetting.add_task(channel)
         elif request.path not in ("/predict", "/suggest"):
             self._changes.add_task(channel)
         elif self._is_short(channel, request):
@@ -3537,7 +3574,7 @@ class Server:
         """
         on_signals(self._stop)
         if until:
-            until.add_done_callback(lambda _: self._server.pull_trigger())
+            until.add_done_callback(lambda _: self._wake())
         while not self._stopping.is_set():
             if until and until.done():
                 return False
@@ -3562,7 +3599,12 @@ class Server:
     def _stop(self, number: int, _: object) -> None:
         logger.info("stopping on %s", signal.Signals(number).name)
         self._stopping.set()  # also if it comes before it answers for the next app
-        self._server.pull_trigger()
+        self._server.trigger.pull_trigger()
+
+    def _wake(self) -> None:
+        """Has the receiving thread look again, unless it asks for it itself: it will."""
+        if threading.get_ident() != self._receiver:
+            self._server.trigger.pull_trigger()
 
     def _turn(self, seconds: float) -> None:
         """Waits so long for what comes, unless there are short questions, and answers some."""
@@ -3590,11 +3632,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         on_signals(signal.default_int_handler)  # as Ctrl-C, until it serves
         if options.command:
-            from bookkeep_extra import logs
-
-            return logs.COMMANDS[options.command](options)
+            return extra("logs").COMMANDS[options.command](options)
         serve(options)
-    except (LogError, OSError) as error:
+    except (ImportError, LogError, OSError) as error:
         named = isinstance(error, OSError) and error.filename
         reason = f"{error.filename}: {error.strerror}" if named else error
         print(f"bookkeep: {reason}", file=sys.stderr)
@@ -3625,11 +3665,10 @@ def serve(options: argparse.Namespace) -> None:
     open_books: Callable = Bookkeeper
     if options.stream:
         try:
-            from bookkeep_extra import cluster
+            open_books = partial(extra("cluster").Node, options.stream)
         except ImportError:
             needed = "nats-py: pip install 'bookkeep-service[cluster]'"
             raise OSError(f"--stream needs bookkeep_extra and {needed}") from None
-        open_books = partial(cluster.Node, options.stream)
     reading = _in_background(partial(open_books, log, options.unsaved))
     if server.answer(reading):
         raise KeyboardInterrupt

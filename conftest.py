@@ -41,11 +41,12 @@ from bookkeep import (
     precision_recall,
     report,
     scan,
+    suggest,
     tokens,
 )
 
-settings.register_profile("untimed", deadline=None)  # speed is the benchmark's matter
-settings.load_profile("untimed")
+settings.register_profile("quick", max_examples=50, deadline=None)
+settings.load_profile("quick")
 
 HERE = Path(__file__).parent
 SERVICE = HERE / "bookkeep.py"
@@ -223,7 +224,7 @@ def answers(books, asked=()):
         "evidence": calibration.evidence_counts(np.concatenate([EVERY_BIN, history.rows])),
     }
     with suppress(NotReady):  # where nothing was learned, or nothing predicted
-        said["suggestions"] = books.suggest(asked, 3)
+        said["suggestions"] = suggest(books, asked, 3)
         said["lessons"] = model.weigh(documents, [sorted(names)[0]] * len(asked))
         said["report"] = report(books, 10_000)
     return said
@@ -458,28 +459,7 @@ def prequential(path):
     return right.mean(), *np.mean(windows, axis=0), error / late.sum()
 
 
-# Rows of a history, and what Calibration is to make of them, written down as its formulas are
-
-
-WHO = {0: "suggestion", 1: "person", 16: "check"}  # booked it, by what its prediction counts
-
-
-def add_rows(history, rows):
-    """Adds bookings to a history, each a dict of what differs from these; their rows."""
-    usual = {"seq": 0, "company": "A", "booked": "1", "predicted": "1", "name": ""}
-    usual |= {"confidence": 0.5, "bin": 9, "known": 3, "rank": 0, "score_weight": 1}
-    records = []
-    for row in (usual | row for row in rows):
-        who = by(WHO[row["score_weight"]], company=row["company"], account=row["booked"])
-        reviewed = {} if row["score_weight"] else {"reviewed": False}
-        margin = (2 ** ((row["bin"] + 0.5) / 6) - 1) / 8  # for each token, of which there is one
-        records.append(
-            {name: row[name] for name in ("seq", "predicted", "confidence", "known", "rank")}
-            | {"sample": who | {"AccountName": row["name"]}, "margin": margin}
-            | reviewed
-        )
-    history.append(history.draft(records, [[1]] * len(records)), records)
-    return history.rows[len(history.rows) - len(rows) :]
+# What Calibration is to make of a log, as its formulas say it
 
 
 def judged(path):

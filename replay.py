@@ -10,16 +10,6 @@ The module needs nothing but Python, and reads from top to bottom: Client, Files
 Replay, Report, Suggest, Command line.
 """
 
-import os
-import signal
-import sys
-
-if (__name__ == "__main__" or os.path.basename(sys.argv[0]) == "bookkeep-replay") and (
-    signal.getsignal(signal.SIGINT) != signal.SIG_IGN
-):
-    # Quiet from the start: to import all that follows takes a moment. It is main's afterwards.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-
 import argparse
 import codecs
 import csv
@@ -28,12 +18,15 @@ import io
 import itertools
 import json
 import logging
+import os
 import random
 import re
 import select
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -41,16 +34,17 @@ import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache, partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from pathlib import Path
 from ssl import CertificateError
-from typing import Any, BinaryIO, NamedTuple, TypeVar, overload
+from typing import Any, BinaryIO, TextIO, TypeVar
 from urllib.parse import urlencode, urlsplit
 
 try:
     from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
 except ImportError:  # the extra "client" is not installed: plain lines will do
     tqdm = None
 
@@ -66,19 +60,16 @@ FIELDS = {  # the keys of a sample that mean something, by their names for --map
     "date": "BankEntryDate",
     "name": "AccountName",
 }
-LONGEST = {  # characters in the values that a booking must have
-    "CompanyId": 100,
-    "BankEntryText": 10_000,
-    "BankEntryAmount": 100,
-    "AccountNumber": 100,
-}
-COLUMNS = [*LONGEST]
-TARGET = "AccountNumber"  # the last of them
+# Characters in the values that a booking must have, of which the last is what is predicted.
+LONGEST = {"CompanyId": 100, "BankEntryText": 10_000, "BankEntryAmount": 100, "AccountNumber": 100}
+*FEATURES, TARGET = COLUMNS = [*LONGEST]
 BOOKED_BY = "BookedBy"
 BOOKED_AFTER = {"book": "suggestion", "check": "check", "review": "person"}  # a decision, by whom
 WHO = sorted(BOOKED_AFTER.values())
 
 Sample = dict[str, str]
+Samples = Sample | Sequence[Sample]  # one, or a list of any length
+Columns = Mapping[str, str] | None  # which column is which, as read_rows takes it
 T = TypeVar("T")
 
 logger = logging.getLogger("replay")
@@ -88,8 +79,6 @@ logger = logging.getLogger("replay")
 
 MAX_SUGGESTED = 300  # suggestions with reasons that the service gives in one answer
 LARGE = 1000  # samples in one request, where it takes long lists
-BUSY = {429, 502, 503, 504}  # what the service, or a proxy before it, says for the moment
-TEMPORARY = {*BUSY, 507}
 
 
 class Failed(Exception):
@@ -115,7 +104,7 @@ class ServiceError(Failed):
         """`wait` is after how many seconds the same may help; `lost` says that it may be done."""
         super().__init__(f"{where}: {f'{status}, ' if status else ''}{sentence}")
         self.sentence, self.status, self.wait, self.lost = sentence, status, wait, lost
-        self.temporary = wait is not None or status in TEMPORARY
+        self.temporary = wait is not None or status in (503, 507)
 
 
 class Client:
@@ -141,20 +130,20 @@ class Client:
 
         Patience is how many seconds a call tries again, the timeout how many one attempt may take.
         """
-        address = urlsplit(url)
+        self.url = url.rstrip("/")
+        self.patience = patience
         kinds = {"http": HTTPConnection, "https": HTTPSConnection}
         try:
+            address = urlsplit(self.url)
             if not address.hostname:
                 raise ValueError
-            self._connect = partial(
+            self._new_connection = partial(
                 kinds[address.scheme], address.hostname, address.port, timeout=timeout
             )
-            self._connect()
+            self._new_connection()  # which does not connect yet, but looks at the host and port
         except (KeyError, ValueError, HTTPException):
             sentence = "this is not the URL of a service, as http://127.0.0.1:8080 is"
             raise ServiceError(url, sentence) from None
-        self.url = url.rstrip("/")
-        self.patience = patience
         self._path = address.path.rstrip("/")
         self._own = threading.local()  # a connection for each thread
         self._headers = {"Content-Type": "application/json"}
@@ -170,48 +159,22 @@ class Client:
         """
         return self.ask("POST", "/sample", bookings, key or uuid.uuid4().hex)
 
-    @overload
-    def predict(self, samples: Sample) -> str: ...
-    @overload
-    def predict(self, samples: Sequence[Sample]) -> list[str]: ...
-
-    def predict(self, samples: Sample | Sequence[Sample]) -> str | list[str]:
-        """The account of a sample, or of each in a list of any length."""
-        if isinstance(samples, dict):
-            return self.ask("POST", "/predict", samples)[0]
-        return self._of_each("/predict", samples, LARGE)
-
-    @overload
-    def suggest(
-        self, samples: Sample, top: int = 3, book_from: float | None = None, reasons: bool = True
-    ) -> dict: ...
-    @overload
-    def suggest(
-        self,
-        samples: Sequence[Sample],
-        top: int = 3,
-        book_from: float | None = None,
-        reasons: bool = True,
-    ) -> list[dict]: ...
+    def predict(self, samples: Samples) -> Any:
+        """The account of a sample, or a list of those of all in a list."""
+        accounts = self._of_each("/predict", samples, LARGE)
+        return accounts[0] if isinstance(samples, dict) else accounts
 
     def suggest(
-        self,
-        samples: Sample | Sequence[Sample],
-        top: int = 3,
-        book_from: float | None = None,
-        reasons: bool = True,
-    ) -> dict | list[dict]:
-        """Up to `top` accounts for a sample, or for each in a list of any length, and how sure.
+        self, samples: Samples, top: int = 3, book_from: float | None = None, reasons: bool = True
+    ) -> Any:
+        """Up to `top` accounts for a sample, and how sure, in a dict; for a list, a list of dicts.
 
-        With `book_from`, each answer has the decision, `book`, `check` or `review`. Without reasons
-        it takes a fraction of the time.
+        With `book_from`, each has the decision, `book`, `check` or `review`. Without reasons it
+        takes a fraction of the time.
         """
         given = {"top": top, "book_from": book_from, "reasons": None if reasons else "no"}
-        path = _query("/suggest", given)
-        if isinstance(samples, dict):
-            return self.ask("POST", path, samples)
         size = max(1, MAX_SUGGESTED // max(1, top)) if reasons else LARGE
-        return self._of_each(path, samples, size)
+        return self._of_each(_query("/suggest", given), samples, size)
 
     def correct(self, seq: int, account: str) -> dict:
         """Books the booking with this seq to another account, or confirms its own.
@@ -248,8 +211,7 @@ class Client:
 
     def close(self) -> None:
         """Closes this thread's connection; the next call opens another."""
-        connection = getattr(self._own, "connection", None)
-        if connection:
+        if connection := getattr(self._own, "connection", None):
             connection.close()
 
     def ask(
@@ -260,47 +222,37 @@ class Client:
         Tries again for a while if it is not there or not ready; where it may have done what was
         asked, only if it may be asked `again`. Raises ServiceError.
         """
-        headers = self._headers
+        headers = dict(self._headers)
         if key:
             wanted = "[!-~]([ -~]{0,198}[!-~])?"
-            headers = headers | {"Idempotency-Key": self._printable("a key", wanted, key)}
+            headers["Idempotency-Key"] = self._printable("a key", wanted, key)
         body = None if content is None else json.dumps(content).encode()
         end = time.monotonic() + self.patience
-        pause = 0.1
-        waits = False
-        while True:
+        for attempt in itertools.count():
             try:
                 return self._attempt(method, path, body, headers)
             except ServiceError as error:
                 if error.wait is None or (error.lost and not again):
                     raise
+                pause = min(0.1 * 2 ** min(attempt, 5), 2)
                 wait = max(error.wait, pause * random.uniform(0.5, 1))  # not all at once
                 if time.monotonic() + wait > end:
                     raise
-                if not waits:
-                    logger.warning(
-                        "waiting %.0f s for the service at %s (%s)",
-                        *(self.patience, self.url, error.sentence),
-                    )
-                    waits = True
+                if not attempt:
+                    wanted = f"{self.patience:.0f} s for the service at {self.url}"
+                    logger.warning(f"waiting {wanted} ({error.sentence})")
             time.sleep(wait)
-            pause = min(2 * pause, 2)
 
     def _attempt(self, method: str, path: str, body: bytes | None, headers: dict) -> Any:
         """The answer to one request. Raises ServiceError, which says what can be done."""
         where = self.url + path
-        connection, sent = self._connection(), False
+        sent, answer = False, None
         try:
-            try:
-                if connection.sock is None:
-                    connection.connect()
-                sent = True
-                connection.request(method, self._path + path, body, headers)
-                with connection.getresponse() as response:
-                    answer = response.read()
-            except BaseException:  # whatever it is, nothing more can be read there
-                connection.close()
-                raise
+            connection = self._connected()
+            sent = True
+            connection.request(method, self._path + path, body, headers)
+            with connection.getresponse() as response:
+                answer = response.read()
         except CertificateError as error:
             raise ServiceError(where, f"it cannot be trusted: {error}") from None
         except (OSError, HTTPException) as error:
@@ -308,23 +260,27 @@ class Client:
             if isinstance(error, ConnectionRefusedError):
                 reason = f"connection refused: start it with {START}, or give replay.py --serve"
             raise ServiceError(where, reason, wait=0, lost=sent) from None
-        try:
+        finally:
+            if answer is None:  # what came next on the connection would be the answer to this
+                self.close()
+        content = None
+        with suppress(ValueError):
             content = json.loads(answer)
-        except ValueError:
-            content = None
         if response.status == 200 and content is not None:
             return content
         raise self._refusal(where, response, content)
 
-    def _connection(self) -> HTTPConnection:
-        """This thread's connection, closed if the other end has closed it."""
+    def _connected(self) -> HTTPConnection:
+        """This thread's connection, open at both ends."""
         connection = getattr(self._own, "connection", None)
         if connection is None:
-            connection = self._own.connection = self._connect()
-        elif connection.sock:
+            connection = self._own.connection = self._new_connection()
+        if connection.sock:
             with suppress(ValueError):  # too many files are open to look
-                if select.select([connection.sock], [], [], 0)[0]:
+                if select.select([connection.sock], [], [], 0)[0]:  # the other end has closed it
                     connection.close()
+        if connection.sock is None:
+            connection.connect()
         return connection
 
     @staticmethod
@@ -333,18 +289,21 @@ class Client:
         status, after = response.status, response.headers.get("Retry-After", "")
         said = content.get("error") if isinstance(content, dict) else None
         if status == 200:
-            return ServiceError(where, "this is no bookkeep service")
+            return ServiceError(where, "this is no bookkeep service", status)
         wait = None
-        # A 503 of the service's own without a time says that there is nothing to answer with yet.
-        if status in BUSY and (status != 503 or after or not said):
+        # The service, or a proxy before it, is busy. A 503 of the service's own that names no time
+        # says something else: there is nothing to answer with yet.
+        if status in (429, 502, 504) or (status == 503 and (after or not said)):
             wait = int(after) if re.fullmatch("[0-9]{1,5}", after) else 0
         lost = status in (502, 504)  # a proxy's, which may not know
         return ServiceError(where, said or response.reason, status, wait, lost)
 
-    def _of_each(self, path: str, samples: Sequence[Sample], size: int) -> list:
-        """What the path answers to each of the samples, in requests of that size."""
-        asked = chunks(samples, size)
-        return [answer for chunk in asked for answer in self.ask("POST", path, chunk)]
+    def _of_each(self, path: str, samples: Samples, size: int) -> Any:
+        """What the path answers to a sample, or to all in a list, in requests of that size."""
+        if isinstance(samples, dict):
+            return self.ask("POST", path, samples)
+        lists = (self.ask("POST", path, chunk) for chunk in chunks(samples, size))
+        return list(itertools.chain.from_iterable(lists))
 
     def _printable(self, what: str, pattern: str, text: str) -> str:
         if not re.fullmatch(pattern, text):
@@ -367,16 +326,14 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 # -------------------------------------------------------------------------------------------- Files
 
-ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)  # encrypted is the last
+# What reading something else raises; RuntimeError is that of an encrypted zip.
+NOT_CSV = (csv.Error, UnicodeError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)
 CURRENCY = re.compile("[A-Z]{3}|[A-Z]{0,2}[$€£¥₩₪₫₴₸₹₺₽]|[Kk]r[.]?|Fr[.]?|zł|Kč|Ft")
 SPELLING = str.maketrans({"'": None, "’": None, "−": "-", "–": "-"})
 SIGNED = re.compile(r"([(])?([+-]?)([0-9.,]+)([+-]?)(?(1)[)])")
 NUMBER = {  # by its decimal mark: what stands before that, and after it
-    mark: re.compile(
-        f"([0-9]*|[1-9][0-9]{{0,2}}(?:[{other}][0-9]{{2,3}})*[{other}][0-9]{{3}})"
-        f"(?:[{mark}]([0-9]+))?"
-    )
-    for mark, other in (".,", ",.")
+    ".": re.compile(r"([0-9]*|[1-9][0-9]{0,2}(?:,[0-9]{2,3})*,[0-9]{3})(?:[.]([0-9]+))?"),
+    ",": re.compile(r"([0-9]*|[1-9][0-9]{0,2}(?:[.][0-9]{2,3})*[.][0-9]{3})(?:,([0-9]+))?"),
 }
 DAY_OR_MONTH = re.compile(  # that a date begins with
     r"([0-9]{1,2})([./-])([0-9]{1,2})\2([0-9]{4}|(?<=[./])[0-9]{2})(?![0-9])"
@@ -384,12 +341,50 @@ DAY_OR_MONTH = re.compile(  # that a date begins with
 AS_IT_STANDS = "replay.py --order file needs no dates, and sends rows as they stand"
 
 
-class Record(NamedTuple):
-    """A row of a file: the line that it ends in, its text as it stands, and its values."""
+def read_rows(
+    path: Path, columns: Columns = None, company: str | None = None, booked: bool = True
+) -> Iterator[Sample]:
+    """The bookings in a CSV file, or in the one in a zip, one by one.
 
-    line: int
-    text: str
-    values: list[str]
+    `columns` says which column is which, as {"text": "Payee+Purpose", "amount": "Amount"}, by the
+    keys of FIELDS; others keep their names. The company may be the same for all rows. Unless they
+    are `booked`, they need no account. Amounts become plain decimal numbers if they are numbers.
+    Rows that the service cannot take, as something is empty, are left out, with a warning. Raises
+    Failed if it is no such file.
+    """
+    with open_csv(path) as file:
+        table = Table(file, path, columns, company, booked)
+        table.warn("left out")
+        for _, _, sample in table.records():
+            if sample:
+                yield sample
+
+
+@contextmanager
+def open_csv(path: Path) -> Iterator[BinaryIO]:
+    """The CSV file, or the one in a zip, to be read more than once.
+
+    Raises Failed if there is none, and for what goes wrong inside while it is read.
+    """
+    with ExitStack() as opened:
+        try:
+            file = opened.enter_context(open(path, "rb"))
+        except OSError as error:
+            raise Failed(f"cannot read {path}: {error.strerror}") from None
+        try:
+            if path.suffix == ".zip":
+                archive = opened.enter_context(zipfile.ZipFile(file))
+                names = [name for name in archive.namelist() if name.endswith(".csv")]
+                if not names:
+                    raise Failed(f"there is no CSV file in {path}")
+                file = opened.enter_context(archive.open(names[0]))
+            elif not file.seekable():  # a pipe can be read but once
+                copy = opened.enter_context(tempfile.TemporaryFile())
+                shutil.copyfileobj(file, copy)
+                file = copy
+            yield file
+        except NOT_CSV as error:
+            raise Failed(f"{path} is no CSV file: {error}") from None
 
 
 class Table:
@@ -400,297 +395,186 @@ class Table:
     """
 
     def __init__(
-        self,
-        file: BinaryIO,
-        path: Path,
-        columns: Mapping[str, str] | None,
-        company: str | None,
-        booked: bool,
+        self, file: BinaryIO, path: Path, columns: Columns, company: str | None, booked: bool
     ) -> None:
-        """As open_table. Raises Failed if a row cannot be used."""
-        self.path = path
-        named = {FIELDS[field]: names.split("+") for field, names in (columns or {}).items()}
+        """As read_rows, of a file that is open. Raises Failed if a row cannot be used."""
+        self.path, self._booked = path, booked
         self._fixed = {} if company is None else {"CompanyId": company}
-        self._booked = booked
-        self._needed = COLUMNS if booked else COLUMNS[:-1]
+        self._needed = COLUMNS if booked else FEATURES
+        named = {FIELDS[field]: names.split("+") for field, names in (columns or {}).items()}
         if not booked:
             named.pop(TARGET, None)  # so that the same names will do before and after
-        keys = [key for key in self._needed if key not in self._fixed] + list(named)
-        wanted = list(dict.fromkeys(itertools.chain(*(named.get(key, [key]) for key in keys))))
-        with _reading(path):
-            self._text = io.TextIOWrapper(file, newline="", encoding=_encoding(file))
-            self.header = self._text.readline()
-            self._dialect = _dialect(self.header, wanted)
-            [self._columns] = _csv([self.header], *self._dialect)
+        used = {key: [key] for key in self._needed if key not in self._fixed} | named
+        wanted = list(dict.fromkeys(itertools.chain(*used.values())))
+        self._text = io.TextIOWrapper(file, newline="", encoding=_encoding(file))
+        self._text.seek(0)
+        self._header = self._text.readline()
+        self._dialect = _dialect(self._header, wanted)
+        [self.columns] = csv.reader([self._header], **self._dialect)
         self._check_columns(wanted)
-        self._places = {  # in a row, of what each key of a sample is made of
-            column: [place]
-            for place, column in enumerate(self._columns)
-            if column not in named and column not in itertools.chain(*named.values())
-        }
-        for key, names in named.items():
-            self._places[key] = [self._columns.index(name) for name in names]
-        self._amounts = Amounts()
+        taken = {*itertools.chain(*named.values())}
+        # By the key of a sample, the columns that it is joined from.
+        self._joined = {name: [name] for name in self.columns if name not in taken} | named
         self.rows = 0
-        self.lacking: list[int] = []  # the lines of rows that the service cannot take
-        self._survey()
+        self._lacking: list[int] = []  # the lines of rows that the service cannot take
+        self._mark = ""  # until it is found, amounts stay as they are written
+        self._mark = decimal_mark(self._survey(), path)
 
-    def records(self) -> Iterator[Record]:
-        """The file's rows, the header left out; one of an empty line has no values. Raises Failed.
+    def records(self) -> Iterator[tuple[int, list[str], Sample | None]]:
+        """Of each row the line that it ends in, its values, and the sample that it makes.
 
-        They are read anew each time, one after the other.
+        An empty line has no values. The sample is None where the service cannot take it. The header
+        is left out. The file is read anew each time. Raises Failed.
         """
-        with _reading(self.path):
-            self._text.seek(0)
-            read: list[str] = []
-            rows = _csv((read.append(line) or line for line in self._text), *self._dialect)
-            for number, values in enumerate(rows):
-                if number:
-                    yield Record(rows.line_num, "".join(read), values)
-                read.clear()
+        self._text.seek(0)
+        rows = csv.reader(self._text, **self._dialect)
+        next(rows)
+        for values in rows:
+            yield rows.line_num, values, self._sample(values, rows.line_num)
 
-    def sample(self, values: list[str]) -> Sample:
-        """A row as a sample, its amount as a plain decimal number if it is one."""
-        sample = self._as_written(values)
-        sample["BankEntryAmount"] = self._amounts.plain(sample["BankEntryAmount"])
-        return sample
+    def warn(self, outcome: str) -> None:
+        """Warns what became of rows that the service does not take, if there are any, and why."""
+        if self._lacking:
+            *needed, last = [field for field, key in FIELDS.items() if key in self._needed]
+            why = f"{', '.join(needed)} or {last} is empty or too long"
+            which = f"{len(self._lacking):,} of {self.rows:,}, the first in line {self._lacking[0]}"
+            logger.warning(f"{self.path}: rows {outcome}, as {why}: {which}")
 
-    def takes(self, sample: Sample) -> bool:
-        """Whether the service would: nothing that it needs is missing, empty or too long."""
-        return all(0 < len(sample.get(key, "")) <= LONGEST[key] for key in self._needed)
-
-    def samples(self) -> Iterator[Sample]:
-        """The rows that the service takes, as samples."""
-        for record in self.records():
-            if record.values and self.takes(sample := self.sample(record.values)):
-                yield sample
-
-    def lack(self) -> str:
-        """Why it does not take some rows, and how many these are."""
-        *needed, last = [field for field, key in FIELDS.items() if key in self._needed]
-        return (
-            f"as {', '.join(needed)} or {last} is empty or too long: {len(self.lacking):,} of "
-            f"{self.rows:,}, the first in line {self.lacking[0]}"
+    def writer(self, file: TextIO) -> Any:
+        """A csv.writer of rows as these are."""
+        quoted = self._header.startswith(self._dialect["quotechar"])
+        return csv.writer(
+            file,
+            **self._dialect,
+            quoting=csv.QUOTE_ALL if quoted else csv.QUOTE_MINIMAL,
+            lineterminator=self._header[len(self._header.rstrip("\r\n")) :] or "\n",
         )
 
-    def extended(self, text: str, *values: str) -> bytes:
-        """The text of a row with more values, written as the header is."""
-        separator, quote = self._dialect
-        row = text.rstrip("\r\n")
-        end = text[len(row) :]
-        always = self.header.startswith(quote)
-        for value in values:
-            if always or any(mark in value for mark in (separator, quote, "\r", "\n")):
-                value = quote + value.replace(quote, 2 * quote) + quote
-            row += separator + value
-        return (row + end).encode()
+    def _survey(self) -> Iterator[tuple[str, int]]:
+        """Counts the rows. Gives their amounts and lines; raises Failed if one cannot be used."""
+        for line, values, sample in self.records():
+            if values:
+                self.rows += 1
+                if sample:
+                    yield sample["BankEntryAmount"], line
+                else:
+                    self._lacking.append(line)
 
-    def _as_written(self, values: list[str]) -> Sample:
+    def _sample(self, values: list[str], line: int) -> Sample | None:
+        """A row as a sample, its amount as a plain decimal number if it is one."""
+        if not values:
+            return None
+        if len(values) != len(self.columns):
+            raise Failed(f"{self.path}, line {line}: there must be {len(self.columns)} values")
+        row = dict(zip(self.columns, values, strict=True))
         sample = {
-            key: values[at[0]] if len(at) == 1 else " ".join(values[i] for i in at if values[i])
-            for key, at in self._places.items()
-        }
-        return sample | self._fixed
-
-    def _survey(self) -> None:
-        """Looks at all rows. Raises Failed if one cannot be used."""
-        for line, _, values in self.records():
-            if not values:
-                continue
-            self.rows += 1
-            where = f"{self.path}, line {line}"
-            if len(values) != len(self._columns):
-                raise Failed(f"{where}: there must be {len(self._columns)} values")
-            sample = self._as_written(values)
-            if self._booked and sample.get(BOOKED_BY, "person") not in WHO:
-                raise Failed(
-                    f"{where}: {BOOKED_BY} must be one of {', '.join(WHO)}; if the column says "
-                    "something else, give it another name"
-                )
-            self._amounts.look(sample["BankEntryAmount"], line)
-            if not self.takes(sample):
-                self.lacking.append(line)
-        self._amounts.decide(self.path)
+            key: " ".join(row[name] for name in names if row[name])
+            for key, names in self._joined.items()
+        } | self._fixed
+        if self._booked and sample.get(BOOKED_BY, "person") not in WHO:
+            wrong = f"{BOOKED_BY} must be one of {', '.join(WHO)}"
+            how = "if the column says something else, give it another name"
+            raise Failed(f"{self.path}, line {line}: {wrong}; {how}")
+        if not all(0 < len(sample.get(key, "")) <= LONGEST[key] for key in self._needed):
+            return None
+        amount = sample["BankEntryAmount"]
+        return sample | {"BankEntryAmount": _readings(amount).get(self._mark, amount)}
 
     def _check_columns(self, wanted: Sequence[str]) -> None:
-        has = ", ".join(name if name.isprintable() else repr(name) for name in self._columns)[:1000]
-        if missing := [column for column in wanted if column not in self._columns]:
+        has = ", ".join(name if name.isprintable() else repr(name) for name in self.columns)[:1000]
+        if missing := [column for column in wanted if column not in self.columns]:
             raise Failed(
                 f"{self.path} is no CSV file with the column {', '.join(missing)} in its first "
                 f"line, which has {has or 'none'}; say with --map which is which"
             )
-        if twice := [column for column in wanted if self._columns.count(column) > 1]:
+        if twice := [column for column in wanted if self.columns.count(column) > 1]:
             raise Failed(f"{self.path} has the column {twice[0]} more than once: {has}")
-
-
-class Amounts:
-    """How a column writes its amounts: `1,200.00`, `1.200,00`, `(12.50)`, `€ 12.50`, `12,50-`.
-
-    Which mark the decimals follow is decided by all of the column, never by one value: the one with
-    which all of its numbers can be read. What is no number, such as `> -1000`, stays as it is.
-
-    >>> amounts = Amounts()
-    >>> amounts.look("1.200", line=2)
-    >>> amounts.look("(€ 12,5)", line=3)
-    >>> amounts.decide("a file")
-    >>> amounts.plain("1.200"), amounts.plain("(€ 12,5)")
-    ('1200', '-12.5')
-    """
-
-    def __init__(self) -> None:
-        self._mark = "."
-        # Where it was seen first: a number that only one mark fits, by mark; one that both fit,
-        # with different values, by the mark that stands in it; one that is none; any that is one.
-        self._only: dict[str, str] = {}
-        self._either: dict[str, str] = {}
-        self._none = self._number = ""
-
-    def look(self, amount: str, line: int) -> None:
-        """Notes how this one is written."""
-        read = self._readings(amount)
-        where = f"{amount} in line {line}"
-        if not read:
-            self._none = self._none or where
-            return
-        self._number = self._number or where
-        if len(read) == 1:
-            self._only.setdefault(next(iter(read)), where)
-        elif read["."] != read[","]:
-            self._either.setdefault("." if "." in amount else ",", where)
-
-    def decide(self, file: object) -> None:
-        """Decides for all that it was shown. Raises Failed if they differ among themselves."""
-        if len(self._only) > 1 or (not self._only and len(self._either) > 1):
-            one, other = (self._only or self._either).values()
-            raise Failed(f"{file} writes amounts in two ways: {one} and {other}")
-        if self._only:
-            [self._mark] = self._only
-        elif self._either:
-            [(mark, where)] = self._either.items()
-            self._mark = {".": ",", ",": "."}[mark]
-            logger.warning("%s: amounts such as %s are taken for thousands", file, where)
-        if self._none and self._number:
-            logger.warning("%s: amounts such as %s are no numbers; they stay", file, self._none)
-
-    def plain(self, amount: str) -> str:
-        """The amount as a plain decimal number, if it is one."""
-        return self._readings(amount).get(self._mark, amount)
-
-    @staticmethod
-    @lru_cache(4096)  # amounts recur
-    def _readings(amount: str) -> dict[str, str]:
-        """The number that it is with a point as the decimal mark, and with a comma, where it is."""
-        if not any(map(str.isdigit, amount)):
-            return {}
-        bare = "".join(CURRENCY.sub("", amount, count=1).translate(SPELLING).split())
-        found = SIGNED.fullmatch(bare)
-        if not found:
-            return {}
-        opened, before, digits, after = found.groups()
-        sign = "-" if opened or "-" in (before, after) else ""
-        read = {}
-        for mark, pattern in NUMBER.items():
-            if number := pattern.fullmatch(digits):
-                whole, decimals = re.sub("[.,]", "", number[1]), number[2]
-                read[mark] = f"{sign}{whole or 0}{f'.{decimals}' if decimals else ''}"
-        return read
-
-
-def read_rows(
-    path: Path,
-    columns: Mapping[str, str] | None = None,
-    company: str | None = None,
-    booked: bool = True,
-) -> Iterator[Sample]:
-    """The bookings in a CSV file, or in the one in a zip, one by one.
-
-    `columns` says which column is which, as {"text": "Payee+Purpose", "amount": "Amount"}, by the
-    keys of FIELDS; others keep their names. The company may be the same for all rows. Unless they
-    are `booked`, they need no account. Amounts become plain decimal numbers if they are numbers.
-    Rows that the service cannot take, as something is empty, are left out, with a warning. Raises
-    Failed if it is no such file.
-    """
-    with open_table(path, columns, company, booked) as table:
-        if table.lacking:
-            logger.warning("%s: rows left out, %s", path, table.lack())
-        yield from table.samples()
-
-
-@contextmanager
-def open_table(
-    path: Path,
-    columns: Mapping[str, str] | None,
-    company: str | None,
-    booked: bool,
-) -> Iterator[Table]:
-    """The CSV file, or the one in a zip, as read_rows understands it. Raises Failed."""
-    with ExitStack() as opened:
-        with _reading(path):
-            file = opened.enter_context(_open(path))
-        yield Table(file, path, columns, company, booked)
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Says in one sentence what goes wrong when the file is read."""
-    try:
-        yield
-    except OSError as error:
-        raise Failed(f"cannot read {path}: {error.strerror}") from None
-    except (csv.Error, UnicodeError, *ZIP_ERRORS) as error:
-        raise Failed(f"{path} is no CSV file: {error}") from None
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
-    """The CSV file in the path, to be read more than once."""
-    with open(path, "rb") as file:
-        if path.suffix == ".zip":
-            with zipfile.ZipFile(file) as archive:
-                names = [name for name in archive.namelist() if name.endswith(".csv")]
-                if not names:
-                    raise Failed(f"there is no CSV file in {path}")
-                with archive.open(names[0]) as found:
-                    yield found
-        elif file.seekable():
-            yield file
-        else:  # a pipe can be read but once
-            with tempfile.TemporaryFile() as copy:
-                shutil.copyfileobj(file, copy)
-                copy.seek(0)
-                yield copy
 
 
 def _encoding(file: BinaryIO) -> str:
     """UTF-16 if the file begins so, UTF-8 if all of it can be that, else Windows-1252."""
-    chunks = iter(lambda: file.read(1 << 20), b"")
+    file.seek(0)
+    if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return "utf-16"
+    file.seek(0)
     try:
-        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            return "utf-16"
-        file.seek(0)
-        for _ in codecs.iterdecode(chunks, "utf-8"):
+        for _ in codecs.iterdecode(iter(lambda: file.read(1 << 20), b""), "utf-8"):
             pass
-        return "utf-8-sig"
     except UnicodeDecodeError:
         return "cp1252"
-    finally:
-        file.seek(0)
+    return "utf-8-sig"
 
 
-def _dialect(header: str, wanted: Sequence[str]) -> tuple[str, str]:
+def _dialect(header: str, wanted: Sequence[str]) -> dict[str, Any]:
     """Separator and quotes: those between most of the columns that are wanted, or else of all."""
 
-    def found(dialect: tuple[str, str]) -> tuple[int, bool, int]:
+    def found(dialect: dict[str, Any]) -> tuple[int, bool, int]:
         with suppress(csv.Error):
-            [names] = _csv([header], *dialect)
-            return sum(column in names for column in wanted), '"' in dialect, len(names)
+            [names] = csv.reader([header], **dialect)
+            return (
+                sum(column in names for column in wanted),
+                dialect["quotechar"] == '"',
+                len(names),
+            )
         return 0, False, 0
 
-    return max(itertools.product(",;\t|", "\"'"), key=found)
+    marks = itertools.product(",;\t|", "\"'")
+    dialects = [{"delimiter": mark, "quotechar": quote, "strict": True} for mark, quote in marks]
+    return max(dialects, key=found)
 
 
-def _csv(lines: Iterable[str], separator: str, quote: str) -> Any:
-    return csv.reader(lines, delimiter=separator, quotechar=quote, strict=True)
+def decimal_mark(amounts: Iterable[tuple[str, int]], file: object) -> str:
+    """The mark before the decimals in a column of amounts, given as (amount, its line).
+
+    They are written as `1,200.00`, `1.200,00`, `(12.50)`, `€ 12.50` or `12,50-`. All of the column
+    decides, never one value. Raises Failed if two of them contradict each other. What is no number,
+    such as `> -1000`, stays as it is.
+
+    >>> decimal_mark([("1.200", 2), ("(€ 12,5)", 3)], "a file")
+    ','
+    """
+    shown: dict[str, str] = {}  # by mark, the first amount that is a number with this mark only
+    likely: dict[str, str] = {}  # and the first such as 1.200, by the mark if that is thousands
+    a_word, numbers = "", False
+    for amount, line in amounts:
+        read = _readings(amount)
+        where = f"{amount} in line {line}"
+        numbers = numbers or bool(read)
+        if not read:
+            a_word = a_word or where
+        elif len(read) == 1:
+            shown.setdefault(*read, where)
+        elif read["."] != read[","]:
+            likely.setdefault("," if "." in amount else ".", where)
+    found = shown or likely
+    if len(found) > 1:
+        one, other = found.values()
+        raise Failed(f"{file} writes amounts in two ways: {one} and {other}")
+    if found and not shown:
+        [where] = found.values()
+        logger.warning("%s: amounts such as %s are taken for thousands", file, where)
+    if a_word and numbers:
+        logger.warning("%s: amounts such as %s are no numbers; they stay", file, a_word)
+    return next(iter(found), ".")
+
+
+@lru_cache(4096)  # amounts recur
+def _readings(amount: str) -> dict[str, str]:
+    """The plain number that it is by decimal mark: `1.200` is 1.200 by point, 1200 by comma."""
+    if not any(map(str.isdigit, amount)):
+        return {}
+    bare = "".join(CURRENCY.sub("", amount, count=1).translate(SPELLING).split())
+    found = SIGNED.fullmatch(bare)
+    if not found:
+        return {}
+    opened, before, digits, after = found.groups()
+    sign = "-" if opened or "-" in (before, after) else ""
+    read = {}
+    for mark, pattern in NUMBER.items():
+        if number := pattern.fullmatch(digits):
+            whole, decimals = re.sub("[.,]", "", number[1]), number[2]
+            read[mark] = f"{sign}{whole or 0}{f'.{decimals}' if decimals else ''}"
+    return read
 
 
 def by_date(rows: Iterable[Sample]) -> list[Sample]:
@@ -699,23 +583,22 @@ def by_date(rows: Iterable[Sample]) -> list[Sample]:
     Raises Failed if they have no date, or if it cannot be told what is its day and what its month.
     """
     rows = list(rows)
-    try:
-        when = _sortable({row["BankEntryDate"] for row in rows})
-    except KeyError:
+    if any("BankEntryDate" not in row for row in rows):
         no_date = "there is no column BankEntryDate to sort by: --map date=COLUMN names another"
-        raise Failed(f"{no_date}; {AS_IT_STANDS}") from None
+        raise Failed(f"{no_date}; {AS_IT_STANDS}")
+    when = _sortable({row["BankEntryDate"] for row in rows})
     return sorted(rows, key=lambda row: (when[row["BankEntryDate"]], row["CompanyId"]))
 
 
 def _sortable(dates: Collection[str]) -> dict[str, tuple | str]:
     """Each date as it sorts: 2016-02-29 as it stands, 29.02.2016 or 2/29/16 from the year on."""
     found = {date: match.groups() for date in sorted(dates) if (match := DAY_OR_MONTH.match(date))}
-    others = [date for date in sorted(dates) if date and date not in found]
     if not found:
         return {date: date for date in dates}
     parts = {date: (int(a), int(b), int(year)) for date, (a, _, b, year) in found.items()}
-    day_first = [date for date, (a, b, _) in parts.items() if a > 12 or "." in date]
-    month_first = [date for date, (a, b, _) in parts.items() if b > 12]
+    others = [date for date in sorted(dates) if date and date not in found]
+    day_first = [date for date, (a, _, _) in parts.items() if a > 12 or "." in date]
+    month_first = [date for date, (_, b, _) in parts.items() if b > 12]
     if others or (day_first and month_first):
         one, other = (others or month_first)[0], (day_first or [*found])[0]
         raise Failed(f"dates are written in two ways, as {one} and {other}; {AS_IT_STANDS}")
@@ -730,36 +613,19 @@ def _sortable(dates: Collection[str]) -> dict[str, tuple | str]:
 # ------------------------------------------------------------------------------------------ Service
 
 
-def _service(options: argparse.Namespace) -> AbstractContextManager[str]:
-    """Gives the URL of the service that the options ask for."""
-    if not options.serve:
-        return nullcontext(options.url)
-    token = [f"--token-file={options.token_file}"] if options.token_file else []
-    return serving(options.log, *token)
-
-
 @contextmanager
-def serving(log: Path, *options: str) -> Iterator[str]:
-    """Starts bookkeep.py with that log on a free port, gives its URL and stops it at the end."""
-    with started(HERE / "bookkeep.py", f"--log={log}", *options) as (port, _):
-        yield f"http://127.0.0.1:{port}"
-
-
-@contextmanager
-def started(*command: object) -> Iterator[tuple[int, int]]:
+def started(*command: object, token: str | None = None) -> Iterator[tuple[int, subprocess.Popen]]:
     """Starts a Python script that listens on a --port, gives that and its process, and stops it.
 
-    Of BOOKKEEP_* it is told the token only: the others are a service's that is there already, as
+    Of BOOKKEEP_* it is told this token only: the others are a service's that is there already, as
     its --stream. Raises Failed if it ends before it listens.
     """
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     command = (sys.executable, *command, f"--port={port}")
-    told = {
-        name: value
-        for name, value in os.environ.items()
-        if name == "BOOKKEEP_TOKEN" or not name.startswith("BOOKKEEP_")
-    }
+    told = {name: value for name, value in os.environ.items() if not name.startswith("BOOKKEEP_")}
+    if token:
+        told["BOOKKEEP_TOKEN"] = token
     with tempfile.TemporaryFile() as messages:
         # In a session of its own, so that Ctrl-C ends the replay first and the service after it.
         service = subprocess.Popen(command, env=told, stderr=messages, start_new_session=True)
@@ -770,97 +636,76 @@ def started(*command: object) -> Iterator[tuple[int, int]]:
                     last = messages.read().decode(errors="replace").splitlines()[-1:]
                     raise Failed(f"the service did not start: {''.join(last)}")
                 time.sleep(0.01)
-            yield port, service.pid
+            yield port, service
         finally:
             service.terminate()
             service.wait()
 
 
 def _answers(port: int) -> bool:
-    """Whether it has read its log back."""
-    connection = HTTPConnection("127.0.0.1", port, timeout=10)
+    """Whether it has read its log back; without the token, it may say so with a 401."""
     try:
-        connection.request("GET", "/health")
-        return connection.getresponse().status != 503
-    except (OSError, HTTPException):
-        return False
-    finally:
-        connection.close()
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+        Client(f"http://127.0.0.1:{port}", patience=0).ask("GET", "/health")
+    except ServiceError as error:
+        return error.status not in (None, 503)
+    return True
 
 
 # ----------------------------------------------------------------------------------------- Progress
 
 
 @contextmanager
-def _progress(total: int | None) -> Iterator[Callable[[int, dict | None], None]]:
+def _progress(total: int | None, how_good: Callable[[], str]) -> Iterator[Callable[[int], None]]:
     """A function that shows how far it is and how good: a bar in a terminal, else plain lines."""
     if tqdm and sys.stderr.isatty():
-        with tqdm(total=total, unit=" samples", dynamic_ncols=True) as bar:
+        with tqdm(total=total, unit=" samples", dynamic_ncols=True) as bar, logging_redirect_tqdm():
 
-            def show(sent: int, report: dict | None) -> None:
-                bar.set_postfix_str(_in_short(report))
-                bar.update(sent - bar.n)
+            def show(done: int) -> None:
+                if bar.update(done - bar.n):  # it was time to show it again
+                    bar.set_postfix_str(how_good())
 
             yield show
         return
 
     started = shown = time.monotonic()
 
-    def show(sent: int, report: dict | None) -> None:
+    def show(done: int) -> None:
         nonlocal shown
         if time.monotonic() - shown > 2:
             shown = time.monotonic()
             of_all = f" of {total:,}" if total else ""
-            rate = sent / (shown - started)
-            good = _in_short(report)
-            print(f"{sent:,}{of_all} samples, {rate:,.0f}/s{good and f', {good}'}", file=sys.stderr)
+            line = f"{done:,}{of_all} samples, {done / (shown - started):,.0f}/s, {how_good()}"
+            print(line.removesuffix(", "), file=sys.stderr)
 
     yield show
-
-
-def _in_short(report: dict | None) -> str:
-    names = ("accuracy", "precision", "recall") if report else ()
-    return ", ".join(f"{name} {report[name]:.3f}" for name in names)
 
 
 # ------------------------------------------------------------------------------------------- Replay
 
 LAST = 1000  # predictions that the report is about
 WINDOWS = (100, LAST, 10_000)  # the n of the /metrics/<n> in it
-WELL_BOOKED = 0.9  # accuracy from which on one may book unseen
 
 
-def replay(
-    client: Client, options: argparse.Namespace, rows: Iterator[Sample], skip: bool = True
-) -> dict:
+def replay(client: Client, options: argparse.Namespace, rows: Iterator[Sample]) -> dict:
     """Sends the rows in batches and reports; Ctrl-C ends it early. Raises Failed."""
     run = Run(client, options)
     started = time.monotonic()
     interrupted = False
     try:
-        with _progress(options.samples) as show:
-            found = run.send(itertools.islice(rows, options.samples), show, skip)
-        if not found:
-            return replay(client, options, _rows(options), skip=False)
+        run.send(rows)
     except KeyboardInterrupt:
         interrupted = True
-        client.close()
         client.patience = 2
     except ServiceError as error:
-        if not error.temporary:
+        if not (error.temporary and run.resumable):
             raise
         log = f" --log {options.log}" if options.serve else ""
-        how = f"; the same command goes on with --resume {run.start}{log}" if run.resumable else ""
-        raise Failed(f"{error}{how}") from None
+        how = f"the same command goes on with --resume {run.start}{log}"
+        raise Failed(f"{error}; {how}") from None
     seconds = time.monotonic() - started
     report = {
         "samples": run.sent,
-        "stored_before": run.resent,
+        "stored_before": run.stored_before,
         "seconds": round(seconds, 3),
         "samples_per_second": round(run.sent / seconds),
         "accounts": None,
@@ -870,13 +715,10 @@ def replay(
         "resume": run.start if run.resumable else None,
     }
     try:
-        for name, figure in run.figures():
-            report[name] = figure
+        report |= run.figures()
         report["prediction"] = run.prediction(next(rows, None))
     except Failed as error:
         print(f"replay: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        report["interrupted"] = True
     return report
 
 
@@ -891,65 +733,59 @@ class Run:
         self.client, self.options = client, options
         self.before = client.health()
         self.start = self.before["lines"] if options.resume is None else options.resume
-        source = (options.file.name, options.order, options.batch, options.seed, self.start)
-        if options.map or options.company:
-            source += (sorted(options.map.items()), options.company)
+        source = [options.file.name, options.order, options.batch, options.seed, self.start]
+        source += [sorted(options.map.items()), options.company]
         self.name = hashlib.sha256(repr(source).encode()).hexdigest()[:16]
-        self.sent = self.resent = self.predicted = self.unpredicted = 0
+        self.sent = self.stored_before = 0
         self.account_names: dict[tuple[str, str], str | None] = {}  # by company and account
         # What was suggested for a batch that comes again would be another by then.
         self.resumable = options.book_from is None
         self.integrator = None if self.resumable else Integrator(client, options.book_from)
 
-    def send(self, rows: Iterable[Sample], show: Callable[[int, dict], None], skip: bool) -> bool:
-        """Sends the rows, without the batches that the log holds already but for the last of these.
-
-        That shows whether they stand where they must: False if they do not, and must all be sent.
-        """
-        before = self.before["lines"]
-        answer, asked = None, time.monotonic()
-        for batch in batches(rows, self.options.batch, self.options.seed):
-            for row in batch:
-                self.account_names[row["CompanyId"], row[TARGET]] = row.get("AccountName")
-            if skip and self.start + self.sent + len(batch) < before:
+    def send(self, rows: Iterator[Sample]) -> None:
+        """Sends as many of the rows as there are to send."""
+        most, largest, seed = self.options.samples, self.options.batch, self.options.seed
+        with _progress(most, self.how_good) as show:
+            for batch in batches(itertools.islice(rows, most), largest, seed):
+                for row in batch:
+                    self.account_names[row["CompanyId"], row[TARGET]] = row.get("AccountName")
+                if self.integrator and (self.sent or self.before["accounts"]):  # there is a model
+                    batch = self.integrator.book(batch)
+                answer = self.client.sample(batch, f"replay {self.name} row {self.sent}")
                 self.sent += len(batch)
-                self.resent = self.sent
-                continue
-            if self.integrator and (self.sent or self.before["accounts"]):  # there is a model
-                batch = self.integrator.book(batch)
-            key = f"replay {self.name} row {self.sent}"
-            answer = self.client.sample(batch, key)
-            if skip and self.resent == self.sent > 0 and answer["first"] != self.start + self.sent:
-                return False  # others have booked in between
-            self._count(answer, len(batch))
-            if self.predicted and (
-                self.sent == self.options.samples or time.monotonic() - asked > 0.1
-            ):
-                asked = time.monotonic()
-                show(self.sent, self.client.report(LAST))
-        return answer is not None or not self.sent
+                if answer["first"] < self.before["lines"]:
+                    self.stored_before += len(batch)
+                show(self.sent)
 
-    def _count(self, answer: dict, size: int) -> None:
-        self.sent += size
-        if answer["first"] < self.before["lines"]:
-            self.resent += size
-        if answer["first"] == 0 or (self.sent == size and not self.before["accounts"]):
-            self.unpredicted = size  # there was no model yet
-        bookings = answer["total"] - self.before["lines"] + self.before["samples"]
-        self.predicted = bookings - self.unpredicted
+    def how_good(self) -> str:
+        """How good the service's last predictions were, in short."""
+        last = self.last(LAST)
+        figures = "accuracy {accuracy:.3f}, precision {precision:.3f}, recall {recall:.3f}"
+        return figures.format(**last) if last else ""
 
-    def figures(self) -> Iterator[tuple[str, object]]:
-        """What the service says of its last predictions, by name."""
-        if not self.predicted:
-            return
-        yield "accounts", self.client.health()["accounts"]
-        wanted = [n for n in WINDOWS if n == LAST or self.predicted >= n]
-        yield "metrics", {str(n): self.client.metrics(n) for n in wanted}
-        report = self.client.report(LAST)
-        yield "report", report
-        yield "unseen", best_level(report["confidence"])
-        if self.integrator:
-            yield "booked_unseen", self.integrator.report()
+    def last(self, n: int) -> dict | None:
+        """What the service reports of its last n predictions; None if there are none yet."""
+        try:
+            return self.client.report(n)
+        except ServiceError as error:
+            if error.status == 503:
+                return None
+            raise
+
+    def figures(self) -> dict:
+        """What the service says of its last predictions."""
+        report = self.last(LAST)
+        if not report:
+            return {}
+        predicted = self.client.report(max(WINDOWS))["support"]
+        wanted = [n for n in WINDOWS if n == LAST or n <= predicted]
+        return {
+            "accounts": self.client.health()["accounts"],
+            "metrics": {str(n): self.client.metrics(n) for n in wanted},
+            "report": report,
+            "unseen": best_level(report["confidence"]),
+            "booked_unseen": self.integrator and self.integrator.report(),
+        }
 
     def prediction(self, row: Sample | None) -> dict | None:
         """What the service suggests for a row that it has not been sent, if there is one."""
@@ -982,17 +818,16 @@ class Integrator:
 
     def book(self, rows: Sequence[Sample]) -> list[Sample]:
         """The rows as they are to be booked."""
+        asked = [without_account(row) for row in rows]
+        answers = self.client.suggest(asked, 1, self.book_from, reasons=False)
         booked = []
-        for chunk in chunks(rows, MAX_SUGGESTED):
-            asked = [without_account(row) for row in chunk]
-            answers = self.client.suggest(asked, 1, self.book_from, reasons=False)
-            for row, sample, answer in zip(chunk, asked, answers, strict=True):
-                [suggestion] = answer["suggestions"]
-                account, who = suggestion["account"], BOOKED_AFTER[answer["decision"]]
-                self.outcomes.append((suggestion["confidence"], account == row[TARGET], who))
-                if who == "suggestion":
-                    row = sample | {TARGET: account}
-                booked.append(row | {BOOKED_BY: who})
+        for row, sample, answer in zip(rows, asked, answers, strict=True):
+            [suggestion] = answer["suggestions"]
+            account, who = suggestion["account"], BOOKED_AFTER[answer["decision"]]
+            self.outcomes.append((suggestion["confidence"], account == row[TARGET], who))
+            if who == "suggestion":
+                row = sample | {TARGET: account}
+            booked.append(row | {BOOKED_BY: who})
         return booked
 
     def report(self) -> dict | None:
@@ -1026,27 +861,13 @@ def without_account(row: Sample) -> Sample:
 
 
 def best_level(levels: Sequence[dict]) -> dict:
-    """The confidence from which on most can be booked well enough, or else 0.9 as an example.
+    """The confidence of at least 0.8 from which on most are right in nine of ten cases.
 
-    None below 0.8 is worth a thought, however well it does.
+    If there is none, 0.9 as an example.
     """
-    good = [
-        level
-        for level in levels
-        if level["at_least"] >= 0.8 and (level["accuracy"] or 0) >= WELL_BOOKED
-    ]
-    if good:
-        return max(good, key=lambda level: level["share"])
-    return next(level for level in levels if level["at_least"] == 0.9)
-
-
-def _rows(options: argparse.Namespace) -> Iterator[Sample]:
-    """The file's rows in the order that is asked for. Raises Failed at once if it is no CSV."""
-    rows = read_rows(options.file, options.map, options.company)
-    if options.order == "date":
-        return iter(by_date(rows))
-    first = list(itertools.islice(rows, 1))
-    return itertools.chain(first, rows)
+    good = [row for row in levels if row["at_least"] >= 0.8 and (row["accuracy"] or 0) >= 0.9]
+    example = [row for row in levels if row["at_least"] == 0.9]
+    return max(good or example, key=lambda row: row["share"])
 
 
 def batches(rows: Iterable[Sample], largest: int, seed: int) -> Iterator[list[Sample]]:
@@ -1062,102 +883,76 @@ def batches(rows: Iterable[Sample], largest: int, seed: int) -> Iterator[list[Sa
 
 def in_words(report: dict) -> str:
     """The report as a person reads it."""
-    lines = [
-        f"{report['samples']:,} bookings in {report['seconds']:.1f} s, "
-        f"{report['samples_per_second']:,} a second"
-    ]
+    rate = f"{report['seconds']:.1f} s, {report['samples_per_second']:,} a second"
+    sent = [f"{report['samples']:,} bookings in {rate}"]
     if report["stored_before"]:
-        lines.append(f"{report['stored_before']:,} of them had been stored before")
-    unseen = report["booked_unseen"]
-    lines += _unseen(**unseen) if unseen else _quality(report)
+        sent.append(f"{report['stored_before']:,} of them had been stored before")
+    paragraphs: list[Iterable[str]] = [sent]
+    if report["booked_unseen"]:
+        paragraphs.append(_booked_unseen(report["booked_unseen"]))
+    elif report["unseen"]:
+        paragraphs.append(_quality(report["report"], report["unseen"], report["accounts"]))
     if report["prediction"]:
-        lines += _suggestion(**report["prediction"])
-    if str(LAST) in report["metrics"]:
-        last = report["metrics"][str(LAST)]
-        shown = f"precision {last['precision']:.3f}   recall {last['recall']:.3f}"
-        lines += ["", f"/metrics/{LAST}   {shown}"]
-    lines += ["", *_next(report)]
-    return "\n".join(lines)
+        paragraphs.append(_prediction(report["prediction"]))
+    if last := report["metrics"].get(str(LAST)):
+        figures = f"precision {last['precision']:.3f}   recall {last['recall']:.3f}"
+        paragraphs.append([f"/metrics/{LAST}   {figures}"])
+    paragraphs.append(_next(report))
+    return "\n\n".join("\n".join(lines) for lines in paragraphs)
 
 
-def _quality(report: dict) -> Iterator[str]:
+def _quality(last: dict, level: dict, accounts: int) -> Iterator[str]:
     """How many of the last predictions were right, and of those that were sure enough."""
-    if not report["unseen"]:
-        return
-    last, level = report["report"], report["unseen"]
-    n = last["support"]
-    yield ""
+    n, accuracy = last["support"], _percent(last["accuracy"], 1)
+    precision, recall = _percent(last["precision"], 1), _percent(last["recall"], 1)
     yield (
-        f"The last {n:,} predictions, each of one among {report['accounts']:,} accounts, made "
+        f"The last {n:,} predictions, each of one among {accounts:,} accounts, made "
         "before the booking was known:"
     )
     yield (
-        f"  {round(last['accuracy'] * n):,} were right: accuracy {_percent(last['accuracy'], 1)}; "
-        f"as averages over accounts, precision {_percent(last['precision'], 1)}, "
-        f"recall {_percent(last['recall'], 1)}"
+        f"  {round(last['accuracy'] * n):,} were right: accuracy {accuracy}; "
+        f"as averages over accounts, precision {precision}, recall {recall}"
     )
     sure, at_least = round(level["share"] * n), _percent(level["at_least"])
     if not sure:
         yield f"  none was at least {at_least} sure, so none could have been booked unseen yet"
         return
+    right = f"{round(level['accuracy'] * sure):,} of these were right"
     yield (
         f"  {sure:,} could have been booked unseen, being at least {at_least} sure: "
-        f"{round(level['accuracy'] * sure):,} of these were right, {_percent(level['accuracy'], 1)}"
+        f"{right}, {_percent(level['accuracy'], 1)}"
     )
 
 
-def _unseen(
-    book_from: float,
-    suggestions: int,
-    unseen: int,
-    unseen_wrong: int,
-    checks: int,
-    said: dict,
-    true: dict,
-) -> Iterator[str]:
+def _booked_unseen(found: dict) -> Iterator[str]:
     """What the service says that it got right, and what is true."""
-    yield ""
-    yield f"Booked unseen from {_percent(book_from)} on, in the last {suggestions:,} bookings:"
+    said, true, n = found["said"], found["true"], found["suggestions"]
+    wrong = f"{found['unseen_wrong']:,} are wrong, {_percent(found['unseen_wrong'] / n, 1)} of all"
+    yield f"Booked unseen from {_percent(found['book_from'])} on, in the last {n:,} bookings:"
     yield (
-        f"  {unseen:,} unseen, of which {unseen_wrong:,} are wrong, "
-        f"{_percent(unseen_wrong / suggestions, 1)} of all; {checks:,} were checked instead"
+        f"  {found['unseen']:,} unseen, of which {wrong}; {found['checks']:,} were checked instead"
     )
     if said["accuracy"] is not None:
-        yield (
-            f"  right of those: {_percent(said['accuracy'], 1)} (± {_percent(said['error'], 1)}), "
-            f"the service says; {_percent(true['accuracy'], 1)}, in truth"
-        )
-    yield (
-        f"  right of all: {_percent(said['overall'], 1)}, the service says; "
-        f"{_percent(true['overall'], 1)}, in truth"
+        about = f"{_percent(said['accuracy'], 1)} (± {_percent(said['error'], 1)})"
+        truth = _percent(true["accuracy"], 1)
+        yield f"  right of those: {about}, the service says; {truth}, in truth"
+    about, truth = _percent(said["overall"], 1), _percent(true["overall"], 1)
+    yield f"  right of all: {about}, the service says; {truth}, in truth"
+
+
+def _prediction(found: dict) -> Iterator[str]:
+    sample, reason = found["sample"], found["reason"]
+    predicted, booked = (
+        f"{found[by]} ({found[f'{by}_name']})" if found[f"{by}_name"] else found[by]
+        for by in ("predicted", "booked")
     )
-
-
-def _suggestion(
-    sample: Sample,
-    predicted: str,
-    predicted_name: str | None,
-    confidence: float,
-    reason: dict | None,
-    booked: str,
-    booked_name: str | None,
-) -> Iterator[str]:
     because = f', because of "{reason["token"]}" ({reason["kind"]})' if reason else ""
-    yield ""
     yield (
         f'The next one, not sent: "{sample["BankEntryText"]}" of {sample["CompanyId"]}, '
         f"{sample['BankEntryAmount']}"
     )
-    yield f"  predicted {_account(predicted, predicted_name)}, {_percent(confidence)} sure{because}"
-    yield f"  the accountant booked {_account(booked, booked_name)}"
-
-
-def _account(number: str, name: str | None) -> str:
-    return f"{number} ({name})" if name else number
-
-
-def _percent(share: float, digits: int = 0) -> str:
-    return f"{100 * share:.{digits}f} %"
+    yield f"  predicted {predicted}, {_percent(found['confidence'])} sure{because}"
+    yield f"  the accountant booked {booked}"
 
 
 def _next(report: dict) -> Iterator[str]:
@@ -1177,6 +972,10 @@ def _next(report: dict) -> Iterator[str]:
         yield f"Its page is at {report['page']}"
 
 
+def _percent(share: float, digits: int = 0) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
 # ------------------------------------------------------------------------------------------ Suggest
 
 
@@ -1185,42 +984,36 @@ def suggest(client: Client, options: argparse.Namespace) -> None:
 
     Both are empty where the service cannot take a row. Nothing is learned. Raises Failed.
     """
-    with (
-        open_table(options.file, options.map, options.company, booked=False) as table,
-        _progress(table.rows) as show,
-    ):
-        if table.lacking:
-            logger.warning("%s: rows without a suggestion, %s", options.file, table.lack())
-        out, done = sys.stdout.buffer, 0
-        header = table.extended(table.header, "account", "confidence")
-        for records in chunks(table.records(), LARGE):
-            samples = [table.sample(record.values) if record.values else {} for record in records]
-            takes = [table.takes(sample) for sample in samples]
-            asked = [_features(sample) for sample in itertools.compress(samples, takes)]
-            answers = iter(client.suggest(asked, top=1, reasons=False))
-            out.write(header)
-            header = b""  # it is written once, and not before there is an answer
-            for record, sample, is_asked in zip(records, samples, takes, strict=True):
-                added = ["", ""] if sample else []  # an empty line stays one
-                if is_asked:
-                    [best] = next(answers)["suggestions"]
-                    added = [_not_run(best["account"]), str(best["confidence"])]
-                out.write(table.extended(record.text, *added))
-            out.flush()
-            done += sum(map(bool, samples))
-            show(done, None)
-        out.write(header)
+    with open_csv(options.file) as file:
+        table = Table(file, options.file, options.map, options.company, booked=False)
+        table.warn("without a suggestion")
+        sys.stdout.reconfigure(encoding="utf-8", newline="")
+        writer = table.writer(sys.stdout)
+        header, done = [[*table.columns, "account", "confidence"]], 0
+        with _progress(table.rows, str) as show:
+            for records in chunks(table.records(), LARGE):
+                samples = [sample for _, _, sample in records if sample]
+                asked = [{key: sample[key] for key in FEATURES} for sample in samples]
+                answers = iter(client.suggest(asked, top=1, reasons=False))
+                writer.writerows(header)
+                header = []  # it is written once, and not before there is an answer
+                for _, values, sample in records:
+                    if sample:
+                        [best] = next(answers)["suggestions"]
+                        values += [_not_run(best["account"]), best["confidence"]]
+                    elif values:  # an empty line stays one
+                        values += ["", ""]
+                    writer.writerow(values)
+                sys.stdout.flush()
+                done += len(records)
+                show(done)
+        writer.writerows(header)
 
 
 def _not_run(account: str) -> str:
     """An account, which another company may have taught, so that no spreadsheet runs it."""
     is_formula = account[0] in "=+-@\t\r" and not re.fullmatch(r"[-+]?\d+", account)
     return f"'{account}" if is_formula else account
-
-
-def _features(sample: Sample) -> Sample:
-    """What a suggestion is made from."""
-    return {key: sample[key] for key in COLUMNS if key != TARGET}
 
 
 # ------------------------------------------------------------------------------------- Command line
@@ -1231,38 +1024,25 @@ the demo, all in one:
 see how well your own bookings are predicted, teach a service that runs, and let it suggest:
   replay.py OLD.csv --serve --company acme --map text=Payee+Purpose,amount=Sum,date=Day,account=To
   replay.py OLD.csv --samples all --company acme --map (the same)
-  replay.py NEW.csv --suggest --company acme --map (the same) > SUGGESTED.csv
-from Python:
-  from replay import Client
-  Client("http://127.0.0.1:8080").predict({...})"""
-STOPS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+  replay.py NEW.csv --suggest --company acme --map (the same) > SUGGESTED.csv"""
+THE_FILE = """\
+Its first line names its columns: CompanyId, BankEntryText, BankEntryAmount, AccountNumber
+(but for --suggest), and BankEntryDate to sort by; --map finds them under other names.
+AccountName is shown, others are sent along. Separators, quotes, encoding (UTF-8, UTF-16,
+Windows-1252), and how amounts (1,200.00, 1.200,00, (12.50), € 12.50) and dates (2016-02-29,
+29.02.2016, 2/29/2016) are written show in the file. Rows that lack something are left out."""
 DATA = HERE / "data" if CHECKED_OUT else Path("data")
-DATA_SETS = [  # a real one first, if the user has put it there
-    DATA / "bank_expenses_obfuscated.csv.zip",
-    DATA / "bank_expenses_obfuscated.csv",
-    DATA / "bank_expenses_synthetic.csv.zip",
-]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Does what the options say and prints what came of it; the exit status."""
     options = _options(arguments)
-    logger.handlers, logger.propagate = [_Sayer()], False
+    logging.basicConfig(format="replay: %(message)s")
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup ignores SIGHUP
+            signal.signal(number, signal.default_int_handler)  # so that a service is stopped, too
     try:
-        for number in STOPS:  # each as Ctrl-C, so that a service is stopped, too
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup ignores SIGHUP
-                signal.signal(number, signal.default_int_handler)
-        options.file = options.file or _default_file()
-        token = _token(options.token_file)
-        rows = None if options.suggest else _rows(options)  # before a service is started in vain
-        if options.serve and not options.log:
-            options.log = Path(tempfile.mkdtemp(prefix="bookkeep-")) / "replay.jsonl"
-        with _service(options) as url:
-            client = Client(url, token)
-            if options.suggest:
-                suggest(client, options)
-                return 0
-            return _show(client, options, rows)
+        return _run(options)
     except BrokenPipeError:  # whoever read this has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -1273,47 +1053,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _show(client: Client, options: argparse.Namespace, rows: Iterator[Sample]) -> int:
-    """Replays the rows and prints the report; the exit status."""
-    if options.stay:
-        print(f"Watch it learn: {client.url}/", file=sys.stderr)
-    report = replay(client, options, rows)
-    if options.serve:
-        report["log"] = str(options.log)
-    if options.stay or not options.serve:
-        report["page"] = f"{client.url}/"
-    print(json.dumps(report) if options.json else in_words(report), flush=True)
-    if report["interrupted"]:
-        return 130
-    if options.stay:
-        _stay(client.url)
+def _run(options: argparse.Namespace) -> int:
+    """Replays or suggests; the exit status. Raises Failed."""
+    options.file = options.file or _default_file()
+    if not options.suggest:  # before a service is started in vain
+        rows = read_rows(options.file, options.map, options.company)
+        if options.order == "date":
+            rows = iter(by_date(rows))
+        rows = itertools.chain([*itertools.islice(rows, 1)], rows)  # the first at once
+    token = os.environ.get("BOOKKEEP_TOKEN")
+    if options.token_file:
+        token = options.token_file.read_text("latin-1").strip()
+    with ExitStack() as opened:
+        if options.serve:
+            options.log = options.log or Path(tempfile.mkdtemp(prefix="bookkeep-")) / "replay.jsonl"
+            command = (HERE / "bookkeep.py", f"--log={options.log}")
+            port, service = opened.enter_context(started(*command, token=token))
+            options.url = f"http://127.0.0.1:{port}"
+        client = Client(options.url, token)
+        if options.suggest:
+            suggest(client, options)
+            return 0
+        if options.stay:
+            print(f"Watch it learn: {client.url}/", file=sys.stderr)
+        report = replay(client, options, rows)
+        if options.serve:
+            report["log"] = str(options.log)
+        if options.stay or not options.serve:
+            report["page"] = f"{client.url}/"
+        print(json.dumps(report) if options.json else in_words(report), flush=True)
+        if report["interrupted"]:
+            return 130
+        if options.stay:
+            print(f"The page is at {client.url}/ until Ctrl-C", file=sys.stderr)
+            with suppress(KeyboardInterrupt):
+                service.wait()
+                raise Failed("the service has ended")
     return 0
 
 
-def _stay(url: str) -> None:
-    """Waits for Ctrl-C. Raises Failed if the service ends before."""
-    with suppress(KeyboardInterrupt):
-        print(f"The page is at {url}/ until Ctrl-C", file=sys.stderr)
-        while _listens(urlsplit(url).port):
-            time.sleep(1)
-        raise Failed("the service has ended")
-
-
-class _Sayer(logging.Handler):
-    """Says warnings on standard error, and leaves a bar that is there whole."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        say = tqdm.write if tqdm else print
-        say(f"replay: {self.format(record)}", file=sys.stderr)
-
-
-def _token(file: Path | None) -> str | None:
-    return file.read_text("latin-1").strip() if file else os.environ.get("BOOKKEEP_TOKEN")
-
-
 def _default_file() -> Path:
-    for path in DATA_SETS:
-        if path.exists():
+    for kind in ("obfuscated.csv.zip", "obfuscated.csv", "synthetic.csv.zip"):
+        if (path := DATA / f"bank_expenses_{kind}").exists():
             return path
     raise Failed(
         f"there is no data set in {DATA}/: name a CSV file of bookings (--help says which columns "
@@ -1325,138 +1106,70 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="replay",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Streams a CSV file of bookings to bookkeep and shows how well it predicts, or "
-        "writes\nthe file with the accounts that bookkeep suggests.",
+        description="Streams a CSV file of bookings to bookkeep and shows how well it predicts.",
         epilog=EXAMPLES,
     )
-    _add_file(parser)
-    replays = _add_replay(parser)
-    _add_service(parser)
-    options = parser.parse_args(arguments)
-    options.map = {field: name for named in options.map for field, name in named.items()}
-    if options.company and "company" in options.map:
-        parser.error("give --company, or a company= in --map, not both")
-    if options.suggest:
-        if not options.file:
-            parser.error("--suggest needs a FILE")
-        for name, usual in (replays | {"stay": False}).items():
-            if getattr(options, name) != usual:
-                parser.error(f"--{name.replace('_', '-')} does not go with --suggest")
-    if options.log and not options.serve:
-        parser.error("--log goes with --serve")
-    if options.book_from is not None and options.resume is not None:
-        parser.error("--resume does not go with --book-from: what it suggested then is not known")
-    if options.stay and not options.serve:
-        parser.error("--stay goes with --serve")
-    if options.resume is not None and options.serve and not options.log:
-        parser.error("--resume goes with --url, or with --serve and the --log of the first run")
-    return options
-
-
-def _add_file(parser: argparse.ArgumentParser) -> None:
-    option = parser.add_argument_group(
-        "the file",
-        "Its first line names its columns. It must have CompanyId, BankEntryText, BankEntryAmount\n"
-        "and AccountNumber (but for --suggest), or columns that --map names; to sort by date\n"
-        "BankEntryDate, too. AccountName is shown, others are sent along. Commas, semicolons,\n"
-        "tabs or bars separate values; it is in UTF-8, UTF-16 or Windows-1252. Amounts are words\n"
-        "as > -1000, or numbers as 1,200.00, 1.200,00, (12.50) or € 12.50. What a comma means\n"
-        "all of the column shows. Dates are as 2016-02-29, 29.02.2016 or 2/29/2016. Rows in which\n"
-        "something is empty are left out.",
-    ).add_argument
-    option(
-        "file",
-        nargs="?",
-        type=Path,
-        metavar="FILE",
-        help="a CSV file or a zip with one; without it, bank_expenses_obfuscated.csv.zip or .csv "
-        "in data/, or else the synthetic set there",
-    )
+    option = parser.add_argument_group("the file", THE_FILE).add_argument
+    usual = "a CSV file or a zip with one; without it, a bank set in data/, the real or synthetic"
+    option("file", nargs="?", type=Path, metavar="FILE", help=usual)
     option(
         "--map",
         type=columns,
         action="append",
         default=[],
         metavar="FIELD=COLUMN,...",
-        help=f"which of its columns is which; the fields are {', '.join(FIELDS)}; text=A+B joins "
-        "the columns A and B",
+        help=f"which of its columns is which, of {', '.join(FIELDS)}; text=A+B joins two",
     )
     option("--company", help="the company of all of its rows")
-    option(
-        "--suggest",
-        action="store_true",
-        help="write it to standard output, in UTF-8, with two more columns: the account that is "
-        "suggested, and how sure that is; nothing is learned",
-    )
-
-
-def _add_replay(parser: argparse.ArgumentParser) -> dict[str, object]:
-    """Adds what a replay alone has, and says what these are without being given."""
-    group = parser.add_argument_group("the replay")
-    option = group.add_argument
-    option(
-        "--samples",
-        type=_count_or_all,
-        default=15_000,
-        help="how many of its first rows to send, or all (default: 15000)",
-    )
-    option(
-        "--order",
-        choices=["date", "file"],
-        default="date",
-        help="send rows by date and company, as they arose, or as they stand (default: date)",
-    )
-    option(
-        "--batch",
-        type=count,
-        default=1000,
-        help="the largest batch; sizes are random, from 1 to this (default: 1000)",
-    )
-    option("--seed", type=int, default=0, help="of those sizes (default: 0)")
+    written = "write it to standard output with suggested accounts instead; nothing is learned"
+    option("--suggest", action="store_true", help=written)
+    option = parser.add_argument_group("the replay").add_argument
+    most = "how many of its first rows to send, or all (default: %(default)s)"
+    option("--samples", type=_count_or_all, default=15_000, help=most)
+    option("--order", choices=["date", "file"], default="date", help="by date, or as they stand")
+    largest = "the largest batch; sizes are random, from 1 to this (default: %(default)s)"
+    option("--batch", type=count, default=1000, help=largest)
+    option("--seed", type=int, default=0, help="of those sizes (default: %(default)s)")
     option(
         "--book-from",
-        type=share,
+        type=float,
         metavar="CONFIDENCE",
         help="book suggestions unseen from this confidence on, but for the checks, with the file "
         "as the accountant for all others; and say what the service says of it and what is true",
     )
-    option(
-        "--resume",
-        type=int,
-        nargs="?",
-        const=0,
-        metavar="FROM",
-        help="go on with an interrupted run that began when the log held FROM bookings (0, unless "
-        "given): what is stored is not stored again",
-    )
+    begun = "go on with an interrupted run that began when the log held FROM bookings (else 0)"
+    option("--resume", type=int, nargs="?", const=0, metavar="FROM", help=begun)
     option("--json", action="store_true", help="print the report as a JSON object")
-    return {action.dest: action.default for action in group._group_actions}
-
-
-def _add_service(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the service")
+    option = group.add_mutually_exclusive_group().add_argument
+    option("--url", default="http://127.0.0.1:8080", help="where it is (default: %(default)s)")
+    option("--serve", action="store_true", help="start it, and stop it at the end")
     option = group.add_argument
-    url_or_serve = group.add_mutually_exclusive_group().add_argument
-    url_or_serve(
-        "--url", default="http://127.0.0.1:8080", help="where it is (default: %(default)s)"
-    )
-    url_or_serve("--serve", action="store_true", help="start it, and stop it at the end")
-    option(
-        "--stay",
-        action="store_true",
-        help="with --serve: keep it running at the end, to look at its page, until Ctrl-C",
-    )
-    option(
-        "--log",
-        type=Path,
-        help="with --serve: the service's log (default: a new one in a temporary folder)",
-    )
-    option(
-        "--token-file",
-        type=Path,
-        metavar="FILE",
-        help="file with the service's token; or set BOOKKEEP_TOKEN",
-    )
+    option("--stay", action="store_true", help="with --serve: serve its page until Ctrl-C")
+    option("--log", type=Path, help="with --serve: its log (default: in a new temporary folder)")
+    option("--token-file", type=Path, metavar="FILE", help="its token; or set BOOKKEEP_TOKEN")
+
+    options = parser.parse_args(arguments)
+    options.map = {field: name for named in options.map for field, name in named.items()}
+    of_a_replay = ("samples", "order", "batch", "seed", "book_from", "resume", "json", "stay")
+    given = [name for name in of_a_replay if getattr(options, name) != parser.get_default(name)]
+    resumes, book_from = options.resume is not None, options.book_from
+    if options.company and "company" in options.map:
+        parser.error("give --company, or a company= in --map, not both")
+    if options.suggest and not options.file:
+        parser.error("--suggest needs a FILE")
+    if options.suggest and given:
+        parser.error(f"--{given[0].replace('_', '-')} does not go with --suggest")
+    if book_from is not None and not 0 <= book_from <= 1:
+        parser.error(f"{book_from} is not a number from 0 to 1")
+    if book_from is not None and resumes:
+        parser.error("--resume does not go with --book-from: what it suggested then is not known")
+    if resumes and options.serve and not options.log:
+        parser.error("--resume goes with --url, or with --serve and the --log of the first run")
+    for name in ("stay", "log"):
+        if getattr(options, name) and not options.serve:
+            parser.error(f"--{name} goes with --serve")
+    return options
 
 
 def columns(text: str) -> dict[str, str]:
@@ -1476,14 +1189,6 @@ def count(text: str) -> int:
     if not (text.isdecimal() and len(text) < 19 and int(text)):
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(text)
-
-
-def share(text: str) -> float:
-    """The number from 0 to 1 that the text says, for argparse."""
-    with suppress(ValueError):
-        if 0 <= float(text) <= 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1")
 
 
 def _count_or_all(text: str) -> int | None:

@@ -15,6 +15,7 @@ group of messages, part 0 to `parts` - 1, holds what is too long for one:
 
 The bytes are lines of the log, or the numbers of lines to empty, as differences: an order to forget
 has no name. A group counts for nothing if another node's message stands where its next part should.
+One of no lines is appended to see whether that is possible, and whether all before it is known.
 """
 
 import asyncio
@@ -22,20 +23,18 @@ import json
 import logging
 import math
 import os
-import queue
 import re
 import secrets
 import ssl
 import threading
 import time
 import zlib
-from collections.abc import Callable, Coroutine
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from datetime import datetime
 from functools import partial
 from io import BytesIO
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 from urllib.parse import parse_qs
 from urllib.request import urlopen
 
@@ -43,50 +42,27 @@ import nats
 import numpy as np
 from nats.aio.msg import Msg
 from nats.errors import NoRespondersError
-from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig, StreamState
+from nats.js.api import StreamState
 from nats.js.errors import APIError, NotFoundError
 
 import bookkeep
-from bookkeep import (
-    CHUNK,
-    LINES,
-    RESTART,
-    UNSURE,
-    Batch,
-    Booking,
-    Bookkeeper,
-    Busy,
-    Conflict,
-    Damage,
-    Log,
-    NotFound,
-    NotReady,
-    NotStored,
-    Sample,
-    batches_of,
-    check_records,
-    chunks,
-    scan,
-)
+from bookkeep import UNSURE, Bookkeeper, Busy, Log, NotReady, NotStored, Sample, T
 
 LATE = 5  # seconds that a request may wait for lines that others have booked
-WAITS = 4  # requests that may, as they keep threads from others
 PATIENCE = 10  # seconds that an append may take until it is given up
-ARRIVED = 64  # messages that others sent, and that are kept until they are taken over
-GATHER = 0.02  # seconds in which what others append gathers, unless somebody waits for it
-SILENT = 3  # seconds after which a server of the stream is taken for dead
 RECENT = 3  # seconds for which the others forward to a node that wrote
-MOST_LAG = 10_000  # lines that a node may lack and still be ready
-SEEDED = 1 << 18  # bytes of a log in one message, when it becomes the stream's
-WRONG_SEQUENCE = 10071  # JetStream's code for an append at a position that is taken
-NOT_THERE = {10043, 10057}  # its codes for a message that is not there
 LOST = "the stream is gone, or has lost lines that this log has; docs/cluster.md says what to do"
 NONSENSE = "the stream holds what no bookkeep has written"
 BEHIND = (
     "the stream no longer has what this log lacks: stop this node, copy the log of another "
     "(curl -f .../samples), remove the file beside it that ends in .stream, and start it again"
 )
-T = TypeVar("T")
+COUNTERS = {  # since the start
+    "stream_appends_total": "Groups of lines appended to the stream.",
+    "stream_append_seconds_total": "Seconds that this took.",
+    "stream_overtaken_total": "Appends that another node's came before.",
+    "stream_forwarded_total": "Bookings and corrections that another node made for this one.",
+}
 
 logger = logging.getLogger("bookkeep.cluster")
 
@@ -150,81 +126,61 @@ class Stream:
         scheme, user, hosts, self.name, _ = found.groups("")
         self._servers = [f"{scheme}://{user}{host}" for host in hosts.split(",")]
         self._monitors = [url for text in options.get("monitor", []) for url in text.split(",")]
-        self._options: dict[str, object] = {}
+        self._options = {"connect_timeout": 2, "ping_interval": 1, "max_outstanding_pings": 2}
+        self._options |= {"max_reconnect_attempts": -1, "reconnect_time_wait": 0.1, "no_echo": True}
         if "credentials" in options:
             self._options["user_credentials"] = options["credentials"][0]
             open(options["credentials"][0], "rb").close()
         if scheme == "tls" or "ca" in options:
             self._options["tls"] = ssl.create_default_context(cafile=options.get("ca", [None])[0])
         self.node = secrets.token_hex(4)
-        self.created: datetime | None = None
+        self.created: object = None  # when the stream was, if it was seen
+        self._nats: nats.NATS | None = None  # once it is connected
         self._loop = asyncio.new_event_loop()
         self._answering = ThreadPoolExecutor(16)
-        self._answers: set[asyncio.Future] = set()  # under way
-        self._asked: set[bytes] = set()  # names of the questions that these are for
+        self._answers: dict[bytes, asyncio.Future] = {}  # under way, by the names of questions
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
 
     def _do(self, work: Coroutine) -> object:
         try:
             return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        except NotFoundError:
+            raise
         except (nats.errors.Error, OSError) as error:
             raise Unreachable(str(error) or type(error).__name__) from None
 
-    def connect(
-        self,
-        asked: Callable[[bytes], bytes],
-        news: Callable[[Message], None],
-        failed: Callable[[Exception], None],
-    ) -> None:
-        """Connects to a server, and from then on by itself. Raises Unreachable.
+    def connect(self, asked: Callable, news: Callable, failed: Callable) -> None:
+        """Connects to a server, once, and from then on by itself. Raises Unreachable.
 
         `asked` answers what other nodes ask, `news` is told what they have appended, `failed` what
         is in the way of a connection.
         """
 
-        async def fail(error: Exception) -> None:
-            failed(error)
-
-        async def answer(message: Msg) -> None:
-            name, _, content = message.data.partition(b" ")
-            if content:
-                self._asked.add(name)
-                found = await self._loop.run_in_executor(self._answering, asked, content)
-                await message.respond(found)
-                self._asked.discard(name)
-            else:  # is it under way? If not, the answer was sent before this one, or it never came
-                await message.respond(b"yes" if name in self._asked else b"")
+        async def answer(message: Msg, content: bytes) -> None:
+            found = await self._loop.run_in_executor(self._answering, asked, content)
+            await message.respond(found)
 
         async def begin(message: Msg) -> None:
-            self._answers.add(task := asyncio.ensure_future(answer(message)))
-            task.add_done_callback(self._answers.discard)
+            name, _, content = message.data.partition(b" ")
+            if content:
+                self._answers[name] = task = asyncio.ensure_future(answer(message, content))
+                task.add_done_callback(lambda _: self._answers.pop(name))
+            else:  # is it under way? If not, the answer was sent before this one, or it never came
+                await message.respond(b"yes" if name in self._answers else b"")
 
         async def hear(message: Msg) -> None:
             sequence, _, rest = message.data.partition(b" ")
             news(_message(int(sequence), "lines", rest))
 
         async def connect() -> None:
-            self._nats = await nats.connect(
-                self._servers,
-                error_cb=fail,
-                max_reconnect_attempts=-1,
-                reconnect_time_wait=0.1,
-                connect_timeout=2,
-                ping_interval=1,
-                max_outstanding_pings=2,
-                no_echo=True,
-                **self._options,
-            )
-            self._stream = self._nats.jetstream(timeout=2)
-            self.room = self._nats.max_payload - 4096  # bytes, for what is sent
-            for subject, callback in (
-                (f"node.{self.node}", begin),
-                ("node", begin),
-                ("news", hear),
-            ):
-                await self._nats.subscribe(f"{self.name}.{subject}", cb=callback)
+            client = await nats.connect(self._servers, error_cb=failed, **self._options)
+            self.room = client.max_payload - 4096  # bytes, for what is sent
+            for subject, call in ((f"node.{self.node}", begin), ("node", begin), ("news", hear)):
+                await client.subscribe(f"{self.name}.{subject}", cb=call)
+            self._nats, self._stream = client, client.jetstream(timeout=2)
 
-        self._do(connect())
+        if not self._nats:
+            self._do(connect())
 
     def state(self, make: bool = False) -> StreamState | None:
         """Which messages it has; None if there is no such stream, unless it is to `make` it.
@@ -232,27 +188,25 @@ class Stream:
         Raises Unreachable, also if what is there is no safe one, and Foreign if it is another now.
         """
 
-        async def ask() -> StreamConfig | None:
-            try:
-                return await self._stream.stream_info(self.name)
-            except NotFoundError:
-                wanted = StreamConfig(self.name, subjects=subjects, num_replicas=3)
-                wanted.storage, wanted.allow_direct = StorageType.FILE, True
-                return await self._stream.add_stream(wanted) if make else None
-
         subjects = [f"{self.name}.lines", f"{self.name}.orders"]
-        if not (found := self._do(ask())):
-            return None
+        try:
+            found = self._do(self._stream.stream_info(self.name))
+        except NotFoundError:
+            if not make:
+                return None
+            wanted = {"subjects": subjects, "num_replicas": 3, "storage": "file"}
+            wanted |= {"name": self.name, "allow_direct": True}
+            found = self._do(self._stream.add_stream(**wanted))
         self.created = self.created or found.created
         if found.created != self.created:
             raise Foreign(LOST)
         config = found.config
         for right, must in (
             (sorted(config.subjects or []) == subjects, f"be of {' and '.join(subjects)}"),
-            (config.storage == StorageType.FILE, "be stored in files"),
+            (config.storage == "file", "be stored in files"),
             ((config.num_replicas or 0) >= 3, "have three replicas or more"),
-            (config.retention == RetentionPolicy.LIMITS, "keep what was read (retention: limits)"),
-            (config.discard == DiscardPolicy.OLD, "make room if it is bounded (discard: old)"),
+            (config.retention == "limits", "keep what was read (retention: limits)"),
+            (config.discard == "old", "make room if it is bounded (discard: old)"),
             (config.allow_direct, "allow direct gets"),
             (not config.no_ack, "acknowledge"),
             (config.max_msg_size in (None, -1, 0), "take messages of any size"),
@@ -262,41 +216,35 @@ class Stream:
             if not right:
                 raise Unreachable(f"it must {must}")
         others = found.cluster.replicas or []
-        there = [each for each in others if not each.offline and each.active < SILENT * 1e9]
+        there = [each for each in others if not each.offline and each.active < 3e9]  # ns
         self.quorum = 2 * (1 + len(there)) > 1 + len(others)
         return found.state
 
-    def unsynced(self) -> list[str]:
+    def unsynced(self) -> Iterator[str]:
         """What is to be said of servers that may acknowledge before it is on their disks."""
         if not self._monitors:
-            return [
-                "what it acknowledges is as durable as its servers' sync_interval; see ?monitor="
-            ]
-        found = []
+            yield "what it acknowledges is as durable as its servers' sync_interval; see ?monitor="
         for url in self._monitors:
             try:
                 with urlopen(f"{url}/varz", timeout=2) as answer:
-                    if json.load(answer)["jetstream"]["config"].get("sync_always"):
-                        continue
-                found.append(f"{url} may lose what it acknowledged: set sync_interval: always")
+                    if not json.load(answer)["jetstream"]["config"].get("sync_always"):
+                        yield f"{url} may lose what it acknowledged: set sync_interval: always"
             except (OSError, ValueError, KeyError) as error:
-                found.append(f"{url} does not say whether it has sync_interval: always ({error})")
-        return found
+                yield f"{url} does not say whether it has sync_interval: always ({error})"
 
     def next(self, sequence: int, subject: str = "*") -> Message | None:
         """The first message from that sequence on, if it is known. Raises Unreachable."""
 
-        async def get() -> Message | None:
-            subjects = f"{self.name}.{subject}"
-            with suppress(NotFoundError):
-                found = await self._stream.get_msg(self.name, sequence, subjects, True, True)
-                return _message(found.seq, found.subject.split(".")[-1], found.data)
-
-        return self._do(get())
+        subjects = f"{self.name}.{subject}"
+        try:
+            found = self._do(self._stream.get_msg(self.name, sequence, subjects, True, True))
+        except NotFoundError:
+            return None
+        return _message(found.seq, found.subject.split(".")[-1], found.data)
 
     def holding(self, line: int) -> Message | None:
         """The last message that has its base before that line. Raises Unreachable."""
-        state = self.state() or StreamState(0, 0, 1, 0, 0)
+        state = self.state() or StreamState(0, 0, 1, 0, 0)  # it may be too new to be seen
         low, high, found = state.first_seq, state.last_seq, None
         while low <= high:
             middle = (low + high) // 2
@@ -331,13 +279,13 @@ class Stream:
                 return
             except (nats.errors.Error, OSError) as error:
                 reason = str(error) or "no answer"
-                if getattr(error, "err_code", None) == WRONG_SEQUENCE:
+                if getattr(error, "err_code", None) == 10071:  # wrong last sequence
                     with suppress(nats.errors.Error):
                         any_ = f"{self.name}.*"
                         stands = await self._stream.get_msg(self.name, last + 1, any_, next=True)
                         if stands.headers["Nats-Msg-Id"] == headers["Nats-Msg-Id"]:
                             return  # its acknowledgement got lost
-                        raise Overtaken from None
+                        raise Overtaken("another node came before") from None
             if time.monotonic() > end:
                 raise Unreachable(reason)
             await asyncio.sleep(0.05)
@@ -349,7 +297,7 @@ class Stream:
             try:
                 await self._stream.delete_msg(self.name, sequence)
             except APIError as error:
-                if error.err_code not in NOT_THERE:
+                if error.err_code not in (10043, 10057):  # it is not there
                     raise
 
         self._do(delete())
@@ -379,9 +327,9 @@ class Stream:
         """What the nodes that are there answer within a second. Raises Unreachable."""
 
         async def ask() -> list[bytes]:
-            inbox = self._nats.new_inbox()
+            inbox, name = self._nats.new_inbox(), secrets.token_hex(8).encode()
             answers = await self._nats.subscribe(inbox)
-            await self._nats.publish(f"{self.name}.node", b"all " + content, reply=inbox)
+            await self._nats.publish(f"{self.name}.node", name + b" " + content, reply=inbox)
             await asyncio.sleep(1)
             found = [(await answers.next_msg()).data for _ in range(answers.pending_msgs)]
             await answers.unsubscribe()
@@ -393,22 +341,21 @@ class Stream:
         """Ends the connection, once what others asked is answered."""
 
         async def close() -> None:
-            await asyncio.gather(*self._answers, return_exceptions=True)
+            await asyncio.gather(*self._answers.values(), return_exceptions=True)
             await self._nats.close()
 
-        with suppress(Unreachable, AttributeError):  # it may never have had one
-            self._do(close())
+        if self._nats:
+            with suppress(Unreachable):
+                self._do(close())
         self._answering.shutdown(wait=False)
 
 
-ERRORS = {error.__name__: error for error in (Busy, Conflict, NotFound, NotStored)}
+class Node(bookkeep.Alone):
+    """A bookkeeper, and the order of its log: that of a stream.
 
-
-class Node(Bookkeeper):
-    """A bookkeeper whose log is a stream's.
-
-    Its writer is the only one that appends, and that takes over what others appended. A thread
-    joins the stream and keeps up with it; another one forgets what others order to be forgotten.
+    The bookkeeper's writer is the only one that appends, and that takes over what others appended.
+    A thread joins the stream and keeps up with it; another one forgets what is ordered to be
+    forgotten. What a node does not do itself, its bookkeeper does.
     """
 
     def __init__(self, address: str, log: Log, unsaved: int) -> None:
@@ -421,206 +368,161 @@ class Node(Bookkeeper):
         self._writable = True  # was the last append acknowledged?
         self._quorum = False  # has the stream a leader?
         self._sequence = 0  # of the last message that is in the log
-        self._acked = 0  # sequence of what is appended, but not in the log yet
         self._group: list[Message] = []  # the last one, of which parts may not have come
         self._void: list[int] = []  # messages of groups that count for nothing
         self._end = 0  # lines that the stream has, up to that sequence
         self._heard = 0  # lines that it has in all, as others say
         self._arrived: dict[int, Message] = {}  # what others say that they have appended
         self._wrote: dict[str, float] = {}  # node -> when it last did
-        self._ordered: set[int] = set()  # lines that are to be forgotten
-        self._to_forget: queue.Queue[np.ndarray] = queue.Queue()
-        self._appended = dict.fromkeys(("appends", "append_seconds", "overtaken", "forwarded"), 0)
-        self._waits, self._removing = threading.Semaphore(WAITS), threading.Lock()
-        self._news, self._wanted, self._ended = (threading.Event() for _ in range(3))
+        self._orders: list[np.ndarray] = []  # of lines that are to be forgotten
+        self._obeyed: list[np.ndarray] = []  # lines that were, and that messages may still hold
+        self._counters = dict.fromkeys(COUNTERS, 0)
+        self._waits, self._forgetting = threading.Semaphore(4), threading.Lock()
+        self._news, self._wanted, self._ordered, self._ended = (threading.Event() for _ in range(4))
         self._passed: int | None = None  # the file that says how far the log is, once it joined
-        log.order = self._order
-        super().__init__(log, unsaved)
+        self.keeper = Bookkeeper(log, unsaved, order=self)
         for work in (self._keep_up, self._obey):
             threading.Thread(target=work, name=work.__name__, daemon=True).start()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.keeper, name)
 
     # What callers ask for
 
     def book(self, samples: list[Sample], key: str | None = None) -> range:
         """As Bookkeeper's, by the node that writes; what has a known key without the stream."""
-        repeated = Booking(Future(), samples, key)
-        if self._is_repeated(repeated):
-            return repeated.done.result()
-        if samples and (found := self._forward("book", key is not None, samples, key)):
-            return range(*found)
-        return super().book(samples, key)
+        if (known := self.keeper.repeated(samples, key)) is not None:
+            return known
+        return range(*self._ask("book", samples, key))
 
     def correct(self, seq: int, account: str) -> str:
         """As Bookkeeper's, by the node that writes."""
-        found = self._forward("correct", False, seq, account)
-        return found[0] if found else super().correct(seq, account)
+        return self._ask("correct", seq, account)[0]
 
     def forget(self, company: str) -> int:
         """Removes a company from this log, once the others are ordered to do it, too."""
-        self._require_stream()
-        lines, bookings = self._change_by(self._order_forgetting, company)
-        self._forget_lines(lines)
-        return bookings
 
-    def health(self) -> dict:
-        """As Bookkeeper's, and how the node stands to the stream."""
+        def order() -> int:
+            lines = np.diff(self.books.lines_of(company), prepend=0).tolist()
+            data = json.dumps(lines).encode()
+            self._pass(self._append("orders", 0, data))
+            return self._take_order(data)
+
+        self.keeper.change(self._be_current)
+        forgotten = self.keeper.change(lambda: self.in_order(order))
+        self._forget()
+        return forgotten
+
+    def close(self) -> None:
+        """As Bookkeeper's; leaves the stream."""
+        self._trouble = "it stops"
+        for event in (self._ended, self._news, self._ordered):
+            event.set()
+        self.keeper.close()
+        self._stream.close()
+
+    # What its bookkeeper asks for
+
+    def in_order(self, change: Callable[[], T]) -> T:
+        """What comes of a change that appends, behind all that others have appended."""
+        self._require_stream()
+        while True:
+            try:
+                return change()
+            except Overtaken:
+                self._counters["stream_overtaken_total"] += 1
+                self._catch_up()
+
+    def append(self, log: Log, batches: Sequence[tuple[str | None, Sequence[dict]]]) -> list[dict]:
+        """Appends to the stream, and then to the log. Raises Overtaken, Busy, NotStored."""
+        placed = log.place(batches)
+        lines = [line for batch in placed for line in batch.lines]
+        sequence = self._append("lines", len(lines), b"".join(lines))
+        try:
+            log.write(placed)
+        except OSError as error:  # the log takes it over from the stream when it can
+            raise NotStored(f"the log could not be written ({error}); {UNSURE}") from None
+        self._pass(sequence)
+        return [record for batch in placed for record in batch.records]
+
+    def health(self) -> dict[str, object]:
+        """How the node stands to the stream."""
         stream = {"status": self._reason() or "ok", "node": self._stream.node}
         stream |= {"writer": self._writer_of_all(), "lag": self._lag(), "quorum": self._quorum}
-        return super().health() | {"stream": stream}
+        return {"stream": stream | {"to_forget": len(self._orders)}}
 
     def require_ready(self) -> None:
-        """As Bookkeeper's; raises NotReady, too, if it lacks too much of the stream."""
-        super().require_ready()
+        """Raises NotReady if it cannot book, or lacks too much of the stream."""
         self._require_stream()
-        if not self._quorum or self._lag() > MOST_LAG:
+        if not self._quorum or self._lag() > 10_000:
             raise NotReady(f"the stream has no leader, or this log lacks {self._lag()} lines of it")
 
-    def require_lines(self, total: int) -> None:
-        """As Bookkeeper's, but waits for some seconds, unless many do. Raises Busy."""
-        if len(self.log) < total:
-            if not self._waits.acquire(blocking=False):
-                super().require_lines(total)
+    def require_lines(self, log: Log, total: int) -> None:
+        """Waits for some seconds until the log has so many lines, unless many do. Raises Busy."""
+        if len(log) < total and self._waits.acquire(blocking=False):
             try:
                 self._await(total)
             finally:
                 self._waits.release()
+        super().require_lines(log, total)
 
     def _await(self, total: int) -> None:
         end = time.monotonic() + LATE
         while len(self.log) < total and time.monotonic() < end:
             self._wanted.set()
             time.sleep(0.002)
-        super().require_lines(total)
 
     def gauges(self) -> dict[str, tuple[str, float]]:
-        """As Bookkeeper's, and how appending goes."""
-        texts = (
-            "Groups of lines appended to the stream.",
-            "Seconds that this took.",
-            "Appends that another node's came before.",
-            "Bookings and corrections that another node made for this one.",
-        )
-        gauges = {
-            f"stream_{name}_total": (text, self._appended[name])
-            for name, text in zip(self._appended, texts, strict=True)
-        }
+        """How appending goes."""
+        gauges = {name: (text, self._counters[name]) for name, text in COUNTERS.items()}
         gauges["stream_lag"] = ("Lines of the stream that are not in this log yet.", self._lag())
         gauges["stream_writable"] = ("Whether it can append.", int(not self._reason()))
-        return super().gauges() | gauges
-
-    def close(self) -> None:
-        """As Bookkeeper's; leaves the stream."""
-        self._trouble = "it stops"
-        self._ended.set()
-        self._news.set()
-        self._to_forget.put(np.zeros(0, dtype=np.int64))  # which wakes it up
-        super().close()
-        self._stream.close()
+        return gauges
 
     # What its writer does
 
-    def _book(self, group: list[Booking]) -> None:
-        book = super()._book
-        self._require_stream()
-        self._in_order(lambda: book([each for each in group if not each.done.done()]))
-
-    def _correct(self, seq: int, account: str) -> str:
-        def correct() -> str:
-            self._be_current()  # or it might change nothing that another node has changed
-            if seq in self._ordered:
-                raise NotFound(f"there is no booking {seq}")
-            return supers(seq, account)
-
-        supers = super()._correct
-        self._require_stream()
-        return self._in_order(correct)
-
-    def _order_forgetting(self, company: str) -> tuple[np.ndarray, int]:
-        def order() -> np.ndarray:
-            self._be_current()
-            lines, _ = self._lines_of(company)
-            lines = lines[~np.isin(lines, [*self._ordered])]
-            if not len(lines):
-                raise NotFound("this company is being forgotten")
-            self._append("orders", 0, json.dumps(np.diff(lines, prepend=0).tolist()).encode())
-            return lines
-
-        lines = self._in_order(order)
-        self._ordered.update(lines.tolist())
-        self._to_forget.put(lines)  # if this node dies, or cannot do it now
-        return lines, int(np.isin(self._history.of(company)["seq"], lines).sum())
-
-    def _in_order(self, change: Callable[[], T]) -> T:
-        """What comes of a change that appends, behind all that others have appended."""
-        while True:
-            self._acked = 0
-            try:
-                made = change()
-            except Overtaken:
-                self._appended["overtaken"] += 1
-                self._catch_up()
-                continue
-            except OSError as error:
-                if self._acked:  # the log takes it over from the stream when it can
-                    raise NotStored(f"the log could not be written ({error}); {UNSURE}") from None
-                raise
-            if self._acked:
-                self._pass(self._acked)
-            return made
-
-    def _order(self, batches: list[Batch]) -> None:
-        lines = [line for batch in batches for line in batch.lines]
-        if lines:
-            self._append("lines", len(lines), b"".join(lines))
-
-    def _append(self, subject: str, lines: int, data: bytes) -> None:
+    def _append(self, subject: str, lines: int, data: bytes) -> int:
+        """The sequence of what is appended to the stream. Raises Overtaken, Busy."""
         started, base = time.perf_counter(), len(self.log)
         try:
-            self._acked = self._stream.append(subject, base, lines, data, self._sequence)
+            sequence = self._stream.append(subject, base, lines, data, self._sequence)
         except Unreachable as error:
             self._writable = False
             raise Busy(f"the stream does not acknowledge this ({error}); {UNSURE}") from None
         self._writable = True
-        self._appended["appends"] += 1
-        self._appended["append_seconds"] += time.perf_counter() - started
+        self._counters["stream_appends_total"] += 1
+        self._counters["stream_append_seconds_total"] += time.perf_counter() - started
         self._wrote[self._stream.node] = time.monotonic()
+        return sequence
 
     def _be_current(self) -> None:
-        """Takes over all that the stream has by now. Raises Busy."""
-        try:
-            while (state := self._stream.state()) and state.last_seq > self._sequence:
-                self._catch_up()
-        except (Unreachable, Foreign) as error:
-            self._writable = False
-            raise Busy(f"nothing was changed ({error}); send this again") from None
+        """Takes over all that others have appended: only behind that comes a group of no lines."""
+        self.in_order(lambda: self._pass(self._append("lines", 0, b"")))
 
     def _catch_up(self) -> None:
         end = time.monotonic() + PATIENCE
         try:
-            while not self._take(self._fetch()):
+            while not self._take():
                 if time.monotonic() > end:
                     raise Unreachable("another node's message is not there yet")
                 time.sleep(0.003)
         except (Unreachable, Foreign) as error:
             raise Busy(f"nothing was booked ({error}); send this again") from None
 
-    def _fetch(self) -> list[Message]:
+    def _next(self) -> list[Message]:
         """The next messages that are there, of some thousand lines. Raises Unreachable."""
         found: list[Message] = []
         after, lines = self._sequence, 0
-        for sequence in [number for number in self._arrived.copy() if number <= after]:
-            self._arrived.pop(sequence, None)
         get = self._arrived.get if after + 1 in self._arrived else self._stream.next
-        while lines + len(found) < LINES and (message := get(after + 1)):
+        while lines + len(found) < 4096 and (message := get(after + 1)):
             found.append(message)
             after, lines = message.sequence, lines + message.lines
         return found
 
-    def _take(self, messages: list[Message]) -> bool:
-        """Takes over what messages say, and says if any was new. Raises Foreign, OSError."""
-        messages = [message for message in messages if message.sequence > self._sequence]
+    def _take(self) -> bool:
+        """Takes over what comes next, if any does. Raises Unreachable, Foreign, OSError."""
         base, lines = 0, b""
-        for message in messages:
+        for message in (messages := self._next()):
             if message.node != self._stream.node:
                 self._wrote[message.node] = time.monotonic()
             if (data := self._whole(message)) is None:
@@ -652,36 +554,44 @@ class Node(Bookkeeper):
                 raise Foreign(NONSENSE) from None
         return None
 
-    def _take_order(self, data: bytes) -> None:
+    def _take_order(self, data: bytes) -> int:
+        """Notes which lines are to be forgotten, and says how many bookings are gone by this."""
         lines = np.cumsum(json.loads(data))
-        self._ordered.update(lines.tolist())
-        self._to_forget.put(lines)
+        if len(self.log.record(lines[0])) == len(bookkeep.PLACE):  # emptied before a start
+            self._obeyed.append(lines)
+            return 0
+        self._orders.append(lines)
+        self._ordered.set()
+        return self.books.drop(lines)
 
     def _take_lines(self, base: int, data: bytes) -> None:
         """Adds lines to the log; those that it has must be the same. Raises Foreign, OSError."""
         if base > len(self.log):
             raise Foreign(BEHIND)
-        batches, records = [], []
-        for batch in batches_of(BytesIO(data), base):
-            if isinstance(batch, Damage) or [*check_records(batch.records, batch.line)]:
+        batches = []
+        for batch in bookkeep.batches_of(BytesIO(data), base):
+            damaged = isinstance(batch, bookkeep.Damage)
+            if damaged or any(bookkeep.check_records(batch.records, batch.line)):
                 raise Foreign(NONSENSE)
-            first = batch.line - 1
-            if first < len(self.log):
-                file, size = self.log.export(range(first, first + len(batch.lines)))
-                for mine, theirs in zip(file.read(size).splitlines(True), batch.lines, strict=True):
-                    if mine not in (theirs, bookkeep._emptied(theirs, first)):
-                        raise Foreign(f"the stream is of another log, by its line {first + 1}")
-            else:
+            if batch.line > len(self.log):
                 batches.append(batch)
-                records += batch.records
+                continue
+            for theirs in batch.records:
+                place = {name: theirs[name] for name in bookkeep.PLACE}  # if it was emptied
+                if self.log.record(theirs["seq"]) not in (theirs, place):
+                    raise Foreign(f"the stream is of another log, by its line {theirs['seq'] + 1}")
         if batches:
             self.log.write(batches)
-        with self._writer.must_succeed():
-            for chunk in chunks(records, CHUNK):
-                self._follow(chunk)
+        records = [record for batch in batches for record in batch.records]
+        try:
+            for some in bookkeep.chunks(records, bookkeep.CHUNK):
+                self.books.apply(some, lambda record: self.keeper.booking(record["corrects"]))
+        except BaseException:
+            self.books.broken = True  # the log says more than the books
+            raise
         for batch in batches:
             if "sample" in batch.records[0]:
-                self._last_batch = batch.line - 1
+                self.books.last_batch = batch.line - 1
 
     def _pass(self, sequence: int) -> None:
         self._sequence = sequence
@@ -692,19 +602,14 @@ class Node(Bookkeeper):
     # What its other threads do
 
     def _keep_up(self) -> None:
-        connected = False
         while not self._ended.is_set():
             trouble = None
             try:
-                if not connected:
-                    self._stream.connect(self._asked, self._hear, self._fail)
-                    connected = True
+                self._stream.connect(self._asked, self._hear, self._fail)
                 if self._passed is None:
                     self._join()
                 self._look()
-            except Overtaken:  # while it joins: another does, too
-                continue
-            except (Unreachable, Busy) as error:
+            except (Unreachable, Overtaken, Busy) as error:
                 self._quorum = False
                 trouble = f"it cannot be used ({error})" if self._passed is None else None
             except Exception as error:
@@ -726,17 +631,15 @@ class Node(Bookkeeper):
                 self._quorum = self._stream.quorum
                 if state.last_seq == self._sequence:
                     self._heard = len(self.log)
-                if not self._writable:  # a group of no lines tells whether it is again
-                    probe = partial(self._append, "lines", 0, b"")
-                    self._change_by(self._in_order, probe)
             while self._lag() or state.last_seq > self._sequence:
-                if not (messages := self._fetch()):
+                if not self.keeper.change(self._take):
                     break
-                self._change_by(self._take, messages)
+            if not self._writable:  # a group of no lines tells whether it is again
+                self.keeper.change(partial(self._append, "lines", 0, b""))
             self._trouble = None
             if self._news.wait(0.003 if self._lag() else 1):
                 self._news.clear()
-                self._wanted.wait(GATHER)
+                self._wanted.wait(0.02)  # more gathers, unless somebody waits for it
                 self._wanted.clear()
 
     def _join(self) -> None:
@@ -755,11 +658,11 @@ class Node(Bookkeeper):
         order = self._stream.next(1, "orders")
         while order and order.sequence < start:
             if data := self._whole(order):
-                self._take_order(data)
+                self.keeper.change(partial(self._take_order, data))
             order = self._stream.next(order.sequence + 1, "orders")
         self._sequence, self._end = start - 1, mine if known and not first else 0
         while self._sequence < state.last_seq and not self._ended.is_set():
-            self._change_by(self._take, self._fetch())
+            self.keeper.change(self._take)
         if self._end < len(self.log):
             if known:
                 raise Foreign(LOST)
@@ -774,39 +677,34 @@ class Node(Bookkeeper):
         """Appends to the stream what it lacks of the log."""
         logger.info("%s becomes the stream's, from line %d on", self.log.path, self._end + 1)
         lines: list[bytes] = []
-        for batch in scan(self.log.path):
+        for batch in bookkeep.scan(self.log.path):
             if batch.line > self._end:
                 lines += batch.lines
             whole = self._end + len(lines) == len(self.log)
-            if lines and (whole or sum(map(len, lines)) > SEEDED):
+            if lines and (whole or sum(map(len, lines)) > 1 << 18):
                 data, n = b"".join(lines), len(lines)
                 self._sequence = self._stream.append("lines", self._end, n, data, self._sequence)
                 self._end, lines = self._end + n, []
 
     def _obey(self) -> None:
-        """Forgets what was ordered to be, and then erases the messages that held it."""
-        while True:
-            orders = [self._to_forget.get()]
-            while not self._to_forget.empty():  # all of them together, as erasing takes long
-                orders.append(self._to_forget.get())
-            if self._ended.is_set():
-                return
-            lines = np.unique(np.concatenate(orders))
+        """Forgets what is ordered to be, and then erases the messages that held it."""
+        while not self._ended.is_set():
             try:
-                self._forget_lines(lines)
-                self._ordered.difference_update(lines.tolist())
-                self._erase(lines)
+                self._forget()
+                if obeyed := self._obeyed.copy():  # all of them together, as erasing takes long
+                    self._erase(np.unique(np.concatenate(obeyed)))
+                    del self._obeyed[: len(obeyed)]
             except Exception as error:
                 logger.warning("not all that was forgotten is erased yet: %s", error)
-                self._to_forget.put(lines)
-                self._ended.wait(1)
+            self._ordered.wait(1)
+            self._ordered.clear()
 
-    def _forget_lines(self, lines: np.ndarray) -> None:
-        with self._removing:
-            with self._changing:
-                seqs = self._history.rows["seq"]
-            if np.isin(lines, seqs).any():
-                self._forget(lambda: (lines, len(self.log)))
+    def _forget(self) -> None:
+        """Empties the lines that are ordered to be forgotten. Raises NotStored, NotReady."""
+        with self._forgetting:
+            while self._orders:
+                self.keeper.forget_lines(self._orders[0].copy)
+                self._obeyed.append(self._orders.pop(0))
 
     def _erase(self, lines: np.ndarray) -> None:
         """Erases the messages that held lines, once all nodes that are there know that."""
@@ -828,30 +726,37 @@ class Node(Bookkeeper):
 
     # What nodes say to each other
 
-    def _forward(self, what: str, again: bool, *arguments: object) -> list | None:
-        """What the node that writes answers; None if this one is to do it, `again` if need be."""
+    def _ask(self, what: str, *arguments: object) -> list:
+        """What comes of a booking or a correction, which the node that writes is to make."""
         self._require_stream()
         writer = self._writer_of_all()
         if writer in (None, self._stream.node):
-            return None
+            return self._make(what, *arguments)
         content = zlib.compress(json.dumps([what, arguments]).encode(), 1)
         if len(content) > self._stream.room:
-            return None
+            return self._make(what, *arguments)
         try:
             answer = json.loads(self._stream.ask(writer, content))
         except Gone as gone:
             self._wrote.pop(writer, None)
-            if again or not gone.asked:
-                return None
-            raise Busy(f"the node that was to book this is gone; {UNSURE}") from None
-        if answer.get("error") == "Refused" or answer.get("reason") == RESTART:
-            return None  # it was not tried; this node may do it
+            if gone.asked and (what == "correct" or arguments[1] is None):  # it has no key
+                raise Busy(f"the node that was to book this is gone; {UNSURE}") from None
+            return self._make(what, *arguments)
+        if answer.get("error") == "Refused" or answer.get("reason") == bookkeep.RESTART:
+            return self._make(what, *arguments)  # it was not tried
         if "error" in answer:
-            raise ERRORS.get(answer["error"], Busy)(answer["reason"])
-        self._appended["forwarded"] += 1
-        with suppress(Busy):
-            self._await(answer["lines"])
+            raise getattr(bookkeep, answer["error"], Busy)(answer["reason"])
+        self._counters["stream_forwarded_total"] += 1
+        self._await(answer["lines"])
         return answer["made"]
+
+    def _make(self, what: str, *arguments: object) -> list:
+        """What comes of a booking or a correction, made here."""
+        if what == "correct":  # or what another node has changed might seem to need no change
+            self.keeper.change(self._be_current)
+            return [self.keeper.correct(*arguments)]
+        numbers = self.keeper.book(*arguments)
+        return [numbers.start, numbers.stop]
 
     def _asked(self, content: bytes) -> bytes:
         """The answer to another node."""
@@ -859,26 +764,23 @@ class Node(Bookkeeper):
         try:
             if what == "sequence":
                 made: object = math.inf if self._trouble else self._sequence  # else all would wait
-            elif reason := self._reason():
-                raise Refused(reason)
-            elif what == "correct":
-                made = [super().correct(*arguments)]
             else:
-                numbers = super().book(*arguments)
-                made = [numbers.start, numbers.stop]
+                self._require_stream()
+                made = self._make(what, *arguments)
             answer = {"made": made, "lines": len(self.log)}
         except Exception as error:
             answer = {"error": type(error).__name__, "reason": str(error)}
         return json.dumps(answer).encode()
 
-    def _fail(self, error: Exception) -> None:
+    async def _fail(self, error: Exception) -> None:
         if self._passed is None:
             self._trouble = f"it has not joined the stream yet ({error or 'no answer'})"
 
     def _hear(self, message: Message) -> None:
         self._heard = max(self._heard, message.base + message.lines)
-        if self._passed is not None and len(self._arrived) < ARRIVED:
-            self._arrived[message.sequence] = message
+        if len(self._arrived) == 64:  # most were taken over
+            self._arrived.clear()
+        self._arrived[message.sequence] = message
         self._news.set()
 
     def _writer_of_all(self) -> str | None:

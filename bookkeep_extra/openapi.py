@@ -245,6 +245,7 @@ SCHEMAS = {
         writer=(_or_null(FILLED), "the node that writes now, null if none does", "77e0b15d"),
         lag=(COUNT, "lines of the stream that are not in its log yet", 0),
         quorum=(YES, "whether most of the stream's servers are there", True),
+        to_forget=(COUNT, "orders to forget a company that it has still to carry out", 0),
     ),
     "Ready": _record("bookings can be sent", status=(FILLED, "ready", "ready")),
     "Error": _record(

@@ -48,7 +48,8 @@ def watch(app: Bottle, keeper: Bookkeeper) -> None:
     def leave() -> None:
         route = request.environ.get("bottle.route")
         path = described_path(route) if route else "other"
-        seconds = time.perf_counter() - request.environ["bookkeep.arrival"]
+        now = time.perf_counter()
+        seconds = now - request.environ.get("bookkeep.arrival", now)  # unless it was refused before
         requests.observe(seconds, f'path="{path}",status="{response.status_code}"')
 
     @app.get("/metrics")

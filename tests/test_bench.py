@@ -1,4 +1,4 @@
-"""bench.py."""
+"""The benchmark: bench.py."""
 
 import csv
 import itertools
@@ -43,16 +43,16 @@ def test_models_are_compared_on_the_same_rows(tmp_path, monkeypatch):
 
 
 def test_a_load_counts_requests_and_their_milliseconds(service):
-    request = bench._request("/predict", booking())
+    predict = bench.request("/predict", booking())
     started = time.perf_counter()
-    load = bench._load(service.port, itertools.repeat(request), connections=3, seconds=0.3)
+    load = bench.measure_load(service.port, itertools.repeat(predict), connections=3, seconds=0.3)
     took = time.perf_counter() - started
     assert 0.3 <= took < 5
     assert 1 < load["requests_per_second"] < 20_000
     assert 0 < load["p50"] <= load["p99"] < 1e3 * took
-    bad = bench._request("/predict", {})
+    bad = bench.request("/predict", {})
     with pytest.raises(replay.Failed, match="CompanyId is missing"):
-        bench._load(service.port, itertools.repeat(bad), connections=1)
+        bench.measure_load(service.port, itertools.repeat(bad), connections=1)
 
 
 def test_growth_is_measured_with_synthetic_bookings():
@@ -67,7 +67,7 @@ def test_growth_is_measured_with_synthetic_bookings():
 
 def test_medians_and_spreads():
     measured = [{"a": a, "b": 1, "c": None} for a in (1, 5, 3)]
-    assert bench._medians(measured) == {"a": 3, "a_spread": 4, "b": 1, "c": None}
+    assert bench.medians(measured) == {"a": 3, "a_spread": 4, "b": 1, "c": None}
 
 
 def test_a_bench_of_what_is_no_csv_is_one_sentence(tmp_path):

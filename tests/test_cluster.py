@@ -1,6 +1,7 @@
 """Several bookkeeps on one stream, with real NATS servers."""
 
 import asyncio
+import errno
 import itertools
 import json
 import os
@@ -22,22 +23,35 @@ from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 
-import cluster
 import nats
 import numpy as np
 import pytest
 
-import bookkeep
-from bookkeep import Busy, Conflict, Log, NotFound, NotReady
+from bookkeep import (
+    JSON_LINES,
+    UNSAVED,
+    UNSURE,
+    Busy,
+    Conflict,
+    Log,
+    NotFound,
+    NotReady,
+    check_records,
+    health,
+    require_ready,
+)
+from bookkeep_extra import cluster
+from bookkeep_extra.prometheus import gauges
 from conftest import (
-    SERVICE,
+    assert_same,
     batches_of,
     booking,
     bookings,
     bookkeeping,
     free_port,
+    line_of,
+    refused,
     scanned,
-    state,
     wait_until,
 )
 
@@ -135,6 +149,8 @@ def servers(tmp_path_factory):
 
 
 def makes_streams(servers):
+    ended = [i for i, process in enumerate(servers.processes) if process.poll() is not None]
+    servers.start(*ended)  # for a moment, another process may have had their ports
     with suppress(nats.errors.Error, OSError):
         servers.make("ready")
         return servers.do(lambda js: js.delete_stream("ready"))
@@ -146,34 +162,52 @@ def topic(request):
     return re.sub(r"\W", "_", request.node.name)[:80]
 
 
+class Nodes:
+    """Nodes in this process, each with a log of its own name in a folder."""
+
+    def __init__(self, folder, address):
+        self.folder, self.address, self.nodes = folder, address, []
+
+    def __call__(self, name, ready=True, address=None):
+        """Starts one."""
+        path = self.folder / name
+        self.nodes.append(node := cluster.Node(address or self.address, Log(path), UNSAVED))
+        node.path = path
+        if ready:
+            wait_until(lambda: is_ready(node))
+        return node
+
+    def close(self, *nodes):
+        for node in nodes:
+            self.nodes.remove(node)
+            node.close()
+
+
 @pytest.fixture
 def joined(servers, topic, tmp_path):
-    """Starts nodes in this process, each with a log of that name, and closes them at the end."""
-    nodes = []
-
-    def start(name, ready=True, address=None):
-        log = Log(tmp_path / name)
-        nodes.append(cluster.Node(address or servers.address(topic), log, bookkeep.UNSAVED))
-        nodes[-1].path = tmp_path / name
-        if ready:
-            wait_until(lambda: is_ready(nodes[-1]))
-        return nodes[-1]
-
-    yield start
-    for node in nodes:
-        if not node._ended.is_set():
-            node.close()
+    nodes = Nodes(tmp_path, servers.address(topic))
+    yield nodes
+    nodes.close(*nodes.nodes)
 
 
 def is_ready(node):
     with suppress(NotReady):
-        node.require_ready()
+        require_ready(node)
         return True
 
 
+def stream(node):
+    """How a node in this process stands to its stream."""
+    return health(node)["stream"]
+
+
 def stands(node):
-    """How a node in this process says that it stands to the stream."""
-    return node.health()["stream"]["status"]
+    return stream(node)["status"]
+
+
+def booked(node):
+    """How many bookings a node in this process has."""
+    return health(node)["samples"]
 
 
 def equal(nodes):
@@ -192,7 +226,7 @@ def behind(node):
         held.set()
         assert let_go.wait(30)
 
-    thread = threading.Thread(target=node._change_by, args=[hold])
+    thread = threading.Thread(target=node.change, args=[hold])
     thread.start()
     assert held.wait(30)
     try:
@@ -202,11 +236,41 @@ def behind(node):
         thread.join()
 
 
-def told(node, asked):
-    """What a node in this process knows and says of samples, but for its place in the stream."""
-    said = list(state(node, asked))
-    said[-1] = {name: said[-1][name] for name in said[-1] if name != "stream"}
-    return said
+@contextmanager
+def each_by_itself():
+    """Inside, no node has another one book for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster, "RECENT", 0)
+        yield
+
+
+@contextmanager
+def changed_late(node, seq, account):
+    """Corrects a booking by a node, with what is done inside before; gives what came of it."""
+    came, submit, submitted = [], node.writer.submit, threading.Event()
+
+    def note(work):
+        submitted.set()
+        return submit(work)
+
+    def correct():
+        try:
+            came.append(node.correct(seq, account))
+        except NotFound as error:
+            came.append(type(error))
+
+    thread = threading.Thread(target=correct)
+    with each_by_itself(), behind(node), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(node.writer, "submit", note)
+        thread.start()
+        assert submitted.wait(30)
+        yield came
+    thread.join()
+
+
+def knows(node, total):
+    """Waits until a node has so many lines, as an answer that must know of them does."""
+    node.order.require_lines(node.log, total)
 
 
 def test_nodes_have_equal_logs_and_know_the_same(joined):
@@ -215,19 +279,19 @@ def test_nodes_have_equal_logs_and_know_the_same(joined):
         numbers = nodes[number % 3].book(batch, f"key{number}")
         assert numbers == range(number * 21, number * 21 + 20)
         other = nodes[(number + 1) % 3]
-        other.require_lines(numbers.stop)
+        knows(other, numbers.stop)
         assert other.correct(numbers[3], "9999") == batch[3]["AccountNumber"]
-        nodes[number % 3].require_lines(numbers.stop + 1)
+        knows(nodes[number % 3], numbers.stop + 1)
+    assert nodes[0].book(bookings(300, seed=2), "long") == range(15 * 21, 15 * 21 + 300)
     assert equal(nodes)
-    a, b, c = (told(node, bookings(50, seed=1)) for node in nodes)
-    assert a == b == c
-    assert len({node.gauges()["last_batch_accuracy"][1] for node in nodes}) == 1
-    assert {node._last_batch for node in nodes} == {14 * 21}
-    with bookkeeping(nodes[0].path.with_name("copy")) as bookkeeper:
-        assert len(bookkeeper.log) == 0
-    shutil.copy(nodes[0].path, nodes[0].path.with_name("copy"))
-    with bookkeeping(nodes[0].path.with_name("copy")) as bookkeeper:
-        assert state(bookkeeper, bookings(50, seed=1)) == tuple(a)
+    wait_until(lambda: len({booked(node) for node in nodes}) == 1)
+    a, b, c = nodes
+    assert_same(a, b)
+    assert_same(a, c)
+    assert len({gauges(node)["last_batch_accuracy"][1] for node in nodes}) == 1
+    assert {node.books.last_batch for node in nodes} == {15 * 21}
+    with bookkeeping(shutil.copy(a.path, a.path.with_name("copy"))) as keeper:
+        assert_same(a, keeper)
 
 
 def test_a_node_says_how_it_stands_to_the_stream(serve, servers, topic, tmp_path):
@@ -236,7 +300,8 @@ def test_a_node_says_how_it_stands_to_the_stream(serve, servers, topic, tmp_path
     )
     wait_until(lambda: a.get("/ready") == b.get("/ready") == (200, {"status": "ready"}))
     said = a.get("/health")[1]["stream"]
-    assert said == {"status": "ok", "node": said["node"], "writer": None, "lag": 0, "quorum": True}
+    as_it_should = {"status": "ok", "writer": None, "lag": 0, "quorum": True, "to_forget": 0}
+    assert said == as_it_should | {"node": said["node"]}
     status, answer = a.post("/sample", bookings(20))
     assert (status, answer["total"]) == (200, 20)
     wait_until(lambda: b.get("/health")[1]["stream"]["writer"] == said["node"])
@@ -257,14 +322,14 @@ def test_a_node_says_how_it_stands_to_the_stream(serve, servers, topic, tmp_path
 def test_who_asks_for_more_than_is_known_waits_but_keeps_nobody_waiting(joined):
     a, b = joined("a"), joined("b")
     a.book(bookings(5))
-    b.require_lines(5)
+    knows(b, 5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cluster, "LATE", 1)
         raised = []
 
         def wait():
             try:
-                b.require_lines(6)
+                knows(b, 6)
             except Busy as error:
                 raised.append((time.monotonic() - started, str(error)))
 
@@ -308,7 +373,7 @@ def test_a_key_is_booked_once_whoever_is_sent_it_when(servers, topic, joined):
 def test_an_acknowledgement_that_is_lost_doubles_nothing(servers, topic, joined):
     servers.make(topic, duplicate_window=0.1)
     a, b = joined("a"), joined("b")
-    publish, lost = a._stream._stream.publish, []
+    publish, lost = nats.js.JetStreamContext.publish, []
 
     async def lose(*arguments, **options):
         found = await publish(*arguments, **options)
@@ -318,40 +383,41 @@ def test_an_acknowledgement_that_is_lost_doubles_nothing(servers, topic, joined)
             raise nats.errors.TimeoutError
         return found
 
-    a._stream._stream.publish = lose
-    assert a.book(bookings(3)) == range(3)
-    lost.clear()
-    assert a.correct(1, "9999") == bookings(3)[1]["AccountNumber"]
-    assert len(lost) == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nats.js.JetStreamContext, "publish", lose)
+        assert a.book(bookings(3)) == range(3)
+        assert len(lost) == 1
+        lost.clear()
+        assert a.correct(1, "9999") == bookings(3)[1]["AccountNumber"]
+        assert len(lost) == 1
     assert equal([a, b])
     assert len(a.log) == 4
 
 
 def test_what_is_lost_on_its_way_to_the_node_that_writes_is_not_waited_for(joined):
     """As it may be if a server dies that both were connected to."""
-    nodes = sorted([joined("a"), joined("b")], key=lambda node: node.health()["stream"]["node"])
-    writer, other = nodes
+    writer, other = sorted([joined("a"), joined("b")], key=lambda node: stream(node)["node"])
     writer.book(bookings(3))
-    wait_until(other._writer_of_all)
-    request, lost = other._stream._nats.request, []
+    wait_until(lambda: stream(other)["writer"])
+    request, lost = nats.NATS.request, []
 
-    async def lose(subject, content, **options):
+    async def lose(client, subject, content, **options):
         if ".node." in subject and len(content) > 50:
             lost.append(subject)
             await asyncio.sleep(3600)
-        return await request(subject, content, **options)
+        return await request(client, subject, content, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(other._stream._nats, "request", lose)
+        patch.setattr(nats.NATS, "request", lose)
         started = time.monotonic()
         assert other.book(bookings(2), "key") == range(3, 5)
         writer.book(bookings(1))
-        wait_until(lambda: other._writer_of_all() == writer.health()["stream"]["node"])
-        with pytest.raises(Busy, match=bookkeep.UNSURE):
+        wait_until(lambda: stream(other)["writer"] == stream(writer)["node"])
+        with pytest.raises(Busy, match=UNSURE):
             other.book(bookings(2))
     assert time.monotonic() - started < 3
     assert len(lost) == 2
-    assert equal(nodes)
+    assert equal([writer, other])
 
 
 def test_a_list_of_several_messages_is_taken_whole_or_not_at_all(servers, topic, joined):
@@ -359,20 +425,20 @@ def test_a_list_of_several_messages_is_taken_whole_or_not_at_all(servers, topic,
     rng = random.Random(0)
     large = [booking(text=rng.randbytes(500).hex()) for _ in range(200)]  # 100 KB, compressed
     assert a.book(large) == range(200)
-    publish, between = a._stream._publish, []
+    publish, between = nats.js.JetStreamContext.publish, []
 
-    async def interrupted(subject, message, last, end):
-        if between == ["first part"]:
+    async def interrupted(stream, subject, message, **options):
+        head = json.loads(message.partition(b"\n")[0])
+        if head["part"] == 1 and not between:  # the other part is there
+            between.append(None)
             run = asyncio.get_running_loop().run_in_executor
             between.append(await run(None, b.book, [booking(account="1")]))
-        between.append("first part")
-        await publish(subject, message, last, end)
+        return await publish(stream, subject, message, **options)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(a._stream, "_publish", interrupted)
-        patch.setattr(b, "_writer_of_all", lambda: None)  # else it would ask the other one
+    with each_by_itself(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nats.js.JetStreamContext, "publish", interrupted)
         assert a.book(large, "key") == range(201, 401)
-    assert range(200, 201) in between
+    assert between == [None, range(200, 201)]
     assert equal([a, b, joined("c")])
     places = [(head["base"], head["part"]) for _, head, _ in servers.messages(topic).values()]
     places = places[places.index((200, 0)) :]
@@ -382,21 +448,26 @@ def test_a_list_of_several_messages_is_taken_whole_or_not_at_all(servers, topic,
 
 CRASHES = """
 import os, sys, bookkeep
-write = bookkeep.Log.write
-def crash(log, batches):
-    if os.path.exists(sys.argv[1] + "/crash"):
+method = getattr(bookkeep.Log, sys.argv[1])
+def crash(*arguments):
+    if os.path.exists(sys.argv[2]):
         os._exit(9)
-    write(log, batches)
-bookkeep.Log.write = crash
-sys.exit(bookkeep.main(sys.argv[2:]))
+    return method(*arguments)
+setattr(bookkeep.Log, sys.argv[1], crash)
+sys.exit(bookkeep.main(sys.argv[3:]))
 """
+
+
+def crashes_in(method, path):
+    """A service that crashes where its log is to do this, once there is that file."""
+    return ("-c", CRASHES, method, path)
 
 
 def test_a_node_that_crashes_before_it_has_written_what_it_appended(
     serve, servers, topic, joined, tmp_path
 ):
     options = ["--stream", servers.address(topic)]
-    service = serve(*options, log=tmp_path / "a", program=("-c", CRASHES, tmp_path))
+    service = serve(*options, log=tmp_path / "a", program=crashes_in("write", tmp_path / "crash"))
     other = joined("b")
     wait_until(lambda: service.get("/ready")[0] == 200)
     assert service.post("/sample", bookings(10))[0] == 200
@@ -404,7 +475,7 @@ def test_a_node_that_crashes_before_it_has_written_what_it_appended(
     headers = {"Idempotency-Key": "key"}
     with pytest.raises((OSError, HTTPException)):
         service.ask("POST", "/sample", bookings(5, seed=1), headers=headers)
-    other.require_lines(15)
+    knows(other, 15)
     assert len((tmp_path / "a").read_bytes().splitlines()) == 10
     assert other.book(bookings(5, seed=1), "key") == range(10, 15)
     assert other.book(bookings(1)) == range(15, 16)
@@ -428,7 +499,7 @@ def test_a_disk_that_fails_after_the_acknowledgement_skips_nothing(
     headers = {"Idempotency-Key": "key"}
     status, _, answer = service.ask("POST", "/sample", bookings(9, seed=1), headers=headers)
     assert status == 507
-    assert bookkeep.UNSURE in answer["error"]
+    assert UNSURE in answer["error"]
     assert service.get("/ready")[0] == 503
     wait_until(lambda: "could not be written" in service.get("/health")[1]["stream"]["status"])
     assert service.post("/sample", bookings(1, seed=2))[0] in (503, 507)
@@ -452,22 +523,24 @@ def test_a_company_is_forgotten_by_all_nodes_and_by_the_stream(servers, topic, j
         assert equal([a, b, away])
     b.correct(5, "9999")
     assert equal([a, b, away])
-    away.close()
+    joined.close(away)
     assert a.forget("secret") == 4
     for node in (a, b):
-        wait_until(lambda node=node: node.health()["samples"] == 10)
+        wait_until(lambda node=node: booked(node) == 10)
     a.book(bookings(2))
     wait_until(lambda: equal([a, b]))
     assert b"confidential" not in a.path.read_bytes()
-    wait_until(lambda: {*servers.messages(topic)} & {1, 3, 5} == set())
-    assert {*servers.messages(topic)} == {2, 4, 6, 7}
+    # Before a correction and an order comes a group of no lines.
+    wait_until(lambda: {*servers.messages(topic)} == {2, 4, 5, 7, 8, 9})
     for of in servers.folders:
         for block in of.glob(f"**/streams/{topic}/msgs/*.blk"):
             assert b"confidential" not in plain(block.read_bytes())
     assert b"confidential" in away.path.read_bytes()
     back = joined("c")
-    wait_until(lambda: back.health()["samples"] == 12)
-    wait_until(lambda: equal([a, b, back]))
+    wait_until(lambda: booked(back) == 12 and equal([a, b, back]))
+    wait_until(lambda: [stream(node)["to_forget"] for node in (a, b, back)] == [0, 0, 0])
+    assert_same(a, b)
+    assert_same(a, back)
     new = joined("d", ready=False)  # it lacks what stood in messages that are gone
     wait_until(lambda: "copy the log of another" in stands(new))
     with pytest.raises(NotFound):
@@ -513,87 +586,121 @@ def test_two_who_forget_a_company_while_a_third_books_it_agree(joined):
     for thread in threads:
         thread.join()
     assert 100 <= sum(forgotten) <= 300
-    nodes[0].require_lines(numbers.stop)
+    knows(nodes[0], numbers.stop)
     assert nodes[0].forget("secret") == 300 - sum(forgotten)
-    wait_until(lambda: [node.health()["samples"] for node in nodes] == [5] * 3)
-    assert equal(nodes)
-    first = told(nodes[0], bookings(20))  # it has unlearned all, the others may be about to
-    wait_until(lambda: all(told(node, bookings(20)) == first for node in nodes[1:]))
+    wait_until(lambda: [stream(node)["to_forget"] for node in nodes] == [0] * 3)
+    wait_until(lambda: [booked(node) for node in nodes] == [5] * 3)
+    wait_until(lambda: equal(nodes))
+    assert_same(nodes[0], nodes[1])
+    assert_same(nodes[0], nodes[2])
+    with bookkeeping(shutil.copy(nodes[0].path, nodes[0].path.with_name("copy"))) as keeper:
+        assert_same(nodes[0], keeper)
 
 
+@pytest.mark.parametrize("method", ["start_forgetting", "empty", "finish_forgetting"])
 def test_a_node_that_crashes_before_it_has_forgotten_does_it_later(
-    serve, servers, topic, joined, tmp_path
+    serve, servers, topic, joined, tmp_path, method
 ):
     options = ["--stream", servers.address(topic)]
-    crashes = CRASHES.replace("write", "replace").replace("batches", "copy")
-    service = serve(*options, log=tmp_path / "a", program=("-c", crashes, tmp_path))
+    crashes = crashes_in(method, tmp_path / "crash")
+    service = serve(*options, log=tmp_path / "a", program=crashes)
     other = joined("b")
     wait_until(lambda: service.get("/ready")[0] == 200)
     assert service.post("/sample", [booking(company="secret"), booking()])[0] == 200
     (tmp_path / "crash").touch()
     with pytest.raises((OSError, HTTPException)):
         service.delete("/company/secret")
-    wait_until(lambda: other.health()["samples"] == 1)
+    wait_until(lambda: booked(other) == 1)
     service = serve(*options, log=tmp_path / "a")
     wait_until(lambda: service.samples() == 1)
     wait_until(lambda: (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes())
+
+
+@pytest.mark.parametrize("starts_again", [False, True])
+def test_what_a_node_has_still_to_forget_is_counted_and_done_once_it_can(joined, starts_again):
+    a, b = joined("a"), joined("b")
+    a.book([booking(company="secret"), booking()])
+    assert equal([a, b])
+    start = Log.start_forgetting
+
+    def fail_on_one(log, lines):
+        if log is b.log:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return start(log, lines)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Log, "start_forgetting", fail_on_one)
+        assert a.forget("secret") == 1
+        wait_until(lambda: stream(b)["to_forget"] == 1)
+        assert stream(a)["to_forget"] == 0
+        assert booked(b) == 1
+        with pytest.raises(NotFound):
+            b.correct(0, "9999")
+        assert b"secret" in b.path.read_bytes()
+        a.book(bookings(3))
+        assert equal([a, b]) is False
+        if starts_again:
+            joined.close(b)
+    if starts_again:
+        b = joined("b")
+    wait_until(lambda: stream(b)["to_forget"] == 0)
+    assert b"secret" not in b.path.read_bytes()
+    assert equal([a, b])
+    assert_same(a, b)
+
+
+def test_a_node_knows_its_log_in_messages_that_are_not_erased_yet(servers, topic, joined):
+    node = joined("a")
+    node.book([booking(company="secret"), booking()])
+
+    def fail(stream, sequence):
+        raise cluster.Unreachable("no answer")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster.Stream, "erase", fail)
+        assert node.forget("secret") == 1
+        joined.close(node)
+    assert 1 in servers.messages(topic)
+    assert booked(joined("a")) == 1
+    wait_until(lambda: 1 not in servers.messages(topic))
 
 
 def test_what_is_ordered_to_be_forgotten_cannot_be_corrected(joined):
     a, b = joined("a"), joined("b")
     a.book([booking(company="secret"), booking()])
     assert equal([a, b])
-    raised = []
-
-    def correct():
-        try:
-            b.correct(0, "9999")
-        except Exception as error:
-            raised.append(error)
-
-    with behind(b), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(b, "_writer_of_all", lambda: None)
-        late = threading.Thread(target=correct)
-        late.start()
-        wait_until(lambda: len(b._writer._queue) == 1)
+    with changed_late(b, 0, "9999") as came:
         assert a.forget("secret") == 1
-    late.join()
-    assert [type(error) for error in raised] == [NotFound]
-    wait_until(lambda: b.health()["companies"] == 1 and equal([a, b]))
-    assert [*bookkeep.check_records(scanned(a.path), 1)] == []
-    with bookkeeping(shutil.copy(a.path, a.path.with_name("copy"))) as bookkeeper:
-        assert bookkeeper.health()["samples"] == 1
+    assert came == [NotFound]
+    wait_until(lambda: equal([a, b]))
+    assert health(b)["companies"] == 1
+    assert [*check_records(scanned(a.path), 1)] == []
+    with bookkeeping(shutil.copy(a.path, a.path.with_name("copy"))) as keeper:
+        assert booked(keeper) == 1
 
 
 def test_a_correction_is_compared_with_what_others_have_booked_last(joined):
     a, b = joined("a"), joined("b")
     a.book([booking(account="1")])
     assert equal([a, b])
-    said = []
-    with behind(b), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(b, "_writer_of_all", lambda: None)
-        late = threading.Thread(target=lambda: said.append(b.correct(0, "1")))
-        late.start()
-        wait_until(lambda: len(b._writer._queue) == 1)
+    with changed_late(b, 0, "1") as came:
         assert a.correct(0, "2") == "1"
-    late.join()
-    assert said == ["2"]
+    assert came == ["2"]
     assert equal([a, b])
 
 
 def test_another_log_is_refused_and_kept(joined, tmp_path):
     a = joined("a")
     a.book(bookings(5))
-    with bookkeeping(tmp_path / "b") as bookkeeper:
-        bookkeeper.book(bookings(5, seed=1))
+    with bookkeeping(tmp_path / "b") as keeper:
+        keeper.book(bookings(5, seed=1))
     before = (tmp_path / "b").read_bytes()
     b = joined("b", ready=False)
     wait_until(lambda: "of another log, by its line 1" in stands(b))
     with pytest.raises(NotReady, match="of another log"):
         b.book(bookings(1))
-    assert b.predict([booking()]) != []
-    with pytest.raises(NotReady):
-        b.require_ready()
+    assert b.books.predict([booking()]) != []
+    assert not is_ready(b)
     a.book(bookings(1))
     time.sleep(0.1)
     assert (tmp_path / "b").read_bytes() == before
@@ -601,10 +708,10 @@ def test_another_log_is_refused_and_kept(joined, tmp_path):
 
 
 def test_a_log_of_one_machine_goes_into_a_cluster_and_back(serve, servers, topic, joined, tmp_path):
-    with bookkeeping(tmp_path / "a") as bookkeeper:
+    with bookkeeping(tmp_path / "a") as keeper:
         for number, batch in enumerate(batches_of(bookings(3000), 500)):
-            bookkeeper.book(batch, f"key{number}")
-        bookkeeper.correct(3, "9999")
+            keeper.book(batch, f"key{number}")
+        keeper.correct(3, "9999")
     first = bookings(3000)[:500]
     before = (tmp_path / "a").read_bytes()
     shutil.copy(tmp_path / "a", tmp_path / "same")
@@ -621,10 +728,10 @@ def test_a_log_of_one_machine_goes_into_a_cluster_and_back(serve, servers, topic
     new.book(bookings(2, seed=9))
     assert equal([a, same, new])
     assert sizes > 0
-    new.close()
-    with bookkeeping(new.path) as bookkeeper:
-        assert bookkeeper.book(bookings(1)) == range(3003, 3004)
-    a.close()
+    joined.close(new)
+    with bookkeeping(new.path) as keeper:
+        assert keeper.book(bookings(1)) == range(3003, 3004)
+    joined.close(a)
     changed = joined("new", ready=False)
     wait_until(lambda: stands(changed) != "it has not joined the stream yet")
     assert "lost lines that this log has" in stands(changed)
@@ -637,17 +744,16 @@ def has_messages(servers, topic):
 
 def test_what_is_booked_while_the_stream_is_looked_at_is_not_missed(joined):
     node = joined("a")
-    looked, state = threading.Event(), node._stream.state
+    looked, state = threading.Event(), cluster.Stream.state
 
-    def slow():
-        found = state()
-        if threading.current_thread().name == "_keep_up":
-            node.book(bookings(1))
-            looked.set()
+    def slow(stream):
+        found = state(stream)
+        node.book(bookings(1))
+        looked.set()
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(node._stream, "state", slow)
+        patch.setattr(cluster.Stream, "state", slow)
         assert looked.wait(30)
         time.sleep(0.1)
         assert stands(node) == "ok"
@@ -667,8 +773,8 @@ def test_a_stream_that_is_gone_is_noticed(servers, topic, joined, again):
         assert "stream is gone" in stands(node)
         with pytest.raises(NotReady, match="stream is gone"):
             node.book(bookings(1))
-        assert len(node.predict(bookings(3))) == 3
-    a.close()
+        assert len(node.books.predict(bookings(3))) == 3
+    joined.close(a)
     a = joined("a", ready=False)
     wait_until(lambda: stands(a) != "it has not joined the stream yet")
     assert "gone" in stands(a) or "another log" in stands(a)
@@ -677,7 +783,7 @@ def test_a_stream_that_is_gone_is_noticed(servers, topic, joined, again):
 
 def first_message(samples):
     """A message as a node would append it first of all."""
-    lines = [bookkeep._line({"seq": i, "batch": 0, "left": 2 - i}) for i in range(len(samples))]
+    lines = [line_of({"seq": i, "batch": 0, "left": 2 - i}) for i in range(len(samples))]
     head = {"base": 0, "lines": len(samples), "part": 0, "parts": 1, "node": "n"}
     return json.dumps(head).encode() + b"\n" + zlib.compress(b"".join(lines))
 
@@ -687,22 +793,21 @@ def test_a_log_that_is_too_far_behind_says_what_to_copy(servers, topic, joined):
     a, away = joined("a"), joined("b")
     a.book(bookings(5))
     assert equal([a, away])
-    away.close()
+    joined.close(away)
     for seed in range(3):
         a.book(bookings(5, seed=seed))
     servers.do(lambda js: js.purge_stream(topic, seq=4))  # as its age would
     behind, new = joined("b", ready=False), joined("new", ready=False)
     for node in (behind, new):
         wait_until(lambda node=node: "copy the log of another" in stands(node))
-        node.close()
-    file, size = a.log.export(range(0, 20))
-    new.path.write_bytes(file.read(size))
+        joined.close(node)
+    shutil.copy(a.path, new.path)
     copied = joined("new")
     copied.book(bookings(2))
     servers.do(lambda js: js.purge_stream(topic))
     behind.path.write_bytes(new.path.read_bytes())
     behind.path.with_name("b.stream").unlink()
-    a.close()
+    joined.close(a)
     assert not is_ready(joined("b", ready=False))
     a = joined("a")  # it knows that it has all that was in the stream
     a.book(bookings(1))
@@ -744,16 +849,25 @@ def test_a_user_of_nats_needs_few_permissions(servers, joined):
     address = servers.address("narrow", user="narrow:a%20secret@")
     a, b = joined("a", address=address), joined("b", address=address)
     assert a.book(bookings(3)) == range(3)
-    wait_until(lambda: b.health()["stream"]["writer"])
+    wait_until(lambda: stream(b)["writer"])
     assert b.book([booking(company="secret")]) == range(3, 4)
     assert b.forget("secret") == 1
     wait_until(lambda: equal([a, b]))
-    wait_until(lambda: [*servers.messages("narrow")] == [1, 3])
+    wait_until(lambda: [*servers.messages("narrow")] == [1, 3, 4])
 
 
-def test_a_node_that_may_not_connect_says_so(servers, topic, joined):
-    wrong = joined("a", ready=False, address=servers.address(topic, user="narrow:wrong@"))
-    wait_until(lambda: "uthorization" in stands(wrong))
+def test_a_node_that_may_not_connect_says_so(joined, tmp_path):
+    port = str(free_port())
+    options = ["-a", "127.0.0.1", "-p", port, "--user", "u", "--pass", "right"]
+    server = subprocess.Popen([Servers.PROGRAM, *options, "-l", tmp_path / "said"])
+    try:
+        wrong = joined("a", ready=False, address=f"nats://u:wrong@127.0.0.1:{port}/books")
+        wait_until(lambda: "uthorization" in stands(wrong))
+        with pytest.raises(NotReady, match="uthorization"):
+            wrong.book(bookings(1))
+    finally:
+        server.kill()
+        server.wait()
 
 
 def test_unsafe_servers_are_named_and_those_that_are_away_stop_nobody(
@@ -783,23 +897,14 @@ def test_unsafe_servers_are_named_and_those_that_are_away_stop_nobody(
     ],
 )
 def test_an_address_that_is_none_is_an_error_in_one_sentence(tmp_path, address):
-    assert_refuses(tmp_path, f"--stream={address}")
-
-
-def assert_refuses(tmp_path, *options, **more):
-    command = [sys.executable, SERVICE, f"--log={tmp_path}/log", "--port=0", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, **more)
-    assert done.returncode == 1, done
-    assert "Traceback" not in done.stderr
-    [line] = done.stderr.splitlines()
-    return line
+    assert "Traceback" not in refused(tmp_path / "log", f"--stream={address}")
 
 
 def test_without_nats_py_it_says_what_to_install(tmp_path):
     (tmp_path / "nats.py").write_text("raise ModuleNotFoundError(name='nats')")
     environ = os.environ | {"PYTHONPATH": str(tmp_path)}
-    line = assert_refuses(tmp_path, "--stream=nats://a/b", env=environ)
-    assert "pip install" in line
+    said = refused(tmp_path / "log", "--stream=nats://a/b", env=environ)
+    assert "pip install 'bookkeep-service[cluster]'" in said
 
 
 def test_bookings_under_way_are_answered_before_a_node_stops(serve, servers, topic, tmp_path):
@@ -869,15 +974,23 @@ def test_a_node_that_was_stopped_for_some_time_doubles_nothing(serve, servers, t
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-IMPATIENT = "import sys, bookkeep, cluster; cluster.PATIENCE = 2; sys.exit(bookkeep.main())"
+IMPATIENT = """
+import sys, bookkeep
+from bookkeep_extra import cluster
+from bookkeep_extra.prometheus import gauges
+cluster.PATIENCE = 2
+sys.exit(bookkeep.main())
+"""
 
 
 def test_without_a_quorum_all_but_bookings_goes_on(serve, servers, topic, tmp_path):
     options = ["--stream", servers.address(topic)]
     nodes = [serve(*options, log=tmp_path / name, program=("-c", IMPATIENT)) for name in "ab"]
     wait_until(lambda: all(node.get("/ready")[0] == 200 for node in nodes))
-    for batch in batches_of(bookings(50), 25):
-        assert nodes[0].post("/sample", batch)[0] == 200
+    first, second = batches_of(bookings(50), 25)
+    known = {"Idempotency-Key": "known"}
+    assert nodes[0].ask("POST", "/sample", first, headers=known)[0] == 200
+    assert nodes[0].post("/sample", second)[0] == 200
     headers = {"Idempotency-Key": "key"}
     wait_until(lambda: nodes[1].samples() == 50)
     servers.kill(0, 1)
@@ -893,9 +1006,11 @@ def test_without_a_quorum_all_but_bookings_goes_on(serve, servers, topic, tmp_pa
                 assert node.post("/correct", {"seq": 0, "AccountNumber": "1"})[0] == 503
             assert node.delete("/company/company1")[0] == 503
             assert time.monotonic() - started < 1
+            status, _, answer = node.ask("POST", "/sample", first, headers=known)
+            assert (status, answer["first"]) == (200, 0)
             assert node.post("/predict", booking())[0] == 200
             assert node.get("/metrics/10")[0] == 200
-            assert len(node.ask("GET", "/samples", kind=bookkeep.JSON_LINES)[2].splitlines()) == 50
+            assert len(node.ask("GET", "/samples", kind=JSON_LINES)[2].splitlines()) == 50
         for node in nodes:
             wait_until(lambda node=node: not node.get("/health")[1]["stream"]["quorum"])
             assert node.get("/ready")[0] == 503

@@ -1,4 +1,4 @@
-"""The synthetic data set."""
+"""The synthetic data set, and how well it and the real one are predicted."""
 
 import itertools
 import re
@@ -9,14 +9,20 @@ import replay
 from bookkeep import NaiveBayes, tokens
 from conftest import HERE, REAL, SYNTHETIC, batches_of, booking, prequential, run
 
+SYNTHESIZE = HERE / "data" / "synthesize.py"
 
-def test_the_synthetic_set_is_what_its_script_makes(tmp_path):
-    script = HERE / "data" / "synthesize.py"
-    assert run(script, "--out", tmp_path / "again.csv") == (0, "", "")
-    assert run(script, "--out", tmp_path / "again.zip") == (0, "", "")
+
+@pytest.fixture(scope="module")
+def rows():
+    return list(replay.read_rows(SYNTHETIC))
+
+
+def test_the_synthetic_set_is_what_its_script_makes(rows, tmp_path):
+    assert run(SYNTHESIZE, "--out", tmp_path / "again.csv") == (0, "", "")
+    assert run(SYNTHESIZE, "--out", tmp_path / "again.zip") == (0, "", "")
     made = list(replay.read_rows(tmp_path / "again.csv"))
     assert made == list(replay.read_rows(tmp_path / "again.zip"))
-    assert made == list(replay.read_rows(SYNTHETIC))
+    assert made == rows
     assert SYNTHETIC.stat().st_size < 1_000_000
     assert [row[""] for row in made] == [str(index) for index in range(20_000)]
     blocks = [(row["CompanyId"], row["BankEntryDate"]) for row in made]
@@ -32,14 +38,14 @@ def test_synthetic_sets_of_any_size(tmp_path, rows, companies):
     options = ("--rows", rows, "--companies", companies)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         out = ("--seed", seed, "--out", tmp_path / name)
-        assert run(HERE / "data" / "synthesize.py", *options, *out) == (0, "", "")
+        assert run(SYNTHESIZE, *options, *out) == (0, "", "")
     a, b, c = ((tmp_path / name).read_text() for name in "abc")
     assert a == b != c
     assert len(list(replay.read_rows(tmp_path / "a"))) == rows
 
 
 def test_the_figures_of_a_synthetic_set():
-    status, out, _ = run(HERE / "data" / "synthesize.py", "--describe", SYNTHETIC)
+    status, out, _ = run(SYNTHESIZE, "--describe", SYNTHETIC)
     assert status == 0
     assert re.search(r"rows, companies +20000, 40\n", out)
     for figure, least, most in (
@@ -51,23 +57,23 @@ def test_the_figures_of_a_synthetic_set():
         ("exact duplicate rows", 5, 10),
     ):
         assert least < float(re.search(rf"{figure} +([0-9.]+)[%,]", out)[1]) < most
-    assert run(HERE / "data" / "synthesize.py", "--rows", "0")[0] == 2
+    assert run(SYNTHESIZE, "--rows", "0")[0] == 2
 
 
-def test_numeric_words_of_a_set_that_hides_its_words(tmp_path):
+def test_numeric_words_of_a_set_that_hides_its_words(rows, tmp_path):
     file = tmp_path / "hidden.csv"
-    columns = next(replay.read_rows(SYNTHETIC)).keys()
+    columns = rows[0].keys()
     row = "0,int:1,2014-01-02,{},> -10,str:1,1234,Balance"
     texts = ("str:5d04e5f int:3fdba35", "str:5d04e5f Rent", "May 10482 K12")
     file.write_text("\n".join([",".join(columns), *map(row.format, texts)]))
-    status, out, _ = run(HERE / "data" / "synthesize.py", "--describe", file)
+    status, out, _ = run(SYNTHESIZE, "--describe", file)
     assert status == 0
     assert re.search(r"numeric +42.9%\n", out)  # 3 of 7
 
 
-def test_a_synthetic_set_can_be_read():
+def test_a_synthetic_set_can_be_read(rows):
     names = {}
-    for row in replay.read_rows(SYNTHETIC):
+    for row in rows:
         company, text, number = row["CompanyId"], row["BankEntryText"], row["AccountNumber"]
         assert re.fullmatch("[a-z]+-[a-z]+", company)
         assert re.fullmatch("[A-Z0-9][A-Za-z0-9 .,/&-]*", text)
@@ -78,8 +84,7 @@ def test_a_synthetic_set_can_be_read():
     assert all(len(of_account) == 1 for of_account in names.values())
 
 
-def test_what_a_synthetic_text_says_fits_its_account():
-    rows = list(replay.read_rows(SYNTHETIC))
+def test_what_a_synthetic_text_says_fits_its_account(rows):
     accounts = {
         "rent": "Office rent",
         "fuel": "Fuel",
@@ -112,9 +117,9 @@ def test_what_a_synthetic_text_says_fits_its_account():
 
 def test_ids_of_synthetic_companies_are_unique(tmp_path):
     options = ("--rows", 20_000, "--companies", 10_000, "--out", tmp_path / "many")
-    assert run(HERE / "data" / "synthesize.py", *options) == (0, "", "")
-    rows = replay.read_rows(tmp_path / "many")
-    ids = [id for id, _ in itertools.groupby(row["CompanyId"] for row in rows)]
+    assert run(SYNTHESIZE, *options) == (0, "", "")
+    many = replay.read_rows(tmp_path / "many")
+    ids = [id for id, _ in itertools.groupby(row["CompanyId"] for row in many)]
     assert len(ids) == len({*ids}) > 6000
     assert max(map(len, ids)) <= 40
 

@@ -1,4 +1,4 @@
-"""The client: replay.py."""
+"""replay.py: the client, the files that it reads, and the command line."""
 
 import csv
 import json
@@ -12,7 +12,8 @@ import threading
 import time
 import tracemalloc
 import zipfile
-from contextlib import nullcontext
+from contextlib import closing, contextmanager, nullcontext
+from functools import cache, partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from urllib.request import urlopen
@@ -35,10 +36,13 @@ from conftest import (
     wait_until,
 )
 
+REPLAY = HERE / "replay.py"
 
-def rows_by_date(n):
-    """So many rows of the synthetic set, as a replay sends them."""
-    return replay.by_date(replay.read_rows(SYNTHETIC))[:n]
+
+@cache
+def rows_by_date():
+    """All rows of the synthetic set, as a replay sends them."""
+    return replay.by_date(replay.read_rows(SYNTHETIC))
 
 
 def write_csv(path, rows, encoding="utf-8", **how):
@@ -49,20 +53,459 @@ def write_csv(path, rows, encoding="utf-8", **how):
     return path
 
 
-def test_the_demo_in_one_command(serve, tmp_path):
-    command = (HERE / "replay.py", SYNTHETIC, "--serve", "--json", "--batch=100")
+@pytest.fixture
+def small(tmp_path):
+    """A file of 3,001 bookings by date: it is read faster than the whole set."""
+    return write_csv(tmp_path / "small.csv", rows_by_date()[:3001])
+
+
+@pytest.fixture
+def main(capsys):
+    """Runs replay.py in this process: (exit status, standard output, standard error)."""
+
+    def run(*arguments):
+        try:
+            status = replay.main([*map(str, arguments)])
+        except SystemExit as done:
+            status = done.code
+        return status, *capsys.readouterr()
+
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.getsignal(number) for number in stops]
+    yield run
+    for number, handler in zip(stops, handlers, strict=True):
+        signal.signal(number, handler)
+
+
+def starts(*arguments, **options):
+    """Starts replay.py, which heeds Ctrl-C though a job in the background ignores it."""
+    return subprocess.Popen(
+        [sys.executable, REPLAY, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        **options,
+    )
+
+
+@contextmanager
+def serving(handler, **attributes):
+    """A server with these attributes whose requests this handler answers, and its URL."""
+    with HTTPServer(("127.0.0.1", 0), handler) as server:
+        vars(server).update(attributes)
+        answering = threading.Thread(target=server.serve_forever, args=(0.01,))
+        answering.start()
+        try:
+            yield server, f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            answering.join()
+
+
+# ------------------------------------------------------------------------------------------- Client
+
+
+def test_the_client_says_what_the_service_says(serve):
+    service = serve()
+    client = replay.Client(f"http://127.0.0.1:{service.port}/")
+    first = client.sample(bookings(400), key="may")
+    assert first == {"received": 400, "total": 400, "first": 0, "last": 399}
+    assert client.sample(bookings(400), key="may") == first
+    assert client.sample(bookings(400, seed=1))["first"] == 400  # each call has a key of its own
+    asked = [replay.without_account(row) for row in bookings(350, seed=2)]  # more than one answer
+    accounts = service.post("/predict", asked)[1]
+    assert client.predict(asked) == accounts
+    assert client.predict(asked[0]) == accounts[0]
+    suggested = client.suggest(asked, top=2, book_from=0.5)
+    assert [each["suggestions"][0]["account"] for each in suggested] == accounts
+    assert suggested[0] == service.post("/suggest?top=2&book_from=0.5", asked[0])[1]
+    assert client.suggest(asked[0], top=2, book_from=0.5) == suggested[0]
+    assert (client.predict([]), client.suggest([])) == ([], [])
+    assert client.metrics(100) == service.get("/metrics/100")[1]
+    assert client.report(100) == service.get("/report/100")[1]
+    one = client.report(100, company="company1", book_from=0.7)
+    assert one == service.get("/report/100?company=company1&book_from=0.7")[1]
+    corrected = client.correct(3, "77")
+    assert (corrected["seq"], corrected["AccountNumber"]) == (3, "77")
+    odd = "Smørrebrød & Sons/../#1?"
+    client.sample([booking(company=odd)])
+    assert client.forget(odd) == 1
+    assert client.health()["samples"] == service.samples() == 800
+
+
+def test_an_error_has_the_status_and_the_sentence_of_the_service(serve, monkeypatch):
+    monkeypatch.setenv("BOOKKEEP_TOKEN", "s3cret")
+    url = f"http://127.0.0.1:{serve().port}"
+    client = replay.Client(url, "s3cret", patience=0)
+    unbooked = replay.without_account(booking())
+    for asked, status, sentence in (
+        (lambda: client.sample([unbooked]), 400, "sample 0: AccountNumber is missing"),
+        (lambda: client.predict(unbooked), 503, "there is no model yet"),
+        (lambda: client.forget("nobody"), 404, "there is no booking of this company"),
+        (lambda: replay.Client(url).metrics(), 401, "send the token, with the header"),
+        (lambda: replay.Client(f"{url}/x", "s3cret").metrics(), 404, "there is nothing here"),
+        (lambda: client.sample([], key="Büro"), None, "a key must be printable ASCII"),
+        (lambda: replay.Client(url, "two\nlines"), None, "a token must be printable ASCII"),
+    ):
+        with pytest.raises(replay.ServiceError) as raised:
+            asked()
+        assert raised.value.status == status
+        assert sentence in raised.value.sentence
+        assert raised.value.sentence in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://x", "http://127.0.0.1:x", "http://", "http://a b", "http://[", "127.0.0.1:8080"]
+)
+def test_what_is_no_url_is_refused_at_once(url):
+    with pytest.raises(replay.ServiceError, match="this is not the URL of a service"):
+        replay.Client(url)
+
+
+class Script(BaseHTTPRequestHandler):
+    """Answers its server's `answers` in turn: a status with a Retry-After, or None for a loss."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.asked.append(self.headers["Idempotency-Key"])
+        answer = self.server.answers.pop(0)
+        if answer is None:
+            self.close_connection = True
+            return
+        status, after, body = answer
+        self.send_response(status)
+        if after:
+            self.send_header("Retry-After", after)
+        self.send_header("Content-Length", len(body))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_DELETE = do_POST
+
+
+OK = (200, None, b'{"forgotten": 1}')
+NOT_YET = (503, None, b'{"error": "there is no model yet"}')
+
+
+@pytest.mark.parametrize(
+    ("answers", "call", "times", "status"),
+    [
+        ([None, OK], "sample", 2, 200),
+        ([None, OK], "forget", 1, None),  # it may have been done, and who sent more would go, too
+        ([(503, "0", b'{"error": "busy"}'), OK], "forget", 2, 200),
+        ([(503, "1", b'{"error": "busy"}'), OK], "sample", 2, 200),
+        ([(503, "99", b'{"error": "busy"}'), OK], "sample", 1, 503),  # that would be too long
+        ([(429, None, b"<html>"), OK], "forget", 2, 200),
+        ([NOT_YET, OK], "sample", 1, 503),
+        ([(502, None, b"<html>"), (503, None, b"<html>"), OK], "sample", 3, 200),
+        ([(502, None, b"<html>"), OK], "forget", 1, 502),
+        ([(507, None, b'{"error": "full"}'), OK], "sample", 1, 507),
+        ([(422, None, b'{"error": "other"}'), OK], "sample", 1, 422),
+        ([(200, None, b"nonsense"), OK], "sample", 1, 200),
+    ],
+)
+def test_what_can_help_and_do_no_harm_is_sent_again(monkeypatch, answers, call, times, status):
+    pauses = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    fails = answers[times - 1] is not OK
+    with (
+        serving(Script, answers=list(answers), asked=[]) as (server, url),
+        closing(replay.Client(url, patience=5)) as client,
+        pytest.raises(replay.ServiceError) if fails else nullcontext() as raised,
+    ):
+        client.sample([]) if call == "sample" else client.forget("A")
+    if fails:
+        assert raised.value.status == status
+        assert raised.value.temporary == (status in (None, 502, 503, 507))
+    assert len(server.asked) == times
+    assert len(set(server.asked)) == 1
+    if call == "sample":
+        assert server.asked[0]
+    assert len(pauses) == times - 1
+    for answer, pause in zip(answers, pauses, strict=False):
+        least = int(answer[1] or 0) if answer else 0
+        assert least <= pause <= max(least, 0.2)
+
+
+def test_pauses_get_longer_until_patience_ends(monkeypatch):
+    pauses, now = [], [0.0]
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with pytest.raises(replay.Failed, match="start it with python bookkeep"):
+        replay.Client(f"http://127.0.0.1:{free_port()}", patience=60).health()
+    assert pauses[0] <= 0.1
+    assert 1 <= max(pauses) <= 2
+    assert 58 <= sum(pauses) <= 60
+
+
+def test_a_client_that_was_idle_over_a_restart_does_not_mistake_it_for_a_lost_answer(serve):
+    service = serve()
+    client = replay.Client(f"http://127.0.0.1:{service.port}")
+    client.sample([booking()])
+    service.stop()
+    serve(port=service.port)
+    assert client.forget("A") == 1
+
+
+def test_threads_may_share_a_client(serve):
+    service = serve()
+    client = replay.Client(f"http://127.0.0.1:{service.port}")
+    client.sample([booking(text=f"shop{i}", account=f"{i}") for i in range(8)])
+    wrong = []
+
+    def work(i):
+        for _ in range(30):
+            stored = client.sample([booking(text=f"shop{i}", account=f"{i}")])
+            answer = client.predict(replay.without_account(booking(text=f"shop{i}")))
+            if (stored["received"], answer) != (1, f"{i}"):
+                wrong.append((i, stored, answer))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert service.samples() == 8 + 8 * 30
+
+
+def test_the_client_is_one_file_that_needs_nothing_but_python(service, tmp_path):
+    shutil.copy(REPLAY, tmp_path)
+    code = f"import replay; print(replay.Client('http://127.0.0.1:{service.port}').predict([]))"
+    assert run("-S", "-c", code, cwd=tmp_path) == (0, "[]\n", "")
+
+
+# -------------------------------------------------------------------------------------------- Files
+
+BANK_ROWS = [
+    booking("Larch & Finch", "Büro; Miete", "> -1000", "6300"),
+    booking("Smørrebrød", 'the "best", 5\t€', "< 10", "7140"),
+]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252", "utf-16"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+def test_files_as_banks_write_them_are_read(tmp_path, encoding, separator, quoting):
+    rows = [{",,,,,,;;;;;;\t\t\t\t\t\t": "x", **row} for row in BANK_ROWS]
+    path = write_csv(tmp_path / "bank.csv", rows, encoding, delimiter=separator, quoting=quoting)
+    assert list(replay.read_rows(path)) == rows
+    with zipfile.ZipFile(tmp_path / "bank.zip", "w") as archive:
+        archive.write(path, "bank.csv")
+    assert list(replay.read_rows(tmp_path / "bank.zip")) == rows
+
+
+@pytest.mark.parametrize(("encoding", "last"), [("utf-8", "€"), ("cp1252", "€"), ("cp1252", "Ã")])
+def test_the_encoding_is_that_of_the_whole_file(tmp_path, encoding, last):
+    rows = [*[booking(text="x" * 1000)] * 1200, booking(text=last * 2)]  # more than one part of it
+    if encoding == "utf-8":  # characters on the borders of all parts that one may read
+        rows[1:1] = [booking(text="€" * 10_000)] * 100
+    assert list(replay.read_rows(write_csv(tmp_path / "bank.csv", rows, encoding))) == rows
+
+
+def test_a_file_is_read_in_parts(tmp_path):
+    path = write_csv(tmp_path / "bank.csv", [booking(text="€" * 3000)] * 1000)
+    tracemalloc.start()
+    assert sum(1 for _ in replay.read_rows(path)) == 1000
+    assert tracemalloc.get_traced_memory()[1] < 6_000_000 < path.stat().st_size
+    tracemalloc.stop()
+
+
+def test_a_pipe_is_read(tmp_path):
+    reading, writing = os.pipe()
+    with open(reading), open(writing, "w") as file:
+        file.write("CompanyId;BankEntryText;BankEntryAmount;AccountNumber\nA;Büro;< 10;6300\n")
+        file.close()
+        assert list(replay.read_rows(Path(f"/dev/fd/{reading}"))) == [
+            booking(text="Büro", amount="< 10", account="6300")
+        ]
+
+
+AMOUNTS = [
+    (["> -1000", "< 10", "big negative"], None),  # the buckets
+    (["-9875.50", "12", "0.5"], None),
+    (["1,200.00", "-12.5", "1,234,567.00"], ["1200.00", "-12.5", "1234567.00"]),
+    (["1.200,00", "-12,5", "1.234.567"], ["1200.00", "-12.5", "1234567"]),
+    (["1 200,00", "1\u202f200", "−7"], ["1200.00", "1200", "-7"]),
+    (["CHF 1'200.50", "Fr. 3.20", "1’000.-"], ["1200.50", "3.20", "1’000.-"]),
+    (["(12.50)", "$1,200.00", "-$3.00", "US$ 5"], ["-12.50", "1200.00", "-3.00", "5"]),
+    (["€ 12.50", "12.50 EUR", "£.50", "+1"], ["12.50", "12.50", "0.50", "1"]),
+    (["12,50-", "kr 1.200,00", "3,00 kr."], ["-12.50", "1200.00", "3.00"]),
+    (["1.200", "12,50"], ["1200", "12.50"]),  # what the first is, the second shows
+    (["1,200", "12.50", "n/a", "31.12.2024"], ["1200", "12.50", "n/a", "31.12.2024"]),
+    (["1,00,000.00", "0.125", "1234.567"], ["100000.00", "0.125", "1234.567"]),
+    (["1.200", "3"], ["1200", "3"]),
+]
+
+
+@pytest.mark.parametrize(("written", "read"), AMOUNTS, ids=str)
+def test_amounts_become_plain_numbers_by_what_all_of_the_column_shows(tmp_path, written, read):
+    path = write_csv(tmp_path / "bank.csv", [booking(amount=amount) for amount in written])
+    assert [row["BankEntryAmount"] for row in replay.read_rows(path)] == (read or written)
+
+
+def test_it_says_what_it_assumed_of_amounts_or_that_it_cannot_tell(tmp_path, caplog):
+    def read(*amounts):
+        caplog.clear()
+        path = write_csv(tmp_path / "bank.csv", [booking(amount=amount) for amount in amounts])
+        assert len(list(replay.read_rows(path))) == len(amounts)
+        return caplog.text
+
+    assert "amounts such as 1.200 in line 3 are taken for thousands" in read("3", "1.200")
+    assert "amounts such as n/a in line 2 are no numbers" in read("n/a", "1.20")
+    assert read("1.20", "1,200.00") == read("< 10", "> -10") == ""
+    for one, other in (("1.20", "1,20"), ("1.200", "1,200"), ("1.200,00", "1,200.00")):
+        with pytest.raises(replay.Failed, match=f"in two ways: {one} in line 2 and {other} in lin"):
+            read(one, other)
+
+
+@pytest.mark.parametrize(
+    ("dates", "order"),
+    [
+        (["2016-02-29", "2015-12-01T10:00", ""], [2, 1, 0]),
+        (["29.02.2016", "1.3.2016", "02.01.2017"], [0, 1, 2]),
+        (["2/29/2016", "12/1/2015", "1/3/2016"], [1, 2, 0]),
+        (["29/02/16", "01/03/16", "02/01/17", ""], [3, 0, 1, 2]),
+        (["16-02-29", "15-12-01"], [1, 0]),
+        (["01/02/2016", "03/04/2016"], "what is the day in 01/02/2016 is not clear"),
+        (["13/02/2016", "02/13/2016"], "in two ways, as 02/13/2016 and 13/02/2016"),
+        (["2016-02-29", "1.3.2016"], "in two ways, as 2016-02-29 and 1.3.2016"),
+        ([None], "there is no column BankEntryDate to sort by"),
+    ],
+)
+def test_rows_are_sorted_by_dates_as_they_are_written(dates, order):
+    rows = [booking(BankEntryDate=date) if date is not None else booking() for date in dates]
+    if isinstance(order, str):
+        with pytest.raises(replay.Failed, match=f"{order}.*; replay.py --order file "):
+            replay.by_date(rows)
+    else:
+        assert replay.by_date(rows) == [rows[i] for i in order]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.csv", None, "No such file"),
+        ("folder", ..., "Is a directory"),
+        ("empty.csv", b"", "no CSV file with the column CompanyId"),
+        ("binary.csv", bytes(range(256)) * 10, "no CSV file"),
+        ("other.csv", b"a,b\n1,2\n", "no CSV file with the column CompanyId"),
+        ("no.zip", b"PK nonsense", "no CSV file"),
+        ("corrupt.zip", ..., "no CSV file"),
+        ("nul.csv", b"\0" * 1000, "no CSV file"),
+        (
+            "short.csv",
+            b"CompanyId,BankEntryText,BankEntryAmount,BankEntryDate,AccountNumber\nA,b\n",
+            "line 2: there must be 5 values",
+        ),
+        (
+            "half.csv",
+            b"CompanyId;BankEntryText;BankEntryDate\nA;b;2016-01-01\n",
+            "no CSV file with the column BankEntryAmount, AccountNumber in its first line",
+        ),
+    ],
+)
+@pytest.mark.parametrize("order", ["date", "file"])
+def test_a_file_that_cannot_be_replayed_is_one_sentence(
+    main, tmp_path, name, content, message, order
+):
+    path = tmp_path / name
+    if name == "corrupt.zip":
+        zipped = bytearray(SYNTHETIC.read_bytes())
+        zipped[1000:1100] = bytes(100)
+        path.write_bytes(zipped)
+    elif content is ...:
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    log = tmp_path / "log"
+    status, out, said = main(path, "--serve", f"--log={log}", f"--order={order}")
+    assert (status, out) == (1, "")
+    assert said.startswith("replay: ")
+    assert said.count("\n") == 1
+    assert message in said
+    assert "--resume" not in said
+    assert not log.exists()  # no service was started for it
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--map=text=Payee"], "the column Payee, BankEntryAmount in its first line, which has "),
+        (["--map=text=Payee"], "has CompanyId, Amount, Twice, Twice, AccountNumber, BookedBy; say"),
+        (["--map=text=Amount,amount=Twice"], "has the column Twice more than once: CompanyId, "),
+        (
+            ["--map=text=Amount,amount=Amount"],
+            "line 3: BookedBy must be one of check, person, suggestion; if the column says somethi",
+        ),
+        (["--map=words=Payee"], "words=Payee is not FIELD=COLUMN, with one of company, text, am"),
+        (["--map=company=A", "--company=B"], "give --company, or a company= in --map, not both"),
+        (["--suggest", "--samples=9"], "--samples does not go with --suggest"),
+        (["--suggest", "--book-from=0.9"], "--book-from does not go with --suggest"),
+        (["--samples=0"], "0 is not a whole number of at least 1"),
+        (["--samples=99999999999999999999"], "is not a whole number"),
+        (["--log=log"], "--log goes with --serve"),
+        (["--stay"], "--stay goes with --serve"),
+        (["--resume", "--serve"], "--resume goes with --url, or with --serve and the --log of the"),
+        (["--resume", "--book-from=0.9"], "--resume does not go with --book-from"),
+        (["--book-from=1.1"], "1.1 is not a number from 0 to 1"),
+        (["--book-from=x"], "invalid float value: 'x'"),
+        (["--url=x", "--serve"], "not allowed with argument"),
+    ],
+)
+def test_what_does_not_fit_a_file_or_other_options_is_one_sentence(
+    main, tmp_path, options, message
+):
+    path = tmp_path / "bank.csv"
+    columns = "CompanyId,Amount,Twice,Twice,AccountNumber,BookedBy"
+    path.write_text(f"{columns}\nA,1,2,2,3,person\nA,1,2,2,3,Anna\n")
+    order = [] if "--suggest" in options else ["--order=file"]
+    status, out, said = main(path, *order, *options)
+    assert out == ""
+    assert message in said.splitlines()[-1]
+    assert status == (1 if said.startswith("replay: ") else 2)
+
+
+def test_a_suggestion_needs_a_file_and_a_default_one_must_be_there(main, monkeypatch, tmp_path):
+    assert "--suggest needs a FILE" in main("--suggest")[2]
+    monkeypatch.setattr(replay, "DATA", tmp_path)  # as it is where it is installed
+    status, out, said = main("--serve")
+    assert (status, out) == (1, "")
+    assert re.fullmatch("replay: .* name a CSV file .*bank_expenses_synthetic.csv.zip.*\n", said)
+
+
+def test_help_says_which_columns_a_file_needs(main):
+    status, text, _ = main("--help")
+    assert status == 0
+    for column in (*replay.COLUMNS, "BankEntryDate"):
+        assert column in text
+
+
+# ------------------------------------------------------------------------------------------- Replay
+
+
+def test_the_demo_in_one_command(serve, small, tmp_path):
+    command = (REPLAY, small, "--serve", "--json", "--batch=100", "--samples=1500")
     others = {"BOOKKEEP_HOST": "127.0.0.2", "BOOKKEEP_MAX_BATCH": "1"}  # of another service
-    temporary = os.environ | others | {"TMPDIR": str(tmp_path)}
-    status, out, said = run(*command, "--samples=1500", env=temporary)
+    status, out, said = run(*command, env=os.environ | others | {"TMPDIR": str(tmp_path)})
     assert (status, said) == (0, "")
     report = json.loads(out)
     assert report["samples"] == 1500
     assert report["samples_per_second"] == pytest.approx(1500 / report["seconds"], rel=0.02)
     assert list(report["metrics"]) == ["100", "1000"]
     assert "page" not in report
-    rows = sorted(
-        replay.read_rows(SYNTHETIC), key=lambda row: (row["BankEntryDate"], row["CompanyId"])
-    )
+    rows = rows_by_date()
+    assert rows == sorted(rows, key=lambda row: (row["BankEntryDate"], row["CompanyId"]))
     log = Path(report["log"])
     assert log.is_relative_to(tmp_path)
     assert [record["sample"] for record in read(log)] == rows[:1500]
@@ -81,20 +524,16 @@ def test_the_demo_in_one_command(serve, tmp_path):
     assert prediction["confidence"] == suggested["confidence"]
     assert prediction["reason"]["weight"] == max(why["weight"] for why in suggested["reasons"])
     service.stop()
-    status, out, said = run(*command, "--samples=1500", f"--log={log}", "--resume")
+    status, out, said = run(*command, f"--log={log}", "--resume")
     assert status == 0, said
     assert json.loads(out)["stored_before"] == 1500
     assert len(read(log)) == 1500
 
 
-def test_a_replay_that_stays_serves_its_page_until_it_is_stopped(tmp_path):
-    process = subprocess.Popen(
-        [
-            *(sys.executable, HERE / "replay.py", SYNTHETIC, "--serve", "--stay", "--json"),
-            *("--samples=200", f"--log={tmp_path / 'log.jsonl'}"),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+def test_a_replay_that_stays_serves_its_page_until_it_is_stopped(small, tmp_path):
+    process = starts(
+        *(small, "--serve", "--stay", "--json", "--samples=200"),
+        f"--log={tmp_path / 'log.jsonl'}",
         text=True,
     )
     assert json.loads(process.stdout.readline())["samples"] == 200
@@ -111,7 +550,17 @@ def test_a_replay_that_stays_serves_its_page_until_it_is_stopped(tmp_path):
         urlopen(url)
 
 
-def test_a_report_in_words_and_file_order_and_a_running_service(serve, tmp_path):
+def test_a_replay_that_stays_says_that_its_service_has_ended(small, tmp_path):
+    log = tmp_path / "log.jsonl"
+    process = starts(small, "--serve", "--stay", "--samples=200", f"--log={log}", text=True)
+    assert any("until Ctrl-C" in line for line in iter(process.stderr.readline, ""))
+    [service] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(service), signal.SIGTERM)
+    assert process.wait(30) == 1
+    assert process.stderr.read() == "replay: the service has ended\n"
+
+
+def test_a_report_in_words_and_file_order_and_a_running_service(main, serve, tmp_path):
     rents = [("6300", "Office rent"), ("7140", "Travel")]
     rows = [
         booking("Larch & Finch", f"{name} {i}", "> -1000", account, AccountName=name)
@@ -124,8 +573,7 @@ def test_a_report_in_words_and_file_order_and_a_running_service(serve, tmp_path)
     path = write_csv(tmp_path / "rents.csv", rows)
     service = serve()
     url = f"http://127.0.0.1:{service.port}"
-    command = (HERE / "replay.py", path, "--url", url, "--order=file", "--batch=9")
-    status, out, said = run(*command, "--samples=120")
+    status, out, said = main(path, "--url", url, "--order=file", "--batch=9", "--samples=120")
     assert (status, said) == (0, "")
     *lines, metrics, _, page = out.splitlines()
     assert re.fullmatch(r"120 bookings in [\d.]+ s, [\d,]+ a second", lines[0])
@@ -176,24 +624,25 @@ def test_most_is_booked_unseen_where_nine_of_ten_are_right(accuracies, best):
     assert replay.best_level(levels)["at_least"] == best
 
 
-def test_an_integrator_who_books_unseen_learns_how_good_it_is(tmp_path):
+def test_an_integrator_who_books_unseen_learns_how_good_it_is(main, small, tmp_path):
     log = tmp_path / "log.jsonl"
-    command = (HERE / "replay.py", SYNTHETIC, "--serve", "--log", log, "--batch=200", "--json")
-    status, out, _ = run(*command, "--samples=5000", "--book-from=0.9")
-    assert status == 0
+    command = (small, "--serve", f"--log={log}", "--batch=200", "--samples=3000", "--json")
+    status, out, said = main(*command, "--book-from=0.9")
+    assert status == 0, said
     report = json.loads(out)
+    assert report["resume"] is None  # the suggestions would be others
     found = report["booked_unseen"]
     said, true = found["said"], found["true"]
     lines = read_lines(log)
-    truth = [row["AccountNumber"] for row in rows_by_date(5000)]
+    truth = [row["AccountNumber"] for row in rows_by_date()[:3000]]
     first = next(i for i, line in enumerate(lines) if line["predicted"])
-    assert found["suggestions"] == -(-(5000 - first) // 2)
-    second = range(5000 - found["suggestions"], 5000)
+    assert found["suggestions"] == -(-(3000 - first) // 2)
+    second = range(3000 - found["suggestions"], 3000)
     who = [line["sample"].get("BookedBy") for line in lines]
     assert {*who[:first]} == {None}
-    assert found["checks"] == sum(who[i] == "check" for i in second) > 20
+    assert found["checks"] == sum(who[i] == "check" for i in second) > 10
     unseen = [i for i in second if who[i] == "suggestion"]
-    assert found["unseen"] == len(unseen) > 500
+    assert found["unseen"] == len(unseen) > 300
     for i in second:
         sample, predicted = lines[i]["sample"], lines[i]["predicted"]
         assert sample["AccountNumber"] == (predicted if i in unseen else truth[i])
@@ -214,16 +663,10 @@ def test_an_integrator_who_books_unseen_learns_how_good_it_is(tmp_path):
     assert f"the service says; {100 * true['accuracy']:.1f} %, in truth" in words
 
 
-def test_what_was_booked_unseen_cannot_be_resumed(serve, tmp_path, capsys):
-    for wrong in (["--book-from=0.9", "--resume"], ["--book-from=1.1"], ["--book-from=x"]):
-        with pytest.raises(SystemExit, match="2"):
-            replay.main(wrong)
-    told = capsys.readouterr().err
-    assert "--resume does not go with --book-from" in told
-    assert "1.1 is not a number from 0 to 1" in told
+def test_an_integrator_who_has_nothing_to_go_by_books_as_the_file_says(main, serve, tmp_path):
     path = write_csv(tmp_path / "one.csv", [booking()])
-    command = (HERE / "replay.py", path, "--serve", "--order=file", "--book-from=0", "--json")
-    report = json.loads(run(*command)[1])  # there was nothing to suggest from
+    url = f"--url=http://127.0.0.1:{serve().port}"
+    report = json.loads(main(path, url, "--order=file", "--book-from=0", "--json")[1])
     assert (report["samples"], report["booked_unseen"]) == (1, None)
 
 
@@ -244,78 +687,20 @@ def test_a_report_says_what_is_not_there_yet_and_what_to_try_next():
     assert "--resume" not in words
     interrupted = replay.in_words(report | {"interrupted": True})
     assert interrupted.endswith("Interrupted; the same command goes on with --resume 4 --log x/log")
-    stays = replay.in_words(report | {"page": "http://127.0.0.1:1/"})  # which _stay says then
+    stays = replay.in_words(report | {"page": "http://127.0.0.1:1/"})  # which is said after it
     assert "--stay" not in stays
     assert stays.endswith("All of it is in x/log")
 
 
-def test_all_of_a_small_file_is_sent(serve, tmp_path):
-    small = write_csv(tmp_path / "small.csv", bookings(40))
-    url = f"http://127.0.0.1:{serve().port}"
-    command = (HERE / "replay.py", small, "--url", url, "--samples=all", "--json")
-    status, out, said = run(*command)
+def test_all_of_a_small_file_is_sent(main, serve, tmp_path):
+    path = write_csv(tmp_path / "all.csv", bookings(40))
+    command = (path, f"--url=http://127.0.0.1:{serve().port}", "--samples=all", "--json")
+    status, out, said = main(*command)
     assert (status, out) == (1, "")
     assert re.fullmatch("replay: .* no column BankEntryDate .* --order file .*\n", said)
-    status, out, _ = run(*command, "--order=file")
+    status, out, _ = main(*command, "--order=file")
     report = json.loads(out)
     assert (status, report["samples"], report["prediction"]) == (0, 40, None)
-
-
-BANK_ROWS = [
-    booking("Larch & Finch", "Büro; Miete", "> -1000", "6300"),
-    booking("Smørrebrød", 'the "best", 5\t€', "< 10", "7140"),
-]
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252", "utf-16"])
-@pytest.mark.parametrize("separator", [",", ";", "\t"])
-@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
-def test_files_as_banks_write_them_are_read(tmp_path, encoding, separator, quoting):
-    rows = [{",,,,,,;;;;;;\t\t\t\t\t\t": "x", **row} for row in BANK_ROWS]
-    path = write_csv(tmp_path / "bank.csv", rows, encoding, delimiter=separator, quoting=quoting)
-    assert list(replay.read_rows(path)) == rows
-    with zipfile.ZipFile(tmp_path / "bank.zip", "w") as archive:
-        archive.write(path, "bank.csv")
-    assert list(replay.read_rows(tmp_path / "bank.zip")) == rows
-
-
-@pytest.mark.parametrize(("encoding", "last"), [("utf-8", "€"), ("cp1252", "€"), ("cp1252", "Ã")])
-def test_the_encoding_is_that_of_the_whole_file_which_is_read_in_parts(tmp_path, encoding, last):
-    plain = [booking(text="x" * 1000)] * 8000
-    rows = [*plain, booking(text=last * 2)]
-    if encoding == "utf-8":  # characters on the borders of all parts that one may read
-        rows[1:1] = [booking(text="€" * 10_000)] * 300
-    path = write_csv(tmp_path / "bank.csv", rows, encoding)
-    tracemalloc.start()
-    for row, read_row in zip(rows, replay.read_rows(path), strict=True):
-        assert row == read_row
-    assert tracemalloc.get_traced_memory()[1] < 6_000_000 < path.stat().st_size
-    tracemalloc.stop()
-
-
-def test_a_pipe_is_read(tmp_path):
-    reading, writing = os.pipe()
-    with open(reading), open(writing, "w") as file:
-        file.write("CompanyId;BankEntryText;BankEntryAmount;AccountNumber\nA;Büro;< 10;6300\n")
-        file.close()
-        assert list(replay.read_rows(Path(f"/dev/fd/{reading}"))) == [
-            booking(text="Büro", amount="< 10", account="6300")
-        ]
-
-
-def test_help_says_which_columns_a_file_needs():
-    status, text, _ = run(HERE / "replay.py", "--help")
-    assert status == 0
-    for column in (*replay.COLUMNS, "BankEntryDate"):
-        assert column in text
-
-
-def test_an_installed_client_without_data_says_what_to_do(tmp_path):
-    for name in ("replay.py", "bookkeep.py"):
-        shutil.copy(HERE / name, tmp_path)
-    status, out, said = run(tmp_path / "replay.py", "--serve", cwd=tmp_path)
-    assert (status, out) == (1, "")
-    assert re.fullmatch("replay: .* name a CSV file .*bank_expenses_synthetic.csv.zip.*\n", said)
 
 
 def test_batches_are_of_random_size_and_the_same_for_the_same_seed():
@@ -328,41 +713,26 @@ def test_batches_are_of_random_size_and_the_same_for_the_same_seed():
     assert sizes != [len(batch) for batch in replay.batches(rows, 100, seed=2)]
 
 
-def test_it_waits_for_a_service_that_starts_late(serve):
+def test_it_says_once_and_at_once_that_it_waits_for_a_service_that_starts_late(serve, small):
     port = free_port()
-    late = threading.Timer(0.5, lambda: serve(port=port))
-    late.start()
-    answer = replay.Client(f"http://127.0.0.1:{port}").ask("POST", "/sample", [booking()])
-    late.join()
-    assert answer["received"] == 1
-
-
-def test_it_says_once_and_at_once_that_it_waits(serve):
-    port = free_port()
-    command = [sys.executable, HERE / "replay.py", SYNTHETIC, f"--url=http://127.0.0.1:{port}"]
-    process = subprocess.Popen(
-        [*command, "--samples=200", "--json"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = starts(small, f"--url=http://127.0.0.1:{port}", "--samples=200", "--json", text=True)
     started = time.monotonic()
     said = process.stderr.readline()
     assert time.monotonic() - started < 10
-    assert f"waiting 30 s for the service at http://127.0.0.1:{port} " in said
+    assert f"replay: waiting 30 s for the service at http://127.0.0.1:{port} " in said
     assert "start it with python bookkeep.py" in said
-    time.sleep(0.5)
     serve(port=port)
     out, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (0, "")
     assert json.loads(out)["samples"] == 200
 
 
-def test_a_service_that_does_not_come_is_given_up():
-    client = replay.Client("http://127.0.0.1:9")
-    client.patience = 0.3
-    with pytest.raises(replay.Failed, match="start it with python bookkeep"):
-        client.ask("GET", "/health")
+def test_a_service_that_does_not_start_is_one_sentence(main, small, tmp_path):
+    log = tmp_path / "log"
+    log.write_text("nonsense\n")
+    status, out, said = main(small, "--serve", f"--log={log}")
+    assert (status, out) == (1, "")
+    assert re.fullmatch("replay: the service did not start: bookkeep: .*\n", said)
 
 
 class Stub(BaseHTTPRequestHandler):
@@ -386,219 +756,112 @@ class Stub(BaseHTTPRequestHandler):
 
 
 @pytest.mark.parametrize("status", [None, 503, 507, 200, 400, 401, 413, 415, 422])
-def test_it_says_how_to_resume_only_where_that_can_help(status):
-    options = replay._options([str(SYNTHETIC), "--samples=9"])
-    with HTTPServer(("127.0.0.1", 0), Stub) as server:
-        server.status = status
-        answering = threading.Thread(target=server.serve_forever)
-        answering.start()
-        client = replay.Client(f"http://127.0.0.1:{server.server_port}")
-        client.patience = 0.3
-        with pytest.raises(replay.Failed) as failed:
-            replay.replay(client, options, replay._rows(options))
-        server.shutdown()
-        answering.join()
+def test_it_says_how_to_resume_only_where_that_can_help(main, monkeypatch, small, status):
+    impatient = partial(replay.Client, patience=0.1)
+    monkeypatch.setattr(replay, "Client", impatient)
+    with serving(Stub, status=status) as (_, url):
+        exited, out, said = main(small, f"--url={url}", "--samples=9")
+    assert (exited, out) == (1, "")
     helps = status in (None, 503, 507)
-    assert str(failed.value).endswith("; the same command goes on with --resume 3") == helps
+    assert said.endswith("; the same command goes on with --resume 3\n") == helps
 
 
-def test_the_client_says_what_the_service_says(serve):
+@pytest.mark.parametrize("order", ["date", "file"])
+def test_a_replay_reads_its_file_but_once_so_that_a_pipe_will_do(tmp_path, order):
+    rows = [booking(text=f"rent {i}", BankEntryDate="2016-02-29") for i in range(300)]
+    with open(write_csv(tmp_path / "rents.csv", rows), "rb") as file:
+        piped = subprocess.Popen(["cat"], stdin=file, stdout=subprocess.PIPE)
+        command = (REPLAY, "/dev/stdin", "--serve", f"--order={order}")
+        done = run(*command, "--log", tmp_path / "log.jsonl", stdin=piped.stdout)
+        assert piped.wait() == 0
+    assert done[0] == 0, done
+    assert [record["sample"] for record in scanned(tmp_path / "log.jsonl")] == rows
+
+
+def test_an_interrupted_replay_reports_what_was_sent(tmp_path):
+    log = tmp_path / "log.jsonl"
+    process = starts(
+        *(SYNTHETIC, "--samples=all", "--batch=1", "--serve", f"--log={log}", "--json"),
+        start_new_session=True,
+    )
+    wait_until(lambda: log.exists() and log.stat().st_size > 10_000)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C does
+    out, said = process.communicate(timeout=30)
+    report = json.loads(out)
+    assert (process.returncode, report["interrupted"]) == (130, True)
+    assert b"Traceback" not in said
+    assert "1000" in report["metrics"], said
+    # The service is stopped, and the batch that was under way may be in its log.
+    assert len(read(log)) - report["samples"] in (0, 1)
+
+
+def test_a_replay_to_a_service_that_has_forgotten_all(main, serve, small):
     service = serve()
-    client = replay.Client(f"http://127.0.0.1:{service.port}/")
-    first = client.sample(bookings(400), key="may")
-    assert first == {"received": 400, "total": 400, "first": 0, "last": 399}
-    assert client.sample(bookings(400), key="may") == first
-    assert client.sample(bookings(400, seed=1))["first"] == 400  # each call has a key of its own
-    asked = [replay.without_account(row) for row in bookings(350, seed=2)]  # more than one answer
-    accounts = service.post("/predict", asked)[1]
-    assert client.predict(asked) == accounts
-    assert client.predict(asked[0]) == accounts[0]
-    suggested = client.suggest(asked, top=2, book_from=0.5)
-    assert [each["suggestions"][0]["account"] for each in suggested] == accounts
-    assert suggested[0] == service.post("/suggest?top=2&book_from=0.5", asked[0])[1]
-    assert client.suggest(asked[0], top=2, book_from=0.5) == suggested[0]
-    assert (client.predict([]), client.suggest([])) == ([], [])
-    assert client.metrics(100) == service.get("/metrics/100")[1]
-    assert client.report(100) == service.get("/report/100")[1]
-    one = client.report(100, company="company1", book_from=0.7)
-    assert one == service.get("/report/100?company=company1&book_from=0.7")[1]
-    assert client.correct(3, "77") | {"before": ""} == {
-        "seq": 3,
-        "AccountNumber": "77",
-        "before": "",
-    }
-    odd = "Smørrebrød & Sons/../#1?"
-    client.sample([booking(company=odd)])
-    assert client.forget(odd) == 1
-    assert client.health()["samples"] == service.samples() == 800
+    service.post("/sample", [booking()] * 200)
+    service.delete("/company/A")
+    url = f"--url=http://127.0.0.1:{service.port}"
+    status, out, said = main(small, url, "--samples=150", "--json")
+    assert (status, said) == (0, "")
+    report = json.loads(out)
+    assert (report["samples"], report["resume"]) == (150, 200)
 
 
-def test_an_error_has_the_status_and_the_sentence_of_the_service(serve, monkeypatch):
-    monkeypatch.setenv("BOOKKEEP_TOKEN", "s3cret")
-    url = f"http://127.0.0.1:{serve().port}"
-    client = replay.Client(url, "s3cret", patience=0)
-    unbooked = replay.without_account(booking())
-    for asked, status, sentence in (
-        (lambda: client.sample([unbooked]), 400, "sample 0: AccountNumber is missing"),
-        (lambda: client.predict(unbooked), 503, "there is no model yet"),
-        (lambda: client.forget("nobody"), 404, "there is no booking of this company"),
-        (lambda: replay.Client(url).metrics(), 401, "send the token, with the header"),
-        (lambda: replay.Client(f"{url}/x", "s3cret").metrics(), 404, "there is nothing here"),
-        (lambda: client.sample([], key="Büro"), None, "a key must be printable ASCII"),
-        (lambda: replay.Client(url, "two\nlines"), None, "a token must be printable ASCII"),
-    ):
-        with pytest.raises(replay.ServiceError) as raised:
-            asked()
-        assert raised.value.status == status
-        assert sentence in raised.value.sentence
-        assert raised.value.sentence in str(raised.value)
+def cut_off(service, log):
+    """Kills the service, and cuts off the last batch, as if it had been killed while it came."""
+    service.stop(signal.SIGKILL)
+    log.write_bytes(log.read_bytes()[:-1])
 
 
-class Script(BaseHTTPRequestHandler):
-    """Answers its server's `answers` in turn: a status with a Retry-After, or None for a loss."""
-
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
-    def do_POST(self):
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.server.asked.append(self.headers["Idempotency-Key"])
-        answer = self.server.answers.pop(0)
-        if answer is None:
-            self.close_connection = True
-            return
-        status, after, body = answer
-        self.send_response(status)
-        if after:
-            self.send_header("Retry-After", after)
-        self.send_header("Content-Length", len(body))
-        self.end_headers()
-        self.wfile.write(body)
-
-    do_DELETE = do_POST
-
-
-OK = (200, None, b'{"forgotten": 1}')
-
-
-NOT_YET = (503, None, b'{"error": "there is no model yet"}')
-
-
-@pytest.mark.parametrize(
-    ("answers", "call", "times", "status"),
-    [
-        ([None, OK], "sample", 2, 200),
-        ([None, OK], "forget", 1, None),  # it may have been done, and who sent more would go, too
-        ([(503, "0", b'{"error": "busy"}'), OK], "forget", 2, 200),
-        ([(503, "1", b'{"error": "busy"}'), OK], "sample", 2, 200),
-        ([(503, "99", b'{"error": "busy"}'), OK], "sample", 1, 503),  # that would be too long
-        ([NOT_YET, OK], "sample", 1, 503),
-        ([(502, None, b"<html>"), (503, None, b"<html>"), OK], "sample", 3, 200),
-        ([(502, None, b"<html>"), OK], "forget", 1, 502),
-        ([(507, None, b'{"error": "full"}'), OK], "sample", 1, 507),
-        ([(422, None, b'{"error": "other"}'), OK], "sample", 1, 422),
-    ],
-)
-def test_what_can_help_and_do_no_harm_is_sent_again(answers, call, times, status):
-    with HTTPServer(("127.0.0.1", 0), Script) as server:
-        server.answers, server.asked = list(answers), []
-        answering = threading.Thread(target=server.serve_forever)
-        answering.start()
-        client = replay.Client(f"http://127.0.0.1:{server.server_port}", patience=5)
-        started = time.monotonic()
-        with pytest.raises(replay.ServiceError) if status != 200 else nullcontext() as raised:
-            client.sample([]) if call == "sample" else client.forget("A")
-        waited = time.monotonic() - started
-        client.close()
-        server.shutdown()
-        answering.join()
-    if raised:
-        assert (raised.value.status, raised.value.temporary) == (status, status != 422)
-    assert len(server.asked) == times
-    assert len(set(server.asked)) == 1
-    if call == "sample":
-        assert server.asked[0]
-    after = sum(int(answer[1] or 0) for answer in answers[: times - 1] if answer)
-    assert after <= waited < after + 2
-
-
-def test_a_client_that_was_idle_over_a_restart_does_not_mistake_it_for_a_lost_answer(serve):
+def test_a_resumed_replay_stores_each_booking_once(main, serve, small, tmp_path):
     service = serve()
-    client = replay.Client(f"http://127.0.0.1:{service.port}")
-    client.sample([booking()])
-    service.stop()
-    serve(port=service.port)
-    assert client.forget("A") == 1
+    service.post("/sample", [booking()] * 7)
+    command = (small, f"--url=http://127.0.0.1:{service.port}", "--json", "--batch=50")
+    first = json.loads(main(*command, "--samples=400")[1])
+    assert (first["resume"], first["stored_before"]) == (7, 0)
+    log = tmp_path / "log.jsonl"
+    cut_off(service, log)
+    whole = len(scanned(log)) - 7
+    assert whole < 400
+    service = serve(port=service.port)
+    status, out, said = main(*command, "--samples=900", "--resume=7")
+    assert status == 0, said
+    second = json.loads(out)
+    assert (second["samples"], second["stored_before"]) == (900, whole)
+    assert [record["sample"] for record in scanned(log)[7:]] == rows_by_date()[:900]
+    third = json.loads(main(*command, "--samples=900")[1])
+    assert (third["resume"], third["stored_before"]) == (907, 0)
+    assert service.samples() == 1807
 
 
-def test_threads_may_share_a_client(serve):
+def test_a_resumed_replay_sends_all_though_others_have_booked(main, serve, small, tmp_path):
     service = serve()
-    client = replay.Client(f"http://127.0.0.1:{service.port}")
-    client.sample([booking(text=f"shop{i}", account=f"{i}") for i in range(8)])
-    wrong = []
-
-    def work(i):
-        for _ in range(30):
-            stored = client.sample([booking(text=f"shop{i}", account=f"{i}")])
-            answer = client.predict(replay.without_account(booking(text=f"shop{i}")))
-            if (stored["received"], answer) != (1, f"{i}"):
-                wrong.append((i, stored, answer))
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-    assert service.samples() == 8 + 8 * 30
+    command = (small, f"--url=http://127.0.0.1:{service.port}", "--batch=50", "--samples=400")
+    main(*command)
+    cut_off(service, tmp_path / "log.jsonl")
+    service = serve(port=service.port)
+    service.post("/sample", [booking()] * 500)
+    assert main(*command, "--resume=0")[0] == 0
+    stored = [record["sample"] for record in scanned(tmp_path / "log.jsonl")]
+    assert stored.count(booking()) == 500
+    assert [sample for sample in stored if sample != booking()] == rows_by_date()[:400]
 
 
-def test_the_client_is_one_file_that_needs_nothing_but_python(service, tmp_path):
-    shutil.copy(HERE / "replay.py", tmp_path)
-    code = f"import replay; print(replay.Client('http://127.0.0.1:{service.port}').predict([]))"
-    assert run("-S", "-c", code, cwd=tmp_path) == (0, "[]\n", "")
+def test_a_replay_outlives_a_restart_of_the_service(serve, small, tmp_path):
+    service = serve()
+    url = f"--url=http://127.0.0.1:{service.port}"
+    process = starts(small, "--batch=5", "--samples=800", "--json", url)
+    log = tmp_path / "log.jsonl"
+    for size in (30_000, 120_000):
+        wait_until(lambda size=size: log.stat().st_size > size)
+        service.stop(signal.SIGKILL)
+        service = serve(port=service.port)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert json.loads(out)["samples"] == 800
+    assert [record["sample"] for record in scanned(log)] == rows_by_date()[:800]
 
 
-AMOUNTS = [
-    (["> -1000", "< 10", "big negative"], None),  # the buckets
-    (["-9875.50", "12", "0.5"], None),
-    (["1,200.00", "-12.5", "1,234,567.00"], ["1200.00", "-12.5", "1234567.00"]),
-    (["1.200,00", "-12,5", "1.234.567"], ["1200.00", "-12.5", "1234567"]),
-    (["1 200,00", "1\u202f200", "−7"], ["1200.00", "1200", "-7"]),
-    (["CHF 1'200.50", "Fr. 3.20", "1’000.-"], ["1200.50", "3.20", "1’000.-"]),
-    (["(12.50)", "$1,200.00", "-$3.00", "US$ 5"], ["-12.50", "1200.00", "-3.00", "5"]),
-    (["€ 12.50", "12.50 EUR", "£.50", "+1"], ["12.50", "12.50", "0.50", "1"]),
-    (["12,50-", "kr 1.200,00", "3,00 kr."], ["-12.50", "1200.00", "3.00"]),
-    (["1.200", "12,50"], ["1200", "12.50"]),  # what the first is, the second shows
-    (["1,200", "12.50", "n/a", "31.12.2024"], ["1200", "12.50", "n/a", "31.12.2024"]),
-    (["1,00,000.00", "0.125", "1234.567"], ["100000.00", "0.125", "1234.567"]),
-    (["1.200", "3"], ["1200", "3"]),
-]
-
-
-@pytest.mark.parametrize(("written", "read"), AMOUNTS, ids=str)
-def test_amounts_become_plain_numbers_by_what_all_of_the_column_shows(tmp_path, written, read):
-    path = write_csv(tmp_path / "bank.csv", [booking(amount=amount) for amount in written])
-    assert [row["BankEntryAmount"] for row in replay.read_rows(path)] == (read or written)
-
-
-def test_it_says_what_it_assumed_of_amounts_or_that_it_cannot_tell(tmp_path, caplog):
-    def read(*amounts):
-        caplog.clear()
-        replay.logger.propagate = True
-        path = write_csv(tmp_path / "bank.csv", [booking(amount=amount) for amount in amounts])
-        assert len(list(replay.read_rows(path))) == len(amounts)
-        return caplog.text
-
-    assert "amounts such as 1.200 in line 3 are taken for thousands" in read("3", "1.200")
-    assert "amounts such as n/a in line 2 are no numbers" in read("n/a", "1.20")
-    assert read("1.20", "1,200.00") == read("< 10", "> -10") == ""
-    for one, other in (("1.20", "1,20"), ("1.200", "1,200"), ("1.200,00", "1,200.00")):
-        with pytest.raises(replay.Failed, match=f"in two ways: {one} in line 2 and {other} in lin"):
-            read(one, other)
-
+# ------------------------------------------------------------------------- Files of one's own
 
 GERMAN = (
     "Buchungstag;Zweck;Empfänger;Betrag;Konto;AccountNumber;Ledger\r\n"
@@ -608,8 +871,6 @@ GERMAN = (
     "31.12.2023;;Bäcker;12,00- €;4650;DE12 3456;A\r\n"
     "03.02.2024;;;-1,00 €;4650;DE12 3456;A\r\n"
 )
-
-
 MAPPED = "--map=text=Empfänger+Zweck,amount=Betrag,account=Konto,date=Buchungstag"
 
 
@@ -621,8 +882,7 @@ def test_an_export_of_your_own_bank_is_sent_by_date(tmp_path):
         ("A", [f"{MAPPED},company=Ledger"]),
         ("B", [MAPPED, "--company=B", "--resume=0"]),  # other bookings, under keys of their own
     ):
-        command = (HERE / "replay.py", path, "--serve", f"--log={log}", "--json", *options)
-        status, _, said = run(*command)
+        status, _, said = run(REPLAY, path, "--serve", f"--log={log}", "--json", *options)
         assert status == 0, said
         why = "company, text, amount or account is empty or too long: 1 of 4, the first in line 6"
         assert said == f"replay: {path}: rows left out, as {why}\n"
@@ -637,54 +897,9 @@ def test_an_export_of_your_own_bank_is_sent_by_date(tmp_path):
         assert "Konto" not in sent[0]
 
 
-@pytest.mark.parametrize(
-    ("dates", "order"),
-    [
-        (["2016-02-29", "2015-12-01T10:00", ""], [2, 1, 0]),
-        (["29.02.2016", "1.3.2016", "02.01.2017"], [0, 1, 2]),
-        (["2/29/2016", "12/1/2015", "1/3/2016"], [1, 2, 0]),
-        (["29/02/16", "01/03/16", "02/01/17", ""], [3, 0, 1, 2]),
-        (["16-02-29", "15-12-01"], [1, 0]),
-        (["01/02/2016", "03/04/2016"], "what is the day in 01/02/2016 is not clear"),
-        (["13/02/2016", "02/13/2016"], "in two ways, as 02/13/2016 and 13/02/2016"),
-        (["2016-02-29", "1.3.2016"], "in two ways, as 2016-02-29 and 1.3.2016"),
-    ],
-)
-def test_rows_are_sorted_by_dates_as_they_are_written(dates, order):
-    rows = [booking(BankEntryDate=date) for date in dates]
-    if isinstance(order, str):
-        with pytest.raises(replay.Failed, match=f"{order}; replay.py --order file "):
-            replay.by_date(rows)
-    else:
-        assert replay.by_date(rows) == [rows[i] for i in order]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--map=text=Payee"], "the column Payee, BankEntryAmount in its first line, which has "),
-        (["--map=text=Amount,amount=Twice"], "has the column Twice more than once: CompanyId, "),
-        (["--map=words=Payee"], "words=Payee is not FIELD=COLUMN, with one of company, text, am"),
-        (["--map=company=A", "--company=B"], "give --company, or a company= in --map, not both"),
-        (["--suggest", "--samples=9"], "--samples does not go with --suggest"),
-        (["--suggest", "--book-from=0.9"], "--book-from does not go with --suggest"),
-        (
-            ["--map=text=Amount,amount=Amount"],
-            "line 3: BookedBy must be one of check, person, suggestion; if the column says somethi",
-        ),
-    ],
-)
-def test_what_does_not_fit_a_file_is_one_sentence(tmp_path, options, message):
-    path = tmp_path / "bank.csv"
-    columns = "CompanyId,Amount,Twice,Twice,AccountNumber,BookedBy"
-    path.write_text(f"{columns}\nA,1,2,2,3,person\nA,1,2,2,3,Anna\n")
-    order = [] if "--suggest" in options else ["--order=file"]
-    status, out, said = run(HERE / "replay.py", path, *order, *options)
-    assert out == ""
-    assert message in said.splitlines()[-1]
-    assert status == (1 if said.startswith("replay: ") else 2)
-    if "--map=text=Payee" in options:
-        assert "CompanyId, Amount, Twice, Twice, AccountNumber, BookedBy; say with --map" in said
+def test_the_company_of_all_rows_stands_above_a_column(tmp_path):
+    path = write_csv(tmp_path / "bank.csv", [booking("A"), booking("")])
+    assert [row["CompanyId"] for row in replay.read_rows(path, company="B")] == ["B", "B"]
 
 
 def test_a_file_is_written_with_what_is_suggested_and_nothing_is_learned(serve, tmp_path):
@@ -695,11 +910,9 @@ def test_a_file_is_written_with_what_is_suggested_and_nothing_is_learned(serve, 
     path.write_text(export, encoding="cp1252", newline="")
     before = service.get("/health")[1]["lines"]
     url = f"--url=http://127.0.0.1:{service.port}"
-    command = [sys.executable, HERE / "replay.py", path, "--suggest", url]
-    done = subprocess.run([*command, f"{MAPPED},company=Ledger"], capture_output=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+    out, said = starts(path, "--suggest", url, f"{MAPPED},company=Ledger").communicate(timeout=60)
     why = "company, text or amount is empty or too long: 1 of 4, the first in line 6"
-    assert done.stderr.decode() == f"replay: {path}: rows without a suggestion, as {why}\n"
+    assert said.decode() == f"replay: {path}: rows without a suggestion, as {why}\n"
     rows = export.split("\r\n")
     asked = [
         booking("A", "Müller; Söhne Miete", "-1200.50"),
@@ -708,7 +921,7 @@ def test_a_file_is_written_with_what_is_suggested_and_nothing_is_learned(serve, 
     ]
     sure = [each["suggestions"][0]["confidence"] for each in service.post("/suggest", asked)[1]]
     account = '"47""11;x"'
-    assert done.stdout.decode().split("\r\n") == [
+    assert out.decode().split("\r\n") == [
         f"{rows[0]};account;confidence",
         f"{rows[1]};{account};{sure[0]}",
         f"{rows[2]};{account};{sure[1]}",
@@ -720,32 +933,34 @@ def test_a_file_is_written_with_what_is_suggested_and_nothing_is_learned(serve, 
     assert service.get("/health")[1]["lines"] == before
 
 
+def test_what_is_suggested_needs_a_model_but_no_rows(main, serve, tmp_path):
+    url = f"--url=http://127.0.0.1:{serve().port}"
+    path = write_csv(tmp_path / "new.csv", [replay.without_account(booking())])
+    status, out, said = main(path, "--suggest", url)
+    assert (status, out, "there is no model yet" in said) == (1, "", True)
+    header = path.read_text().partition("\n")[0]
+    path.write_text(f"{header}\n")
+    assert main(path, "--suggest", url) == (0, f"{header},account,confidence\n", "")
+
+
 @pytest.mark.parametrize(
     ("account", "written"), [("=1+2", "'=1+2"), ("-6300", "-6300"), ("@x", "'@x"), ("6300", "6300")]
 )
-def test_a_spreadsheet_does_not_run_an_account(serve, tmp_path, account, written):
+def test_a_spreadsheet_does_not_run_an_account(main, serve, tmp_path, account, written):
     service = serve()
     service.post("/sample", [booking(account=account)] * 2)
     path = write_csv(tmp_path / "new.csv", [booking()])
-    url = f"--url=http://127.0.0.1:{service.port}"
-    command = [sys.executable, HERE / "replay.py", path, "--suggest", url]
-    done = subprocess.run(command, capture_output=True, timeout=60, check=True)
-    assert [row["account"] for row in csv.DictReader(done.stdout.decode().splitlines())] == [
-        written
-    ]
+    out = main(path, "--suggest", f"--url=http://127.0.0.1:{service.port}")[1]
+    assert [row["account"] for row in csv.DictReader(out.splitlines())] == [written]
 
 
 def test_a_file_of_quoted_values_gets_quoted_ones(service, tmp_path):
     rows = [booking(company=f"{i}", text='two\r\nlines, "quoted"') for i in range(2500)]
     path = write_csv(tmp_path / "new.csv", rows, "utf-16", quoting=csv.QUOTE_ALL, delimiter="\t")
     url = f"--url=http://127.0.0.1:{service.port}"
-    done = subprocess.run(
-        [sys.executable, HERE / "replay.py", path, "--suggest", url],
-        capture_output=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    written = done.stdout.decode()
+    out, said = starts(path, "--suggest", url).communicate(timeout=60)
+    assert said == b""
+    written = out.decode()
     old = path.read_bytes().decode("utf-16").split("\r\n")
     for new, line in zip(written.split("\r\n"), old, strict=True):
         assert new.startswith(line)
@@ -758,9 +973,8 @@ def test_a_file_of_quoted_values_gets_quoted_ones(service, tmp_path):
 def test_who_has_seen_enough_ends_a_suggestion_quietly(service, tmp_path):
     path = write_csv(tmp_path / "new.csv", [booking(text=f"rent {i}") for i in range(20_000)])
     url = f"--url=http://127.0.0.1:{service.port}"
-    command = [sys.executable, HERE / "replay.py", path, "--suggest", url]
     for end, status in (("pipe", 141), ("interrupt", 130)):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = starts(path, "--suggest", url)
         assert process.stdout.readline().endswith(b"account,confidence\r\n")
         if end == "pipe":
             process.stdout.close()
@@ -777,7 +991,7 @@ def test_the_recipes_do_what_they_say(serve, tmp_path):
     text = (HERE / "docs" / "recipes.md").read_text().replace("8080", f"{service.port}")
     programs = re.findall("```python\n(.*?)```", text, re.DOTALL)
     [commands] = re.findall("```sh\n(.*?)```", text, re.DOTALL)
-    shutil.copy(HERE / "replay.py", tmp_path)
+    shutil.copy(REPLAY, tmp_path)
     shutil.copy(SERVICE, tmp_path)
 
     def runs(program, *files):
@@ -814,183 +1028,3 @@ def test_the_recipes_do_what_they_say(serve, tmp_path):
     with open(tmp_path / "SUGGESTED.csv", encoding="utf-8") as file:
         suggested = list(csv.DictReader(file, delimiter=";"))
     assert [row["account"] for row in suggested[:300]] == [account for _, account in shops[:300]]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("none.csv", None, "No such file"),
-        ("folder", ..., "Is a directory"),
-        ("empty.csv", b"", "no CSV file with the column CompanyId"),
-        ("binary.csv", bytes(range(256)) * 10, "no CSV file"),
-        ("other.csv", b"a,b\n1,2\n", "no CSV file with the column CompanyId"),
-        ("no.zip", b"PK nonsense", "no CSV file"),
-        ("corrupt.zip", ..., "no CSV file"),
-        ("nul.csv", b"\0" * 1000, "no CSV file"),
-        (
-            "short.csv",
-            b"CompanyId,BankEntryText,BankEntryAmount,BankEntryDate,AccountNumber\nA,b\n",
-            "line 2: there must be 5 values",
-        ),
-        (
-            "half.csv",
-            b"CompanyId;BankEntryText;BankEntryDate\nA;b;2016-01-01\n",
-            "no CSV file with the column BankEntryAmount, AccountNumber in its first line",
-        ),
-    ],
-)
-def test_a_file_that_cannot_be_replayed_is_one_sentence(tmp_path, name, content, message):
-    path = tmp_path / name
-    if name == "corrupt.zip":
-        zipped = bytearray(SYNTHETIC.read_bytes())
-        zipped[1000:1100] = bytes(100)
-        path.write_bytes(zipped)
-    elif content is ...:
-        path.mkdir()
-    elif content is not None:
-        path.write_bytes(content)
-    status, out, said = run(HERE / "replay.py", path, "--serve", "--log", tmp_path / "log")
-    assert (status, out) == (1, "")
-    assert said.startswith("replay: ")
-    assert said.count("\n") == 1
-    assert message in said
-    assert "--resume" not in said
-    assert not (tmp_path / "log").exists()  # no service was started for it
-
-
-@pytest.mark.parametrize("order", ["date", "file"])
-def test_a_replay_reads_its_file_but_once_so_that_a_pipe_will_do(tmp_path, order):
-    rows = [booking(text=f"rent {i}", BankEntryDate="2016-02-29") for i in range(300)]
-    with open(write_csv(tmp_path / "rents.csv", rows), "rb") as file:
-        piped = subprocess.Popen(["cat"], stdin=file, stdout=subprocess.PIPE)
-        command = (HERE / "replay.py", "/dev/stdin", "--serve", f"--order={order}")
-        done = run(*command, "--log", tmp_path / "log.jsonl", stdin=piped.stdout)
-        assert piped.wait() == 0
-    assert done[0] == 0, done
-    assert [record["sample"] for record in scanned(tmp_path / "log.jsonl")] == rows
-
-
-def test_other_mistakes_are_one_sentence_too(serve, tmp_path):
-    log = tmp_path / "log"
-    log.write_text("nonsense\n")
-    for options, status, message in (
-        (["--serve", "--log", log], 1, "the service did not start: bookkeep: "),
-        (["--url", "ftp://x"], 1, "not the URL of a service"),
-        (["--url", "http://127.0.0.1:x"], 1, "not the URL of a service"),
-        (["--url", "http://"], 1, "not the URL of a service"),
-        (["--url", "http://a b"], 1, "not the URL of a service"),
-        (["--samples", "0"], 2, "0 is not a whole number"),
-        (["--samples", "9" * 20], 2, "is not a whole number"),
-        (["--log", log], 2, "--log goes with --serve"),
-        (["--stay"], 2, "--stay goes with --serve"),
-    ):
-        exited, out, said = run(HERE / "replay.py", SYNTHETIC, *options)
-        assert (exited, out) == (status, "")
-        assert message in said
-        assert "Traceback" not in said
-
-
-def test_an_interrupted_replay_reports_what_was_sent(tmp_path):
-    log = tmp_path / "log.jsonl"
-    process = subprocess.Popen(
-        [
-            *(sys.executable, HERE / "replay.py", SYNTHETIC, "--samples=all", "--batch=1"),
-            *("--serve", f"--log={log}", "--json"),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    wait_until(lambda: log.exists() and log.stat().st_size > 10_000)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C does
-    out, said = process.communicate(timeout=30)
-    report = json.loads(out)
-    assert (process.returncode, report["interrupted"]) == (130, True)
-    assert b"Traceback" not in said
-    assert "1000" in report["metrics"], said
-    # The service is stopped, and the batch that was under way may be in its log.
-    assert len(read(log)) - report["samples"] in (0, 1)
-
-
-@pytest.mark.parametrize("module", ["argparse", "csv", "zipfile"])
-def test_ctrl_c_while_a_replay_is_imported_is_quiet(tmp_path, module):
-    command = (HERE / "replay.py", "--url=http://127.0.0.1:9")
-    assert interrupted_at(module, tmp_path, *command) == (130, "", "")
-
-
-def test_a_replay_to_a_service_that_has_forgotten_all(serve):
-    service = serve()
-    service.post("/sample", [booking()] * 200)
-    service.delete("/company/A")
-    url = f"http://127.0.0.1:{service.port}"
-    status, out, said = run(HERE / "replay.py", SYNTHETIC, "--url", url, "--samples=150", "--json")
-    assert (status, said) == (0, "")
-    assert json.loads(out)["samples"] == 150
-    [resumed] = [json.loads(out)["resume"]]
-    assert resumed == 200
-
-
-def test_a_resumed_replay_stores_each_booking_once(serve, tmp_path):
-    service = serve()
-    service.post("/sample", [booking()] * 7)
-    command = (HERE / "replay.py", SYNTHETIC, "--url", f"http://127.0.0.1:{service.port}", "--json")
-    first = json.loads(run(*command, "--batch=50", "--samples=400")[1])
-    assert (first["resume"], first["stored_before"]) == (7, 0)
-    # The run was to send more, and its last batch is as if it had been cut off.
-    service.stop(signal.SIGKILL)
-    log = tmp_path / "log.jsonl"
-    log.write_bytes(log.read_bytes()[:-1])
-    whole = len(scanned(log)) - 7
-    assert whole < 400
-    service = serve(port=service.port)
-    status, out, said = run(*command, "--batch=50", "--samples=900", "--resume=7")
-    assert status == 0, said
-    second = json.loads(out)
-    assert (second["samples"], second["stored_before"]) == (900, whole)
-    rows = rows_by_date(900)
-    assert [record["sample"] for record in scanned(log)[7:]] == rows
-    third = json.loads(run(*command, "--batch=50", "--samples=900")[1])
-    assert (third["resume"], third["stored_before"]) == (907, 0)
-    assert service.samples() == 1807
-
-
-@pytest.mark.parametrize("others", [1, 500])
-def test_a_resumed_replay_sends_all_though_others_have_booked(serve, tmp_path, others):
-    service = serve()
-    command = (HERE / "replay.py", SYNTHETIC, "--url", f"http://127.0.0.1:{service.port}", "--json")
-    run(*command, "--batch=50", "--samples=400")
-    service.stop(signal.SIGKILL)
-    log = tmp_path / "log.jsonl"
-    log.write_bytes(log.read_bytes()[:-1])
-    service = serve(port=service.port)
-    service.post("/sample", [booking()] * others)
-    assert run(*command, "--batch=50", "--samples=400", "--resume=0")[0] == 0
-    stored = [record["sample"] for record in scanned(log)]
-    rows = rows_by_date(400)
-    assert stored.count(booking()) == others
-    assert [sample for sample in stored if sample != booking()] == rows
-
-
-def test_a_replay_outlives_a_restart_of_the_service(serve, tmp_path):
-    service = serve()
-    command = [
-        sys.executable,
-        HERE / "replay.py",
-        SYNTHETIC,
-        "--batch=5",
-        "--samples=2000",
-        "--json",
-    ]
-    process = subprocess.Popen(
-        [*command, "--url", f"http://127.0.0.1:{service.port}"], stdout=subprocess.PIPE
-    )
-    log = tmp_path / "log.jsonl"
-    for size in (50_000, 300_000):
-        wait_until(lambda size=size: log.stat().st_size > size)
-        service.stop(signal.SIGKILL)
-        service = serve(port=service.port)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert json.loads(out)["samples"] == 2000
-    rows = rows_by_date(2000)
-    assert [record["sample"] for record in scanned(log)] == rows
