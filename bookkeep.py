@@ -36,6 +36,7 @@ import re
 import resource
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
@@ -47,7 +48,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from hashlib import blake2b
 from importlib import import_module
 from itertools import chain, count, islice, pairwise, repeat
@@ -1705,6 +1706,8 @@ class Log:
             with suppress(FileExistsError):  # if it is a file, opening says so better
                 folders[0].mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            if not stat.S_ISREG(os.fstat(self._file).st_mode):
+                raise LogError(f"{path} is no regular file")
             for folder in folders[: 1 + new]:  # so that new names are on disk, too
                 fsync_folder(folder)
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2830,13 +2833,11 @@ class Bookkeeper:
             raise NotStored(f"the log could not be read ({error}); try later") from None
         if records is None:
             return None
-        # What was forgotten since is taken to have been the same, and is not booked again.
-        if len(records) == len(samples) and all(
-            record.get("sample", sample) == sample
-            for record, sample in zip(records, samples, strict=True)
-        ):
-            return range(records[0]["seq"], records[-1]["seq"] + 1)
-        raise Conflict("this Idempotency-Key was used for other bookings; take a new one")
+        if not all("sample" in record for record in records):
+            raise Conflict("these were forgotten; take a new Idempotency-Key to book them again")
+        if [record["sample"] for record in records] != samples:
+            raise Conflict("this Idempotency-Key was used for other bookings; take a new one")
+        return range(records[0]["seq"], records[-1]["seq"] + 1)
 
     def close(self) -> None:
         """Books what is waiting, nothing more, and closes the log."""
@@ -3523,6 +3524,7 @@ def starting_app(log: Log) -> Bottle:
     return app
 
 
+@cache
 def described_path(route: Route) -> str:
     """A route's path as the API's description has it."""
     return re.sub("<(.*?)(:.*?)?>", r"{\1}", route.rule)
@@ -3633,6 +3635,8 @@ class Request(HTTPRequestParser):
             raise ParsingError(str(error)) from None
         if self.chunked and "CONTENT_LENGTH" in self.headers:  # a proxy may believe the other one
             raise ParsingError("send Content-Length or Transfer-Encoding, not both")
+        if header_plus.lower().count(b"\nidempotency-key:") > 1:
+            raise ParsingError("send one Idempotency-Key")
         is_long = self.chunked or self.content_length > STRANGERS
         if is_long and not self._welcomes(self.headers.get("AUTHORIZATION", "")):
             self.body_rcv, self.content_length, self.expect_continue = None, 0, False
@@ -3676,13 +3680,22 @@ class Server:
             asyncore_use_poll=True,
             # The app refuses long bodies, in JSON; waitress what is not worth receiving.
             max_request_body_size=2 * max_body + (1 << 20),
+            max_request_header_size=1 << 14,
         )
 
         class Channel(HTTPChannel):
             def parser_class(self, adj: Adjustments) -> Request:
                 return Request(adj, welcomes)
 
+            def service(self) -> None:
+                with self.requests_lock:
+                    # Before a further answer, the thread would wait until this one is read.
+                    if len(self.requests) > 1:
+                        self.requests[0].headers["CONNECTION"] = "close"
+                super().service()
+
         self._server.channel_class = Channel
+        self._server.pull_trigger = self._wake
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # waiting for a thread is fine
 
     def call(self, app: Bottle) -> None:
@@ -3711,8 +3724,6 @@ class Server:
             and 0 < request.content_length <= 1 << 10
             and request.body_rcv.getbuf().get().lstrip().startswith(b"{")
             and AT_LEAST.upper().replace("-", "_") not in request.headers  # it may have to wait
-            # Before a further request, it might wait for what only this thread can send.
-            and len(channel.requests) == 1
             and threading.get_ident() == self._receiver
         )
 
@@ -3723,7 +3734,7 @@ class Server:
         """
         on_signals(self._stop)
         if until:
-            until.add_done_callback(lambda _: self._server.pull_trigger())
+            until.add_done_callback(lambda _: self._wake())
         while not self._stopping.is_set():
             if until and until.done():
                 return False
@@ -3748,7 +3759,12 @@ class Server:
     def _stop(self, number: int, _: object) -> None:
         logger.info("stopping on %s", signal.Signals(number).name)
         self._stopping.set()  # also if it comes before it answers for the next app
-        self._server.pull_trigger()
+        self._server.trigger.pull_trigger()
+
+    def _wake(self) -> None:
+        """Has the receiving thread look again, unless it asks for it itself: it will."""
+        if threading.get_ident() != self._receiver:
+            self._server.trigger.pull_trigger()
 
     def _turn(self, seconds: float) -> None:
         """Waits so long for what comes, unless there are short questions, and answers some."""
@@ -3782,6 +3798,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         named = isinstance(error, OSError) and error.filename
         reason = f"{error.filename}: {error.strerror}" if named else error
         print(f"bookkeep: {reason}", file=sys.stderr)
+        return 1
+    except MemoryError:
+        print("bookkeep: there is not enough memory for this log", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         logger.info("stopped before it was done")

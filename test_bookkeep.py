@@ -3085,11 +3085,8 @@ class Described:
         first, answer = self.keys.get(key, (None, None))
         if answer:
             lines = self.lines[first : first + len(samples)]
-            same = len(samples) == answer["received"] and all(
-                line.get("sample", sample) == sample
-                for line, sample in zip(lines, samples, strict=True)
-            )
-            return (200, answer) if same else (422, None)
+            same = [line.get("sample") for line in lines] == samples  # and none was forgotten
+            return (200, answer) if same and len(samples) == answer["received"] else (422, None)
         first = len(self.lines)
         total = first + len(samples)
         for seq, sample in enumerate(samples, first):
@@ -3883,6 +3880,42 @@ def test_a_signal_that_is_ignored_when_it_starts_does_not_stop_it(serve, number)
     assert number.name not in service.said()
 
 
+def test_those_who_ask_for_more_at_once_than_they_read_keep_no_thread(serve):
+    """Before a second answer, a thread would wait until the long first one is read."""
+    service = serve("--threads=4")
+    for _ in range(4):
+        service.post("/sample", [booking(Note="x" * 9900)] * 1000)
+    asking = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(8)]
+    for connection in asking:
+        connection.sendall(request("/samples", method="GET") + request("/health", method="GET"))
+    wait_until(lambda: select.select(asking, [], [], 0)[0] == asking)
+    for _ in range(8):
+        assert service.get("/health")[0] == 200
+    for connection in asking:
+        connection.close()
+
+
+def test_a_key_whose_bookings_were_forgotten_is_no_answer_for_others(keeper):
+    samples = [booking(company="A"), booking(company="B")]
+    assert keeper.book(samples, "import") == keeper.book(samples, "import") == range(2)
+    keeper.forget("A")
+    for again in (samples, [booking(company="C"), samples[1]]):
+        with pytest.raises(Conflict, match="were forgotten; take a new Idempotency-Key"):
+            keeper.book(again, "import")
+    assert keeper.book(samples, "import again") == range(2, 4)
+
+
+def test_headers_that_are_long_or_come_twice_are_refused(service):
+    twice = request("/sample", [], Idempotency_Key="a").replace(
+        b"\r\n\r\n", b"\r\nIdempotency-Key: b\r\n\r\n"
+    )
+    long = request("/health", method="GET", X=16 * "long " * 256)
+    for sent, status in ((twice, b"400"), (long, b"431")):
+        with socket.create_connection(("127.0.0.1", service.port), timeout=30) as connection:
+            connection.sendall(sent)
+            assert connection.makefile("rb").readline().split()[1] == status
+
+
 def test_what_is_whole_is_answered_before_it_stops_and_nobody_else_keeps_it(serve, tmp_path):
     """The disk hangs; somebody has sent half, reads nothing, goes on asking, or does nothing."""
     hanging, log = tmp_path / "hanging", tmp_path / "log.jsonl"
@@ -4150,6 +4183,9 @@ def test_what_keeps_it_from_starting_is_said_in_one_line(path, tmp_path, failed)
         (["--token-file=/no/token"], "/no/token: No such file or directory"),
     ):
         assert failed(other, "--port=0", *options).startswith(said)
+    os.mkfifo(tmp_path / "fifo")
+    for log in ("/dev/null", "/dev/full", tmp_path / "fifo"):
+        assert failed(f"--log={log}", "--port=0") == f"{log} is no regular file"
     for log, why in (("/proc/log", "No such"), (tmp_path, "Is a dir"), (path / "log", "Not a dir")):
         assert failed(f"--log={log}", "--port=0").startswith(f"cannot open {log}: {why}")
     path.write_bytes(b"nonsense\n" + path.read_bytes())
