@@ -1270,6 +1270,21 @@ def test_a_new_log_with_a_hole_is_one_and_any_other_file_is_left_alone(path):
         assert path.read_bytes() == other
 
 
+def test_a_log_that_grows_while_one_looks_for_it_is_in_its_place(path, monkeypatch):
+    look = os.fstat
+
+    def grow(file):
+        found = look(file)
+        monkeypatch.undo()
+        log.append([(None, [{"x": 1}])])
+        return found
+
+    with open_log(path) as log:
+        monkeypatch.setattr(os, "fstat", grow)
+        assert log.in_place()
+        assert len(log) == 1
+
+
 def test_the_last_batches_with_keys_can_be_found_again(path, monkeypatch):
     monkeypatch.setattr(bookkeep, "MAX_KEYS", 3)
 
