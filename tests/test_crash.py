@@ -710,7 +710,8 @@ def test_whatever_call_fails_at_a_start_the_next_one_is_sound(serve, tmp_path, f
     outcomes = Counter()
     for number, (call, *how) in enumerate(kinds if LONG else rng.sample(kinds, 4)):
         log = shutil.copytree(noted, tmp_path / str(number) / "disk") / "log.jsonl"
-        faults.set(call, "*/disk*", *how, rng.choice([errno.EIO, errno.ENOSPC]))
+        where = "*log.jsonl*" if call == "write" else "*/disk*"  # not where its messages go
+        faults.set(call, where, *how, rng.choice([errno.EIO, errno.ENOSPC]))
         service = serve(log=log, under=faults.under)
         status = service.process.poll()
         assert status in (None, 1), (call, how)
