@@ -49,7 +49,6 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import lru_cache, partial
 from hashlib import blake2b
-from heapq import nsmallest
 from importlib import import_module
 from itertools import chain, count, islice, pairwise, repeat
 from pathlib import Path
@@ -80,10 +79,15 @@ BOOKED_BY = "BookedBy"  # optional: who booked it, a person if it is not said
 CHECKS = 16  # of the suggestions that could be booked unseen, one in so many is to be checked
 SCORE_WEIGHTS = {"person": 1, "check": CHECKS, "suggestion": 0}  # what its prediction counts
 
+MAX_CONTEXT = 8  # keys beside the text that are features
+OF_A_RECORD = (  # keys that stand beside the target in a log, or in an answer
+    *("seq", "batch", "left", "crc", "sample", "corrects", "weight", "against"),
+    *("target", "context", "before"),
+)
+
 MAX_BATCH = 10_000  # samples in one body
 MAX_VALUE = 10_000  # characters in a key or a value
-SHORT = ("CompanyId", "BankEntryAmount", TARGET)  # of at most MAX_SHORT characters
-MAX_SHORT = 100
+MAX_SHORT = 100  # of those that a sample must have, but for the text
 MAX_WORDS = 100  # words of a text that become tokens: its first ones
 LONG_WORD = 11  # characters of a word beyond which its parts are words, too
 
@@ -163,7 +167,7 @@ def check_samples(
     required = (*FEATURES, target) if booked else FEATURES
     for number, sample in enumerate(content):
         try:
-            check_sample(sample, required, (*SHORT, target))
+            check_sample(sample, required)
             if booked:
                 score_weight(sample)
         except BadRequest as error:
@@ -171,7 +175,7 @@ def check_samples(
     return content
 
 
-def check_sample(sample: object, required: Sequence[str], short: Sequence[str] = SHORT) -> None:
+def check_sample(sample: object, required: Sequence[str]) -> None:
     """Raises BadRequest unless it is an object of strings with all `required` keys filled."""
     if not isinstance(sample, dict):
         raise BadRequest("must be an object of strings")
@@ -190,7 +194,7 @@ def check_sample(sample: object, required: Sequence[str], short: Sequence[str] =
             raise BadRequest(f"{key} is missing")
         if not sample[key]:
             raise BadRequest(f"{key} is empty")
-        if key in short and len(sample[key]) > MAX_SHORT:
+        if key != "BankEntryText" and len(sample[key]) > MAX_SHORT:
             raise BadRequest(f"{key} is longer than {MAX_SHORT} characters")
     try:
         text.encode()
@@ -201,10 +205,10 @@ def check_sample(sample: object, required: Sequence[str], short: Sequence[str] =
 def check_features(context: Sequence[str], target: str) -> None:
     """Raises BadRequest unless these keys can be features, and that one the target."""
     taken = {*FEATURES, "BankEntryDate", "Id", BOOKED_BY}
-    if target in taken or not re.fullmatch(r"[\w-]{1,100}", target):
+    if target in {*taken, *OF_A_RECORD} or not re.fullmatch(r"[\w-]{1,100}", target):
         raise BadRequest(f"{_shown(target)} cannot be the target")
-    if len(context) > 8 or len({*context}) < len(context):
-        raise BadRequest("a context is of at most 8 keys, each once")
+    if len(context) > MAX_CONTEXT or len({*context}) < len(context):
+        raise BadRequest(f"a context is of at most {MAX_CONTEXT} keys, each once")
     for key in context:
         of_the_account = key.startswith("Account") and target == TARGET
         if key in taken or key == target or of_the_account or not key or len(key) > MAX_SHORT:
@@ -771,7 +775,7 @@ class NaiveBayes:
     >>> model.predict([asked])
     ['c']
     >>> model.joint_log_likelihood([asked]).score.round(2).tolist()
-    [-0.12, -2.03]
+    [6.55, 1.75]
     """
 
     def __init__(self, alpha: float = ALPHA, beta: float = BETA) -> None:
@@ -783,9 +787,7 @@ class NaiveBayes:
         self.names: list[str] = []  # (A,) the accounts by number
         self.token_counts = Counts(self._evidence)  # N(t, a) and M(t, a)
         self.sums = np.zeros((0, 1 + len(KINDS)))  # (A and room, 1 + kinds) N(a), T_k(a)
-        self.n_classes = (
-            0  # accounts it can predict: all that were learned but the wholly unlearned
-        )
+        self.n_classes = 0  # accounts it can predict: those that are not wholly unlearned
 
     @property
     def class_counts(self) -> np.ndarray:
@@ -951,20 +953,26 @@ class NaiveBayes:
 
     def predict(self, documents: Sequence[Sequence[int]]) -> list[str]:
         """The most probable account of each document. There must be a model, that is an account."""
-        found = self._look_up(documents)
         return [
             self.names[account]
-            for part in (self._parts(found) if len(documents) > 1 else [found])
-            for account in self._best(self.joint_log_likelihood(part))[0].tolist()
+            for _, scores in self._scores(documents)
+            for account in self._best(scores)[0].tolist()
         ]
 
-    def _parts(self, found: LookedUp) -> Iterator[LookedUp]:
-        """The documents, so many at a time that their sums stay in a processor's cache."""
-        values = self.token_counts.rows.values[found.row]
-        sums = np.bincount(found.document, np.where(values > SIZE, values & SIZE, 0))
-        sums = np.where(sums > 0, sums, len(self.names)).cumsum()
-        ends = 1 + np.flatnonzero(np.diff(sums // AT_WORK, append=-1))
-        return (found.part(slice(*ends)) for ends in pairwise([0, *ends.tolist()]))
+    def _scores(
+        self, documents: Sequence[Sequence[int]] | LookedUp, labels: Sequence[str] = ()
+    ) -> Iterator[tuple[slice, Scores]]:
+        """Those of all documents, so many at a time that all sums stay in a processor's cache."""
+        found = self._look_up(documents)
+        ends = [len(found.lengths)]
+        if ends[0] > 1:
+            values = self.token_counts.rows.values.take(found.row)
+            sums = np.bincount(found.document, np.where(values > SIZE, values & SIZE, 0))
+            sums = np.where(sums > 0, sums, len(self.names)).cumsum()
+            ends = (1 + np.diff(sums // AT_WORK, append=-1).nonzero()[0]).tolist()
+        for part in map(slice, [0, *ends], ends):
+            some = found.part(part) if len(ends) > 1 else found
+            yield part, self.joint_log_likelihood(some, labels[part])
 
     def _best(self, scores: Scores) -> tuple[np.ndarray, np.ndarray]:
         """(n,) the account of each document's highest score, and (n,) its lead over the second.
@@ -990,11 +998,12 @@ class NaiveBayes:
         They are at most so many.
         """
         found = []
-        scores = self.joint_log_likelihood(documents)
-        for start, end in pairwise([*scores.start.tolist(), len(scores.score)]):
-            each = (values[start:end].tolist() for values in (scores.score, scores.account))
-            pairs = zip(*each, strict=True)
-            found.append(nsmallest(most, pairs, key=lambda pair: (-pair[0], self.names[pair[1]])))
+        for _, scores in self._scores(documents):
+            for start, end in pairwise([*scores.start.tolist(), len(scores.score)]):
+                each = (values[start:end].tolist() for values in (scores.score, scores.account))
+                pairs = zip(*each, strict=True)
+                best = sorted(pairs, key=lambda pair: (-pair[0], self.names[pair[1]]))
+                found.append(best[:most])
         return found
 
     def assess(self, documents: Sequence[Sequence[int]], labels: Sequence[str]) -> list[Assessment]:
@@ -1007,11 +1016,9 @@ class NaiveBayes:
         if not self.n_classes:
             return [Assessment(None, None, None, 0)] * len(labels), []
         made, parts = [], []
-        for documents in self._parts(found) if len(labels) > 1 else [found]:
-            n = len(documents.lengths)
-            scores = self.joint_log_likelihood(documents, labels[len(made) :][:n])
+        for part, scores in self._scores(found, labels):
+            n = len(scores.start)
             best, lead = self._best(scores)
-            ranks = np.zeros(n, dtype=np.int64)
             booked = np.full(n, np.inf)
             booked[scores.labelled] = scores.score[scores.label]
             ranks = np.add.reduceat(scores.score >= booked[scores.document], scores.start)
@@ -1023,7 +1030,7 @@ class NaiveBayes:
                 map(self.names.__getitem__, best.tolist()),
                 [margin if margin < np.inf else None for margin in lead.round(4).tolist()],
                 [rank or None for rank in ranks.tolist()],
-                self.specificity(documents).tolist(),
+                self.specificity(found.part(part)).tolist(),
             )
             parts.append(scores)
         return made, parts
@@ -1053,7 +1060,11 @@ class NaiveBayes:
         """
         if not self.n_classes:
             return [Lesson(label, 1.0) for label in labels]
-        return self._weigh(self.joint_log_likelihood(documents, labels), labels)
+        return [
+            lesson
+            for part, scores in self._scores(documents, labels)
+            for lesson in self._weigh(scores, labels[part])
+        ]
 
     def _weigh(self, scores: Scores, labels: Sequence[str]) -> list[Lesson]:
         score = scores.score / SOFTENING
@@ -1097,7 +1108,7 @@ class NaiveBayes:
             for i, lesson in enumerate(lessons)
             for rival in lesson.against
         ]
-        all_alive = sign > 0 and self.n_classes == len(self.names)
+        alive = self.n_classes if sign > 0 and self.n_classes == len(self.names) else 0
         self.names += islice(self.accounts, len(self.names), None)
         if len(self.names) > len(self.sums):
             self.sums = _grown(self.sums, len(self.names) * 3 // 2, self.sums.shape[1])
@@ -1112,7 +1123,7 @@ class NaiveBayes:
         units = np.concatenate([units, np.full(len(loser), sign * GRAIN)])
         of, token = _ranges(found.start[document], found.lengths[document])
         self.token_counts.add(found.row[token], column[of], units[of])
-        self._count(all_alive)
+        self._count(alive)
 
     def book(
         self,
@@ -1154,12 +1165,11 @@ class NaiveBayes:
         self.token_counts.restore(state)
         self._count()
 
-    def _count(self, all_alive: bool = False) -> None:
-        """Has what follows from the sums; are all accounts known to have some?"""
-        counts, occupied = self.class_counts, self.token_counts.occupied
-        self.n_classes = len(counts) if all_alive else int(np.count_nonzero(counts))
+    def _count(self, alive: int = 0) -> None:
+        """Has what follows from the sums; the first accounts, so many, are known to have some."""
+        self.n_classes = alive + int(np.count_nonzero(self.class_counts[alive:]))
         # A kind without known tokens has no use for its log, which must be finite.
-        self._smoothing = np.append(0, self.alpha * np.maximum(occupied, 1))
+        self._smoothing = np.append(0, self.alpha * np.maximum(self.token_counts.occupied, 1))
 
 
 def root_log(x: np.ndarray) -> np.ndarray:
@@ -1427,23 +1437,22 @@ class Calibration:
     these (p1); its own for this account, whatever was known (p2).
 
         g  = right / (all + 2), made monotone
-        p0 = (right + 2 g) / (all + 2), made monotone
-        p1 = (right + 20 p0) / (all + 20 + 1/4)
-        p2 = (right + 20 p1) / (all + 20 + 1/4)
+        p0 = (right + 10 g) / (all + 10), made monotone
+        p1 = (right + 60 p0) / (all + 60 + 1/4)
+        p2 = (right + 60 p1) / (all + 60 + 1/4)
 
-    "As much evidence" is the same bin of the margin (log-odds) for each token, for Naive Bayes
-    takes each token for independent of the others and is the surer the more there are; in the last
-    two, the same wide bin or one beside it. Shares are made monotone over the bins by pooling
+    "As much evidence" is the same bin of the margin (log-odds); in the last two, the same wide bin
+    or one beside it. Shares are made monotone over the bins by pooling
     adjacent violators (Ayer et al., 1955). All that is kept are whole numbers: any order gives the
     same, and what is taken away leaves no trace.
     """
 
-    BINS = 48  # six for each doubling of 1 / 8 + margin
-    WIDE = 4  # bins in a wide one
+    BINS = 48  # eight for each doubling of 1 + margin
+    WIDE = 3  # bins in a wide one
     RANKS = 20  # suggestions that get a confidence
     DOUBT = 2  # wrong ones that are added to those of all companies
-    BACK = 2  # suggestions that g counts in p0
-    OWN = 20  # suggestions that p0 counts in p1, and p1 in p2
+    BACK = 10  # suggestions that g counts in p0
+    OWN = 60  # suggestions that p0 counts in p1, and p1 in p2
     OWN_DOUBT = 1 / 4  # of a wrong one that is added to a company's own: the best are often lucky
 
     def __init__(self) -> None:
@@ -1477,7 +1486,7 @@ class Calibration:
         company = 1 + rows["company"].astype(np.int64)[:, np.newaxis, np.newaxis]
         level = np.stack([rows["specificity"], len(SPECIFICITY) + 1 + rows["predicted"]], axis=1)
         wide = 1 + rows["bin"][:, np.newaxis] // self.WIDE + near
-        cells = company << 36 | level[:, :, np.newaxis] << 4 | wide[:, np.newaxis]
+        cells = company << 36 | level[:, :, np.newaxis] << 5 | wide[:, np.newaxis]
         cells = cells.astype(np.uint64)
         cells *= np.uint64(0x9E3779B97F4A7C15)  # spreads them over the table's slots
         return (cells ^ cells >> 40).astype(np.int64) & (1 << 63) - 1
@@ -1546,9 +1555,9 @@ class Calibration:
 
     @classmethod
     def bins(cls, margins: Sequence[float]) -> np.ndarray:
-        """(n,) the bins of margins for each token."""
-        doublings = np.log2(1 + 8 * np.asarray(margins, dtype=np.float64))
-        return np.minimum(6 * doublings, cls.BINS - 1).astype(np.int64)
+        """(n,) the bins of margins."""
+        doublings = np.log2(1 + np.asarray(margins, dtype=np.float64))
+        return np.minimum(8 * doublings, cls.BINS - 1).astype(np.int64)
 
     def _share(self, specificity: int) -> np.ndarray:
         """(BINS,) p0 of suggestions with as much known."""
@@ -1648,10 +1657,10 @@ def confused(rows: np.ndarray, accounts: Sequence[str], most: int = 10) -> list[
 #
 #   {"seq": 2, "batch": "june-1", "left": 0, "sample": {"CompanyId": "acme", "BankEntryText":
 #     "Office rent June", "BankEntryAmount": "> -10000", "AccountNumber": "6300"}, "predicted":
-#     "6300", "margin": 19.1832, "confidence": 0.0, "rank": 1, "known": 5, "weight": 0.015625,
-#     "against": [], "crc": 0}
+#     "6300", "margin": 16.2377, "confidence": 0.0, "rank": 1, "known": 5, "weight": 0.015625,
+#     "against": [], "crc": 807336227}
 #   {"seq": 3, "batch": 3, "left": 0, "corrects": 2, "AccountNumber": "7140", "weight":
-#     0.7490234375, "against": ["6300"], "crc": 0}
+#     0.7470703125, "against": ["6300"], "crc": 27062549}
 #   {"seq": 3, "batch": 3, "left": 0, "crc": 4241497597}            ...
 #
 # First comes a line's place, then the record, then the CRC-32 of all before it. `seq` counts lines
@@ -1927,9 +1936,14 @@ class Log:
 
     def damaged(self, damage: "Damage") -> LogError:
         """What to raise when a line makes no sense."""
+        anew = f"python bookkeep.py relearn {self.path} NEW"
+        where = f"line {damage.line}: {damage.reason}"
+        if damage.otherwise:
+            return LogError(
+                f"{self.path}, {where}; to learn it anew, give the options of this start to: {anew}"
+            )
         return LogError(
-            f"{self.path} is damaged, line {damage.line}: {damage.reason}; restore a backup, or "
-            f"keep what is whole: python bookkeep.py relearn {self.path} NEW"
+            f"{self.path} is damaged, {where}; restore a backup, or keep what is whole: {anew}"
         )
 
     def _keep(self, batch: "Batch") -> None:
@@ -1998,6 +2012,7 @@ class Damage(NamedTuple):
     line: int  # from 1
     reason: str
     unfinished: bool = False  # may it be but what a crash left of an append?
+    otherwise: bool = False  # is it whole, but learned by another version, or from other keys?
 
 
 Line = tuple[int, bytes, dict | ValueError | None]
@@ -2208,8 +2223,9 @@ class Snapshot:
         self.lines = 0
 
     def _version(self) -> list[int]:
-        sample = dict.fromkeys(FEATURES, "a b c") | {"BankEntryAmount": "-1000"}
-        return [FORMAT, *tokens(sample)]
+        sample = {"CompanyId": "a", "BankEntryText": "\u00c4 \u6771\u4eac\u90fd Amazon.com*1f37"}
+        sample["BankEntryAmount"] = "-1000.50"
+        return [FORMAT, *tokens(sample, FEATURES)]
 
 
 # ----------------------------------------------------------------------------------------- Writer
@@ -2539,10 +2555,12 @@ class Books:
         }
         return dict(chain(*(part.state().items() for part in parts), own.items()))
 
+    def fits(self, state: Arrays) -> bool:
+        """Is it of the same context and target?"""
+        return _unpacked(state["features"]) == [self.target, *self.context]
+
     def restore(self, state: Arrays) -> None:
         """Takes over all of it."""
-        if _unpacked(state["features"]) != [self.target, *self.context]:
-            raise ValueError("it is of another context or target")
         for part in (self.model, self.calibration, self.history):
             part.restore(state)
         self.corrected = {
@@ -2598,11 +2616,11 @@ def check_records(
     """
     for number, record in enumerate(records, start=line):
         try:
-            learned = {key: record[key] for key in ("target", "context") if key in record}
+            learned = features_of(record)
             target = learned.get("target", TARGET)
             if features not in (None, learned) and len(record) > len(PLACE):
                 context = ",".join(learned.get("context", ())) or "none"
-                raise ValueError(f"it was learned with the context {context}, the target {target}")
+                raise Otherwise(f"it was learned with the context {context}, the target {target}")
             if "corrects" in record:
                 check_sample({target: record[target]}, (target,))
                 if (
@@ -2616,12 +2634,21 @@ def check_records(
         except KeyError as error:
             yield Damage(number, f"{error} is missing")
         except (AttributeError, TypeError, ValueError) as error:
-            yield Damage(number, str(error))
+            yield Damage(number, str(error), otherwise=isinstance(error, Otherwise))
+
+
+def features_of(record: dict) -> dict:
+    """What a record says of the keys that it was learned from, as Books.features does."""
+    return {key: record[key] for key in ("target", "context") if key in record}
+
+
+class Otherwise(ValueError):
+    """What another version, or one with other options, has learned."""
 
 
 def _check_booking(record: dict, target: str) -> None:
     if "known" not in record:
-        raise ValueError("a version before 0.3 wrote it")
+        raise Otherwise("a version before 0.5 wrote it")
     check_sample(record["sample"], (*FEATURES, target))
     if score_weight(record["sample"]):
         _check_counts(record["weight"], record["against"])
@@ -2640,7 +2667,7 @@ def _check_booking(record: dict, target: str) -> None:
 
 def _check_counts(weight: float, against: list[str]) -> None:
     if not isinstance(against, list):
-        raise ValueError("a version before 0.5 wrote it")
+        raise Otherwise("a version before 0.5 wrote it")
     if not FLOOR <= weight <= 1 or weight * GRAIN % 1:
         raise ValueError("no booking can have that weight")
     if len({*against}) < len(against) or len(against) > RIVALS:
@@ -2912,6 +2939,8 @@ class Bookkeeper:
     def _restore(self, state: Arrays) -> None:
         """Takes over all that was made of the log; or nothing, if it raises."""
         books = Books(self.books.context, self.books.target)
+        if not books.fits(state):
+            return  # the log says so, too, unless all of it is forgotten
         books.restore(state)
         self.log.restore(state)
         self.books, self._saved = books, len(self.log)
@@ -3149,7 +3178,8 @@ def _standing(keeper: Bookkeeper, seqs: np.ndarray) -> list[dict]:
         before = sample[target]
         if before != account:
             sample = sample | {target: account}
-            sample.pop(NAME, None)  # which is the other account's
+            if target == TARGET:
+                sample.pop(NAME, None)  # which is the other account's
         found.append(
             {
                 "seq": int(row["seq"]),
@@ -3568,7 +3598,7 @@ def _correction(target: str, content: object) -> tuple[int, str]:
     """The booking's number and its account. Raises BadRequest."""
     if not isinstance(content, dict) or content.keys() != {"seq", target}:
         raise BadRequest(f'send {{"seq": 1203, "{target}": "6700"}}, and nothing else')
-    check_sample({target: content[target]}, (target,), (target,))
+    check_sample({target: content[target]}, (target,))
     seq = content["seq"]
     if not isinstance(seq, float) or not (seq.is_integer() and 0 <= seq <= MAX_NUMBER):
         raise BadRequest(f"seq must be a whole number from 0 to {MAX_NUMBER}")

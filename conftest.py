@@ -43,7 +43,6 @@ from bookkeep import (
     report,
     scan,
     suggest,
-    tokens,
 )
 
 settings.register_profile("quick", max_examples=50, deadline=None)
@@ -178,9 +177,9 @@ def learn(books, samples):
     return records
 
 
-def books_of(path):
+def books_of(path, context=(), target="AccountNumber"):
     """Books that have read all of a log, whoever owns it."""
-    books, records = Books(), scanned(path)
+    books, records = Books(context, target), scanned(path)
     for chunk in chunks(records, CHUNK):
         books.apply(chunk, lambda correction: records[correction["corrects"]])
     return books
@@ -215,15 +214,13 @@ def answers(books, asked=()):
     model, history, calibration = books.model, books.history, books.calibration
     names = [account for account, n in zip(model.names, model.class_counts, strict=True) if n]
     columns = [model.accounts[name] for name in names]
-    documents = [tokens(sample) for sample in asked]
-    scores = model.joint_log_likelihood(documents)[:, columns].T.tolist()
-    sums = np.vstack([model.class_counts, model.feature_counts])[:, columns].T.tolist()
+    documents = [books.tokens(sample) for sample in asked]
+    sums = model.sums[columns].tolist()
     accounts = [*history.accounts, None]
     companies = {number: company for company, number in history.companies.items()}
     said = {
         "tokens": model.n_tokens,
         "sums": dict(zip(names, sums, strict=True)),
-        "scores": dict(zip(names, scores, strict=True)),
         "bookings": [
             (companies[company], accounts[booked], accounts[named], accounts[predicted], *others)
             for _, company, booked, named, predicted, *others in history.rows.tolist()
@@ -233,6 +230,9 @@ def answers(books, asked=()):
         "confidence of others": calibration.shared(np.array([0.5])).tolist(),
         "evidence": calibration.evidence_counts(np.concatenate([EVERY_BIN, history.rows])),
     }
+    if names:
+        top = model.top(documents, len(names))
+        said["scores"] = [[(model.names[i], score) for score, i in each] for each in top]
     with suppress(NotReady):  # where nothing was learned, or nothing predicted
         said["suggestions"] = suggest(books, asked, 3)
         said["lessons"] = model.weigh(documents, [sorted(names)[0]] * len(asked))
@@ -486,7 +486,7 @@ def judged(path):
                 "company": sample["CompanyId"],
                 "booked": last.get(record["seq"], sample["AccountNumber"]),
                 "predicted": record["predicted"],
-                "bin": bin_of(record["margin"], sample),
+                "bin": bin_of(record["margin"]),
                 "known": record["known"],
                 "score_weight": {"suggestion": 0, "check": 16}.get(sample.get("BookedBy"), 1),
             }
@@ -494,8 +494,8 @@ def judged(path):
     return [row for row in found if row["score_weight"]]
 
 
-def bin_of(margin, sample):
-    return min(int(6 * np.log2(1 + 8 * (margin or 0) / len(tokens(sample)))), 47)
+def bin_of(margin):
+    return min(int(8 * np.log2(1 + (margin or 0))), 47)
 
 
 def pooled(right, counted):
@@ -517,7 +517,7 @@ def own_by_hand(rows, asked, name):
         for row in rows
         if row["known"] > 0
         and (row["company"], row[name]) == (asked["company"], asked[name])
-        and abs(row["bin"] // 4 - asked["bin"] // 4) <= 1
+        and abs(row["bin"] // 3 - asked["bin"] // 3) <= 1
     ]
 
 
@@ -539,8 +539,8 @@ def confidence_by_hand(rows, asked):
     right, anybodys = sums(rows)
     g = pooled(right, np.where(anybodys > 0, anybodys + 2, 0))
     right, counted = sums(row for row in rows if row["known"] == asked["known"])
-    share = pooled(right + 2 * g, np.where(anybodys > 0, counted + 2, 0))[asked["bin"]]
+    share = pooled(right + 10 * g, np.where(anybodys > 0, counted + 10, 0))[asked["bin"]]
     for name in ("known", "predicted"):
         own = tally_by_hand(own_by_hand(rows, asked, name))
-        share = (own["right"] + 20 * share) / (own["suggestions"] + 20.25)
+        share = (own["right"] + 60 * share) / (own["suggestions"] + 60.25)
     return share
