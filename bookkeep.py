@@ -80,10 +80,15 @@ BOOKED_BY = "BookedBy"  # optional: who booked it, a person if it is not said
 CHECKS = 16  # of the suggestions that could be booked unseen, one in so many is to be checked
 SCORE_WEIGHTS = {"person": 1, "check": CHECKS, "suggestion": 0}  # what its prediction counts
 
+MAX_CONTEXT = 8  # keys beside the text that are features
+OF_A_RECORD = (  # keys that stand beside the target in a log, or in an answer
+    *("seq", "batch", "left", "crc", "sample", "corrects", "weight", "against"),
+    *("target", "context", "before"),
+)
+
 MAX_BATCH = 10_000  # samples in one body
 MAX_VALUE = 10_000  # characters in a key or a value
-SHORT = ("CompanyId", "BankEntryAmount", TARGET)  # of at most MAX_SHORT characters
-MAX_SHORT = 100
+MAX_SHORT = 100  # of those that a sample must have, but for the text
 MAX_WORDS = 100  # words of a text that become tokens: its first ones
 LONG_WORD = 11  # characters of a word beyond which its parts are words, too
 
@@ -163,7 +168,7 @@ def check_samples(
     required = (*FEATURES, target) if booked else FEATURES
     for number, sample in enumerate(content):
         try:
-            check_sample(sample, required, (*SHORT, target))
+            check_sample(sample, required)
             if booked:
                 score_weight(sample)
         except BadRequest as error:
@@ -171,7 +176,7 @@ def check_samples(
     return content
 
 
-def check_sample(sample: object, required: Sequence[str], short: Sequence[str] = SHORT) -> None:
+def check_sample(sample: object, required: Sequence[str]) -> None:
     """Raises BadRequest unless it is an object of strings with all `required` keys filled."""
     if not isinstance(sample, dict):
         raise BadRequest("must be an object of strings")
@@ -190,7 +195,7 @@ def check_sample(sample: object, required: Sequence[str], short: Sequence[str] =
             raise BadRequest(f"{key} is missing")
         if not sample[key]:
             raise BadRequest(f"{key} is empty")
-        if key in short and len(sample[key]) > MAX_SHORT:
+        if key != "BankEntryText" and len(sample[key]) > MAX_SHORT:
             raise BadRequest(f"{key} is longer than {MAX_SHORT} characters")
     try:
         text.encode()
@@ -201,10 +206,10 @@ def check_sample(sample: object, required: Sequence[str], short: Sequence[str] =
 def check_features(context: Sequence[str], target: str) -> None:
     """Raises BadRequest unless these keys can be features, and that one the target."""
     taken = {*FEATURES, "BankEntryDate", "Id", BOOKED_BY}
-    if target in taken or not re.fullmatch(r"[\w-]{1,100}", target):
+    if target in {*taken, *OF_A_RECORD} or not re.fullmatch(r"[\w-]{1,100}", target):
         raise BadRequest(f"{_shown(target)} cannot be the target")
-    if len(context) > 8 or len({*context}) < len(context):
-        raise BadRequest("a context is of at most 8 keys, each once")
+    if len(context) > MAX_CONTEXT or len({*context}) < len(context):
+        raise BadRequest(f"a context is of at most {MAX_CONTEXT} keys, each once")
     for key in context:
         of_the_account = key.startswith("Account") and target == TARGET
         if key in taken or key == target or of_the_account or not key or len(key) > MAX_SHORT:
@@ -1934,9 +1939,14 @@ class Log:
 
     def damaged(self, damage: "Damage") -> LogError:
         """What to raise when a line makes no sense."""
+        anew = f"python bookkeep.py relearn {self.path} NEW"
+        where = f"line {damage.line}: {damage.reason}"
+        if damage.otherwise:
+            return LogError(
+                f"{self.path}, {where}; to learn it anew, give the options of this start to: {anew}"
+            )
         return LogError(
-            f"{self.path} is damaged, line {damage.line}: {damage.reason}; restore a backup, or "
-            f"keep what is whole: python bookkeep.py relearn {self.path} NEW"
+            f"{self.path} is damaged, {where}; restore a backup, or keep what is whole: {anew}"
         )
 
     def _keep(self, batch: "Batch") -> None:
@@ -2005,6 +2015,7 @@ class Damage(NamedTuple):
     line: int  # from 1
     reason: str
     unfinished: bool = False  # may it be but what a crash left of an append?
+    otherwise: bool = False  # is it whole, but learned by another version, or from other keys?
 
 
 Line = tuple[int, bytes, dict | ValueError | None]
@@ -2217,7 +2228,7 @@ class Snapshot:
     def _version(self) -> list[int]:
         sample = {"CompanyId": "a", "BankEntryText": "\u00c4 \u6771\u4eac\u90fd Amazon.com*1f37"}
         sample["BankEntryAmount"] = "-1000.50"
-        return [FORMAT, *tokens(sample)]
+        return [FORMAT, *tokens(sample, FEATURES)]
 
 
 # ----------------------------------------------------------------------------------------- Writer
@@ -2547,10 +2558,12 @@ class Books:
         }
         return dict(chain(*(part.state().items() for part in parts), own.items()))
 
+    def fits(self, state: Arrays) -> bool:
+        """Is it of the same context and target?"""
+        return _unpacked(state["features"]) == [self.target, *self.context]
+
     def restore(self, state: Arrays) -> None:
         """Takes over all of it."""
-        if _unpacked(state["features"]) != [self.target, *self.context]:
-            raise ValueError("it is of another context or target")
         for part in (self.model, self.calibration, self.history):
             part.restore(state)
         self.corrected = {
@@ -2606,11 +2619,11 @@ def check_records(
     """
     for number, record in enumerate(records, start=line):
         try:
-            learned = {key: record[key] for key in ("target", "context") if key in record}
+            learned = features_of(record)
             target = learned.get("target", TARGET)
             if features not in (None, learned) and len(record) > len(PLACE):
                 context = ",".join(learned.get("context", ())) or "none"
-                raise ValueError(f"it was learned with the context {context}, the target {target}")
+                raise Otherwise(f"it was learned with the context {context}, the target {target}")
             if "corrects" in record:
                 check_sample({target: record[target]}, (target,))
                 if (
@@ -2624,12 +2637,21 @@ def check_records(
         except KeyError as error:
             yield Damage(number, f"{error} is missing")
         except (AttributeError, TypeError, ValueError) as error:
-            yield Damage(number, str(error))
+            yield Damage(number, str(error), otherwise=isinstance(error, Otherwise))
+
+
+def features_of(record: dict) -> dict:
+    """What a record says of the keys that it was learned from, as Books.features does."""
+    return {key: record[key] for key in ("target", "context") if key in record}
+
+
+class Otherwise(ValueError):
+    """What another version, or one with other options, has learned."""
 
 
 def _check_booking(record: dict, target: str) -> None:
     if "known" not in record:
-        raise ValueError("a version before 0.3 wrote it")
+        raise Otherwise("a version before 0.5 wrote it")
     check_sample(record["sample"], (*FEATURES, target))
     if score_weight(record["sample"]):
         _check_counts(record["weight"], record["against"])
@@ -2648,7 +2670,7 @@ def _check_booking(record: dict, target: str) -> None:
 
 def _check_counts(weight: float, against: list[str]) -> None:
     if not isinstance(against, list):
-        raise ValueError("a version before 0.5 wrote it")
+        raise Otherwise("a version before 0.5 wrote it")
     if not FLOOR <= weight <= 1 or weight * GRAIN % 1:
         raise ValueError("no booking can have that weight")
     if len({*against}) < len(against) or len(against) > RIVALS:
@@ -2918,6 +2940,8 @@ class Bookkeeper:
     def _restore(self, state: Arrays) -> None:
         """Takes over all that was made of the log; or nothing, if it raises."""
         books = Books(self.books.context, self.books.target)
+        if not books.fits(state):
+            return  # the log says so, too, unless all of it is forgotten
         books.restore(state)
         self.log.restore(state)
         self.books, self._saved = books, len(self.log)
@@ -3155,7 +3179,8 @@ def _standing(keeper: Bookkeeper, seqs: np.ndarray) -> list[dict]:
         before = sample[target]
         if before != account:
             sample = sample | {target: account}
-            sample.pop(NAME, None)  # which is the other account's
+            if target == TARGET:
+                sample.pop(NAME, None)  # which is the other account's
         found.append(
             {
                 "seq": int(row["seq"]),
@@ -3575,7 +3600,7 @@ def _correction(target: str, content: object) -> tuple[int, str]:
     """The booking's number and its account. Raises BadRequest."""
     if not isinstance(content, dict) or content.keys() != {"seq", target}:
         raise BadRequest(f'send {{"seq": 1203, "{target}": "6700"}}, and nothing else')
-    check_sample({target: content[target]}, (target,), (target,))
+    check_sample({target: content[target]}, (target,))
     seq = content["seq"]
     if not isinstance(seq, float) or not (seq.is_integer() and 0 <= seq <= MAX_NUMBER):
         raise BadRequest(f"seq must be a whole number from 0 to {MAX_NUMBER}")

@@ -177,9 +177,9 @@ def learn(books, samples):
     return records
 
 
-def books_of(path):
+def books_of(path, context=(), target="AccountNumber"):
     """Books that have read all of a log, whoever owns it."""
-    books, records = Books(), scanned(path)
+    books, records = Books(context, target), scanned(path)
     for chunk in chunks(records, CHUNK):
         books.apply(chunk, lambda correction: records[correction["corrects"]])
     return books

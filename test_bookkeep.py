@@ -25,7 +25,7 @@ import zipfile
 import zlib
 from collections import Counter
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -1270,20 +1270,6 @@ def test_a_new_log_with_a_hole_is_one_and_any_other_file_is_left_alone(path):
         assert path.read_bytes() == other
 
 
-@pytest.mark.parametrize("lacking", [("known",), ("known", "against")], ids=["0.2", "0.1"])
-def test_a_log_of_an_older_version_is_refused_with_the_command_that_converts_it(path, lacking):
-    with bookkeeping(path) as keeper:
-        keeper.book(bookings(2))
-        keeper.book(bookings(2))
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(changed(line, **dict.fromkeys(lacking)) for line in lines))
-    before = path.read_bytes()
-    expected = f"line 1: a version before 0.3 wrote it; .*: python bookkeep.py relearn {path} NEW$"
-    with pytest.raises(LogError, match=expected):
-        Bookkeeper(Log(path))
-    assert path.read_bytes() == before
-
-
 def test_the_last_batches_with_keys_can_be_found_again(path, monkeypatch):
     monkeypatch.setattr(bookkeep, "MAX_KEYS", 3)
 
@@ -1955,21 +1941,21 @@ def test_a_closed_writer_does_what_waits_and_no_more(writing):
 
 def assert_true_to_log(keeper):
     """What a keeper says follows from its log; its model is one that learned what counts in it."""
-    records = scanned(keeper.log.path)
+    records, books = scanned(keeper.log.path), keeper.books
     last = {record["corrects"]: record for record in records if "corrects" in record}
     documents, lessons = [], []
     for record in records:
         standing = last.get(record["seq"], record)
         if "sample" in record and "weight" in standing:
-            account = standing.get("AccountNumber", record["sample"]["AccountNumber"])
+            account = standing.get(books.target, record["sample"][books.target])
             lessons.append(Lesson(account, standing["weight"], standing["against"]))
-            documents.append(tokens(record["sample"]))
-    alone = Books()
+            documents.append(tokens(record["sample"], books.context))
+    alone = Books(books.context, books.target)
     alone.model.learn(documents, lessons)
     now, alone = answers(keeper), answers(alone)
     for name in ("tokens", "sums", "scores"):
         assert now.get(name) == alone.get(name), name
-    assert_same(now, books_of(keeper.log.path))
+    assert_same(now, books_of(keeper.log.path, books.context, books.target))
 
 
 def lines_of(keeper):
@@ -2277,7 +2263,7 @@ def test_what_this_version_cannot_have_written_is_named_with_its_line(keeper):
             assert reason in found[0].reason
     del records[2]["known"]
     [damage] = bookkeep.check_records(records, 11)
-    assert damage[:2] == (13, "a version before 0.3 wrote it")
+    assert damage[:2] == (13, "a version before 0.5 wrote it")
 
 
 @pytest.mark.parametrize("damage", [{"weight": 2}, {"corrects": 2}], ids=str)
@@ -2748,8 +2734,8 @@ REFUSED = [  # method, path, content, status, what the sentence says
     ("POST", "/correct", {"seq": -1, "AccountNumber": "1"}, 400, f"seq {WHOLE}"),
     ("POST", "/correct", {"seq": 10**400, "AccountNumber": "1"}, 400, f"seq {WHOLE}"),
     ("POST", "/correct", {"seq": 1.5, "AccountNumber": "1"}, 400, f"seq {WHOLE}"),
-    ("POST", "/correct", {"seq": "1", "AccountNumber": "1"}, 400, "and nothing else"),
-    ("POST", "/correct", {"seq": True, "AccountNumber": "1"}, 400, "and nothing else"),
+    ("POST", "/correct", {"seq": "1", "AccountNumber": "1"}, 400, f"seq {WHOLE}"),
+    ("POST", "/correct", {"seq": True, "AccountNumber": "1"}, 400, f"seq {WHOLE}"),
     ("POST", "/correct", {"seq": 1, "AccountNumber": ""}, 400, "AccountNumber is empty"),
     ("POST", "/correct", {"seq": 1, "AccountNumber": 1}, 400, "AccountNumber must be a string"),
     ("POST", "/correct", {"seq": 1, "AccountNumber": "\ud800"}, 400, "a lone surrogate"),
@@ -3076,7 +3062,8 @@ def test_who_finds_too_many_waiting_is_told_when_to_come_again(keeper):
 class Described:
     """A service as README.md and docs/operations.md describe it; told what was predicted."""
 
-    def __init__(self):
+    def __init__(self, context):
+        self.features = {"target": "AccountNumber", "context": context} if context else {}
         self.lines = []  # as /samples gives them
         self.bookings = {}  # by seq, those that are not forgotten: the line, and what became of it
         self.keys = {}  # key -> (the number of the list's first line, the answer)
@@ -3115,15 +3102,21 @@ class Described:
     def line(self, batch, left, **more):
         self.lines.append({"seq": len(self.lines), "batch": batch, "left": left, **more})
 
-    def told(self, lines, accounts):
-        """Takes the predictions of these lines, made while the model knew these accounts."""
+    def met(self):
+        """Which accounts each company has."""
+        learned = (booking for booking in self.bookings.values() if booking["learned"])
+        return {(booking["company"], booking["account"]) for booking in learned}
+
+    def told(self, lines, met=()):
+        """Takes the predictions of these lines, made while companies had `met` these accounts."""
+        accounts = {account for _, account in met}
         for line in lines:
             described, sample = self.lines[line["seq"]], line.get("sample", {})
             who = sample.get("BookedBy", "person")
             learned = {"reviewed"} if who == "suggestion" else {"weight", "against"}
             predicted = {"predicted", "margin", "confidence", "rank", "known"} if sample else set()
-            assert line.keys() == described.keys() | predicted | learned
-            assert described.items() <= line.items()
+            assert line.keys() == described.keys() | predicted | learned | self.features.keys()
+            assert (described | self.features).items() <= line.items()
             self.lines[line["seq"]] = line
             if not sample:
                 continue
@@ -3147,6 +3140,10 @@ class Described:
                 assert line["margin"] is None or len(accounts) > 1
                 assert line["rank"] is None or account in accounts
                 assert (line["rank"] == 1) == (account == line["predicted"])
+                # Candidates are what the company has met, at least.
+                own = {account for company, account in met if company == sample["CompanyId"]}
+                assert line["margin"] is not None or own <= {line["predicted"]}
+                assert line["rank"] is not None or account not in own
             else:
                 assert {line[key] for key in predicted - {"known"}} == {None}
 
@@ -3270,6 +3267,8 @@ class Described:
             curve += [{"bookings": end, **figures_of(window)}] if window else []
         levels = (0, 0.5, 0.8, 0.9, 0.95, 0.99) if recent else ()
         return 200, {
+            "target": "AccountNumber",
+            "context": self.features.get("context", []),
             "metrics": figures_of(self.scored(1000)) if self.scored() else None,
             "curve": curve,
             "scored": len(recent),
@@ -3341,9 +3340,9 @@ class Walk:
     COMPANIES = ("A", "B/ü", "C d")
     BY = (None, None, "person", "check", "suggestion")
 
-    def __init__(self, start, rng):
+    def __init__(self, start, rng, context):
         self.start, self.rng = start, rng
-        self.service, self.described = start(unsaved=20), Described()
+        self.service, self.described = start(unsaved=20), Described(context)
 
     def ask(self, method, path, content=None, **more):
         print(method, path, json.dumps(content), more)
@@ -3369,11 +3368,12 @@ class Walk:
             booking(
                 self.rng.choice(self.COMPANIES),
                 f"shop{text} {self.rng.choice(['May', 'June'])}",
-                self.rng.choice(["> -100", "< 10"]),
+                self.rng.choice(["> -100", "< 10", "-9.50", "-9.5"]),
                 str(text // 2 if self.rng.random() < 0.85 else self.rng.randrange(7)),
                 **self.rng.choice(
                     [{}, {"AccountName": self.rng.choice("xyz")}, {"": "1", "Note": "ü\n"}]
                 ),
+                **self.rng.choice([{}, {"Department": ""}, {"Department": self.rng.choice("xy")}]),
                 **({"BookedBy": who} if (who := self.rng.choice(self.BY)) else {}),
             )
             for text in texts
@@ -3386,14 +3386,14 @@ class Walk:
             first, answer = described.keys[key]
             lines = described.lines[first : first + answer["received"]]
             samples = [line.get("sample", booking()) for line in lines]
-        first, accounts = len(described.lines), described.accounts()
+        first, met = len(described.lines), described.met()
         suggested = self.suggest(samples)
         headers = {"Idempotency-Key": key} if key else {}
         stored = self.ask("POST", "/sample", samples, headers=headers)
         assert stored == described.sample(samples, key)
         lines = self.read(first)
-        described.told(lines, accounts)
-        if accounts and lines:
+        described.told(lines, met)
+        if met and lines:
             firsts = [answer["suggestions"][0] for answer in suggested]
             for line, suggestion in zip(lines, firsts, strict=True):
                 assert line["predicted"] == suggestion["account"]
@@ -3411,7 +3411,7 @@ class Walk:
         correction = {"seq": seq, "AccountNumber": account}
         answer = self.ask("POST", "/correct", correction)
         assert answer == self.described.correct(seq, account)
-        self.described.told(self.read(first), None)
+        self.described.told(self.read(first))
 
     def refuse(self):
         method, path, content, status, _ = self.rng.choice(REFUSED)
@@ -3553,7 +3553,10 @@ def test_random_requests_are_answered_as_the_documents_say(serve, tmp_path):
     print(f"BOOKKEEP_SEED={seed}")
     rng = random.Random(seed)
     for number in range(0, steps, 400):
-        walk = Walk(partial(serve, log=tmp_path / f"{number}.jsonl"), rng)
+        context = rng.choice([[], ["Department", "Note"]])
+        options = [f"--context={','.join(context)}"] if context else []
+        start = partial(serve, *options, log=tmp_path / f"{number}.jsonl")
+        walk = Walk(start, rng, context)
         for _ in range(min(400, steps - number)):
             walk.step()
         walk.service.stop()
@@ -4199,10 +4202,10 @@ def checked(log, capsys):
     return [problem.removeprefix(f"{log}, ") for problem in problems]
 
 
-def relearned(log, capsys):
+def relearned(log, capsys, books=None):
     """The log that is made of another, which stays as it is, and what is said to be left out."""
     before, new = log.read_bytes(), log.with_name("new.jsonl")
-    status = logs.relearn(log, new)
+    status = logs.relearn(log, new, books or Books())
     *left_out, end = capsys.readouterr().out.splitlines()
     assert log.read_bytes() == before
     assert checked(new, capsys) == []
@@ -4275,22 +4278,55 @@ def test_what_is_whole_of_a_damaged_log_is_relearned(path, capsys):
                 keeper.correct(seq, "2")
 
 
-@pytest.mark.parametrize("lacking", [["known"], ["known", "against"]], ids=["0.2", "0.1"])
-def test_a_log_of_before_is_refused_and_relearned(path, capsys, lacking):
-    with bookkeeping(path) as keeper:
-        for number, batch in enumerate(batches_of(bookings(100), 10)):
-            keeper.book(batch, f"key{number}")
-        keeper.correct(7, "3003")
-    whole = path.read_bytes()
-    lines = whole.splitlines(keepends=True)
-    path.write_bytes(b"".join(changed(line, **dict.fromkeys(lacking)) for line in lines))
+OLD = [  # lines as 0.4.0 wrote them
+    {
+        **{"seq": 0, "batch": "may", "left": 0, "sample": booking("A", "rent May", account="1")},
+        **{"predicted": None, "margin": None, "confidence": None, "rank": None, "known": 0},
+        **{"weight": 1.0, "against": {}},
+    },
+    {
+        **{"seq": 1, "batch": 1, "left": 0, "sample": booking("A", "rent June", account="2")},
+        **{"predicted": "1", "margin": None, "confidence": 0.0, "rank": None, "known": 4},
+        **{"weight": 1.0, "against": {}},
+    },
+    {
+        **{"seq": 2, "batch": 2, "left": 0, "sample": by("suggestion", text="rent", account="1")},
+        **{"predicted": "1", "margin": 0.0, "confidence": 0.0, "rank": 1, "known": 4},
+        **{"reviewed": False},
+    },
+    {
+        **{"seq": 3, "batch": 3, "left": 0, "corrects": 1, "AccountNumber": "1"},
+        **{"weight": 0.720703125, "against": {"2": 0.9609375}},
+    },
+]
+
+
+@pytest.mark.parametrize("lacking", [[], ["known"], ["known", "against"]], ids=["4", "2", "1"])
+def test_a_log_of_before_is_refused_and_relearned(path, capsys, failed, lacking):
+    path.parent.mkdir()
+    lines = [changed(line_of(record), **dict.fromkeys(lacking)) for record in OLD]
+    path.write_bytes(b"".join(lines))
     log = Log(path)
-    with pytest.raises(LogError, match=r"a version before 0.3 wrote it; .* relearn .*log.jsonl"):
+    anew = f"give the options of this start to: python bookkeep.py relearn {path} NEW"
+    expected = f"{path}, line 1: a version before 0.5 wrote it; to learn it anew, {anew}"
+    with pytest.raises(LogError, match=f"^{re.escape(expected)}$"):
         Bookkeeper(log)
     log.close()
-    assert checked(path, capsys)[0] == "line 1: a version before 0.3 wrote it"
+    assert failed(f"--log={path}", "--port=0") == expected
+    assert b"".join(lines) == path.read_bytes()
+    assert checked(path, capsys)[0] == "line 1: a version before 0.5 wrote it"
     new, left_out = relearned(path, capsys)
-    assert (new.read_bytes(), left_out) == (whole, [])
+    assert left_out == []
+    keys = ("seq", "batch", "left", "sample", "corrects", "AccountNumber", "reviewed")
+    made = scanned(new)
+    for record, before in zip(made, OLD, strict=True):
+        assert {k: v for k, v in record.items() if k in keys} == {
+            k: v for k, v in before.items() if k in keys
+        }
+    assert [record["against"] for record in (made[0], made[1], made[3])] == [[], [], ["2"]]
+    with bookkeeping(new) as keeper:
+        assert_true_to_log(keeper)
+        assert keeper.book([booking("A", "rent May", account="1")], "may") == range(1)
 
 
 def test_a_record_that_makes_no_sense_is_left_out_alone(path, capsys):
@@ -4348,3 +4384,254 @@ def test_a_command_that_is_interrupted_says_so_and_leaves_no_half_copy(tmp_path,
     assert said.endswith("stopped before it was done\n")
     assert "Traceback" not in said
     assert list(new.parent.iterdir()) == []
+
+
+# What is learned from other keys, and predicted instead of the account
+
+
+EIGHT = [f"--context={','.join('ABCDEFGH')}"]
+KEYS = [  # options, what is said of them
+    (["--context=BankEntryText"], "BankEntryText cannot be a context"),
+    (["--context=Department,BankEntryDate"], "BankEntryDate cannot be a context"),
+    (["--context=Id"], "Id cannot be a context"),
+    (["--context=BookedBy"], "BookedBy cannot be a context"),
+    (["--context=AccountNumber"], "AccountNumber cannot be a context"),
+    (["--context=AccountName"], "AccountName cannot be a context"),
+    (["--context=Department,,Project"], '"" cannot be a context'),
+    ([f"--context={'x' * 101}"], " cannot be a context"),
+    (["--context=Department,Department"], "a context is of at most 8 keys, each once"),
+    ([f"{EIGHT[0]},I"], "a context is of at most 8 keys, each once"),
+    (["--target=Vat", "--context=Vat"], "Vat cannot be a context"),
+    (["--target=CompanyId"], "CompanyId cannot be the target"),
+    (["--target=BookedBy"], "BookedBy cannot be the target"),
+    (["--target="], '"" cannot be the target'),
+    (["--target=V a t"], '"V a t" cannot be the target'),
+    *(([f"--target={key}"], f"{key} cannot be the target") for key in bookkeep.OF_A_RECORD),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), KEYS, ids=str)
+def test_keys_that_cannot_be_features_or_the_target_are_refused(capsys, options, said):
+    with pytest.raises(SystemExit, match="2"):
+        bookkeep.main([*options, "check", "/no/log"])
+    assert capsys.readouterr().err.endswith(f"{said}\n")
+
+
+def test_keys_beside_the_text_are_taken_as_options_or_variables(monkeypatch, capsys, failed):
+    for options in (
+        EIGHT,
+        ["--target=Vat", "--context=AccountNumber,AccountName"],
+        ["--target=Ü-1"],
+    ):
+        assert failed(*options, "check", "/no/log").startswith("/no/log: ")
+    monkeypatch.setenv("BOOKKEEP_CONTEXT", "Department,Id")
+    with pytest.raises(SystemExit, match="2"):
+        bookkeep.main(["check", "/no/log"])
+    assert "Id cannot be a context" in capsys.readouterr().err
+
+
+def by_department(n=60):
+    """Bookings whose text says nothing of the account; only the department does."""
+    rng = random.Random(3)
+    departments = [rng.choice(["HR", "IT", "Ünits"]) for _ in range(n)]
+    return [
+        booking(text="card payment", amount="-9.50", account=f"{len(each)}", Department=each)
+        for each in departments
+    ]
+
+
+def test_a_context_says_the_account_and_a_sample_may_lack_it(serve, tmp_path, monkeypatch):
+    asked = [booking(text="card payment", amount="-9.50", Department=d) for d in ("Ünits", "HR")]
+    lacking = [
+        booking(text="card payment", amount="-9.50", **more) for more in ({}, {"Department": ""})
+    ]
+    without = serve(log=tmp_path / "without.jsonl")
+    monkeypatch.setenv("BOOKKEEP_CONTEXT", "Department,Project")
+    service = serve()
+    for each in (without, service):
+        for batch in batches_of(by_department(), 10):
+            assert each.post("/sample", batch)[0] == 200
+        assert each.post("/sample", lacking)[0] == 200
+    assert service.post("/predict", asked) == (200, ["5", "2"])
+    assert len({*without.post("/predict", asked)[1]}) == 1
+    known, *others = service.post("/suggest", [*asked, *lacking])[1]
+    kinds = {reason["kind"]: reason["token"] for reason in known["suggestions"][0]["reasons"]}
+    said = {"Department": "Ünits", "Department in this company": "Ünits"}
+    said |= {
+        "first word in that Department": "card",
+        "this text in that Department": "card payment",
+    }
+    assert said.items() <= kinds.items()
+    assert "Department" not in str(without.post("/suggest", asked)[1])
+    none, empty = (answer["suggestions"] for answer in others[1:])
+    assert none == empty
+    assert "Department" not in str(none)
+    assert service.get("/overview")[1]["context"] == ["Department", "Project"]
+    assert service.get("/bookings/0")[1]["sample"] == by_department()[0]
+    before = service.post("/suggest", asked)
+    service.stop(signal.SIGKILL)
+    service = serve()
+    assert service.post("/suggest", asked) == before
+    assert service.post("/correct", {"seq": 61, "AccountNumber": "9"})[0] == 200
+    service.stop()
+    status, out, _ = run(SERVICE, "check", tmp_path / "log.jsonl")
+    assert (status, out[-40:]) == (0, "62 bookings in whole batches, no problems\n"[-40:])
+
+
+LEARNED_FROM = [  # the context and target of a log, and of a start on it; what is said
+    (([], "AccountNumber"), (["Department"], "AccountNumber")),
+    ((["Department"], "AccountNumber"), ([], "AccountNumber")),
+    ((["Department"], "AccountNumber"), (["Department", "Project"], "AccountNumber")),
+    (([], "AccountNumber"), ([], "Vat")),
+    ((["AccountNumber"], "Vat"), ([], "Vat")),
+]
+
+
+@pytest.mark.parametrize("unsaved", [1, UNSAVED], ids=["with a snapshot", "without"])
+@pytest.mark.parametrize(("learned", "wanted"), LEARNED_FROM, ids=str)
+def test_a_log_that_was_learned_from_other_keys_is_refused(path, caplog, learned, wanted, unsaved):
+    with bookkeeping(path, unsaved=unsaved, books=Books(*learned)) as keeper:
+        keeper.book([booking(Vat="25")])
+        keeper.book([by("suggestion", Vat="25")])
+        keeper.correct(0, "12")
+    files = {each: each.read_bytes() for each in path.parent.iterdir()}
+    context, target = (",".join(learned[0]) or "none", learned[1])
+    with closing(Log(path)) as log, pytest.raises(LogError) as raised:
+        Bookkeeper(log, unsaved, Books(*wanted))
+    assert str(raised.value) == (
+        f"{path}, line 1: it was learned with the context {context}, the target {target}; to learn "
+        f"it anew, give the options of this start to: python bookkeep.py relearn {path} NEW"
+    )
+    assert caplog.text == ""
+    assert {each: each.read_bytes() for each in path.parent.iterdir()} == files
+    with bookkeeping(path, books=Books(*learned)) as keeper:
+        assert_true_to_log(keeper)
+
+
+def test_a_log_whose_bookings_are_all_forgotten_may_be_learned_from_other_keys(path):
+    with bookkeeping(path, unsaved=1) as keeper:
+        keeper.book([booking()])
+        keeper.forget("A")
+    with bookkeeping(path, unsaved=1):
+        pass  # it makes a snapshot
+    with bookkeeping(path, books=Books(["Department"], "Vat")) as keeper:
+        keeper.book([booking(Vat="25")])
+        keeper.book([booking(Vat="25")])
+        assert lines_of(keeper)[-1]["predicted"] == "25"
+
+
+def test_a_check_says_which_lines_were_learned_from_other_keys(path, capsys):
+    with bookkeeping(path, books=Books(["Department"], "Vat")) as keeper:
+        keeper.book([booking("gone", Vat="25")])
+        keeper.book([booking(Vat="25")] * 2)
+        keeper.book([by("suggestion", Vat="12")])
+        keeper.correct(2, "12")
+        keeper.forget("gone")
+    assert checked(path, capsys) == []
+    lines = path.read_bytes().splitlines(keepends=True)
+    for seq, values in ((2, {"context": None}), (3, {"target": "Id"}), (4, {"context": ["X"]})):
+        damaged = [*lines]
+        damaged[seq] = changed(lines[seq], **values)
+        path.write_bytes(b"".join(damaged))
+        [problem] = checked(path, capsys)
+        assert problem.startswith(f"line {seq + 1}: it was learned with the context ")
+        with closing(Log(path)) as log, pytest.raises(LogError, match=re.escape(problem)):
+            Bookkeeper(log, books=Books(["Department"], "Vat"))
+
+
+def batches_by_department(keeper):
+    """Books what a log with any context may have."""
+    for number, batch in enumerate(batches_of(by_department(), 7)):
+        who = ("person", "check", "suggestion")[number % 3]
+        keeper.book([by(who, sample) for sample in batch], f"key{number}" if number % 2 else None)
+    for seq in (3, 20, 3):
+        keeper.correct(seq, str(seq))
+
+
+def test_relearned_with_another_context_it_is_as_if_it_had_always_had_that(path, capsys):
+    other = path.with_name("other.jsonl")
+    with bookkeeping(path) as keeper:
+        batches_by_department(keeper)
+    with bookkeeping(other, books=Books(["Department"])) as keeper:
+        batches_by_department(keeper)
+    for log, books, expected in ((path, Books(["Department"]), other), (other, Books(), path)):
+        new, left_out = relearned(log, capsys, books)
+        assert left_out == []
+        assert new.read_bytes() == expected.read_bytes()
+        new.unlink()
+
+
+def test_what_lacks_another_target_is_left_out_of_a_log_relearned_for_it(path, capsys):
+    with bookkeeping(path) as keeper:
+        keeper.book([booking(Vat="25"), booking(), booking(Vat="v" * 101), booking(Vat="12")])
+        keeper.correct(0, "1")
+    new, left_out = relearned(path, capsys, Books(["AccountNumber"], "Vat"))
+    assert left_out == [
+        "line 2: Vat is missing",
+        "line 3: Vat is longer than 100 characters",
+        "line 5: it corrects another key than Vat",
+    ]
+    with bookkeeping(new, books=Books(["AccountNumber"], "Vat")) as keeper:
+        assert_true_to_log(keeper)
+        assert keeper.correct(3, "25") == "12"
+
+
+def test_another_key_than_the_account_is_predicted_from_the_account(serve, tmp_path):
+    old, new = tmp_path / "old.jsonl", tmp_path / "log.jsonl"
+    options = ["--target=Vat", "--context=AccountNumber"]
+    vats = {"3001": "25", "3002": "12", "3003": "0"}
+    rows = [
+        booking(text="card payment", account=account, Vat=vats[account], AccountName="Büro")
+        for account in random.Random(5).choices([*vats], k=40)
+    ]
+    usual = serve(log=old)
+    for batch in batches_of(rows, 10):
+        assert usual.post("/sample", batch)[0] == 200
+    usual.stop()
+    said = refused(old, *options)
+    assert "line 1: it was learned with the context none, the target AccountNumber; " in said
+    assert f"python bookkeep.py relearn {old} NEW" in said
+    status, out, _ = run(SERVICE, *options, "relearn", old, new)
+    assert (status, out) == (0, f"{new}: 40 bookings learned anew\n")
+    service = serve(*options)
+    asked = [booking(text="card payment", account=account) for account in vats]
+    assert service.post("/predict", asked) == (200, [*vats.values()])
+    assert service.get("/report/100")[1]["accuracy"] > 0.5
+    status, refusal = service.post("/sample", [booking()])
+    assert (status, refusal) == (400, {"error": "sample 0: Vat is missing"})
+    status, refusal = service.post("/sample", [booking(Vat="1" * 101)])
+    assert (status, refusal) == (400, {"error": "sample 0: Vat is longer than 100 characters"})
+    bare = {key: value for key, value in booking(Vat="25").items() if key != "AccountNumber"}
+    assert service.post("/sample", [bare])[1]["total"] == 41
+    status, refusal = service.post("/correct", {"seq": 0, "AccountNumber": "3001"})
+    needed = {"error": 'send {"seq": 1203, "Vat": "6700"}, and nothing else'}
+    assert (status, refusal) == (400, needed)
+    before = rows[7]["Vat"]
+    answer = service.post("/correct", {"seq": 7, "Vat": "6"})
+    assert answer == (200, {"seq": 7, "Vat": "6", "before": before})
+    standing = service.get("/bookings/7")[1]
+    assert standing["sample"] == rows[7] | {"Vat": "6"}
+    assert (standing["account"], standing["name"]) == ("6", None)
+    assert standing["corrected"] == {"from": before}
+    assert service.get("/overview")[1]["target"] == "Vat"
+    schemas = service.get("/openapi.json")[1]["components"]["schemas"]
+    assert "Vat" in schemas["Booking"]["required"]
+    assert schemas["Correction"]["properties"].keys() == {"seq", "Vat"}
+    assert "AccountNumber" not in schemas["Corrected"]["properties"]
+    service.stop()
+    with bookkeeping(new, books=Books(["AccountNumber"], "Vat")) as keeper:
+        assert_true_to_log(keeper)
+
+
+def test_a_sum_gets_the_same_suggestions_however_it_is_written(keeper):
+    keeper.book([booking(text="x", amount="+1200.00", account="1"), booking(text="y", account="2")])
+    ways = ["1200", "1200.0", "+1200.00", "01200"]
+    for zero in ("0", "-0.00", "+0"):
+        keeper.book([booking(text="z", amount=zero, account="3")])
+    for each in (ways, ["0", "0.00", "-0.00"]):
+        suggestions = [suggested(keeper, booking(text="w", amount=way), 3) for way in each]
+        for suggestion in suggestions:
+            del suggestion["check"]  # which is drawn
+        assert all(suggestion == suggestions[0] for suggestion in suggestions)
+    reasons = suggested(keeper, booking(text="w", amount="1200.0"))["suggestions"][0]["reasons"]
+    assert ("this very sum", "1200") in {(each["kind"], each["token"]) for each in reasons}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bookkeep import (
     FEATURES,
+    PLACE,
     BadRequest,
     Batch,
     Books,
@@ -17,6 +18,7 @@ from bookkeep import (
     Sample,
     check_records,
     check_sample,
+    features_of,
     fsync_folder,
     scan,
     score_weight,
@@ -28,10 +30,13 @@ logger = logging.getLogger("bookkeep")
 def check(path: Path) -> int:
     """Prints what is wrong with a log; the exit status. Raises OSError if there is none."""
     bookings = problems = 0
+    features = None  # of all records, as the first one has them
     for found in scan(path):
         damages = [found]
         if isinstance(found, Batch):
-            damages = [*check_records(found.records, found.line)]
+            learned = (features_of(record) for record in found.records if len(record) > len(PLACE))
+            features = next(learned, None) if features is None else features
+            damages = [*check_records(found.records, found.line, features)]
             bookings += sum("sample" in record for record in found.records)
         for damage in damages:
             print(f"{path}, line {damage.line}: {damage.reason}")
@@ -94,6 +99,8 @@ def _relearn_batch(batch: Batch, log: Log, books: Books) -> Iterator[Damage]:
                 score_weight(record["sample"])
                 bookings[i] = record["sample"]
             elif "corrects" in record:
+                if books.target not in record:
+                    raise ValueError(f"it corrects another key than {books.target}")
                 account = record[books.target]
                 check_sample({books.target: account}, (books.target,))
                 corrected = log.record(record["corrects"])

@@ -137,8 +137,8 @@ SCHEMAS = {
     ),
     "Reason": _record(
         "what something that the sample says speaks for",
-        token=(FILLED, "the sample's own words", "Office"),
-        kind=(_one_of(bookkeep.KINDS), "what they are in it", "word"),
+        token=({"type": "string", "minLength": 1}, "the sample's own words", "Office"),
+        kind=(FILLED, "what they are in it", "word in this company"),
         weight=(NUMBER, "log-odds for this account over the other", 2.4137),
     ),
     "Record": _record(
@@ -191,7 +191,7 @@ SCHEMAS = {
         health=(_of("Health"), "how much is learned"),
         target=(FILLED, "the key that is predicted", TARGET),
         context=(
-            {"type": "array", "items": FILLED},
+            {"type": "array", "items": FILLED | {"examples": ["Department"]}},
             "keys of a sample that are features, too",
             ["Department"],
         ),

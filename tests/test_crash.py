@@ -526,7 +526,7 @@ def ask_in_turn(ask, rng):
             answer = ask("POST", "/correct", {"seq": seq, "AccountNumber": "new"})
             log = [*log, {"corrects": seq, "AccountNumber": "new"}]
         elif turn in (10, 15):
-            company = f"company{turn // 10}"
+            company = rng.choice([entry["CompanyId"] for entry in log if "CompanyId" in entry])
             answer = ask("DELETE", f"/company/{company}")
             log = said_without(log, company)
         else:
