@@ -1726,8 +1726,8 @@ class Log:
     def in_place(self) -> bool:
         """Does its path still lead to the file that is owned, with all that is in it?"""
         with suppress(OSError):
-            owned = os.fstat(self._file)
-            return os.path.samestat(owned, os.stat(self.path)) and owned.st_size >= self.size
+            size, owned = self.size, os.fstat(self._file)  # in that order: it may be growing
+            return os.path.samestat(owned, os.stat(self.path)) and owned.st_size >= size
         return False
 
     def _require_place(self) -> None:
@@ -2798,6 +2798,7 @@ class Bookkeeper:
                 self.books.broken = True  # the log says less than the books, or will after a start
                 raise NotReady(f"the next start forgets the rest ({error}); {RESTART}") from None
         _digests.clear()
+        _amount_digests.cache_clear()
         logger.info("forgot %d lines", len(lines))
         return forgotten
 

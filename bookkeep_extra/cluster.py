@@ -572,11 +572,11 @@ class Node(bookkeep.Alone):
             raise Foreign(BEHIND)
         batches = []
         for batch in bookkeep.batches_of(BytesIO(data), base):
-            damaged = isinstance(batch, bookkeep.Damage)
-            if damaged or any(
-                bookkeep.check_records(batch.records, batch.line, self.books.features)
-            ):
+            if isinstance(batch, bookkeep.Damage):
                 raise Foreign(NONSENSE)
+            for damage in bookkeep.check_records(batch.records, batch.line, self.books.features):
+                where = f"line {damage.line} of the stream"
+                raise Foreign(f"{where}: {damage.reason}" if damage.otherwise else NONSENSE)
             if batch.line > len(self.log):
                 batches.append(batch)
                 continue

@@ -31,6 +31,7 @@ from bookkeep import (
     JSON_LINES,
     UNSAVED,
     UNSURE,
+    Books,
     Busy,
     Conflict,
     Log,
@@ -168,10 +169,11 @@ class Nodes:
     def __init__(self, folder, address):
         self.folder, self.address, self.nodes = folder, address, []
 
-    def __call__(self, name, ready=True, address=None):
+    def __call__(self, name, ready=True, address=None, books=None):
         """Starts one."""
         path = self.folder / name
-        self.nodes.append(node := cluster.Node(address or self.address, Log(path), UNSAVED))
+        node = cluster.Node(address or self.address, Log(path), UNSAVED, books)
+        self.nodes.append(node)
         node.path = path
         if ready:
             wait_until(lambda: is_ready(node))
@@ -705,6 +707,21 @@ def test_another_log_is_refused_and_kept(joined, tmp_path):
     time.sleep(0.1)
     assert (tmp_path / "b").read_bytes() == before
     assert len(a.log) == 6
+
+
+def test_nodes_learn_from_the_same_keys_or_say_that_they_do_not(joined):
+    a, b = (joined(name, books=Books(["Department"], "Vat")) for name in "ab")
+    a.book([booking(Vat="25", Department="HR"), booking(Vat="12", Department="IT")])
+    assert b.correct(1, "0") == "12"
+    assert equal([a, b])
+    a.change(lambda: None)  # it has learned what it has
+    assert_same(a, b)
+    for number, books in enumerate((Books(["Project"], "Vat"), Books())):
+        other = joined(f"other{number}", ready=False, books=books)
+        wait_until(lambda other=other: "context Department, the target Vat" in stands(other))
+        with pytest.raises(NotReady, match="line 1 of the stream: it was learned with the context"):
+            require_ready(other)
+        assert len(other.log) == 0
 
 
 def test_a_log_of_one_machine_goes_into_a_cluster_and_back(serve, servers, topic, joined, tmp_path):
