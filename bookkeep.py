@@ -644,15 +644,22 @@ def _run_starts(values: np.ndarray) -> np.ndarray:
     return starts.nonzero()[0]
 
 
-def _grouped(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """An order of keys below 2 ** 39, where in it each group of equal ones starts, and its key.
+def _summed(
+    keys: np.ndarray, values: np.ndarray, end: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The distinct keys, below `end` and 2 ** 39, the sum of the values of each, and of how many.
 
-    [7, 3, 7] -> [1, 0, 2], [0, 1], [3, 7]
+    [7, 3, 7], [1, 2, 4] -> [3, 7], [2, 5], [1, 2]
     """
+    if end <= 16 * len(keys):
+        times = np.bincount(keys, minlength=end)
+        found = times.nonzero()[0]
+        return found, np.bincount(keys, values).take(found), times.take(found)
     keys = np.sort(keys << 24 | np.arange(len(keys)))  # faster than argsort
     order, keys = keys & 0xFFFFFF, keys >> 24
     first = _run_starts(keys)
-    return order, first, keys.take(first)
+    times = np.append(first[1:], len(keys)) - first
+    return keys.take(first), np.add.reduceat(values.take(order), first), times
 
 
 def _ranges(starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -678,7 +685,6 @@ NEAR = 1 / 32  # the probability from which on an account is a rival
 ROUND = 64  # documents of a batch that are weighed, and learned, at once
 AT_WORK = 1 << 14  # sums that are at work at once, unless one document has more
 EVIDENCE = 2.0**-36  # evidence and logs are multiples of it, so sums of them are exact, too
-ACCOUNT = (1 << 23) - 1  # the lower bits of a pair of a document and an account
 
 
 class Assessment(NamedTuple):
@@ -809,18 +815,20 @@ class NaiveBayes:
             alive = (self.class_counts[account] > 0).nonzero()[0]
             token, account, evidence = token[alive], account[alive], evidence[alive]
         owner = document.take(token)
-        pairs = owner << 23 | account
-        lonely = (np.bincount(owner, minlength=n) == 0).nonzero()[0]
+        lonely = np.ones(n, dtype=bool)
+        lonely[owner] = False
         numbers = np.array([self.accounts.get(label, -1) for label in labels], dtype=np.int64)
         labelled = ((numbers >= 0) & (self.sums[numbers, 0] > 0)).nonzero()[0]
-        label = labelled << 23 | numbers[labelled]
-        if len(lonely) or len(labels):
-            everyone = lonely[:, np.newaxis] << 23 | self.class_counts.nonzero()[0]
+        label = labelled * len(self.names) + numbers[labelled]
+        pairs = owner * len(self.names) + account
+        if len(labels) or lonely.any():
+            everyone = lonely.nonzero()[0][:, np.newaxis] * len(self.names)
+            everyone = everyone + self.class_counts.nonzero()[0]
             pairs = np.concatenate([pairs, everyone.ravel(), label])
             evidence = _grown(evidence, len(pairs))
-        order, first, pairs = _grouped(pairs)
-        score = np.add.reduceat(evidence.take(order), first)
-        document_of, account = pairs >> 23, pairs & ACCOUNT
+        pairs, score, times = _summed(pairs, evidence, n * len(self.names))
+        document_of = pairs // len(self.names)
+        account = pairs - document_of * len(self.names)
         start = _run_starts(document_of)
 
         # The prior and the normalisers.
@@ -841,7 +849,7 @@ class NaiveBayes:
             score += np.bincount(at, said, minlength=len(score))
 
         label = pairs.searchsorted(label)
-        alien = np.append(first[1:], len(order))[label] - first[label] == 1
+        alien = times[label] == 1
         return Scores(document_of, account, score * EVIDENCE, start, label, alien)
 
     def _score_one(self, document: Sequence[int]) -> Scores:
