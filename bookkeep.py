@@ -505,7 +505,7 @@ class Counts:
     def asked(self, tokens: np.ndarray, accounts: np.ndarray) -> np.ndarray:
         """The evidence of tokens with wide rows for accounts."""
         cells = _cells(tokens, accounts)
-        return self.cells.values[:, 2].take(self.cells.find(cells.ravel())).reshape(cells.shape)
+        return self.cells.values[self.cells.find(cells.ravel()), 2].reshape(cells.shape)
 
     def add(self, rows: np.ndarray, columns: np.ndarray, units: np.ndarray) -> None:
         """Adds so many units to the sum in each row and column."""
@@ -581,7 +581,7 @@ class Counts:
         self.cells.values[cells, 2] = self._evidence_of(kinds, np.arange(2), sums).sum(axis=1)
         more = np.count_nonzero(sums, axis=1) - had
         np.add.at(self.rows.values, rows, more)
-        for row in np.unique(rows[more < 0]):
+        for row in sorted({*rows[more < 0].tolist()}):
             if self.sizes(row) <= RARE:
                 self._make_narrow(row)
 
@@ -649,15 +649,22 @@ def _run_starts(values: np.ndarray) -> np.ndarray:
     return starts.nonzero()[0]
 
 
-def _grouped(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """An order of keys below 2 ** 39, where in it each group of equal ones starts, and its key.
+def _summed(
+    keys: np.ndarray, values: np.ndarray, end: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The distinct keys, below `end` and 2 ** 39, the sum of the values of each, and of how many.
 
-    [7, 3, 7] -> [1, 0, 2], [0, 1], [3, 7]
+    [7, 3, 7], [1, 2, 4] -> [3, 7], [2, 5], [1, 2]
     """
+    if end <= 16 * len(keys):
+        times = np.bincount(keys, minlength=end)
+        found = times.nonzero()[0]
+        return found, np.bincount(keys, values).take(found), times.take(found)
     keys = np.sort(keys << 24 | np.arange(len(keys)))  # faster than argsort
     order, keys = keys & 0xFFFFFF, keys >> 24
     first = _run_starts(keys)
-    return order, first, keys.take(first)
+    times = np.append(first[1:], len(keys)) - first
+    return keys.take(first), np.add.reduceat(values.take(order), first), times
 
 
 def _ranges(starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -683,7 +690,6 @@ NEAR = 1 / 32  # the probability from which on an account is a rival
 ROUND = 64  # documents of a batch that are weighed, and learned, at once
 AT_WORK = 1 << 14  # sums that are at work at once, unless one document has more
 EVIDENCE = 2.0**-36  # evidence and logs are multiples of it, so sums of them are exact, too
-ACCOUNT = (1 << 23) - 1  # the lower bits of a pair of a document and an account
 
 
 class Assessment(NamedTuple):
@@ -734,11 +740,10 @@ class Scores(NamedTuple):
 
     document: np.ndarray  # (p,)
     account: np.ndarray  # (p,)
-    score: np.ndarray  # (p,) -inf, if it is only the label
+    score: np.ndarray  # (p,)
     start: np.ndarray  # (n,) the first pair of each document
-    labelled: np.ndarray  # (l,) documents with a known label
-    label: np.ndarray  # (l,) the pair of it
-    label_score: np.ndarray  # (l,)
+    label: np.ndarray  # (l,) the pairs of the known labels
+    alien: np.ndarray  # (l,) is it no candidate?
 
 
 class NaiveBayes:
@@ -805,10 +810,7 @@ class NaiveBayes:
     ) -> Scores:
         """The scores of all candidates. There must be a model, that is an account."""
         found = self._look_up(documents)
-        n = len(found.lengths)
-        if n == 1:
-            return self._score_one(found, labels)
-        document = found.document
+        n, document = len(found.lengths), found.document
 
         # What narrow rows say: their accounts are the candidates.
         token, column, units = self.token_counts.take(found.row)
@@ -818,18 +820,20 @@ class NaiveBayes:
             alive = (self.class_counts[account] > 0).nonzero()[0]
             token, account, evidence = token[alive], account[alive], evidence[alive]
         owner = document.take(token)
-        pairs = owner << 23 | account
-        lonely = (np.bincount(owner, minlength=n) == 0).nonzero()[0]
-        numbers = self._numbered(labels)
-        labelled = (numbers >= 0).nonzero()[0]
-        label = labelled << 23 | numbers[labelled]
-        if len(lonely) or len(labels):
-            everyone = lonely[:, np.newaxis] << 23 | self.class_counts.nonzero()[0]
+        lonely = np.ones(n, dtype=bool)
+        lonely[owner] = False
+        numbers = np.array([self.accounts.get(label, -1) for label in labels], dtype=np.int64)
+        labelled = ((numbers >= 0) & (self.sums[numbers, 0] > 0)).nonzero()[0]
+        label = labelled * len(self.names) + numbers[labelled]
+        pairs = owner * len(self.names) + account
+        if len(labels) or lonely.any():
+            everyone = lonely.nonzero()[0][:, np.newaxis] * len(self.names)
+            everyone = everyone + self.class_counts.nonzero()[0]
             pairs = np.concatenate([pairs, everyone.ravel(), label])
             evidence = _grown(evidence, len(pairs))
-        order, first, pairs = _grouped(pairs)
-        score = np.add.reduceat(evidence.take(order), first)
-        document_of, account = pairs >> 23, pairs & ACCOUNT
+        pairs, score, times = _summed(pairs, evidence, n * len(self.names))
+        document_of = pairs // len(self.names)
+        account = pairs - document_of * len(self.names)
         start = _run_starts(document_of)
 
         # The prior and the normalisers.
@@ -838,67 +842,69 @@ class NaiveBayes:
         cell = document[known] * columns + found.kind[known] + 1
         lengths = np.bincount(cell, minlength=n * columns).reshape(n, columns).astype(np.float64)
         lengths[:, 0] = 1
-        logs = self._log_counts(account)
-        score = score + np.einsum("pk,pk->p", logs, lengths.take(document_of, axis=0))
+        score += self._prior(lengths, document_of, account)
 
         # What wide rows say of the candidates.
         wide = self.token_counts.is_wide(found.row).nonzero()[0]
         if len(wide):
             of = document[wide]
-            token, at = _ranges(start[of], np.diff(start, append=len(pairs))[of])
+            token, at = _ranges(start[of], np.append(start[1:], len(pairs))[of] - start[of])
             token = self.token_counts.rows.keys.take(found.row[wide].take(token))
             said = self.token_counts.asked(token, account.take(at))
             score += np.bincount(at, said, minlength=len(score))
 
-        score = score * EVIDENCE
-        at = pairs.searchsorted(label)
-        label_score = score[at]
-        once = np.diff(first, append=len(order))[at] == 1
-        score[at[once]] = -np.inf
-        return Scores(document_of, account, score, start, labelled, at, label_score)
+        label = pairs.searchsorted(label)
+        alien = times[label] == 1
+        return Scores(document_of, account, score * EVIDENCE, start, label, alien)
 
-    def _score_one(self, found: LookedUp, labels: Sequence[str]) -> Scores:
+    def _score_one(self, document: Sequence[int]) -> Scores:
         """As joint_log_likelihood, of one document: the same in fewer steps."""
-        spans, sizes, kinds, wide = [np.zeros(0, dtype=np.int64)], [0], [0], []
-        lengths = np.zeros(1 + len(KINDS))
-        lengths[0] = 1
-        values = self.token_counts.rows.values.take(found.row).tolist()
-        for kind, row, value in zip(found.kind.tolist(), found.row.tolist(), values, strict=True):
-            if value:
+        counts = self.token_counts
+        entries, value_at = counts.entries, counts.rows.values.item
+        spans, sizes, kinds, wide = [entries[:0]], [0], [0], []
+        lengths = [1] + [0] * len(KINDS)
+        for token, row in zip(document, counts.rows.find_each(document), strict=True):
+            if value := value_at(row):
+                kind, start, size = token >> KIND_SHIFT, value >> 24, value & SIZE
                 lengths[1 + kind] += 1
-            if value > SIZE:
-                start, size = value >> 24, value & SIZE
-                spans.append(self.token_counts.entries[start : start + size])
-                sizes.append(size)
-                kinds.append(kind)
-            elif value:
-                wide.append(row)
+                if start:
+                    spans.append(entries[start : start + size])
+                    sizes.append(size)
+                    kinds.append(kind)
+                else:
+                    wide.append(token)
         entries = np.concatenate(spans)
         column = entries >> 40
         evidence = self._evidence(np.array(kinds).repeat(sizes), column & 1, entries & UNITS)
-        met = column >> 1
-        account = np.bincount(met).nonzero()[0]
-        score = np.bincount(met, evidence).take(account)
-        if self.n_classes < len(self.names):  # an account wholly unlearned is no candidate
-            alive = self.class_counts[account] > 0
-            account, score = account[alive], score[alive]
+        met = np.bincount(column >> 1) > 0
+        met &= self.class_counts[: len(met)] > 0  # an account wholly unlearned is no candidate
+        account = met.nonzero()[0]
+        score = np.bincount(column >> 1, evidence).take(account)
         if not len(account):
             account = self.class_counts.nonzero()[0]
             score = np.zeros(len(account))
-        numbers = [number for number in map(self._number, labels) if number >= 0]
-        label = account.searchsorted(numbers)
-        alien = label[account.take(label, mode="clip") != numbers]
-        if len(alien):
-            account, score = np.insert(account, label, numbers), np.insert(score, label, 0)
-        score = score + self._log_counts(account) @ lengths
-        if wide:
-            tokens = self.token_counts.rows.keys[wide][:, np.newaxis]
-            score += self.token_counts.asked(tokens, account).sum(axis=0)
-        score *= EVIDENCE
-        label_score = score[label]
-        score[alien] = -np.inf
         zeros = np.zeros(len(account), dtype=np.int64)
-        return Scores(zeros, account, score, zeros[:1], zeros[: len(label)], label, label_score)
+        score += self._prior(np.array([lengths], dtype=np.float64), zeros, account)
+        if wide:
+            score += counts.asked(np.array(wide)[:, np.newaxis], account).sum(axis=0)
+        return Scores(zeros, account, score * EVIDENCE, zeros[:1], zeros[:0], zeros[:0])
+
+    def _prior(self, lengths: np.ndarray, document: np.ndarray, account: np.ndarray) -> np.ndarray:
+        """(p,) what the classes and how much they have learned say, in units of EVIDENCE.
+
+        `lengths` are (n, 1 + kinds): 1, and how many known tokens of each kind a document has.
+        """
+        if self._logs is None:  # all, once that is no more than what was asked for
+            self._asked += len(account)
+            if self._asked >= len(self.names):
+                self._logs = self._log_counts(self.sums[: len(self.names)])
+        if self._logs is None:
+            logs = self._log_counts(self.sums.take(account, axis=0))
+        elif len(lengths) * len(self.names) < 16 * len(account):
+            return (lengths @ self._logs.T)[document, account]
+        else:
+            logs = self._logs.take(account, axis=0)
+        return np.einsum("pk,pk->p", logs, lengths.take(document, axis=0))
 
     def _evidence(self, kind: np.ndarray, against: np.ndarray, units: np.ndarray) -> np.ndarray:
         """What sums for or against an account say, in units of EVIDENCE."""
@@ -907,15 +913,10 @@ class NaiveBayes:
         said *= self._factors.take(which)
         return np.rint(said, said)
 
-    def _log_counts(self, account: np.ndarray) -> np.ndarray:
+    def _log_counts(self, sums: np.ndarray) -> np.ndarray:
         """(p, 1 + kinds) log N(a), and - 1/2 log (T_k(a) + alpha V_k), in units of EVIDENCE."""
-        if len(account) <= len(self.names):
-            sums = self.sums.take(account, axis=0) + self._smoothing
-            return np.rint(np.log(sums) * self._shares)
-        with np.errstate(divide="ignore"):  # all accounts', one may be wholly unlearned: log 0
-            sums = self.sums[: len(self.names)] + self._smoothing
-            logs = np.rint(np.log(sums) * self._shares)
-        return logs.take(account, axis=0)
+        with np.errstate(divide="ignore"):  # an account wholly unlearned: log 0
+            return np.rint(np.log(sums + self._smoothing) * self._shares)
 
     def _look_up(
         self,
@@ -926,10 +927,7 @@ class NaiveBayes:
             return documents
         tokens = np.fromiter(chain.from_iterable(documents), dtype=np.int64)
         lengths = np.array([len(document) for document in documents], dtype=np.int64)
-        if len(documents) == 1 and not rows_of:
-            row = np.array(self.token_counts.rows.find_each(documents[0]), dtype=np.int64)
-        else:
-            row = (rows_of or self.token_counts.rows.find)(tokens)
+        row = (rows_of or self.token_counts.rows.find)(tokens)
         return LookedUp(lengths, tokens >> KIND_SHIFT, row)
 
     def terms(self, document: Sequence[int], accounts: np.ndarray) -> np.ndarray:
@@ -940,7 +938,7 @@ class NaiveBayes:
         """
         found, accounts = self._look_up([document]), np.asarray(accounts)
         counts, tokens = self.token_counts, np.array(document)
-        logs = self._log_counts(accounts).T
+        logs = self._log_counts(self.sums[accounts]).T
         terms = np.zeros((len(tokens), len(accounts)))
         known = (counts.rows.values[found.row] > 0).nonzero()[0]
         terms[known] = logs[1 + found.kind[known]]
@@ -964,13 +962,14 @@ class NaiveBayes:
         self, documents: Sequence[Sequence[int]] | LookedUp, labels: Sequence[str] = ()
     ) -> Iterator[tuple[slice, Scores]]:
         """Those of all documents, so many at a time that all sums stay in a processor's cache."""
+        if len(documents) == 1 and not labels:
+            yield slice(1), self._score_one(documents[0])
+            return
         found = self._look_up(documents)
-        ends = [len(found.lengths)]
-        if ends[0] > 1:
-            values = self.token_counts.rows.values.take(found.row)
-            sums = np.bincount(found.document, np.where(values > SIZE, values & SIZE, 0))
-            sums = np.where(sums > 0, sums, len(self.names)).cumsum()
-            ends = (1 + np.diff(sums // AT_WORK, append=-1).nonzero()[0]).tolist()
+        values = self.token_counts.rows.values.take(found.row)
+        sums = np.bincount(found.document, np.where(values > SIZE, values & SIZE, 0))
+        sums = np.where(sums > 0, sums, len(self.names)).cumsum()
+        ends = (1 + np.diff(sums // AT_WORK, append=-1).nonzero()[0]).tolist()
         for part in map(slice, [0, *ends], ends):
             some = found.part(part) if len(ends) > 1 else found
             yield part, self.joint_log_likelihood(some, labels[part])
@@ -1018,14 +1017,15 @@ class NaiveBayes:
             return [Assessment(None, None, None, 0)] * len(labels), []
         made, parts = [], []
         for part, scores in self._scores(found, labels):
-            n = len(scores.start)
-            best, lead = self._best(scores)
-            booked = np.full(n, np.inf)
-            booked[scores.labelled] = scores.score[scores.label]
-            ranks = np.add.reduceat(scores.score >= booked[scores.document], scores.start)
+            seen = scores.score.copy()
+            seen[scores.label[scores.alien]] = -np.inf
+            best, lead = self._best(scores._replace(score=seen))
+            labelled = scores.document[scores.label]
+            booked = np.full(len(best), np.inf)
+            booked[labelled] = seen[scores.label]
+            ranks = np.add.reduceat(seen >= booked[scores.document], scores.start)
             ranks = np.where(np.isfinite(booked), ranks, 0)
-            right = scores.account[scores.label] == best[scores.labelled]
-            ranks[scores.labelled[right]] = 1
+            ranks[labelled[scores.account[scores.label] == best[labelled]]] = 1
             made += map(
                 Assessment,
                 map(self.names.__getitem__, best.tolist()),
@@ -1041,14 +1041,6 @@ class NaiveBayes:
         found = self._look_up(documents)
         known = self.token_counts.rows.values[found.row] > 0
         return np.maximum.reduceat(known * SPECIFICITY_BY_KIND[found.kind], found.start)
-
-    def _numbered(self, accounts: Sequence[str]) -> np.ndarray:
-        """(n,) their numbers, -1 for those that are not known."""
-        return np.array([*map(self._number, accounts)], dtype=np.int64)
-
-    def _number(self, account: str) -> int:
-        number = self.accounts.get(account, -1)
-        return number if number >= 0 and self.sums[number, 0] else -1
 
     def weigh(self, documents: Sequence[Sequence[int]], labels: Sequence[str]) -> list[Lesson]:
         """What documents are to count for their labels, and against which rivals.
@@ -1069,16 +1061,15 @@ class NaiveBayes:
 
     def _weigh(self, scores: Scores, labels: Sequence[str]) -> list[Lesson]:
         score = scores.score / SOFTENING
-        score[scores.label] = scores.label_score / SOFTENING
         highest = np.maximum.reduceat(score, scores.start)
         posterior = np.rint(np.exp(score - highest.take(scores.document)) / EVIDENCE)
         posterior /= np.add.reduceat(posterior, scores.start).take(scores.document)
         weights, against = np.ones(len(labels)), [[] for _ in labels]
+        labelled = scores.document[scores.label]
         surprise = np.rint(GRAIN * SHARE * (1 - posterior[scores.label])) / GRAIN
-        weights[scores.labelled] = np.maximum(FLOOR, surprise)
-        known = np.zeros(len(labels), dtype=bool)
-        known[scores.labelled] = True
+        weights[labelled] = np.maximum(FLOOR, surprise)
         posterior[scores.label] = 0
+        known = np.bincount(labelled, minlength=len(labels)) > 0
         near = ((posterior >= NEAR) & known[scores.document]).nonzero()[0]
         for document, account, p in zip(
             *(each[near].tolist() for each in (scores.document, scores.account, posterior)),
@@ -1170,6 +1161,7 @@ class NaiveBayes:
         """Has what follows from the sums; the first accounts, so many, are known to have some."""
         self.n_classes = alive + int(np.count_nonzero(self.class_counts[alive:]))
         # A kind without known tokens has no use for its log, which must be finite.
+        self._logs, self._asked = None, 0  # _log_counts of all accounts, and how many were needed
         self._smoothing = np.append(0, self.alpha * np.maximum(self.token_counts.occupied, 1))
 
 

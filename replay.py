@@ -22,6 +22,7 @@ import os
 import random
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -59,6 +60,7 @@ FIELDS = {  # the keys of a sample that mean something, by their names for --map
     "account": "AccountNumber",
     "date": "BankEntryDate",
     "name": "AccountName",
+    "context": "",  # columns that are sent under their own names, too
 }
 # Characters in the values that a booking must have, of which the last is what is predicted.
 LONGEST = {"CompanyId": 100, "BankEntryText": 10_000, "BankEntryAmount": 100, "AccountNumber": 100}
@@ -335,9 +337,8 @@ NUMBER = {  # by its decimal mark: what stands before that, and after it
     ".": re.compile(r"([0-9]*|[1-9][0-9]{0,2}(?:,[0-9]{2,3})*,[0-9]{3})(?:[.]([0-9]+))?"),
     ",": re.compile(r"([0-9]*|[1-9][0-9]{0,2}(?:[.][0-9]{2,3})*[.][0-9]{3})(?:,([0-9]+))?"),
 }
-DAY_OR_MONTH = re.compile(  # that a date begins with
-    r"([0-9]{1,2})([./-])([0-9]{1,2})\2([0-9]{4}|(?<=[./])[0-9]{2})(?![0-9])"
-)
+# A day or a month, that a date begins with.
+DAY_OR_MONTH = re.compile(r"([0-9]{1,2})([./-])([0-9]{1,2})\2([0-9]{4}|(?<=[./])[0-9]{2})(?![0-9])")
 AS_IT_STANDS = "replay.py --order file needs no dates, and sends rows as they stand"
 
 
@@ -347,10 +348,10 @@ def read_rows(
     """The bookings in a CSV file, or in the one in a zip, one by one.
 
     `columns` says which column is which, as {"text": "Payee+Purpose", "amount": "Amount"}, by the
-    keys of FIELDS; others keep their names. The company may be the same for all rows. Unless they
-    are `booked`, they need no account. Amounts become plain decimal numbers if they are numbers.
-    Rows that the service cannot take, as something is empty, are left out, with a warning. Raises
-    Failed if it is no such file.
+    keys of FIELDS; others keep their names, and so do those that are its "context". The company
+    may be the same for all rows. Unless they are `booked`, they need no account. Amounts become
+    plain decimal numbers if they are numbers. Rows that the service cannot take, as something is
+    empty, are left out, with a warning. Raises Failed if it is no such file.
     """
     with open_csv(path) as file:
         table = Table(file, path, columns, company, booked)
@@ -404,17 +405,18 @@ class Table:
         self._fixed = {} if company is None else {"CompanyId": company}
         self._needed = COLUMNS if booked else FEATURES
         named = {FIELDS[field]: names.split("+") for field, names in (columns or {}).items()}
+        self.context = named.pop("", [])
         if not booked:
             named.pop(TARGET, None)  # so that the same names will do before and after
         used = {key: [key] for key in self._needed if key not in self._fixed} | named
-        wanted = list(dict.fromkeys(itertools.chain(*used.values())))
+        wanted = list(dict.fromkeys(itertools.chain(*used.values(), self.context)))
         self._text = io.TextIOWrapper(file, newline="", encoding=_encoding(file))
         self._text.seek(0)
         self._header = self._text.readline()
         self._dialect = _dialect(self._header, wanted)
         [self.columns] = csv.reader([self._header], **self._dialect)
         self._check_columns(wanted)
-        taken = {*itertools.chain(*named.values())}
+        taken = {*itertools.chain(*named.values())} - {*self.context}
         # By the key of a sample, the columns that it is joined from.
         self._joined = {name: [name] for name in self.columns if name not in taken} | named
         self.rows = 0
@@ -445,12 +447,9 @@ class Table:
     def writer(self, file: TextIO) -> Any:
         """A csv.writer of rows as these are."""
         quoted = self._header.startswith(self._dialect["quotechar"])
-        return csv.writer(
-            file,
-            **self._dialect,
-            quoting=csv.QUOTE_ALL if quoted else csv.QUOTE_MINIMAL,
-            lineterminator=self._header[len(self._header.rstrip("\r\n")) :] or "\n",
-        )
+        quoting = csv.QUOTE_ALL if quoted else csv.QUOTE_MINIMAL
+        end = self._header[len(self._header.rstrip("\r\n")) :] or "\n"
+        return csv.writer(file, **self._dialect, quoting=quoting, lineterminator=end)
 
     def _survey(self) -> Iterator[tuple[str, int]]:
         """Counts the rows. Gives their amounts and lines; raises Failed if one cannot be used."""
@@ -513,11 +512,7 @@ def _dialect(header: str, wanted: Sequence[str]) -> dict[str, Any]:
     def found(dialect: dict[str, Any]) -> tuple[int, bool, int]:
         with suppress(csv.Error):
             [names] = csv.reader([header], **dialect)
-            return (
-                sum(column in names for column in wanted),
-                dialect["quotechar"] == '"',
-                len(names),
-            )
+            return sum(map(names.__contains__, wanted)), dialect["quotechar"] == '"', len(names)
         return 0, False, 0
 
     marks = itertools.product(",;\t|", "\"'")
@@ -798,6 +793,7 @@ class Run:
         account = suggestion["account"]
         return {
             "sample": sample,
+            "context": self.options.context,
             "predicted": account,
             "predicted_name": self.account_names.get((row["CompanyId"], account)),
             "confidence": suggestion["confidence"],
@@ -929,11 +925,10 @@ def _quality(last: dict, level: dict, accounts: int) -> Iterator[str]:
 def _booked_unseen(found: dict) -> Iterator[str]:
     """What the service says that it got right, and what is true."""
     said, true, n = found["said"], found["true"], found["suggestions"]
+    unseen, checks = found["unseen"], found["checks"]
     wrong = f"{found['unseen_wrong']:,} are wrong, {_percent(found['unseen_wrong'] / n, 1)} of all"
     yield f"Booked unseen from {_percent(found['book_from'])} on, in the last {n:,} bookings:"
-    yield (
-        f"  {found['unseen']:,} unseen, of which {wrong}; {found['checks']:,} were checked instead"
-    )
+    yield f"  {unseen:,} unseen, of which {wrong}; {checks:,} were checked instead"
     if said["accuracy"] is not None:
         about = f"{_percent(said['accuracy'], 1)} (± {_percent(said['error'], 1)})"
         truth = _percent(true["accuracy"], 1)
@@ -952,6 +947,7 @@ def _prediction(found: dict) -> Iterator[str]:
     yield (
         f'The next one, not sent: "{sample["BankEntryText"]}" of {sample["CompanyId"]}, '
         f"{sample['BankEntryAmount']}"
+        + "".join(f", {key} {sample[key]}" for key in found["context"] if sample[key])
     )
     yield f"  predicted {predicted}, {_percent(found['confidence'])} sure{because}"
     yield f"  the accountant booked {booked}"
@@ -966,6 +962,8 @@ def _next(report: dict) -> Iterator[str]:
         return
     if log:
         yield f"All of it is in {report['log']}"
+    if names := report.get("context"):
+        log += f" --context {shlex.quote(','.join(names))}"
     if "page" not in report:
         yield "What to try next:"
         yield "  the same command with --stay shows it on a page, in a browser"
@@ -995,7 +993,8 @@ def suggest(client: Client, options: argparse.Namespace) -> None:
         with _progress(table.rows, str) as show:
             for records in chunks(table.records(), LARGE):
                 samples = [sample for _, _, sample in records if sample]
-                asked = [{key: sample[key] for key in FEATURES} for sample in samples]
+                wanted = (*FEATURES, *table.context)
+                asked = [{key: sample[key] for key in wanted} for sample in samples]
                 answers = iter(client.suggest(asked, top=1, reasons=False))
                 writer.writerows(header)
                 header = []  # it is written once, and not before there is an answer
@@ -1057,7 +1056,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     """Replays or suggests; the exit status. Raises Failed."""
-    options.file = options.file or _default_file()
+    if not options.file:
+        options.file = _default_file()
+        if "synthetic" in options.file.name:
+            options.map.setdefault("context", "Department")  # the demo shows what that is good for
+    options.context = [*filter(None, options.map.get("context", "").split("+"))]
     if not options.suggest:  # before a service is started in vain
         rows = read_rows(options.file, options.map, options.company)
         if options.order == "date":
@@ -1069,7 +1072,9 @@ def _run(options: argparse.Namespace) -> int:
     with ExitStack() as opened:
         if options.serve:
             options.log = options.log or Path(tempfile.mkdtemp(prefix="bookkeep-")) / "replay.jsonl"
-            command = (HERE / "bookkeep.py", f"--log={options.log}")
+            command = [HERE / "bookkeep.py", f"--log={options.log}"]
+            if options.context:
+                command.append(f"--context={','.join(options.context)}")
             port, service = opened.enter_context(started(*command, token=token))
             options.url = f"http://127.0.0.1:{port}"
         client = Client(options.url, token)
@@ -1080,7 +1085,7 @@ def _run(options: argparse.Namespace) -> int:
             print(f"Watch it learn: {client.url}/", file=sys.stderr)
         report = replay(client, options, rows)
         if options.serve:
-            report["log"] = str(options.log)
+            report |= {"log": str(options.log), "context": options.context}
         if options.stay or not options.serve:
             report["page"] = f"{client.url}/"
         print(json.dumps(report) if options.json else in_words(report), flush=True)
@@ -1114,14 +1119,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     option = parser.add_argument_group("the file", THE_FILE).add_argument
     usual = "a CSV file or a zip with one; without it, a bank set in data/, the real or synthetic"
     option("file", nargs="?", type=Path, metavar="FILE", help=usual)
-    option(
-        "--map",
-        type=columns,
-        action="append",
-        default=[],
-        metavar="FIELD=COLUMN,...",
-        help=f"which of its columns is which, of {', '.join(FIELDS)}; text=A+B joins two",
-    )
+    how = f"which column is which, of {', '.join(FIELDS)}; text=A+B joins two; context=C+D sends "
+    how += "two under their own names, and --serve starts a service that goes by them, too"
+    option("--map", type=columns, action="append", default=[], metavar="FIELD=COLUMN,...", help=how)
     option("--company", help="the company of all of its rows")
     written = "write it to standard output with suggested accounts instead; nothing is learned"
     option("--suggest", action="store_true", help=written)
@@ -1132,13 +1132,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     largest = "the largest batch; sizes are random, from 1 to this (default: %(default)s)"
     option("--batch", type=count, default=1000, help=largest)
     option("--seed", type=int, default=0, help="of those sizes (default: %(default)s)")
-    option(
-        "--book-from",
-        type=float,
-        metavar="CONFIDENCE",
-        help="book suggestions unseen from this confidence on, but for the checks, with the file "
-        "as the accountant for all others; and say what the service says of it and what is true",
-    )
+    unseen = "book suggestions unseen from this confidence on, but for the checks, with the file "
+    unseen += "as the accountant for all others; and say what the service says of it and the truth"
+    option("--book-from", type=float, metavar="CONFIDENCE", help=unseen)
     begun = "go on with an interrupted run that began when the log held FROM bookings (else 0)"
     option("--resume", type=int, nargs="?", const=0, metavar="FROM", help=begun)
     option("--json", action="store_true", help="print the report as a JSON object")
@@ -1182,6 +1178,8 @@ def columns(text: str) -> dict[str, str]:
         if field not in FIELDS or not equals:
             named = ", ".join(FIELDS)
             raise argparse.ArgumentTypeError(f"{part} is not FIELD=COLUMN, with one of {named}")
+        if field == "context" and "," in name:
+            raise argparse.ArgumentTypeError(f"{part}: put + between columns, which have no comma")
         found[field] = name
     return found
 

@@ -211,6 +211,51 @@ def test_the_form_gives_suggestions_and_reasons(learned, visit):
 
 
 @IN_A_BROWSER
+def test_the_form_asks_for_the_context_and_review_shows_it(serve, visit):
+    service = serve("--context", "Department,Cost centre")
+    for _ in range(3):
+        for place, account in (("North", "6300"), ("South", "7140")):
+            service.post("/sample", [booking("acme", "rent", account=account, Department=place)])
+    page = visit(service)
+    for key in FIELDS:
+        page.fill(f"#try [name={key}]", booking("acme", "rent")[key])
+    for place, account in (("South", "7140"), ("North", "6300")):
+        page.get_by_label("Department").fill(place)
+        with page.expect_request("**/suggest*") as asked:
+            page.click("#try button")
+        sent = booking("acme", "rent", Department=place)
+        del sent["AccountNumber"]
+        assert asked.value.post_data_json == sent
+        expect(page.locator("#suggestions b")).to_have_text(account)
+        first = page.locator("#suggestions details").first
+        expect(first).to_contain_text(f"{place} Department")
+        expect(first).to_contain_text("this text in that Department")
+    page.wait_for_timeout(2500)  # a refresh leaves what was typed
+    assert page.get_by_label("Department").input_value() == "North"
+    for seq, place in ((5, "South"), (4, "North")):
+        page.click(f'#list [data-seq="{seq}"]')
+        expect(page.locator("#facts .context")).to_have_text(["Department", place])
+
+
+@IN_A_BROWSER
+def test_the_page_books_what_the_service_predicts(serve, visit):
+    service = serve("--target", "Vat", "--context", "AccountNumber")
+    page = visit(service)
+    expect(page.locator("#command")).to_contain_text('"Vat": "6300"')
+    for vat in ("20", "5"):
+        service.post("/sample", [booking(account="6300", Vat=vat)])
+    page.click('#list [data-seq="1"]')
+    page.click("#change")
+    page.fill("#account", "19")
+    page.press("#account", "Enter")
+    says(page, "Booked to 19, no longer to 5. That was the last one.")
+    expect(page.locator("#facts")).to_contain_text("6300")
+    [correction] = [line for line in lines_of(service) if "corrects" in line]
+    assert (correction["corrects"], correction["Vat"]) == (1, "19")
+    assert service.get("/bookings/1")[1]["sample"]["AccountNumber"] == "6300"
+
+
+@IN_A_BROWSER
 def test_how_much_can_be_booked_unseen_of_all_companies_or_of_one(learned, visit):
     page = visit(learned, expected=["status of 404"])
     part = page.get_by_role("region", name="How much can be booked unseen")

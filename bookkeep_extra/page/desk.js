@@ -320,12 +320,26 @@ function weightBar(share) {
 
 on("try", "submit", (event) => {
   event.preventDefault();
-  suggest($("suggestions"), Object.fromEntries(new FormData($("try"))));
+  const filled = [...new FormData($("try"))].filter(([, value]) => value);
+  suggest($("suggestions"), Object.fromEntries(filled));
 });
+
+// A field for each key of the context; what is typed in it stays.
+function showContext(keys) {
+  if (String(keys) === String(context)) return;
+  context = keys;
+  $("try-context").replaceChildren(
+    ...keys.map((name) =>
+      element("label", {}, userText(name, 40), element("input", { name, autocomplete: "off" })),
+    ),
+  );
+}
 
 // --------------------------------------------------------------------------------------- Bookings
 
 let health; // of the service, as last heard of
+let target = "AccountNumber"; // the key that is booked
+let context = []; // keys beside the text that count, too
 let shownCompany = ""; // all companies, if it is empty
 const bookings = new Map(); // seq -> the booking, as last heard of
 const companies = new Set(); // that were heard of
@@ -469,6 +483,14 @@ function showSelected() {
   $("when").replaceChildren(element("a", { href }, userText(whose, 60)), ` · ${dayOf(sample)}`);
   $("text").replaceChildren(userText(sample.BankEntryText, 400));
   $("amount").replaceChildren(userText(sample.BankEntryAmount));
+  for (const node of $("facts").querySelectorAll(".context")) node.remove();
+  const said = context.filter((key) => sample[key]);
+  const className = "context";
+  const asTerms = (key) => [
+    element("dt", { className }, userText(key, 40)),
+    element("dd", { className }, userText(sample[key])),
+  ];
+  $("amount").after(...said.flatMap(asTerms));
   $("booked").replaceChildren(...accountText(whose, account), ...statusText(booking));
   if (predicted === null) return setText($("suggested"), "nothing");
   const suggested = predicted === account ? ["the same"] : accountText(whose, predicted);
@@ -579,7 +601,7 @@ async function store(seq, account, objection, done) {
   try {
     const now = note(await ask(`bookings/${seq}`));
     if (objection(now)) return say(`${objection(now)} Nothing was changed.`, true);
-    const { before } = await ask("correct", { body: { seq, AccountNumber: account } });
+    const { before } = await ask("correct", { body: { seq, [target]: account } });
     const { CompanyId } = now.sample;
     summaries.delete(CompanyId);
     note({ ...now, account, name: accountName(CompanyId, account) ?? null, reviewed: true });
@@ -1120,6 +1142,8 @@ function showState(isGood, text) {
 function show(found) {
   health = found.health;
   curve = found.curve;
+  target = found.target;
+  showContext(found.context);
   const { samples, unseen } = health;
   const confidence = samples < ENOUGH ? [] : found.confidence;
   for (const name of ["samples", "accounts", "companies"]) setText($(name), count(health[name]));
@@ -1130,6 +1154,7 @@ function show(found) {
   showCoverage(confidence, found.scored, found.unknown);
 
   setText($("origin"), location.origin);
+  for (const node of document.querySelectorAll(".target")) setText(node, target);
   const hasToken = sessionStorage.getItem("token") !== null;
   for (const node of document.querySelectorAll(".locked")) node.hidden = !hasToken;
   $("start").hidden = samples > 0;
