@@ -132,14 +132,14 @@ SCHEMAS = {
         confidence=(SHARE, "of earlier suggestions like it, the share that was right", 0.94),
         over=(_or_null(FILLED), "the account that it is compared with, null if alone", "7140"),
         margin=(_or_null(NUMBER), "log-odds over that one: the prior and all reasons", 2.4445),
-        prior=(_or_null(NUMBER), "log-odds before anything is known of the sample", 0.0308),
+        prior=(_or_null(NUMBER), "log-odds before anything is known of the sample", 0.0155),
         reasons=(_list("Reason"), "what the sample says, the heaviest first"),
     ),
     "Reason": _record(
         "what something that the sample says speaks for",
-        token=({"type": "string", "minLength": 1}, "the sample's own words", "Office"),
+        token=({"type": "string", "minLength": 1}, "the sample's own words", "office"),
         kind=(FILLED, "what they are in it", "word in this company"),
-        weight=(NUMBER, "log-odds for this account over the other", 2.4137),
+        weight=(NUMBER, "log-odds for this account over the other", 1.1628),
     ),
     "Record": _record(
         "what the first suggestion's confidence rests on",
