@@ -683,7 +683,7 @@ FLOOR = 1 / 64  # what it counts at the least, even if it surprises nobody
 RIVALS = 2  # that it counts against at most
 NEAR = 1 / 32  # the probability from which on an account is a rival
 ROUND = 64  # documents of a batch that are weighed, and learned, at once
-AT_WORK = 1 << 14  # sums that are at work at once, unless one document has more
+AT_WORK = 1 << 15  # sums that are at work at once, unless one document has more
 EVIDENCE = 2.0**-36  # evidence and logs are multiples of it, so sums of them are exact, too
 
 
@@ -837,7 +837,7 @@ class NaiveBayes:
         cell = document[known] * columns + found.kind[known] + 1
         lengths = np.bincount(cell, minlength=n * columns).reshape(n, columns).astype(np.float64)
         lengths[:, 0] = 1
-        score += self._prior(lengths, document_of, account)
+        score += self._prior(lengths, pairs)
 
         # What wide rows say of the candidates.
         wide = self.token_counts.is_wide(found.row).nonzero()[0]
@@ -871,34 +871,33 @@ class NaiveBayes:
         entries = np.concatenate(spans)
         column = entries >> 40
         evidence = self._evidence(np.array(kinds).repeat(sizes), column & 1, entries & UNITS)
-        met = np.bincount(column >> 1) > 0
-        met &= self.class_counts[: len(met)] > 0  # an account wholly unlearned is no candidate
-        account = met.nonzero()[0]
-        score = np.bincount(column >> 1, evidence).take(account)
+        met = column >> 1
+        account = np.bincount(met).nonzero()[0]
+        if self.n_classes < len(self.names):  # an account wholly unlearned is no candidate
+            account = account[self.class_counts[account] > 0]
+        score = np.bincount(met, evidence).take(account)
         if not len(account):
             account = self.class_counts.nonzero()[0]
             score = np.zeros(len(account))
         zeros = np.zeros(len(account), dtype=np.int64)
-        score += self._prior(np.array([lengths], dtype=np.float64), zeros, account)
+        score += self._prior(np.array([lengths], dtype=np.float64), account)
         if wide:
             score += counts.asked(np.array(wide)[:, np.newaxis], account).sum(axis=0)
         return Scores(zeros, account, score * EVIDENCE, zeros[:1], zeros[:0], zeros[:0])
 
-    def _prior(self, lengths: np.ndarray, document: np.ndarray, account: np.ndarray) -> np.ndarray:
-        """(p,) what the classes and how much they have learned say, in units of EVIDENCE.
+    def _prior(self, lengths: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+        """(p,) what classes and their sizes say, in units of EVIDENCE.
 
-        `lengths` are (n, 1 + kinds): 1, and how many known tokens of each kind a document has.
+        `lengths` are (n, 1 + kinds): 1, and how many known tokens of each kind a document has. A
+        pair is the document times A, plus the account.
         """
-        if self._logs is None:  # all, once that is no more than what was asked for
-            self._asked += len(account)
-            if self._asked >= len(self.names):
-                self._logs = self._log_counts(self.sums[: len(self.names)])
-        if self._logs is None:
-            logs = self._log_counts(self.sums.take(account, axis=0))
-        elif len(lengths) * len(self.names) < 16 * len(account):
-            return (lengths @ self._logs.T)[document, account]
-        else:
-            logs = self._logs.take(account, axis=0)
+        accounts = len(self.names)
+        if len(lengths) * accounts <= 16 * len(pairs):  # then it is faster to have all
+            if self._logs is None:
+                self._logs = self._log_counts(self.sums[:accounts])
+            return (lengths @ self._logs.T).take(pairs)
+        document, account = np.divmod(pairs, accounts)
+        logs = self._log_counts(self.sums.take(account, axis=0))
         return np.einsum("pk,pk->p", logs, lengths.take(document, axis=0))
 
     def _evidence(self, kind: np.ndarray, against: np.ndarray, units: np.ndarray) -> np.ndarray:
@@ -964,9 +963,9 @@ class NaiveBayes:
         values = self.token_counts.rows.values.take(found.row)
         sums = np.bincount(found.document, np.where(values > SIZE, values & SIZE, 0))
         sums = np.where(sums > 0, sums, len(self.names)).cumsum()
-        ends = (1 + np.diff(sums // AT_WORK, append=-1).nonzero()[0]).tolist()
-        for part in map(slice, [0, *ends], ends):
-            some = found.part(part) if len(ends) > 1 else found
+        starts = _run_starts(sums // AT_WORK).tolist()
+        for part in map(slice, starts, [*starts[1:], len(sums)]):
+            some = found.part(part) if len(starts) > 1 else found
             yield part, self.joint_log_likelihood(some, labels[part])
 
     def _best(self, scores: Scores) -> tuple[np.ndarray, np.ndarray]:
@@ -1156,7 +1155,7 @@ class NaiveBayes:
         """Has what follows from the sums; the first accounts, so many, are known to have some."""
         self.n_classes = alive + int(np.count_nonzero(self.class_counts[alive:]))
         # A kind without known tokens has no use for its log, which must be finite.
-        self._logs, self._asked = None, 0  # _log_counts of all accounts, and how many were needed
+        self._logs: np.ndarray | None = None  # _log_counts of all accounts, until they change
         self._smoothing = np.append(0, self.alpha * np.maximum(self.token_counts.occupied, 1))
 
 
