@@ -821,11 +821,10 @@ class NaiveBayes:
         labelled = ((numbers >= 0) & (self.sums[numbers, 0] > 0)).nonzero()[0]
         label = labelled * len(self.names) + numbers[labelled]
         pairs = owner * len(self.names) + account
-        if len(labels) or lonely.any():
-            everyone = lonely.nonzero()[0][:, np.newaxis] * len(self.names)
-            everyone = everyone + self.class_counts.nonzero()[0]
-            pairs = np.concatenate([pairs, everyone.ravel(), label])
-            evidence = _grown(evidence, len(pairs))
+        everyone = lonely.nonzero()[0][:, np.newaxis] * len(self.names)
+        everyone = everyone + self.class_counts.nonzero()[0]
+        pairs = np.concatenate([pairs, everyone.ravel(), label])
+        evidence = _grown(evidence, len(pairs))
         pairs, score, times = _summed(pairs, evidence, n * len(self.names))
         document_of = pairs // len(self.names)
         account = pairs - document_of * len(self.names)
@@ -957,7 +956,7 @@ class NaiveBayes:
     ) -> Iterator[tuple[slice, Scores]]:
         """Those of all documents, so many at a time that all sums stay in a processor's cache."""
         if len(documents) == 1 and not labels:
-            yield slice(1), self._score_one(documents[0])
+            yield slice(0, 1), self._score_one(documents[0])
             return
         found = self._look_up(documents)
         values = self.token_counts.rows.values.take(found.row)
@@ -977,10 +976,8 @@ class NaiveBayes:
         highest = np.maximum.reduceat(score, start)
         best = (score == highest[scores.document]).nonzero()[0]
         if len(best) > len(start):
-            names = {p: (scores.document[p], self.names[scores.account[p]]) for p in best.tolist()}
-            best = np.array(sorted(best.tolist(), key=names.__getitem__))
-            tied = _run_starts(scores.document[best])
-            best = best[tied]
+            best = sorted(best, key=lambda p: (scores.document[p], self.names[scores.account[p]]))
+            best = np.array(best)[_run_starts(scores.document[best])]
         score[best] = -np.inf
         lead = highest - np.maximum.reduceat(score, start)
         score[best] = highest
@@ -1000,17 +997,17 @@ class NaiveBayes:
                 found.append(best[:most])
         return found
 
-    def assess(self, documents: Sequence[Sequence[int]], labels: Sequence[str]) -> list[Assessment]:
-        """Predictions for documents whose accounts, the labels, are known."""
-        return self._assess(self._look_up(documents), labels)[0]
-
-    def _assess(
-        self, found: LookedUp, labels: Sequence[str]
-    ) -> tuple[list[Assessment], list[Scores]]:
+    def assess(
+        self,
+        documents: Sequence[Sequence[int]] | LookedUp,
+        labels: Sequence[str],
+        scored: Sequence[tuple[slice, Scores]] = (),
+    ) -> list[Assessment]:
+        """Predictions for documents whose accounts, the labels, are known, and maybe the scores."""
         if not self.n_classes:
-            return [Assessment(None, None, None, 0)] * len(labels), []
-        made, parts = [], []
-        for part, scores in self._scores(found, labels):
+            return [Assessment(None, None, None, 0)] * len(labels)
+        found, made = self._look_up(documents), []
+        for part, scores in scored or self._scores(found, labels):
             seen = scores.score.copy()
             seen[scores.label[scores.alien]] = -np.inf
             best, lead = self._best(scores._replace(score=seen))
@@ -1027,8 +1024,7 @@ class NaiveBayes:
                 [rank or None for rank in ranks.tolist()],
                 self.specificity(found.part(part)).tolist(),
             )
-            parts.append(scores)
-        return made, parts
+        return made
 
     def specificity(self, documents: Sequence[Sequence[int]] | LookedUp) -> np.ndarray:
         """(n,) how much was known of each document, of SPECIFICITY."""
@@ -1036,8 +1032,13 @@ class NaiveBayes:
         known = self.token_counts.rows.values[found.row] > 0
         return np.maximum.reduceat(known * SPECIFICITY_BY_KIND[found.kind], found.start)
 
-    def weigh(self, documents: Sequence[Sequence[int]], labels: Sequence[str]) -> list[Lesson]:
-        """What documents are to count for their labels, and against which rivals.
+    def weigh(
+        self,
+        documents: Sequence[Sequence[int]] | LookedUp,
+        labels: Sequence[str],
+        scored: Sequence[tuple[slice, Scores]] = (),
+    ) -> list[Lesson]:
+        """What documents, maybe with scores, are to count for their labels, and against whom.
 
         For the label b, max(FLOOR, SHARE (1 - P(b))), much as in the discriminative frequency
         estimate (Su, Zhang, Ling, Matwin, ICML 2008), in multiples of 1 / GRAIN. Rivals are the
@@ -1047,31 +1048,24 @@ class NaiveBayes:
         """
         if not self.n_classes:
             return [Lesson(label, 1.0) for label in labels]
-        return [
-            lesson
-            for part, scores in self._scores(documents, labels)
-            for lesson in self._weigh(scores, labels[part])
-        ]
-
-    def _weigh(self, scores: Scores, labels: Sequence[str]) -> list[Lesson]:
-        score = scores.score / SOFTENING
-        highest = np.maximum.reduceat(score, scores.start)
-        posterior = np.rint(np.exp(score - highest.take(scores.document)) / EVIDENCE)
-        posterior /= np.add.reduceat(posterior, scores.start).take(scores.document)
-        weights, against = np.ones(len(labels)), [[] for _ in labels]
-        labelled = scores.document[scores.label]
-        surprise = np.rint(GRAIN * SHARE * (1 - posterior[scores.label])) / GRAIN
-        weights[labelled] = np.maximum(FLOOR, surprise)
-        posterior[scores.label] = 0
-        known = np.bincount(labelled, minlength=len(labels)) > 0
-        near = ((posterior >= NEAR) & known[scores.document]).nonzero()[0]
-        for document, account, p in zip(
-            *(each[near].tolist() for each in (scores.document, scores.account, posterior)),
-            strict=True,
-        ):
-            against[document].append((-p, self.names[account]))
-        rivals = ([name for _, name in sorted(each)[:RIVALS]] for each in against)
-        return list(map(Lesson, labels, weights.tolist(), rivals))
+        weights, rivals = np.ones(len(labels)), [[] for _ in labels]
+        for part, scores in scored or self._scores(documents, labels):
+            score = scores.score / SOFTENING
+            highest = np.maximum.reduceat(score, scores.start)
+            posterior = np.rint(np.exp(score - highest.take(scores.document)) / EVIDENCE)
+            posterior /= np.add.reduceat(posterior, scores.start).take(scores.document)
+            document = scores.document + part.start
+            surprise = np.rint(GRAIN * SHARE * (1 - posterior[scores.label])) / GRAIN
+            known = np.zeros(len(labels), dtype=bool)
+            known[document[scores.label]] = True
+            weights[known] = np.maximum(FLOOR, surprise)
+            posterior[scores.label] = 0
+            near = ((posterior >= NEAR) & known[document]).nonzero()[0]
+            names = map(self.names.__getitem__, scores.account[near].tolist())
+            by_name = zip(document[near].tolist(), (-posterior[near]).tolist(), names, strict=True)
+            for i, _, name in sorted(by_name):
+                rivals[i].append(name)
+        return list(map(Lesson, labels, weights.tolist(), (each[:RIVALS] for each in rivals)))
 
     def learn(
         self,
@@ -1094,7 +1088,6 @@ class NaiveBayes:
             for i, lesson in enumerate(lessons)
             for rival in lesson.against
         ]
-        alive = self.n_classes if sign > 0 and self.n_classes == len(self.names) else 0
         self.names += islice(self.accounts, len(self.names), None)
         if len(self.names) > len(self.sums):
             self.sums = _grown(self.sums, len(self.names) * 3 // 2, self.sums.shape[1])
@@ -1109,7 +1102,7 @@ class NaiveBayes:
         units = np.concatenate([units, np.full(len(loser), sign * GRAIN)])
         of, token = _ranges(found.start[document], found.lengths[document])
         self.token_counts.add(found.row[token], column[of], units[of])
-        self._count(alive)
+        self._count()
 
     def book(
         self,
@@ -1123,14 +1116,12 @@ class NaiveBayes:
         """
         insert = partial(self.token_counts.rows.insert, changing=changing)
         found = self._look_up(documents, insert)
-        assessments, scores = self._assess(found, labels)
-        parts = rounds(len(documents))
+        scored = [*self._scores(found, labels)] if self.n_classes else []
+        assessments, parts = self.assess(found, labels, scored), rounds(len(documents))
         for part in parts:
             taken = found.part(part) if len(parts) > 1 else found
-            if len(parts) == len(scores) == 1:  # they are still those of this model
-                lessons = self._weigh(scores[0], labels)
-            else:
-                lessons = self.weigh(taken, labels[part])
+            # After the first of several rounds, scores are no longer those of this model.
+            lessons = self.weigh(taken, labels[part], scored if len(parts) == 1 else ())
             with changing():  # for him who takes them, too: should he fail, it is half a change
                 self.learn(taken, lessons)
                 yield part, assessments[part], lessons
@@ -1151,9 +1142,9 @@ class NaiveBayes:
         self.token_counts.restore(state)
         self._count()
 
-    def _count(self, alive: int = 0) -> None:
-        """Has what follows from the sums; the first accounts, so many, are known to have some."""
-        self.n_classes = alive + int(np.count_nonzero(self.class_counts[alive:]))
+    def _count(self) -> None:
+        """Has what follows from the sums."""
+        self.n_classes = int(np.count_nonzero(self.class_counts))
         # A kind without known tokens has no use for its log, which must be finite.
         self._logs: np.ndarray | None = None  # _log_counts of all accounts, until they change
         self._smoothing = np.append(0, self.alpha * np.maximum(self.token_counts.occupied, 1))
