@@ -948,7 +948,7 @@ class NaiveBayes:
         return [
             self.names[account]
             for _, scores in self._scores(documents)
-            for account in self._best(scores)[0].tolist()
+            for account in scores.account[self._best(scores)].tolist()
         ]
 
     def _scores(
@@ -967,21 +967,14 @@ class NaiveBayes:
             some = found.part(part) if len(starts) > 1 else found
             yield part, self.joint_log_likelihood(some, labels[part])
 
-    def _best(self, scores: Scores) -> tuple[np.ndarray, np.ndarray]:
-        """(n,) the account of each document's highest score, and (n,) its lead over the second.
-
-        Of equals, it is the first by name. The lead over none is infinite.
-        """
-        score, start = scores.score, scores.start
-        highest = np.maximum.reduceat(score, start)
-        best = (score == highest[scores.document]).nonzero()[0]
-        if len(best) > len(start):
+    def _best(self, scores: Scores) -> np.ndarray:
+        """(n,) the pair of each document's highest score; of equals, the first by name."""
+        highest = np.maximum.reduceat(scores.score, scores.start)
+        best = (scores.score == highest.take(scores.document)).nonzero()[0]
+        if len(best) > len(scores.start):
             best = sorted(best, key=lambda p: (scores.document[p], self.names[scores.account[p]]))
             best = np.array(best)[_run_starts(scores.document[best])]
-        score[best] = -np.inf
-        lead = highest - np.maximum.reduceat(score, start)
-        score[best] = highest
-        return scores.account[best], lead
+        return best
 
     def top(self, documents: Sequence[Sequence[int]], most: int) -> list[list[tuple[float, int]]]:
         """The score and the account of each document's candidates, best first; of equals, by name.
@@ -1010,16 +1003,18 @@ class NaiveBayes:
         for part, scores in scored or self._scores(found, labels):
             seen = scores.score.copy()
             seen[scores.label[scores.alien]] = -np.inf
-            best, lead = self._best(scores._replace(score=seen))
-            labelled = scores.document[scores.label]
-            booked = np.full(len(best), np.inf)
-            booked[labelled] = seen[scores.label]
-            ranks = np.add.reduceat(seen >= booked[scores.document], scores.start)
-            ranks = np.where(np.isfinite(booked), ranks, 0)
-            ranks[labelled[scores.account[scores.label] == best[labelled]]] = 1
+            best = self._best(scores._replace(score=seen))
+            label = np.full(len(best), -1)  # the pairs of labels that are candidates
+            known = scores.label[~scores.alien]
+            label[scores.document[known]] = known
+            above = seen >= np.where(label < 0, np.inf, seen[label])[scores.document]
+            ranks = np.where(label == best, 1, np.add.reduceat(above, scores.start))
+            lead = seen[best]
+            seen[best] = -np.inf
+            lead -= np.maximum.reduceat(seen, scores.start)  # infinite, if there is no second
             made += map(
                 Assessment,
-                map(self.names.__getitem__, best.tolist()),
+                map(self.names.__getitem__, scores.account[best].tolist()),
                 [margin if margin < np.inf else None for margin in lead.round(4).tolist()],
                 [rank or None for rank in ranks.tolist()],
                 self.specificity(found.part(part)).tolist(),
