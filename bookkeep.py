@@ -727,6 +727,9 @@ class LookedUp(NamedTuple):
         return LookedUp(self.lengths[documents], self.kind[at], self.row[at])
 
 
+Documents = Sequence[Sequence[int]] | LookedUp
+
+
 class Scores(NamedTuple):
     """The scores of n documents' candidates: p pairs, in the order of documents, then accounts.
 
@@ -800,9 +803,7 @@ class NaiveBayes:
         """How many tokens it knows."""
         return int(self.token_counts.occupied.sum())
 
-    def joint_log_likelihood(
-        self, documents: Sequence[Sequence[int]] | LookedUp, labels: Sequence[str] = ()
-    ) -> Scores:
+    def joint_log_likelihood(self, documents: Documents, labels: Sequence[str] = ()) -> Scores:
         """The scores of all candidates. There must be a model, that is an account."""
         found = self._look_up(documents)
         n, document = len(found.lengths), found.document
@@ -912,9 +913,7 @@ class NaiveBayes:
             return np.rint(np.log(sums + self._smoothing) * self._shares)
 
     def _look_up(
-        self,
-        documents: Sequence[Sequence[int]] | LookedUp,
-        rows_of: Callable[[np.ndarray], np.ndarray] | None = None,
+        self, documents: Documents, rows_of: Callable[[np.ndarray], np.ndarray] | None = None
     ) -> LookedUp:
         if isinstance(documents, LookedUp):
             return documents
@@ -952,7 +951,7 @@ class NaiveBayes:
         ]
 
     def _scores(
-        self, documents: Sequence[Sequence[int]] | LookedUp, labels: Sequence[str] = ()
+        self, documents: Documents, labels: Sequence[str] = ()
     ) -> Iterator[tuple[slice, Scores]]:
         """Those of all documents, so many at a time that all sums stay in a processor's cache."""
         if len(documents) == 1 and not labels:
@@ -992,7 +991,7 @@ class NaiveBayes:
 
     def assess(
         self,
-        documents: Sequence[Sequence[int]] | LookedUp,
+        documents: Documents,
         labels: Sequence[str],
         scored: Sequence[tuple[slice, Scores]] = (),
     ) -> list[Assessment]:
@@ -1021,7 +1020,7 @@ class NaiveBayes:
             )
         return made
 
-    def specificity(self, documents: Sequence[Sequence[int]] | LookedUp) -> np.ndarray:
+    def specificity(self, documents: Documents) -> np.ndarray:
         """(n,) how much was known of each document, of SPECIFICITY."""
         found = self._look_up(documents)
         known = self.token_counts.rows.values[found.row] > 0
@@ -1029,7 +1028,7 @@ class NaiveBayes:
 
     def weigh(
         self,
-        documents: Sequence[Sequence[int]] | LookedUp,
+        documents: Documents,
         labels: Sequence[str],
         scored: Sequence[tuple[slice, Scores]] = (),
     ) -> list[Lesson]:
@@ -1062,12 +1061,7 @@ class NaiveBayes:
                 rivals[i].append(name)
         return list(map(Lesson, labels, weights.tolist(), (each[:RIVALS] for each in rivals)))
 
-    def learn(
-        self,
-        documents: Sequence[Sequence[int]] | LookedUp,
-        lessons: Sequence[Lesson],
-        sign: int = 1,
-    ) -> None:
+    def learn(self, documents: Documents, lessons: Sequence[Lesson], sign: int = 1) -> None:
         """Adds what documents count to the sums; with sign = -1 takes it away again.
 
         Weights are multiples of 1 / GRAIN, so the sums are exact: the same in any order and any
@@ -1076,13 +1070,17 @@ class NaiveBayes:
         if not lessons:
             return
         found = self._look_up(documents, self.token_counts.rows.insert)
-        account = np.array([self.accounts[lesson.account] for lesson in lessons])
-        weight = np.array([sign * lesson.weight for lesson in lessons])
-        rivals = [
-            (i, 2 * self.accounts[rival] + 1)
+        counted = [
+            (i, 2 * self.accounts[lesson.account], sign * round(GRAIN * lesson.weight))
+            for i, lesson in enumerate(lessons)
+        ]
+        counted += [
+            (i, 2 * self.accounts[rival] + 1, sign * GRAIN)
             for i, lesson in enumerate(lessons)
             for rival in lesson.against
         ]
+        document, column, units = np.array(counted).T
+        account, weight = column[: len(lessons)] >> 1, units[: len(lessons)] / GRAIN
         self.names += islice(self.accounts, len(self.names), None)
         if len(self.names) > len(self.sums):
             self.sums = _grown(self.sums, len(self.names) * 3 // 2, self.sums.shape[1])
@@ -1090,11 +1088,6 @@ class NaiveBayes:
         cell = account.repeat(found.lengths), 1 + found.kind
         np.add.at(self.sums, cell, weight.repeat(found.lengths))
 
-        loser, column = np.array(rivals, dtype=np.int64).reshape(-1, 2).T
-        document = np.concatenate([np.arange(len(lessons)), loser])
-        column = np.concatenate([2 * account, column])
-        units = np.rint(GRAIN * weight).astype(np.int64)
-        units = np.concatenate([units, np.full(len(loser), sign * GRAIN)])
         of, token = _ranges(found.start[document], found.lengths[document])
         self.token_counts.add(found.row[token], column[of], units[of])
         self._count()
