@@ -688,7 +688,7 @@ FLOOR = 1 / 64  # what it counts at the least, even if it surprises nobody
 RIVALS = 2  # that it counts against at most
 NEAR = 1 / 32  # the probability from which on an account is a rival
 ROUND = 64  # documents of a batch that are weighed, and learned, at once
-AT_WORK = 1 << 14  # sums that are at work at once, unless one document has more
+AT_WORK = 1 << 15  # sums that are at work at once, unless one document has more
 EVIDENCE = 2.0**-36  # evidence and logs are multiples of it, so sums of them are exact, too
 
 
@@ -730,6 +730,9 @@ class LookedUp(NamedTuple):
         """Some of the documents."""
         _, at = _ranges(self.start[documents], self.lengths[documents])
         return LookedUp(self.lengths[documents], self.kind[at], self.row[at])
+
+
+Documents = Sequence[Sequence[int]] | LookedUp
 
 
 class Scores(NamedTuple):
@@ -805,9 +808,7 @@ class NaiveBayes:
         """How many tokens it knows."""
         return int(self.token_counts.occupied.sum())
 
-    def joint_log_likelihood(
-        self, documents: Sequence[Sequence[int]] | LookedUp, labels: Sequence[str] = ()
-    ) -> Scores:
+    def joint_log_likelihood(self, documents: Documents, labels: Sequence[str] = ()) -> Scores:
         """The scores of all candidates. There must be a model, that is an account."""
         found = self._look_up(documents)
         n, document = len(found.lengths), found.document
@@ -826,11 +827,10 @@ class NaiveBayes:
         labelled = ((numbers >= 0) & (self.sums[numbers, 0] > 0)).nonzero()[0]
         label = labelled * len(self.names) + numbers[labelled]
         pairs = owner * len(self.names) + account
-        if len(labels) or lonely.any():
-            everyone = lonely.nonzero()[0][:, np.newaxis] * len(self.names)
-            everyone = everyone + self.class_counts.nonzero()[0]
-            pairs = np.concatenate([pairs, everyone.ravel(), label])
-            evidence = _grown(evidence, len(pairs))
+        everyone = lonely.nonzero()[0][:, np.newaxis] * len(self.names)
+        everyone = everyone + self.class_counts.nonzero()[0]
+        pairs = np.concatenate([pairs, everyone.ravel(), label])
+        evidence = _grown(evidence, len(pairs))
         pairs, score, times = _summed(pairs, evidence, n * len(self.names))
         document_of = pairs // len(self.names)
         account = pairs - document_of * len(self.names)
@@ -842,7 +842,7 @@ class NaiveBayes:
         cell = document[known] * columns + found.kind[known] + 1
         lengths = np.bincount(cell, minlength=n * columns).reshape(n, columns).astype(np.float64)
         lengths[:, 0] = 1
-        score += self._prior(lengths, document_of, account)
+        score += self._prior(lengths, pairs)
 
         # What wide rows say of the candidates.
         wide = self.token_counts.is_wide(found.row).nonzero()[0]
@@ -876,34 +876,33 @@ class NaiveBayes:
         entries = np.concatenate(spans)
         column = entries >> 40
         evidence = self._evidence(np.array(kinds).repeat(sizes), column & 1, entries & UNITS)
-        met = np.bincount(column >> 1) > 0
-        met &= self.class_counts[: len(met)] > 0  # an account wholly unlearned is no candidate
-        account = met.nonzero()[0]
-        score = np.bincount(column >> 1, evidence).take(account)
+        met = column >> 1
+        account = np.bincount(met).nonzero()[0]
+        if self.n_classes < len(self.names):  # an account wholly unlearned is no candidate
+            account = account[self.class_counts[account] > 0]
+        score = np.bincount(met, evidence).take(account)
         if not len(account):
             account = self.class_counts.nonzero()[0]
             score = np.zeros(len(account))
         zeros = np.zeros(len(account), dtype=np.int64)
-        score += self._prior(np.array([lengths], dtype=np.float64), zeros, account)
+        score += self._prior(np.array([lengths], dtype=np.float64), account)
         if wide:
             score += counts.asked(np.array(wide)[:, np.newaxis], account).sum(axis=0)
         return Scores(zeros, account, score * EVIDENCE, zeros[:1], zeros[:0], zeros[:0])
 
-    def _prior(self, lengths: np.ndarray, document: np.ndarray, account: np.ndarray) -> np.ndarray:
-        """(p,) what the classes and how much they have learned say, in units of EVIDENCE.
+    def _prior(self, lengths: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+        """(p,) what classes and their sizes say, in units of EVIDENCE.
 
-        `lengths` are (n, 1 + kinds): 1, and how many known tokens of each kind a document has.
+        `lengths` are (n, 1 + kinds): 1, and how many known tokens of each kind a document has. A
+        pair is the document times A, plus the account.
         """
-        if self._logs is None:  # all, once that is no more than what was asked for
-            self._asked += len(account)
-            if self._asked >= len(self.names):
-                self._logs = self._log_counts(self.sums[: len(self.names)])
-        if self._logs is None:
-            logs = self._log_counts(self.sums.take(account, axis=0))
-        elif len(lengths) * len(self.names) < 16 * len(account):
-            return (lengths @ self._logs.T)[document, account]
-        else:
-            logs = self._logs.take(account, axis=0)
+        accounts = len(self.names)
+        if len(lengths) * accounts <= 16 * len(pairs):  # then it is faster to have all
+            if self._logs is None:
+                self._logs = self._log_counts(self.sums[:accounts])
+            return (lengths @ self._logs.T).take(pairs)
+        document, account = np.divmod(pairs, accounts)
+        logs = self._log_counts(self.sums.take(account, axis=0))
         return np.einsum("pk,pk->p", logs, lengths.take(document, axis=0))
 
     def _evidence(self, kind: np.ndarray, against: np.ndarray, units: np.ndarray) -> np.ndarray:
@@ -919,9 +918,7 @@ class NaiveBayes:
             return np.rint(np.log(sums + self._smoothing) * self._shares)
 
     def _look_up(
-        self,
-        documents: Sequence[Sequence[int]] | LookedUp,
-        rows_of: Callable[[np.ndarray], np.ndarray] | None = None,
+        self, documents: Documents, rows_of: Callable[[np.ndarray], np.ndarray] | None = None
     ) -> LookedUp:
         if isinstance(documents, LookedUp):
             return documents
@@ -955,42 +952,33 @@ class NaiveBayes:
         return [
             self.names[account]
             for _, scores in self._scores(documents)
-            for account in self._best(scores)[0].tolist()
+            for account in scores.account[self._best(scores)].tolist()
         ]
 
     def _scores(
-        self, documents: Sequence[Sequence[int]] | LookedUp, labels: Sequence[str] = ()
+        self, documents: Documents, labels: Sequence[str] = ()
     ) -> Iterator[tuple[slice, Scores]]:
         """Those of all documents, so many at a time that all sums stay in a processor's cache."""
         if len(documents) == 1 and not labels:
-            yield slice(1), self._score_one(documents[0])
+            yield slice(0, 1), self._score_one(documents[0])
             return
         found = self._look_up(documents)
         values = self.token_counts.rows.values.take(found.row)
         sums = np.bincount(found.document, np.where(values > SIZE, values & SIZE, 0))
         sums = np.where(sums > 0, sums, len(self.names)).cumsum()
-        ends = (1 + np.diff(sums // AT_WORK, append=-1).nonzero()[0]).tolist()
-        for part in map(slice, [0, *ends], ends):
-            some = found.part(part) if len(ends) > 1 else found
+        starts = _run_starts(sums // AT_WORK).tolist()
+        for part in map(slice, starts, [*starts[1:], len(sums)]):
+            some = found.part(part) if len(starts) > 1 else found
             yield part, self.joint_log_likelihood(some, labels[part])
 
-    def _best(self, scores: Scores) -> tuple[np.ndarray, np.ndarray]:
-        """(n,) the account of each document's highest score, and (n,) its lead over the second.
-
-        Of equals, it is the first by name. The lead over none is infinite.
-        """
-        score, start = scores.score, scores.start
-        highest = np.maximum.reduceat(score, start)
-        best = (score == highest[scores.document]).nonzero()[0]
-        if len(best) > len(start):
-            names = {p: (scores.document[p], self.names[scores.account[p]]) for p in best.tolist()}
-            best = np.array(sorted(best.tolist(), key=names.__getitem__))
-            tied = _run_starts(scores.document[best])
-            best = best[tied]
-        score[best] = -np.inf
-        lead = highest - np.maximum.reduceat(score, start)
-        score[best] = highest
-        return scores.account[best], lead
+    def _best(self, scores: Scores) -> np.ndarray:
+        """(n,) the pair of each document's highest score; of equals, the first by name."""
+        highest = np.maximum.reduceat(scores.score, scores.start)
+        best = (scores.score == highest.take(scores.document)).nonzero()[0]
+        if len(best) > len(scores.start):
+            best = sorted(best, key=lambda p: (scores.document[p], self.names[scores.account[p]]))
+            best = np.array(best)[_run_starts(scores.document[best])]
+        return best
 
     def top(self, documents: Sequence[Sequence[int]], most: int) -> list[list[tuple[float, int]]]:
         """The score and the account of each document's candidates, best first; of equals, by name.
@@ -1006,44 +994,50 @@ class NaiveBayes:
                 found.append(best[:most])
         return found
 
-    def assess(self, documents: Sequence[Sequence[int]], labels: Sequence[str]) -> list[Assessment]:
-        """Predictions for documents whose accounts, the labels, are known."""
-        return self._assess(self._look_up(documents), labels)[0]
-
-    def _assess(
-        self, found: LookedUp, labels: Sequence[str]
-    ) -> tuple[list[Assessment], list[Scores]]:
+    def assess(
+        self,
+        documents: Documents,
+        labels: Sequence[str],
+        scored: Sequence[tuple[slice, Scores]] = (),
+    ) -> list[Assessment]:
+        """Predictions for documents whose accounts, the labels, are known, and maybe the scores."""
         if not self.n_classes:
-            return [Assessment(None, None, None, 0)] * len(labels), []
-        made, parts = [], []
-        for part, scores in self._scores(found, labels):
+            return [Assessment(None, None, None, 0)] * len(labels)
+        found, made = self._look_up(documents), []
+        for part, scores in scored or self._scores(found, labels):
             seen = scores.score.copy()
             seen[scores.label[scores.alien]] = -np.inf
-            best, lead = self._best(scores._replace(score=seen))
-            labelled = scores.document[scores.label]
-            booked = np.full(len(best), np.inf)
-            booked[labelled] = seen[scores.label]
-            ranks = np.add.reduceat(seen >= booked[scores.document], scores.start)
-            ranks = np.where(np.isfinite(booked), ranks, 0)
-            ranks[labelled[scores.account[scores.label] == best[labelled]]] = 1
+            best = self._best(scores._replace(score=seen))
+            label = np.full(len(best), -1)  # the pairs of labels that are candidates
+            known = scores.label[~scores.alien]
+            label[scores.document[known]] = known
+            above = seen >= np.where(label < 0, np.inf, seen[label])[scores.document]
+            ranks = np.where(label == best, 1, np.add.reduceat(above, scores.start))
+            lead = seen[best]
+            seen[best] = -np.inf
+            lead -= np.maximum.reduceat(seen, scores.start)  # infinite, if there is no second
             made += map(
                 Assessment,
-                map(self.names.__getitem__, best.tolist()),
+                map(self.names.__getitem__, scores.account[best].tolist()),
                 [margin if margin < np.inf else None for margin in lead.round(4).tolist()],
                 [rank or None for rank in ranks.tolist()],
                 self.specificity(found.part(part)).tolist(),
             )
-            parts.append(scores)
-        return made, parts
+        return made
 
-    def specificity(self, documents: Sequence[Sequence[int]] | LookedUp) -> np.ndarray:
+    def specificity(self, documents: Documents) -> np.ndarray:
         """(n,) how much was known of each document, of SPECIFICITY."""
         found = self._look_up(documents)
         known = self.token_counts.rows.values[found.row] > 0
         return np.maximum.reduceat(known * SPECIFICITY_BY_KIND[found.kind], found.start)
 
-    def weigh(self, documents: Sequence[Sequence[int]], labels: Sequence[str]) -> list[Lesson]:
-        """What documents are to count for their labels, and against which rivals.
+    def weigh(
+        self,
+        documents: Documents,
+        labels: Sequence[str],
+        scored: Sequence[tuple[slice, Scores]] = (),
+    ) -> list[Lesson]:
+        """What documents, maybe with scores, are to count for their labels, and against whom.
 
         For the label b, max(FLOOR, SHARE (1 - P(b))), much as in the discriminative frequency
         estimate (Su, Zhang, Ling, Matwin, ICML 2008), in multiples of 1 / GRAIN. Rivals are the
@@ -1053,38 +1047,26 @@ class NaiveBayes:
         """
         if not self.n_classes:
             return [Lesson(label, 1.0) for label in labels]
-        return [
-            lesson
-            for part, scores in self._scores(documents, labels)
-            for lesson in self._weigh(scores, labels[part])
-        ]
+        weights, rivals = np.ones(len(labels)), [[] for _ in labels]
+        for part, scores in scored or self._scores(documents, labels):
+            score = scores.score / SOFTENING
+            highest = np.maximum.reduceat(score, scores.start)
+            posterior = np.rint(np.exp(score - highest.take(scores.document)) / EVIDENCE)
+            posterior /= np.add.reduceat(posterior, scores.start).take(scores.document)
+            document = scores.document + part.start
+            surprise = np.rint(GRAIN * SHARE * (1 - posterior[scores.label])) / GRAIN
+            known = np.zeros(len(labels), dtype=bool)
+            known[document[scores.label]] = True
+            weights[known] = np.maximum(FLOOR, surprise)
+            posterior[scores.label] = 0
+            near = ((posterior >= NEAR) & known[document]).nonzero()[0]
+            names = map(self.names.__getitem__, scores.account[near].tolist())
+            by_name = zip(document[near].tolist(), (-posterior[near]).tolist(), names, strict=True)
+            for i, _, name in sorted(by_name):
+                rivals[i].append(name)
+        return list(map(Lesson, labels, weights.tolist(), (each[:RIVALS] for each in rivals)))
 
-    def _weigh(self, scores: Scores, labels: Sequence[str]) -> list[Lesson]:
-        score = scores.score / SOFTENING
-        highest = np.maximum.reduceat(score, scores.start)
-        posterior = np.rint(np.exp(score - highest.take(scores.document)) / EVIDENCE)
-        posterior /= np.add.reduceat(posterior, scores.start).take(scores.document)
-        weights, against = np.ones(len(labels)), [[] for _ in labels]
-        labelled = scores.document[scores.label]
-        surprise = np.rint(GRAIN * SHARE * (1 - posterior[scores.label])) / GRAIN
-        weights[labelled] = np.maximum(FLOOR, surprise)
-        posterior[scores.label] = 0
-        known = np.bincount(labelled, minlength=len(labels)) > 0
-        near = ((posterior >= NEAR) & known[scores.document]).nonzero()[0]
-        for document, account, p in zip(
-            *(each[near].tolist() for each in (scores.document, scores.account, posterior)),
-            strict=True,
-        ):
-            against[document].append((-p, self.names[account]))
-        rivals = ([name for _, name in sorted(each)[:RIVALS]] for each in against)
-        return list(map(Lesson, labels, weights.tolist(), rivals))
-
-    def learn(
-        self,
-        documents: Sequence[Sequence[int]] | LookedUp,
-        lessons: Sequence[Lesson],
-        sign: int = 1,
-    ) -> None:
+    def learn(self, documents: Documents, lessons: Sequence[Lesson], sign: int = 1) -> None:
         """Adds what documents count to the sums; with sign = -1 takes it away again.
 
         Weights are multiples of 1 / GRAIN, so the sums are exact: the same in any order and any
@@ -1093,14 +1075,17 @@ class NaiveBayes:
         if not lessons:
             return
         found = self._look_up(documents, self.token_counts.rows.insert)
-        account = np.array([self.accounts[lesson.account] for lesson in lessons])
-        weight = np.array([sign * lesson.weight for lesson in lessons])
-        rivals = [
-            (i, 2 * self.accounts[rival] + 1)
+        counted = [
+            (i, 2 * self.accounts[lesson.account], sign * round(GRAIN * lesson.weight))
+            for i, lesson in enumerate(lessons)
+        ]
+        counted += [
+            (i, 2 * self.accounts[rival] + 1, sign * GRAIN)
             for i, lesson in enumerate(lessons)
             for rival in lesson.against
         ]
-        alive = self.n_classes if sign > 0 and self.n_classes == len(self.names) else 0
+        document, column, units = np.array(counted).T
+        account, weight = column[: len(lessons)] >> 1, units[: len(lessons)] / GRAIN
         self.names += islice(self.accounts, len(self.names), None)
         if len(self.names) > len(self.sums):
             self.sums = _grown(self.sums, len(self.names) * 3 // 2, self.sums.shape[1])
@@ -1108,14 +1093,9 @@ class NaiveBayes:
         cell = account.repeat(found.lengths), 1 + found.kind
         np.add.at(self.sums, cell, weight.repeat(found.lengths))
 
-        loser, column = np.array(rivals, dtype=np.int64).reshape(-1, 2).T
-        document = np.concatenate([np.arange(len(lessons)), loser])
-        column = np.concatenate([2 * account, column])
-        units = np.rint(GRAIN * weight).astype(np.int64)
-        units = np.concatenate([units, np.full(len(loser), sign * GRAIN)])
         of, token = _ranges(found.start[document], found.lengths[document])
         self.token_counts.add(found.row[token], column[of], units[of])
-        self._count(alive)
+        self._count()
 
     def book(
         self,
@@ -1129,14 +1109,12 @@ class NaiveBayes:
         """
         insert = partial(self.token_counts.rows.insert, changing=changing)
         found = self._look_up(documents, insert)
-        assessments, scores = self._assess(found, labels)
-        parts = rounds(len(documents))
+        scored = [*self._scores(found, labels)] if self.n_classes else []
+        assessments, parts = self.assess(found, labels, scored), rounds(len(documents))
         for part in parts:
             taken = found.part(part) if len(parts) > 1 else found
-            if len(parts) == len(scores) == 1:  # they are still those of this model
-                lessons = self._weigh(scores[0], labels)
-            else:
-                lessons = self.weigh(taken, labels[part])
+            # After the first of several rounds, scores are no longer those of this model.
+            lessons = self.weigh(taken, labels[part], scored if len(parts) == 1 else ())
             with changing():  # for him who takes them, too: should he fail, it is half a change
                 self.learn(taken, lessons)
                 yield part, assessments[part], lessons
@@ -1157,11 +1135,11 @@ class NaiveBayes:
         self.token_counts.restore(state)
         self._count()
 
-    def _count(self, alive: int = 0) -> None:
-        """Has what follows from the sums; the first accounts, so many, are known to have some."""
-        self.n_classes = alive + int(np.count_nonzero(self.class_counts[alive:]))
+    def _count(self) -> None:
+        """Has what follows from the sums."""
+        self.n_classes = int(np.count_nonzero(self.class_counts))
         # A kind without known tokens has no use for its log, which must be finite.
-        self._logs, self._asked = None, 0  # _log_counts of all accounts, and how many were needed
+        self._logs: np.ndarray | None = None  # _log_counts of all accounts, until they change
         self._smoothing = np.append(0, self.alpha * np.maximum(self.token_counts.occupied, 1))
 
 
