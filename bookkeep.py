@@ -1744,7 +1744,7 @@ class Log:
             elif found.unfinished:
                 self._cut_off(found)
             else:
-                raise self.damaged(found)
+                raise found.error(self.path)
 
     def _cut_off(self, end: "Damage") -> None:
         """Moves what follows the last whole batch to LOG.cut: it cannot be told from damage."""
@@ -1795,7 +1795,9 @@ class Log:
             self._cut_back()
         try:
             self._torn = True
-            self._write_at(self.size, b"".join([line for batch in batches for line in batch.lines]))
+            write_at(
+                self._file, self.size, b"".join([line for batch in batches for line in batch.lines])
+            )
             if durable:
                 started = time.perf_counter()
                 os.fsync(self._file)
@@ -1858,19 +1860,7 @@ class Log:
         with self._lock:
             start = self.start(seq) if start is None else start
             size = size or self.start(seq + 1) - start
-            self._write_at(start, self._emptied(seq, start, size))
-
-    def _emptied(self, seq: int, start: int, size: int) -> bytes:
-        line = emptied(os.pread(self._file, size, start))
-        if _parse(line)["seq"] != seq:
-            raise ValueError("it is another line")
-        return line
-
-    def _write_at(self, start: int, content: bytes) -> None:
-        unwritten = memoryview(content)
-        while unwritten:  # a disk that is nearly full takes a part of it
-            written = os.pwrite(self._file, unwritten, start)
-            unwritten, start = unwritten[written:], start + written
+            write_at(self._file, start, emptied(os.pread(self._file, size, start), seq))
 
     def sync(self) -> None:
         """Has all that was written on disk. Raises OSError."""
@@ -1888,9 +1878,10 @@ class Log:
         path = self.beside("{}.forgetting")
         try:
             noted = json.loads(_unsealed(path.read_bytes()) + b"}")["lines"]
-            for step in (self._emptied, self.empty):  # nothing is overwritten before all is seen
-                for seq, start, size in noted:
-                    step(seq, start, size)
+            for seq, start, size in noted:  # nothing is overwritten before all is seen
+                emptied(os.pread(self._file, size, start), seq)
+            for seq, start, size in noted:
+                self.empty(seq, start, size)
             self.sync()
         except FileNotFoundError:
             return
@@ -1906,18 +1897,6 @@ class Log:
             with suppress(OSError):
                 self._cut_back()
         os.close(self._file)
-
-    def damaged(self, damage: "Damage") -> LogError:
-        """What to raise when a line makes no sense."""
-        anew = f"python bookkeep.py relearn {self.path} NEW"
-        where = f"line {damage.line}: {damage.reason}"
-        if damage.otherwise:
-            return LogError(
-                f"{self.path}, {where}; to learn it anew, give the options of this start to: {anew}"
-            )
-        return LogError(
-            f"{self.path} is damaged, {where}; restore a backup, or keep what is whole: {anew}"
-        )
 
     def _keep(self, batch: "Batch") -> None:
         """Counts a whole batch that stands behind all others."""
@@ -1986,6 +1965,18 @@ class Damage(NamedTuple):
     reason: str
     unfinished: bool = False  # may it be but what a crash left of an append?
     otherwise: bool = False  # is it whole, but learned by another version, or from other keys?
+
+    def error(self, path: Path) -> LogError:
+        """What to raise when that line of a log makes no sense."""
+        anew = f"python bookkeep.py relearn {path} NEW"
+        where = f"line {self.line}: {self.reason}"
+        if self.otherwise:
+            return LogError(
+                f"{path}, {where}; to learn it anew, give the options of this start to: {anew}"
+            )
+        return LogError(
+            f"{path} is damaged, {where}; restore a backup, or keep what is whole: {anew}"
+        )
 
 
 Line = tuple[int, bytes, dict | ValueError | None]
@@ -2097,12 +2088,25 @@ def _parse(line: bytes) -> dict:
     return record
 
 
-def emptied(line: bytes) -> bytes:
-    """A line of the same length, with the place, but without the record. Raises ValueError."""
-    place = re.match(rb'\{"seq": \d+, "batch": (\d+|"([^"\\]|\\.)*"), "left": \d+', line)
+def emptied(line: bytes, seq: int | None = None) -> bytes:
+    """A line of the same length, with the place, but without the record.
+
+    Raises ValueError if it has no place, or another than that.
+    """
+    place = re.match(rb'\{"seq": (\d+), "batch": (\d+|"([^"\\]|\\.)*"), "left": \d+', line)
     if not place or line.find(b"\n") != len(line) - 1:
         raise ValueError("a line has no place")
+    if seq not in (None, int(place[1])):
+        raise ValueError("it is another line")
     return _sealed(place[0], len(line))
+
+
+def write_at(file: int, start: int, content: bytes) -> None:
+    """Writes all of it from that byte on. Raises OSError."""
+    unwritten = memoryview(content)
+    while unwritten:  # a disk that is nearly full takes a part of it
+        written = os.pwrite(file, unwritten, start)
+        unwritten, start = unwritten[written:], start + written
 
 
 @contextmanager
@@ -2887,7 +2891,7 @@ class Bookkeeper:
         try:
             for records in chunks(self.log.read(), 4096):
                 for damage in check_records(records, records[0]["seq"] + 1, self.books.features):
-                    raise self.log.damaged(damage)
+                    raise damage.error(self.log.path)
                 self.books.apply(records, self._corrected)
                 if time.monotonic() - reported > 3:
                     reported = time.monotonic()
@@ -2900,7 +2904,8 @@ class Bookkeeper:
         try:
             return self.booking(correction["corrects"])
         except NotFound as error:
-            raise self.log.damaged(Damage(correction["seq"] + 1, str(error))) from None
+            damage = Damage(correction["seq"] + 1, str(error))
+            raise damage.error(self.log.path) from None
 
     # Snapshots
 
