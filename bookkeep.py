@@ -1741,22 +1741,13 @@ class Log:
             if isinstance(found, Batch):
                 yield from found.records
                 self._keep(found)
-            elif found.unfinished:
-                self._cut_off(found)
+            elif found.unfinished:  # which cannot be told from damage
+                tail = os.pread(self._file, os.fstat(self._file).st_size - self.size, self.size)
+                keep_aside(path := self.beside("{}.cut"), tail)
+                self._cut_back()
+                logger.warning("%s, line %d: %s; they are kept in %s", self.path, *found[:2], path)
             else:
                 raise found.error(self.path)
-
-    def _cut_off(self, end: "Damage") -> None:
-        """Moves what follows the last whole batch to LOG.cut: it cannot be told from damage."""
-        path = self.beside("{}.cut")
-        cut = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        with open(cut, "wb") as file:
-            file.write(os.pread(self._file, os.fstat(self._file).st_size - self.size, self.size))
-            file.flush()
-            os.fsync(cut)
-        fsync_folder(path.parent)
-        self._cut_back()
-        logger.warning("%s, line %d: %s; they are kept in %s", self.path, *end[:2], path)
 
     def append(self, batches: Iterable[tuple[str | None, Sequence[dict]]]) -> list[dict]:
         """Writes batches, with or without a key, with one fsync: then they are on disk.
@@ -2099,6 +2090,16 @@ def emptied(line: bytes, seq: int | None = None) -> bytes:
     if seq not in (None, int(place[1])):
         raise ValueError("it is another line")
     return _sealed(place[0], len(line))
+
+
+def keep_aside(path: Path, content: bytes) -> None:
+    """Has it on disk behind what is in that file. Raises OSError."""
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    with open(file, "wb") as kept:
+        kept.write(content)
+        kept.flush()
+        os.fsync(file)
+    fsync_folder(path.parent)
 
 
 def write_at(file: int, start: int, content: bytes) -> None:
