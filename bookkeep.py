@@ -892,9 +892,10 @@ class NaiveBayes:
         pair is the document times A, plus the account.
         """
         accounts = len(self.names)
-        if len(lengths) * accounts <= 16 * len(pairs):  # then it is faster to have all
-            if self._logs is None:
-                self._logs = self._log_counts(self.sums[:accounts])
+        self._asked += len(pairs)
+        if self._logs is None and self._asked >= accounts:
+            self._logs = self._log_counts(self.sums[:accounts])
+        if self._logs is not None and len(lengths) * accounts <= 16 * len(pairs):
             return (lengths @ self._logs.T).take(pairs)
         document, account = np.divmod(pairs, accounts)
         logs = self._log_counts(self.sums.take(account, axis=0))
@@ -1134,7 +1135,8 @@ class NaiveBayes:
         """Has what follows from the sums."""
         self.n_classes = int(np.count_nonzero(self.class_counts))
         # A kind without known tokens has no use for its log, which must be finite.
-        self._logs: np.ndarray | None = None  # _log_counts of all accounts, until they change
+        self._logs: np.ndarray | None = None  # _log_counts of all accounts, once it pays
+        self._asked = 0  # for how many pairs they have been asked for
         self._smoothing = np.append(0, self.alpha * np.maximum(self.token_counts.occupied, 1))
 
 
