@@ -321,7 +321,8 @@ class Service:
         """Waits until it has read its log, or answers that it `reads` it not yet."""
 
         def prepare():
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a job in the background ignores
+            for number in (signal.SIGINT, signal.SIGHUP):  # a job in the background ignores them
+                signal.signal(number, signal.SIG_DFL)
             if limit:
                 limit()
 
