@@ -358,13 +358,8 @@ class Node(bookkeep.Alone):
     forgotten. What a node does not do itself, its bookkeeper does.
     """
 
-    def __init__(
-        self, address: str, log: Log, unsaved: int, books: bookkeep.Books | None = None
-    ) -> None:
-        """Learns all that is in the log, and joins the stream in the background.
-
-        Raises LogError, or OSError, also if the address is none.
-        """
+    def __init__(self, address: str, log: Log, unsaved: int, books: bookkeep.Books) -> None:
+        """Learns all of the log, joins the stream in the background. Raises LogError, or OSError."""
         self._stream = Stream(address)
         self._trouble: str | None = "it has not joined the stream yet"  # why it cannot book
         self._writable = True  # was the last append acknowledged?
@@ -575,12 +570,11 @@ class Node(bookkeep.Alone):
             if isinstance(batch, bookkeep.Damage):
                 raise Foreign(NONSENSE)
             for damage in bookkeep.check_records(batch.records, batch.line, self.books.features):
-                where = f"line {damage.line} of the stream"
-                raise Foreign(f"{where}: {damage.reason}" if damage.otherwise else NONSENSE)
+                said = f"line {damage.line} of the stream: {damage.reason}"
+                raise Foreign(said if damage.otherwise else NONSENSE)
             if batch.line > len(self.log):
                 batches.append(batch)
-                continue
-            for theirs in batch.records:
+            for theirs in batch.records if batch.line <= len(self.log) else ():
                 place = {name: theirs[name] for name in bookkeep.PLACE}  # if it was emptied
                 if self.log.record(theirs["seq"]) not in (theirs, place):
                     raise Foreign(f"the stream is of another log, by its line {theirs['seq'] + 1}")
