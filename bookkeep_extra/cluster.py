@@ -359,7 +359,7 @@ class Node(bookkeep.Alone):
     """
 
     def __init__(self, address: str, log: Log, unsaved: int, books: bookkeep.Books) -> None:
-        """Learns all of the log, joins the stream in the background. Raises LogError, or OSError."""
+        """Learns all of the log, joins the stream in the background. Raises LogError, OSError."""
         self._stream = Stream(address)
         self._trouble: str | None = "it has not joined the stream yet"  # why it cannot book
         self._writable = True  # was the last append acknowledged?
