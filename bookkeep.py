@@ -2442,7 +2442,7 @@ class Books:
             weights = rows["score_weight"] * (rows["predicted"] >= 0)
             self.counters["booked"] += len(rows)
             self.counters["scored"] += int(weights.sum())
-            self.counters["scored_right"] += int(weights @ (rows["booked"] == rows["predicted"]))
+            self.counters["scored_right"] += int(weights[right(rows)].sum())
             for record in reversed(records):
                 if record["batch"] != records[-1]["batch"]:
                     break

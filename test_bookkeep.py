@@ -2629,6 +2629,12 @@ def test_a_stop_while_a_company_is_forgotten_leaves_the_rest_to_the_next_start(p
         assert_true_to_log(keeper)
 
 
+def test_what_is_scored_in_a_long_list_is_counted_in_full(keeper):
+    keeper.book([booking()])
+    keeper.book([booking()] * 300)
+    assert keeper.books.counters["scored"] == keeper.books.counters["scored_right"] == 300
+
+
 def test_when_all_is_forgotten_there_is_no_model(keeper):
     keeper.book([booking()])
     keeper.book([booking()])
