@@ -50,15 +50,6 @@ def seeded():
     return random.Random(seed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])  # nohup; & in a script
-def test_a_signal_that_is_ignored_when_it_starts_does_not_stop_it(serve, number):
-    service = serve(limit=partial(signal.signal, number, signal.SIG_IGN))
-    service.process.send_signal(number)
-    assert service.samples() == 0
-    assert service.stop() == 0
-    assert number.name not in service.said()
-
-
 # Kills
 
 
