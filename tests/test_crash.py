@@ -514,8 +514,9 @@ def ask_in_turn(ask, rng):
     for turn in range(24):
         if turn in (6, 12, 20):
             seq = rng.choice([seq for seq, entry in enumerate(log) if "CompanyId" in entry])
-            answer = ask("POST", "/correct", {"seq": seq, "AccountNumber": "new"})
-            log = [*log, {"corrects": seq, "AccountNumber": "new"}]
+            correction = {"AccountNumber": f"new{turn}"}  # a correction to the same is not stored
+            answer = ask("POST", "/correct", {"seq": seq, **correction})
+            log = [*log, {"corrects": seq, **correction}]
         elif turn in (10, 15):
             company = rng.choice([entry["CompanyId"] for entry in log if "CompanyId" in entry])
             answer = ask("DELETE", f"/company/{company}")
