@@ -1115,22 +1115,30 @@ class NaiveBayes:
         documents: Sequence[Sequence[int]],
         labels: Sequence[str],
         changing: Callable[[], AbstractContextManager] = nullcontext,
+        pause: Callable[[], object] = lambda: None,
     ) -> Iterator[tuple[slice, list[Assessment], list[Lesson]]]:
         """Predicts a batch as a whole, then learns it in rounds, and yields each once learned.
 
-        What `changing` gives is entered for as long as the model changes.
+        What `changing` gives is entered for as long as the model changes. It calls `pause` between
+        the parts of its work: meanwhile the model may learn others.
         """
         insert = partial(self.token_counts.rows.insert, changing=changing)
-        found = self._look_up(documents, insert)
-        asked = documents if len(documents) == 1 else found
-        scored = [*self._scores(asked, labels)] if self.n_classes else []
-        assessments, parts = self.assess(found, labels, scored), rounds(len(documents))
+        assessments: list[Assessment] = []
+        for start in range(0, len(documents), 2 * ROUND):
+            pause()
+            part = slice(start, start + 2 * ROUND)
+            found = self._look_up(documents[part], insert)
+            asked = documents if len(documents) == 1 else found
+            scored = [*self._scores(asked, labels[part])] if self.n_classes else []
+            assessments += self.assess(found, labels[part], scored)
+        parts = rounds(len(documents))
         for part in parts:
-            taken = found.part(part) if len(parts) > 1 else found
-            # After the first of several rounds, scores are no longer those of this model.
-            lessons = self.weigh(taken, labels[part], scored if len(parts) == 1 else ())
+            if len(parts) > 1:  # what was found and scored is no longer so
+                pause()
+                found, scored = self._look_up(documents[part], insert), ()
+            lessons = self.weigh(found, labels[part], scored)
             with changing():  # for him who takes them, too: should he fail, it is half a change
-                self.learn(taken, lessons)
+                self.learn(found, lessons)
                 yield part, assessments[part], lessons
 
     def state(self) -> Arrays:
@@ -1253,53 +1261,60 @@ class History:
         self._sizes.update(dict(zip(companies.tolist(), sizes.tolist(), strict=True)))
 
     def draft(self, records: Sequence[dict]) -> np.ndarray:
-        """(n,) rows for records of bookings.
+        """(n,) rows for records of bookings, which count for their companies from now on.
 
-        What they lack is what only the log and `append` give them: a seq, what was booked, and
-        numbers for new names, which are -1 here.
+        What they lack is their confidence, and the seq that only the log gives them.
         """
         rows = np.zeros(len(records), dtype=self.ROW)
-        company, predicted, ranks = (
-            self.companies.get,
-            self.accounts.get,
-            range(Calibration.RANKS + 1),
-        )
-        known = ["company", "predicted", "confidence", "specificity", "rank", "score_weight"]
+        company, account = self.companies.__getitem__, self.accounts.__getitem__
+        named = self.target == TARGET  # else a name is not that of what is predicted
+        ranks = range(Calibration.RANKS + 1)
+        known = ["company", "booked", "named", "predicted", "specificity", "rank", "score_weight"]
         rows[known] = [
             (
-                company(r["sample"]["CompanyId"], -1),
-                predicted(r["predicted"], -1),
-                r["confidence"] or 0,
+                company(sample["CompanyId"]),
+                account(sample[self.target]),
+                account(sample[TARGET]) if named and sample.get(NAME) else -1,
+                -1 if r["predicted"] is None else account(r["predicted"]),
                 r["known"],
                 r["rank"] if r["rank"] in ranks else 0,
-                SCORE_WEIGHTS[r["sample"].get(BOOKED_BY, "person")],
+                SCORE_WEIGHTS[sample.get(BOOKED_BY, "person")],
             )
             for r in records
+            for sample in [r["sample"]]
         ]
         rows["reviewed"] = rows["score_weight"] > 0
         rows["bin"] = Calibration.bins([r["margin"] or 0 for r in records])
+        self._sizes.update(rows["company"].tolist())
         return rows
 
-    def append(self, rows: np.ndarray, records: Sequence[dict]) -> None:
-        """Adds what was drafted of records that are in the log now."""
-        company, account = self.companies.__getitem__, self.accounts.__getitem__
-        named = self.target == TARGET  # else a name is not that of what is predicted
-        rows[["seq", "company", "booked", "named", "predicted"]] = [
-            (
-                r["seq"],
-                company(r["sample"]["CompanyId"]),
-                account(r["sample"][self.target]),
-                account(r["sample"][TARGET]) if named and r["sample"].get(NAME) else -1,
-                -1 if r["predicted"] is None else account(r["predicted"]),
-            )
-            for r in records
-        ]
+    def undraft(self, rows: np.ndarray) -> None:
+        """Forgets what was drafted, or booked, and the names of companies that have no bookings."""
+        self._sizes.subtract(rows["company"].tolist())
+        for company, number in [*self.companies.items()]:
+            if not self._sizes[number]:
+                del self.companies[company], self._sizes[number]
+
+    def append(self, rows: np.ndarray, seqs: Sequence[int]) -> None:
+        """Adds what was drafted, once it is in the log under these seqs."""
+        rows["seq"] = seqs
         end = len(self.rows) + len(rows)
         if end > len(self._table):
             self._table = _grown(self._table, 2 * end)
         self._table[len(self.rows) : end] = rows
         self.rows = self._table[:end]
-        self._sizes.update(rows["company"].tolist())
+
+    def asked(self, companies: Sequence[str], made: Sequence[Assessment]) -> np.ndarray:
+        """(n,) rows for suggestions that nobody has booked: all that a Calibration looks at.
+
+        A name that was never booked is -1.
+        """
+        rows = np.zeros(len(companies), dtype=self.ROW)
+        rows["company"] = [self.companies.get(company, -1) for company in companies]
+        rows["predicted"] = [self.accounts.get(each.predicted, -1) for each in made]
+        rows["specificity"] = [each.specificity for each in made]
+        rows["bin"] = Calibration.bins([each.margin or 0 for each in made])
+        return rows
 
     def size(self, company: str) -> int:
         """How many bookings the company has."""
@@ -1393,10 +1408,7 @@ class History:
         gone = np.isin(self.rows["seq"], seqs)
         rows = self.rows[gone]
         self.rows = self._table = self.rows[~gone]
-        self._sizes.subtract(rows["company"].tolist())
-        for company, number in [*self.companies.items()]:
-            if not self._sizes[number]:
-                del self.companies[company], self._sizes[number]
+        self.undraft(rows)
         return rows
 
 
@@ -1510,6 +1522,10 @@ class Calibration:
         for suggestions, hits in self._own_of(rows).transpose(1, 2, 0):
             share = (hits + self.OWN * share) / (suggestions + self.OWN + self.OWN_DOUBT)
         return share
+
+    def measured(self) -> bool:
+        """Has any suggestion been counted? Without one a confidence says nothing."""
+        return bool(self._all.any())
 
     def shared(self, confidence: np.ndarray) -> np.ndarray:
         """(n, RANKS) the confidence of n first suggestions and of the others, best first.
@@ -2223,7 +2239,8 @@ class Snapshot:
 
 # ----------------------------------------------------------------------------------------- Writer
 
-GROUP = 1000  # samples that a group of requests may have, unless it is one request
+LONG = 128  # samples beyond which a list is a long one
+GROUP = 1000  # samples that a group of requests may have
 GROUP_WAIT = 0.001  # seconds that requests may wait for as many as were answered together last
 BACKLOG = 50_000  # samples that may wait, unless they are one request
 RESTART = "nothing can be booked until the service is started again"
@@ -2261,17 +2278,22 @@ class Change(NamedTuple):
 class Writer(threading.Thread):
     """The thread that makes one change after the other, and is the only one to make any.
 
-    Requests to book that wait together are handed on as a group, to share what storing costs.
+    Requests to book that wait together are handed on as a group, to share what storing costs. A
+    long list is handed on alone, and what is short needs not wait for the end of it.
     """
 
     def __init__(
         self, book: Callable[[list[BookRequest]], None], after: Callable[[], None]
     ) -> None:
-        """`book` answers a group of requests; `after` is called after each group and change."""
+        """`book` answers a group of requests, and calls `pause` while it works on a long list;
+        `after` is called after each group and change, but those that are done in a pause.
+        """
         super().__init__(name="writer", daemon=True)
         self._book, self._after = book, after
         self._queue: deque[BookRequest | Change] = deque()
-        self._arrival = threading.Condition()  # of something in the queue, or of the end
+        self._long: deque[BookRequest] = deque()  # the long lists
+        self._at_long = False  # is one of them being booked, and nothing else?
+        self._arrival = threading.Condition()  # of something that waits, or of the end
         self._last_group = 0  # requests in it
         self._closed = False
         self.failed = 0  # groups and changes that could not be stored
@@ -2284,15 +2306,16 @@ class Writer(threading.Thread):
         with self._arrival:
             if self._closed:
                 raise NotReady(RESTART)
-            if self._queue and work.samples and self.waiting() + len(work.samples) > BACKLOG:
+            waiting = self.waiting() if work.samples else 0
+            if waiting and waiting + len(work.samples) > BACKLOG:
                 raise Busy("too many bookings are waiting; send this again in a second")
-            self._queue.append(work)
+            (self._long if len(work.samples) > LONG else self._queue).append(work)
             self._arrival.notify()
         return work.done.result()
 
     def waiting(self) -> int:
         """How many samples wait to be booked."""
-        return sum(len(work.samples) for work in self._queue.copy())
+        return sum(len(work.samples) for work in (*self._queue.copy(), *self._long.copy()))
 
     def close(self) -> None:
         """Does what is waiting, and nothing more."""
@@ -2304,40 +2327,60 @@ class Writer(threading.Thread):
     def run(self) -> None:
         """Does what comes, until the end."""
         while group := self._next_group():
-            try:
-                if isinstance(group[0], Change):
-                    group[0].done.set_result(group[0].make())
-                else:
-                    self._book(group)
-            except Exception as error:
-                refusal = self.refusal(error)
-                for work in group:
-                    if not work.done.done():
-                        work.done.set_exception(refusal)
+            self._at_long = len(group[0].samples) > LONG
+            self._do(group)
             self._after()
 
+    def pause(self) -> None:
+        """In the middle of a long list: does what is short and waits, as much as one part of it."""
+        if self._at_long and self._queue:
+            with self._arrival:
+                group = self._short_group(LONG)
+            self._at_long = False
+            self._do(group)
+            self._at_long = True
+
+    def _do(self, group: list[BookRequest] | list[Change]) -> None:
+        try:
+            if isinstance(group[0], Change):
+                group[0].done.set_result(group[0].make())
+            else:
+                self._book(group)
+        except Exception as error:
+            refusal = self.refusal(error)
+            for work in group:
+                if not work.done.done():
+                    work.done.set_exception(refusal)
+
     def _next_group(self) -> list[BookRequest] | list[Change]:
-        """A change, or requests to book of different keys; nothing if there will be no more."""
+        """A long list, or a short group; nothing if there will be no more."""
         with self._arrival:
-            while not self._queue and not self._closed:
+            while not (self._queue or self._long or self._closed):
                 self._arrival.wait()
+            if self._long:  # first, for nothing short has to wait for it
+                return [self._long.popleft()]
             # Who was answered together soon sends again: a moment's wait makes larger groups.
             end = time.monotonic() + GROUP_WAIT
             while len(self._queue) < self._last_group and not self._closed:
                 if not self._arrival.wait(end - time.monotonic()):
                     break
-            group, keys, size = [], set(), 0
-            while self._queue:
-                work = self._queue[0]
-                size += len(work.samples)
-                alone = isinstance(work, Change) or size > GROUP or work.key in keys
-                if group and (alone or isinstance(group[0], Change)):
-                    break
-                group.append(self._queue.popleft())
-                if work.key is not None:
-                    keys.add(work.key)
+            group = self._short_group(GROUP)
             self._last_group = len(group)
             return group
+
+    def _short_group(self, most: int) -> list[BookRequest] | list[Change]:
+        """A change, or requests to book of different keys, of so many samples at most."""
+        group, keys, size = [], set(), 0
+        while self._queue:
+            work = self._queue[0]
+            size += len(work.samples)
+            alone = isinstance(work, Change) or size > most or work.key in keys
+            if group and (alone or isinstance(group[0], Change)):
+                break
+            group.append(self._queue.popleft())
+            if work.key is not None:
+                keys.add(work.key)
+        return group
 
     def refusal(self, error: Exception) -> Exception:
         """What to raise to a caller for what was raised; says it in the service's log, too."""
@@ -2401,44 +2444,58 @@ class Books:
             self.broken = True
             raise
 
-    def draft(self, samples: Sequence[Sample]) -> tuple[list[dict], np.ndarray]:
-        """Records of samples, and their rows: predicted as a whole, then learned.
+    def draft(
+        self, samples: Sequence[Sample], pause: Callable[[], object] = lambda: None
+    ) -> tuple[list[dict], np.ndarray]:
+        """Records of samples, and their rows: predicted, learned, and counted in what is measured.
 
-        If it raises, nothing is learned.
+        A first list would have nothing to be predicted by: it is learned in parts, and each is
+        predicted before it is. If this raises, nothing is learned. It calls `pause` now and then:
+        meanwhile there may be any other change.
         """
+        records: list[dict] = [{} for _ in samples]
+        drafted = [self.history.rows[:0]]
+        try:
+            for part in parts(len(samples), len(self.history.rows)):
+                self._draft(samples[part], records[part], pause)
+                with self.changing():
+                    rows = self.history.draft(records[part])
+                    rows["confidence"] = sure = self.calibration.confidence(rows).round(4)
+                    if self.calibration.measured():
+                        for record, confidence in zip(records[part], sure.tolist(), strict=True):
+                            if record["predicted"] is not None:
+                                record["confidence"] = confidence
+                    self.calibration.add(rows)
+                drafted.append(rows)
+        except BaseException:
+            self.undo(records, np.concatenate(drafted))
+            raise
+        return records, np.concatenate(drafted)
+
+    def _draft(
+        self, samples: Sequence[Sample], records: Sequence[dict], pause: Callable[[], object]
+    ) -> None:
+        """Predicts all of these samples, then learns them, and fills their records."""
         documents = [*map(self.tokens, samples)]
         labels = [sample[self.target] for sample in samples]
-        records: list[dict] = [{}] * len(samples)
-        seen, unseen, learned = [], [], []
+        seen, unseen = [], []
         for i, sample in enumerate(samples):
             (seen if score_weight(sample) else unseen).append(i)
-        try:
-            if unseen:
-                made = self.model.assess(_at(documents, unseen), _at(labels, unseen))
-                for i, assessment in zip(unseen, made, strict=True):
-                    records[i] = _record(samples[i], assessment, reviewed=False, **self.features)
-            rounds = self.model.book(_at(documents, seen), _at(labels, seen), self.changing)
-            for part, assessments, lessons in rounds:
-                for i, made, (_, weight, against) in zip(
-                    seen[part], assessments, lessons, strict=True
-                ):
-                    counts = {"weight": weight, "against": against, **self.features}
-                    records[i] = _record(samples[i], made, **counts)
-                    learned.append(records[i])
-            rows = self.history.draft(records)
-            rows["confidence"] = confidence = self.calibration.confidence(rows).round(4)
-            for record, sure in zip(records, confidence.tolist(), strict=True):
-                record["confidence"] = None if record["predicted"] is None else sure
-        except BaseException:
-            self.undo(learned)
-            raise
-        return records, rows
+        for chunk in chunks(unseen, CHUNK):
+            pause()
+            made = self.model.assess(_at(documents, chunk), _at(labels, chunk))
+            for i, assessment in zip(chunk, made, strict=True):
+                records[i] |= _record(samples[i], assessment, reviewed=False, **self.features)
+        rounds = self.model.book(_at(documents, seen), _at(labels, seen), self.changing, pause)
+        for part, made, lessons in rounds:
+            for i, assessment, lesson in zip(seen[part], made, lessons, strict=True):
+                counts = {"weight": lesson.weight, "against": lesson.against, **self.features}
+                records[i] |= _record(samples[i], assessment, **counts)
 
     def enter(self, records: Sequence[dict], rows: np.ndarray) -> None:
-        """Adds bookings, which are learned and have their places in the log, to what is scored."""
+        """Adds bookings, which are learned and have their places in the log, to the history."""
         with self.changing():
-            self.history.append(rows, records)
-            self.calibration.add(rows)
+            self.history.append(rows, [record["seq"] for record in records])
             weights = rows["score_weight"] * (rows["predicted"] >= 0)
             self.counters["booked"] += len(rows)
             self.counters["scored"] += int(weights.sum())
@@ -2448,7 +2505,14 @@ class Books:
                     break
                 self.last_batch = record["seq"]
 
-    def undo(self, records: Iterable[dict]) -> None:
+    def undo(self, records: Iterable[dict], rows: np.ndarray) -> None:
+        """Takes back what was drafted, or such a part of it."""
+        with self.changing():
+            self.calibration.add(rows, sign=-1)
+            self.history.undraft(rows)
+        self.unlearn(record for record in records if record)
+
+    def unlearn(self, records: Iterable[dict]) -> None:
         """Unlearns bookings, as they stand."""
         learned = (record for record in records if self.lesson(record).weight)
         for chunk in chunks(learned, CHUNK):
@@ -2465,7 +2529,10 @@ class Books:
             self.model.learn(
                 [documents[i] for i in learned], [self._lesson(bookings[i]) for i in learned]
             )
-        self.enter(bookings, self.history.draft(bookings))
+            rows = self.history.draft(bookings)
+            rows["confidence"] = [record["confidence"] or 0 for record in bookings]
+            self.calibration.add(rows)
+        self.enter(bookings, rows)
         self.correct([(booking_of(record), record) for record in records if "corrects" in record])
 
     def correction(self, booking: dict, account: str) -> dict | None:
@@ -2580,13 +2647,23 @@ class Books:
 
     def confidences(
         self, samples: Sequence[Sample], made: Iterable[Assessment]
-    ) -> tuple[list[list[float]], list[dict]]:
-        """(n, RANKS) how sure n suggestions are, each with those after it; what they rest on."""
-        # The samples' other values may be anything.
-        asked = ({"CompanyId": sample["CompanyId"]} for sample in samples)
-        rows = self.history.draft([*map(_record, asked, made)])
-        sure = self.calibration.shared(self.calibration.confidence(rows))
-        return sure.round(4).tolist(), self.calibration.evidence_counts(rows)
+    ) -> tuple[list[list[float | None]], list[dict]]:
+        """(n, RANKS) how sure n suggestions are, each with those after it; what they rest on.
+
+        Nobody knows how sure before the first suggestion is counted: None.
+        """
+        rows = self.history.asked([sample["CompanyId"] for sample in samples], [*made])
+        sure = self.calibration.shared(self.calibration.confidence(rows)).round(4)
+        known = sure if self.calibration.measured() else np.full(sure.shape, None)
+        return known.tolist(), self.calibration.evidence_counts(rows)
+
+
+def parts(n: int, booked: int) -> list[slice]:
+    """In which parts n samples are booked after so many: of at least 20, or as many as before."""
+    ends = [0]
+    while ends[-1] < n:
+        ends.append(min(n, ends[-1] + max(20, booked + ends[-1])))
+    return [*map(slice, ends, ends[1:])]
 
 
 def _at(items: Sequence[T], numbers: Iterable[int]) -> list[T]:
@@ -2851,13 +2928,17 @@ class Bookkeeper:
         group = [each for each in group if not (each.done.done() or self._is_repeated(each))]
         if not group:
             return
-        records, rows = self.books.draft([sample for each in group for sample in each.samples])
+        samples = [sample for each in group for sample in each.samples]
+        records, rows = self.books.draft(samples, self.writer.pause)
+        if len(group) == 1 and self._is_repeated(group[0]):  # by now: its key came in a pause
+            self.books.undo(records, rows)
+            return
         try:
             rest = iter(records)
             batches = [(each.key, [*islice(rest, len(each.samples))]) for each in group]
             records = self.order.append(self.log, batches)
         except BaseException:
-            self.books.undo(records)
+            self.books.undo(records, rows)
             raise
         self.books.enter(records, rows)
         end = len(self.log) - len(records)
@@ -2894,7 +2975,7 @@ class Bookkeeper:
     def _forget_part(self, seqs: list[int]) -> None:
         """Unlearns bookings among these lines, as they stand, and empties the lines."""
         records = [record for seq in seqs if "sample" in (record := self.log.record(seq))]
-        self.books.undo(records)
+        self.books.unlearn(records)
         for record in records:
             self.books.corrected.pop(record["seq"], None)
         for seq in seqs:
@@ -3009,8 +3090,8 @@ def suggest(
                 "check": check,
             }
             if book_from is not None:
-                sure_enough = "check" if check else "book"
-                answer["decision"] = sure_enough if sure[i][0] >= book_from else "review"
+                is_sure = sure[i][0] is not None and sure[i][0] >= book_from
+                answer["decision"] = ("check" if check else "book") if is_sure else "review"
             answers.append(answer)
     return answers
 
@@ -3029,7 +3110,7 @@ def _suggestion(
     accounts: Sequence[str],
     scores: Sequence[float],
     rank: int,
-    confidence: float,
+    confidence: float | None,
     says: Sequence[tuple[str, str]],
     terms: np.ndarray | None,
 ) -> dict[str, object]:

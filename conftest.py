@@ -484,6 +484,7 @@ def judged(path):
         sample = record["sample"]
         found.append(
             {
+                "seq": record["seq"],
                 "company": sample["CompanyId"],
                 "booked": last.get(record["seq"], sample["AccountNumber"]),
                 "predicted": record["predicted"],

@@ -44,6 +44,7 @@ import bookkeep
 from bookkeep import (
     GRAIN,
     GROUP,
+    LONG,
     BadRequest,
     Bookkeeper,
     BookRequest,
@@ -824,7 +825,9 @@ def add_rows(history, rows):
             | {"sample": who | {"AccountName": row["name"]}, "margin": margin}
             | reviewed
         )
-    history.append(history.draft(records), records)
+    rows = history.draft(records)
+    rows["confidence"] = [record["confidence"] for record in records]
+    history.append(rows, [record["seq"] for record in records])
     return history.rows[len(history.rows) - len(rows) :]
 
 
@@ -1895,10 +1898,42 @@ def test_what_waits_is_grouped_by_size_and_key_and_changes_take_their_turn(writi
     wait_until(lambda: done)
     change = Change(Future(), lambda: done.append("change") or 5, [booking()])
     works = [asking() for _ in range(20)] + [asking(key=key) for key in "aba"]
-    answers = submit(writer, *works, change, asking(2), asking(GROUP), asking(3), asking(GROUP - 3))
+    fitting = GROUP // LONG
+    works += [change, asking(2), asking(LONG + 1), *(asking(LONG) for _ in range(fitting + 1))]
+    answers = submit(writer, *works)
     go_on.set()
-    assert [each.result(30) for each in answers[-6:]] == ["a", 5, None, None, None, None]
-    assert done == [[1], [1] * 22, [1], "change", [2], [GROUP], [3, GROUP - 3]]
+    assert [each.result(30) for each in answers[22:26]] == ["a", 5, None, None]
+    assert [each.result(30) for each in answers[26:]] == [None] * (fitting + 1)
+    groups = [[1] * 22, [1], "change", [2, *[LONG] * fitting], [LONG]]
+    assert done == [[1], [LONG + 1], *groups]
+
+
+def test_what_is_short_waits_for_a_part_of_a_long_list_only():
+    done, go_on = [], threading.Event()
+
+    def book(group):
+        done.append([len(each.samples) for each in group])
+        if group[0].key == "long":
+            assert go_on.wait(30)
+            for _ in range(4):
+                writer.pause()
+                done.append("part")
+        writer.pause()  # what is short has no pauses
+        for each in group:
+            each.done.set_result(each.key)
+
+    writer = Writer(book, lambda: done.append("after"))
+    writer.start()
+    threading.Thread(target=writer.submit, args=[asking(LONG + 1, "long")]).start()
+    wait_until(lambda: done)
+    change = Change(Future(), lambda: done.append("change"), [booking()])
+    works = [asking(3), asking(LONG - 3), asking(4), change, asking(LONG + 2, "last")]
+    answers = submit(writer, *works)
+    go_on.set()
+    assert [each.result(30) for each in answers] == [None, None, None, None, "last"]
+    writer.close()
+    parts = [[3, LONG - 3], "part", [4], "part", "change", "part", "part"]
+    assert done == [[LONG + 1], *parts, "after", [LONG + 2], "after"]
 
 
 def test_no_more_wait_than_may_and_a_change_always_may(writing, monkeypatch):
@@ -1984,13 +2019,14 @@ def suggested(keeper, sample, top=1):
 
 
 def test_a_list_is_predicted_whole_and_learned_in_rounds(keeper):
-    keeper.book([booking(account="1")])
+    for _ in range(10):
+        keeper.book([booking(account="1")] * 20)
     keeper.book([booking(text="new", account="2")] * 200)
     keeper.book([booking(text="new", account="2")])
     lines = lines_of(keeper)
-    assert [line["predicted"] for line in lines] == [None, *["1"] * 200, "2"]
+    assert [line["predicted"] for line in lines] == [None] * 20 + ["1"] * 380 + ["2"]
     assert [lines[0][key] for key in ("margin", "confidence", "rank")] == [None] * 3
-    weights = [line["weight"] for line in lines[1:-1]]
+    weights = [line["weight"] for line in lines[200:-1]]
     first, *later = bookkeep.rounds(200)
     assert {*weights[first]} == {1}
     assert all(max(weights[part]) < 1 for part in later)
@@ -2043,7 +2079,7 @@ def test_suggestions_are_the_best_scores_and_their_reasons_add_up(keeper):
 def test_a_reason_is_what_the_word_says_for_one_account_over_the_other(keeper):
     keeper.book([booking(text="rent", account="1")])
     alone = {"account": "1", "over": None, "margin": None, "prior": None, "reasons": []}
-    assert suggested(keeper, booking(), 3)["suggestions"] == [alone | {"confidence": 0}]
+    assert suggested(keeper, booking(), 3)["suggestions"] == [alone | {"confidence": None}]
     keeper.forget("A")
     keeper.book([booking(text="rent", account="1"), booking(text="food", account="2")])
     [first, second] = suggested(keeper, booking(text="rent food rent"), 3)["suggestions"]
@@ -2075,18 +2111,34 @@ def test_without_reasons_suggestions_are_the_same_however_many(keeper):
     assert bookkeep.suggest(keeper.books, [], 3) == []
 
 
+def test_a_first_list_is_learned_in_parts_and_predicted_by_those_before(books):
+    sizes = [[part.stop - part.start for part in bookkeep.parts(*n)] for n in ((200, 0), (7, 3))]
+    assert sizes == [[20, 20, 40, 80, 40], [7]]
+    assert bookkeep.parts(10_000, 10_000) == [slice(0, 10_000)]
+    assert bookkeep.parts(0, 0) == []
+    records, _ = books.draft([booking()] * 20 + [booking(account="2")] * 41)
+    assert [record["predicted"] for record in records] == [None] * 20 + ["3115"] * 20 + ["2"] * 21
+    assert [record["confidence"] for record in records] == [None] * 40 + [0] * 21
+    books.undo(records, books.draft([])[1])
+
+
 def test_confidence_is_the_record_of_earlier_predictions_only(keeper):
-    who, path, before = random.Random(1), keeper.log.path, []
+    who, path, booked = random.Random(1), keeper.log.path, 0
     for batch in batches_of(bookings(600), 60):
         keeper.book([by(who.choice([*bookkeep.SCORE_WEIGHTS]), sample) for sample in batch])
-        for line in lines_of(keeper)[-len(batch) :: 7]:
-            if line["predicted"]:
-                asked = {key: line[key] for key in ("predicted", "known")}
-                asked["company"] = line["sample"]["CompanyId"]
-                asked["bin"] = bin_of(line["margin"])
-                expected = confidence_by_hand(before, asked)
-                assert line["confidence"] == pytest.approx(expected, abs=1e-4)
-        before = judged(path)
+        lines = lines_of(keeper)
+        for part in bookkeep.parts(len(batch), booked):
+            before = [row for row in judged(path) if row["seq"] < booked + part.start]
+            for line in lines[booked:][part][::7]:
+                if not any(row["score_weight"] for row in before):
+                    assert line["confidence"] is None
+                elif line["predicted"]:
+                    asked = {key: line[key] for key in ("predicted", "known")}
+                    asked["company"] = line["sample"]["CompanyId"]
+                    asked["bin"] = bin_of(line["margin"])
+                    expected = confidence_by_hand(before, asked)
+                    assert line["confidence"] == pytest.approx(expected, abs=1e-4)
+        booked += len(batch)
     for seq in range(0, 600, 40):
         keeper.correct(seq, "3001")
     keeper.forget("company3")
@@ -2105,7 +2157,9 @@ def assert_confidence_is_that_of_the_log(keeper, samples):
             "bin": bin_of(best["margin"]),
             "known": bookkeep.SPECIFICITY.index(answer["record"]["known"]),
         }
-        assert best["confidence"] == pytest.approx(confidence_by_hand(rows, asked), abs=1e-4)
+        measured = any(row["score_weight"] for row in rows)
+        expected = confidence_by_hand(rows, asked) if measured else None
+        assert best["confidence"] == pytest.approx(expected, abs=1e-4)
         assert answer["record"]["own"] == tally_by_hand(own_by_hand(rows, asked, "predicted"))
 
 
@@ -2663,7 +2717,7 @@ def test_the_learning_curve_has_at_most_129_points_of_a_window_each(keeper, monk
     lines = lines_of(keeper)
     lines[555]["sample"]["AccountNumber"] = "corrected"
     curve = bookkeep.overview(keeper)["curve"]
-    assert [point["bookings"] for point in curve] == [*range(104, 1000, 8), 1000]
+    assert [point["bookings"] for point in curve] == [*range(24, 1000, 8), 1000]
     for point in curve[1:]:
         window = lines[point["bookings"] - 8 : point["bookings"]]
         booked = [line["sample"]["AccountNumber"] for line in window]
@@ -2987,6 +3041,7 @@ def test_a_full_disk_is_a_507_and_when_there_is_space_again_bookings_go_on(serve
     service = serve()
     assert service.post("/sample", [booking()] * 100)[0] == 200
     unlimited = resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, (40_000, -1))
+    metrics = service.get("/metrics/100")
     status, refusal = service.post("/sample", [booking(account="2")] * 500)
     assert status == 507
     assert refusal == {"error": "the log could not be written (File too large); try later"}
@@ -2997,7 +3052,7 @@ def test_a_full_disk_is_a_507_and_when_there_is_space_again_bookings_go_on(serve
         assert (health["status"], health["samples"]) == (failing, 100)
     assert service.get("/ready")[0] == 503
     assert service.post("/predict", booking()) == (200, ["3115"])
-    assert service.get("/metrics/10")[0] == 503
+    assert service.get("/metrics/100") == metrics
     assert service.post("/sample", [booking()])[0] == 200
     assert service.get("/health")[1]["status"] == "ok"
     assert service.get("/ready") == (200, {"status": "ready"})
@@ -3129,8 +3184,14 @@ class Described:
 
     def told(self, lines, met=()):
         """Takes the predictions of these lines, made while companies had `met` these accounts."""
-        accounts = {account for _, account in met}
-        for line in lines:
+        samples = [line["sample"] for line in lines if line.get("sample")]
+        parts = {part.start for part in bookkeep.parts(len(samples), len(self.bookings))}
+        learned_before, met = {*met}, set()
+        for i, line in enumerate(lines):
+            if i in parts:  # or else it is a correction, alone
+                met = {*learned_before}
+                measured = any(b["times"] and b["predicted"] for b in self.bookings.values())
+            accounts = {account for _, account in met}
             described, sample = self.lines[line["seq"]], line.get("sample", {})
             who = sample.get("BookedBy", "person")
             learned = {"reviewed"} if who == "suggestion" else {"weight", "against"}
@@ -3149,6 +3210,8 @@ class Described:
                 "times": {"person": 1, "check": 16, "suggestion": 0}[who],
                 **line,
             }
+            if who != "suggestion":
+                learned_before.add((sample["CompanyId"], account))
             if accounts:
                 times = self.bookings[line["seq"]]["times"]
                 self.counted["scored"] += times
@@ -3156,7 +3219,7 @@ class Described:
             assert line["known"] in range(6)
             if accounts:
                 assert line["predicted"] in accounts
-                assert 0 <= line["confidence"] <= 1
+                assert not measured if line["confidence"] is None else 0 <= line["confidence"] <= 1
                 assert line["margin"] is None or len(accounts) > 1
                 assert line["rank"] is None or account in accounts
                 assert (line["rank"] == 1) == (account == line["predicted"])
@@ -3228,10 +3291,10 @@ class Described:
             for each in reversed(self.of(company))
             if reviewed in (None, "yes" if each["learned"] else "no")
             and (each["predicted"] or not (below or order))
-            and (not below or each["confidence"] < below)
+            and (not below or (each["confidence"] or 0) < below)
         ]
         if order:
-            found.sort(key=lambda each: each["confidence"])
+            found.sort(key=lambda each: (each["confidence"] or 0))
         return 200, [self.standing(each["seq"]) for each in found]
 
     def health(self):
@@ -3340,7 +3403,7 @@ def figures_of(rows):
 
 def sure_of(rows, level):
     """What share of them was at least so sure, and how much of it was right."""
-    found = [row for row in rows if row["confidence"] >= level]
+    found = [row for row in rows if (row["confidence"] or 0) >= level]
     times = sum(row["times"] for row in found)
     right = sum(row["times"] for row in found if row["account"] == row["predicted"])
     return {
@@ -3519,7 +3582,7 @@ class Walk:
             names = [suggestion["account"] for suggestion in answer["suggestions"]]
             assert len(set(names)) == len(names) <= 3
             assert accounts.issuperset(names)
-            if answer["suggestions"][0]["confidence"] < 0.5:
+            if (answer["suggestions"][0]["confidence"] or 0) < 0.5:
                 assert answer["decision"] == "review"
             else:
                 assert answer["decision"] == ("check" if answer["check"] else "book")

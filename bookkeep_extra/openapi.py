@@ -129,7 +129,11 @@ SCHEMAS = {
         "an account",
         "prior reasons",
         account=(FILLED, "the account", "6300"),
-        confidence=(SHARE, "of earlier suggestions like it, the share that was right", 0.94),
+        confidence=(
+            _or_null(SHARE),
+            "of earlier suggestions like it, the share that was right; null before there are any",
+            0.94,
+        ),
         over=(_or_null(FILLED), "the account that it is compared with, null if alone", "7140"),
         margin=(_or_null(NUMBER), "log-odds over that one: the prior and all reasons", 2.4445),
         prior=(_or_null(NUMBER), "log-odds before anything is known of the sample", 0.0155),

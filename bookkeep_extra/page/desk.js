@@ -12,6 +12,8 @@ const on = (id, event, handler) => $(id).addEventListener(event, handler);
 const count = (number) => number.toLocaleString("en");
 const score = (share) => share?.toFixed(3) ?? "–";
 const percent = (share, digits = 1) => (share == null ? "–" : `${(100 * share).toFixed(digits)}%`);
+const sureness = (confidence) =>
+  confidence == null ? "not measured yet" : `${percent(confidence)} sure`;
 const signed = (number) => `${number < 0 ? "−" : "+"}${Math.abs(number).toFixed(2)}`;
 
 // What the service says gets into the page only as text, by `setText` and `append`.
@@ -226,7 +228,9 @@ async function suggest(box, sample) {
         isNew ? "Nothing is known of this company yet. By what others book, most" : "Most",
         " likely ",
         element("b", {}, ...accountText(sample.CompanyId, first.account)),
-        `, with ${percent(first.confidence)} confidence.`,
+        first.confidence == null
+          ? "; how often such suggestions are right is not measured yet."
+          : `, with ${percent(first.confidence)} confidence.`,
       ];
       evidence = evidenceText(sample.CompanyId, first.account, record, isNew);
     }
@@ -269,7 +273,7 @@ function tally(whose, which, { suggestions, right }) {
 
 function suggestionItem({ account, confidence, over, margin, prior, reasons }, place, company) {
   const bar = span("bar", span(""));
-  bar.firstChild.style.width = percent(confidence);
+  bar.firstChild.style.width = percent(confidence ?? 0);
   const summary = element(
     "summary",
     {},
@@ -494,7 +498,7 @@ function showSelected() {
   $("booked").replaceChildren(...accountText(whose, account), ...statusText(booking));
   if (predicted === null) return setText($("suggested"), "nothing");
   const suggested = predicted === account ? ["the same"] : accountText(whose, predicted);
-  $("suggested").replaceChildren(...suggested, `, ${percent(confidence)} sure`);
+  $("suggested").replaceChildren(...suggested, `, ${sureness(confidence)}`);
 }
 
 // Says why the selected booking was suggested, as long as that is wanted.
@@ -696,7 +700,7 @@ const chooser = new Completion("account", "Accounts", {
     const choices = found.map((each) => {
       let hint;
       if (each === account) hint = "now";
-      else if (each === predicted) hint = `${percent(confidence)} sure`;
+      else if (each === predicted) hint = sureness(confidence);
       else hint = count(accounts.get(each).times);
       return [each, span("", ...accountText(company, each)), muted(hint)];
     });
