@@ -24,7 +24,7 @@ import wsgiref.validate
 import zipfile
 import zlib
 from collections import Counter
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from io import BytesIO
@@ -45,6 +45,7 @@ from bookkeep import (
     GRAIN,
     GROUP,
     LONG,
+    Alone,
     BadRequest,
     Bookkeeper,
     BookRequest,
@@ -2122,6 +2123,61 @@ def test_a_first_list_is_learned_in_parts_and_predicted_by_those_before(books):
     books.undo(records, books.draft([])[1])
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_others_are_served_between_the_parts_of_a_long_list(path, fails):
+    class Order(Alone):
+        def append(self, log, batches):
+            if fails and batches[0][0] == "long":
+                raise NotStored("the disk is full")
+            return super().append(log, batches)
+
+    with bookkeeping(path, order=Order()) as keeper:
+        for batch in batches_of(bookings(2000), 100):
+            keeper.book(batch)
+        long = Future()
+
+        def send():
+            try:
+                long.set_result(keeper.book([booking(text="new", account="long")] * 2000, "long"))
+            except NotStored as error:
+                long.set_exception(error)
+
+        threading.Thread(target=send).start()
+        wait_until(lambda: keeper.writer.waiting() == 0)
+        before = []
+        for i in itertools.count():
+            [seq] = keeper.book([booking("between", account="b")])
+            keeper.correct(seq, "between")
+            if i == 2:
+                keeper.forget("company1")
+            if long.done():
+                break
+            before.append(seq)
+        if fails:
+            with pytest.raises(NotStored):
+                long.result()
+        else:
+            seqs = long.result()
+            assert sum(seq < seqs.start for seq in before) > 3
+            lines = lines_of(keeper)[seqs.start : seqs.stop]
+            assert "long" not in {line["predicted"] for line in lines}
+            assert keeper.book([line["sample"] for line in lines], "long") == seqs
+        assert_same(keeper, books_of(path))
+
+
+def test_a_key_that_comes_between_the_parts_of_a_long_list_is_that_of_one_batch(path):
+    with bookkeeping(path) as keeper:
+        keeper.book(bookings(1000))
+        with ThreadPoolExecutor() as pool:
+            long = pool.submit(keeper.book, bookings(2000), "key")
+            wait_until(lambda: keeper.writer.waiting() == 0)
+            assert keeper.book([booking()], "key") == range(1000, 1001)
+            with pytest.raises(Conflict):
+                long.result()
+        assert len(lines_of(keeper)) == 1001
+        assert_same(keeper, books_of(path))
+
+
 def test_confidence_is_the_record_of_earlier_predictions_only(keeper):
     who, path, booked = random.Random(1), keeper.log.path, 0
     for batch in batches_of(bookings(600), 60):
@@ -3294,7 +3350,7 @@ class Described:
             and (not below or (each["confidence"] or 0) < below)
         ]
         if order:
-            found.sort(key=lambda each: (each["confidence"] or 0))
+            found.sort(key=lambda each: each["confidence"] or 0)
         return 200, [self.standing(each["seq"]) for each in found]
 
     def health(self):
