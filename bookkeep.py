@@ -2677,73 +2677,22 @@ def _record(sample: Sample, assessment: Assessment, **counts: object) -> dict:
     return {**made, "rank": rank, "known": known, **counts}
 
 
-def check_records(
-    records: Sequence[dict], line: int, features: dict | None = None
-) -> Iterator[Damage]:
-    """A Damage for each record that this version's `draft` and `correction` could not have made.
-
-    The first one is on that line. They must have been learned with those features, if any.
-    """
-    for number, record in enumerate(records, start=line):
-        try:
-            learned = features_of(record)
-            target = learned.get("target", TARGET)
-            if features not in (None, learned) and len(record) > len(PLACE):
-                context = ",".join(learned.get("context", ())) or "none"
-                raise Otherwise(f"it was learned with the context {context}, the target {target}")
-            if "corrects" in record:
-                check_sample({target: record[target]}, (target,))
-                if (
-                    type(record["corrects"]) is not int
-                    or not 0 <= record["corrects"] < record["seq"]
-                ):
-                    raise ValueError("it corrects no booking before it")
-                _check_counts(record["weight"], record["against"])
-            elif len(record) > len(PLACE):  # else it was emptied
-                _check_booking(record, target)
-        except KeyError as error:
-            yield Damage(number, f"{error} is missing")
-        except (AttributeError, TypeError, ValueError) as error:
-            yield Damage(number, str(error), otherwise=isinstance(error, Otherwise))
-
-
 def features_of(record: dict) -> dict:
     """What a record says of the keys that it was learned from, as Books.features does."""
     return {key: record[key] for key in ("target", "context") if key in record}
 
 
-class Otherwise(ValueError):
-    """What another version, or one with other options, has learned."""
-
-
-def _check_booking(record: dict, target: str) -> None:
-    if "known" not in record:
-        raise Otherwise("a version before 0.5 wrote it")
-    check_sample(record["sample"], (*FEATURES, target))
-    if score_weight(record["sample"]):
-        _check_counts(record["weight"], record["against"])
-    elif "weight" in record or record["reviewed"] is not False:
-        raise ValueError("what was booked unseen counts nothing")
-    if not isinstance(record["predicted"], str | None):
-        raise ValueError("predicted is no account")
-    for name, highest in (("confidence", 1), ("margin", sys.float_info.max)):
-        if record[name] is not None and not 0 <= record[name] <= highest:
-            raise ValueError(f"no prediction can have that {name}")
-    if record["known"] not in range(len(SPECIFICITY)):
-        raise ValueError("no prediction can have that known")
-    if record["rank"] is not None and (type(record["rank"]) is not int or record["rank"] < 1):
-        raise ValueError("no account can have that rank")
-
-
-def _check_counts(weight: float, against: list[str]) -> None:
-    if not isinstance(against, list):
-        raise Otherwise("a version before 0.5 wrote it")
-    if not FLOOR <= weight <= 1 or weight * GRAIN % 1:
-        raise ValueError("no booking can have that weight")
-    if len({*against}) < len(against) or len(against) > RIVALS:
-        raise ValueError("no booking can count against these")
-    for account in against:
-        check_sample({TARGET: account}, (TARGET,))
+def otherwise(record: dict, features: dict) -> str | None:
+    """Why a record must be learned anew: another version or other features made it, if any did."""
+    if ("sample" in record and "known" not in record) or type(
+        record.get("against", [])
+    ) is not list:
+        return "a version before 0.5 wrote it"
+    learned = features_of(record)
+    if learned == features or len(record) <= len(PLACE):  # it was emptied
+        return None
+    context = ",".join(learned.get("context", ())) or "none"
+    return f"it was learned with the context {context}, the target {learned.get('target', TARGET)}"
 
 
 # ------------------------------------------------------------------------------------- Bookkeeper
@@ -2987,14 +2936,23 @@ class Bookkeeper:
         gc.disable()  # no cycles are made, and to look for them takes a tenth of the time
         try:
             for records in chunks(self.log.read(), 4096):
-                for damage in check_records(records, records[0]["seq"] + 1, self.books.features):
-                    raise damage.error(self.log.path)
-                self.books.apply(records, self._corrected)
+                self._learn_back(records)
                 if time.monotonic() - reported > 3:
                     reported = time.monotonic()
                     logger.info("%s: %s read back so far", self.log.path, self.log.progress())
         finally:
             gc.enable()
+
+    def _learn_back(self, records: list[dict]) -> None:
+        first = records[0]["seq"] + 1
+        for line, record in enumerate(records, start=first):
+            if reason := otherwise(record, self.books.features):
+                raise Damage(line, reason, otherwise=True).error(self.log.path)
+        try:
+            self.books.apply(records, self._corrected)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            reason = f"it, or one of the {len(records) - 1} after it, makes no sense ({error!r})"
+            raise Damage(first, reason).error(self.log.path) from None
 
     def _corrected(self, correction: dict) -> dict:
         """The booking that a line corrects. Raises LogError if there is none."""

@@ -70,6 +70,7 @@ from bookkeep import (
     tokens,
 )
 from bookkeep_extra import logs, prometheus
+from bookkeep_extra.logs import check_records
 from conftest import (
     EVERY_BIN,
     HERE,
@@ -2380,20 +2381,22 @@ def test_what_this_version_cannot_have_written_is_named_with_its_line(keeper):
     keeper.book([booking(account="1"), booking(account="9"), by("suggestion")])
     keeper.correct(1, "9")
     records = scanned(keeper.log.path)
-    assert [*bookkeep.check_records(records, 1)] == []
+    assert [*check_records(records, 1)] == []
     for seq, table in ((2, SENSELESS), (3, SENSELESS_UNSEEN), (4, SENSELESS_CORRECTION)):
         for values, reason in table:
             damaged = [*records[:seq], records[seq] | values, *records[seq + 1 :]]
-            found = [*bookkeep.check_records(damaged, 1)]
+            found = [*check_records(damaged, 1)]
             assert [damage.line for damage in found] == [seq + 1], values
             assert reason in found[0].reason
     del records[2]["known"]
-    [damage] = bookkeep.check_records(records, 11)
+    [damage] = check_records(records, 11)
     assert damage[:2] == (13, "a version before 0.5 wrote it")
 
 
-@pytest.mark.parametrize("damage", [{"weight": 2}, {"corrects": 2}], ids=str)
-def test_a_start_refuses_a_line_that_makes_no_sense(path, damage):
+@pytest.mark.parametrize(
+    ("line", "damage"), [(1, {"weight": "1"}), (1, {"AccountNumber": []}), (4, {"corrects": 2})]
+)
+def test_a_start_refuses_a_line_that_makes_no_sense(path, line, damage):
     with bookkeeping(path) as keeper:
         keeper.book([booking(), booking()])
         keeper.correct(1, "1")
@@ -2401,7 +2404,7 @@ def test_a_start_refuses_a_line_that_makes_no_sense(path, damage):
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:3], changed(lines[3], **damage)]))
     whole, log = path.read_bytes(), Log(path)
-    with pytest.raises(LogError, match=r"is damaged, line 4: .* relearn .*log.jsonl NEW"):
+    with pytest.raises(LogError, match=rf"is damaged, line {line}: .* relearn .*log.jsonl NEW"):
         Bookkeeper(log)
     log.close()
     assert path.read_bytes() == whole

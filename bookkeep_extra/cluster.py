@@ -47,6 +47,7 @@ from nats.js.errors import APIError, NotFoundError
 
 import bookkeep
 from bookkeep import UNSURE, Bookkeeper, Busy, Log, NotReady, NotStored, Sample, T
+from bookkeep_extra.logs import check_records
 
 LATE = 5  # seconds that a request may wait for lines that others have booked
 PATIENCE = 10  # seconds that an append may take until it is given up
@@ -569,7 +570,7 @@ class Node(bookkeep.Alone):
         for batch in bookkeep.batches_of(BytesIO(data), base):
             if isinstance(batch, bookkeep.Damage):
                 raise Foreign(NONSENSE)
-            for damage in bookkeep.check_records(batch.records, batch.line, self.books.features):
+            for damage in check_records(batch.records, batch.line, self.books.features):
                 said = f"line {damage.line} of the stream: {damage.reason}"
                 raise Foreign(said if damage.otherwise else NONSENSE)
             if batch.line > len(self.log):

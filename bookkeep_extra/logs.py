@@ -1,14 +1,20 @@
-"""What can be done with a log that is not served: check it, and book it anew."""
+"""What can be done with a log that is not served: check it, and learn it anew."""
 
 import logging
 import os
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bookkeep import (
     FEATURES,
+    FLOOR,
+    GRAIN,
     PLACE,
+    RIVALS,
+    SPECIFICITY,
+    TARGET,
     BadRequest,
     Batch,
     Books,
@@ -16,10 +22,10 @@ from bookkeep import (
     Log,
     LogError,
     Sample,
-    check_records,
     check_sample,
     features_of,
     fsync_folder,
+    otherwise,
     scan,
     score_weight,
 )
@@ -117,6 +123,61 @@ def _relearn_batch(batch: Batch, log: Log, books: Books) -> Iterator[Damage]:
     books.enter([placed.records[i] for i in bookings], rows)
     if "corrects" in placed.records[0]:
         books.correct([(corrected, placed.records[0])])
+
+
+def check_records(
+    records: Sequence[dict], line: int, features: dict | None = None
+) -> Iterator[Damage]:
+    """A Damage for each record that this version's `draft` and `correction` could not have made.
+
+    The first one is on that line. They must have been learned with those features, if any.
+    """
+    for number, record in enumerate(records, start=line):
+        learned = features_of(record)
+        try:
+            if reason := otherwise(record, learned if features is None else features):
+                yield Damage(number, reason, otherwise=True)
+            elif "corrects" in record:
+                _check_correction(record, learned.get("target", TARGET))
+            elif len(record) > len(PLACE):  # else it was emptied
+                _check_booking(record, learned.get("target", TARGET))
+        except KeyError as error:
+            yield Damage(number, f"{error} is missing")
+        except (AttributeError, TypeError, ValueError) as error:
+            yield Damage(number, str(error))
+
+
+def _check_correction(record: dict, target: str) -> None:
+    check_sample({target: record[target]}, (target,))
+    if type(record["corrects"]) is not int or not 0 <= record["corrects"] < record["seq"]:
+        raise ValueError("it corrects no booking before it")
+    _check_counts(record["weight"], record["against"])
+
+
+def _check_booking(record: dict, target: str) -> None:
+    check_sample(record["sample"], (*FEATURES, target))
+    if score_weight(record["sample"]):
+        _check_counts(record["weight"], record["against"])
+    elif "weight" in record or record["reviewed"] is not False:
+        raise ValueError("what was booked unseen counts nothing")
+    if not isinstance(record["predicted"], str | None):
+        raise ValueError("predicted is no account")
+    for name, highest in (("confidence", 1), ("margin", sys.float_info.max)):
+        if record[name] is not None and not 0 <= record[name] <= highest:
+            raise ValueError(f"no prediction can have that {name}")
+    if record["known"] not in range(len(SPECIFICITY)):
+        raise ValueError("no prediction can have that known")
+    if record["rank"] is not None and (type(record["rank"]) is not int or record["rank"] < 1):
+        raise ValueError("no account can have that rank")
+
+
+def _check_counts(weight: float, against: list[str]) -> None:
+    if not FLOOR <= weight <= 1 or weight * GRAIN % 1:
+        raise ValueError("no booking can have that weight")
+    if len({*against}) < len(against) or len(against) > RIVALS:
+        raise ValueError("no booking can count against these")
+    for account in against:
+        check_sample({TARGET: account}, (TARGET,))
 
 
 COMMANDS = {

@@ -37,11 +37,11 @@ from bookkeep import (
     Log,
     NotFound,
     NotReady,
-    check_records,
     health,
     require_ready,
 )
 from bookkeep_extra import cluster
+from bookkeep_extra.logs import check_records
 from bookkeep_extra.prometheus import gauges
 from conftest import (
     assert_same,
