@@ -2684,9 +2684,8 @@ def features_of(record: dict) -> dict:
 
 def otherwise(record: dict, features: dict) -> str | None:
     """Why a record must be learned anew: another version or other features made it, if any did."""
-    if ("sample" in record and "known" not in record) or type(
-        record.get("against", [])
-    ) is not list:
+    is_old = "sample" in record and "known" not in record
+    if is_old or not isinstance(record.get("against", []), list):
         return "a version before 0.5 wrote it"
     learned = features_of(record)
     if learned == features or len(record) <= len(PLACE):  # it was emptied
