@@ -375,6 +375,24 @@ def _shown(key: str) -> str:
     return key if re.fullmatch(r"\w{1,40}", key, re.ASCII) else json.dumps(key[:40])
 
 
+def one_line(text: str) -> str:
+    """The text, which may have somebody's names in it, so that it is one line of output.
+
+    What cannot be printed is escaped, but for bytes of a file's name that are no text here.
+    """
+    return "".join(
+        c if c.isprintable() or "\udc80" <= c <= "\udcff" else repr(c)[1:-1] for c in text
+    )
+
+
+class LogLines(logging.Formatter):
+    """Lines of the service's own log: all but an entry's first one are indented."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The entry, with a traceback if it has one."""
+        return "\n    ".join(map(one_line, super().format(record).split("\n")))
+
+
 # ----------------------------------------------------------------------------------------- Counts
 
 GRAIN = 1024  # weights are multiples of 1 / GRAIN, so sums of them are exact in any order
@@ -3817,7 +3835,11 @@ def on_signals(handler: Callable) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the service until one of STOPS, or a command on a log; the exit status."""
     options = _options(arguments)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    for stream in (sys.stdout, sys.stderr):  # whatever the locale has no letters for
+        stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogLines("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO)
     try:
         on_signals(signal.default_int_handler)  # as Ctrl-C, until it serves
         if options.command:
@@ -3826,7 +3848,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ImportError, LogError, OSError) as error:
         named = isinstance(error, OSError) and error.filename
         reason = f"{error.filename}: {error.strerror}" if named else error
-        print(f"bookkeep: {reason}", file=sys.stderr)
+        print(one_line(f"bookkeep: {reason}"), file=sys.stderr)
         return 1
     except MemoryError:
         print("bookkeep: there is not enough memory for this log", file=sys.stderr)

@@ -60,6 +60,7 @@ from bookkeep import (
     Lesson,
     Log,
     LogError,
+    LogLines,
     NaiveBayes,
     NotFound,
     NotReady,
@@ -3186,6 +3187,21 @@ def test_a_failure_of_the_service_is_a_500_without_a_traceback(keeper, caplog):
     assert "secret" in caplog.text
 
 
+def test_no_name_forges_a_line_of_the_figures_or_of_the_log(keeper, caplog):
+    name = "x\nbookkeep_forged 1\r\n2026-05-17 INFO forged\u2028INFO forged\x1b[2J"
+    keeper.book([booking(name, name, account=name, **{name: name})] * 2)
+    app = create_app(keeper)
+    with raising(Bookkeeper, "forget", RuntimeError(name)):
+        assert called(keeper, "DELETE", f"/company/{name}".encode().decode("latin-1"))[0] == 500
+    lines = LogLines("%(levelname)s %(message)s").format(caplog.records[-1]).splitlines()
+    assert lines[0] == "ERROR DELETE /company/x"
+    assert all(line.startswith("    ") and line.isprintable() for line in lines[1:])
+    assert sum("INFO forged" in line for line in lines) == 2
+    [figures] = [each.callback for each in app.routes if each.rule == "/metrics"]
+    assert all(re.match("bookkeep_|# (HELP|TYPE) ", line) for line in figures().splitlines())
+    assert "forged" not in figures()
+
+
 def test_who_finds_too_many_waiting_is_told_when_to_come_again(keeper):
     with raising(Bookkeeper, "book", Busy("too many")):
         status, headers, refusal = called(keeper, "POST", "/sample", b"[]")
@@ -4662,6 +4678,25 @@ def test_a_check_says_which_lines_were_learned_from_other_keys(path, capsys):
         assert problem.startswith(f"line {seq + 1}: it was learned with the context ")
         with closing(Log(path)) as log, pytest.raises(LogError, match=re.escape(problem)):
             Bookkeeper(log, books=Books(["Department"], "Vat"))
+
+
+def test_names_that_the_locale_has_no_letters_for_are_printed_as_they_are(tmp_path):
+    path = tmp_path / "Bücher" / "lög.jsonl"
+    path.parent.mkdir()
+    with bookkeeping(path, books=Books(["Abteilung ü€"])) as keeper:
+        keeper.book([booking()])
+    path.write_bytes(path.read_bytes() + changed(path.read_bytes(), seq=1, batch=1, context=["é"]))
+    plain = {"env": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, "check": False}
+    for *command, status, out, said in (
+        ("check", path, 1, f"{path}, line 2: it was learned with the context é, ", ""),
+        ("relearn", path, path.with_name("neü"), 0, f"{path.with_name('neü')}: 2 bookings ", ""),
+        ("check", path.parent, 1, "", f"bookkeep: {path.parent}: Is a directory"),
+    ):
+        done = subprocess.run([sys.executable, SERVICE, *command], capture_output=True, **plain)
+        assert done.returncode == status
+        assert done.stdout.decode().startswith(out)
+        assert done.stderr.decode().startswith(said)
+        assert b"Traceback" not in done.stderr
 
 
 def batches_by_department(keeper):

@@ -25,6 +25,7 @@ from bookkeep import (
     check_sample,
     features_of,
     fsync_folder,
+    one_line,
     otherwise,
     scan,
     score_weight,
@@ -45,10 +46,10 @@ def check(path: Path) -> int:
             damages = [*check_records(found.records, found.line, features)]
             bookings += sum("sample" in record for record in found.records)
         for damage in damages:
-            print(f"{path}, line {damage.line}: {damage.reason}")
+            print(one_line(f"{path}, line {damage.line}: {damage.reason}"))
         problems += len(damages)
     said = f"{problems or 'no'} problem{'s' * (problems != 1)}"
-    print(f"{path}: {bookings} booking{'s' * (bookings != 1)} in whole batches, {said}")
+    print(one_line(f"{path}: {bookings} booking{'s' * (bookings != 1)} in whole batches, {said}"))
     return int(problems > 0)
 
 
@@ -74,7 +75,7 @@ def relearn(old: Path, new: Path, books: Books) -> int:
             if isinstance(found, Batch):
                 damages = [*_relearn_batch(found, log, books)]
             for damage in damages:
-                print(f"{old}, line {damage.line}: {damage.reason}; left out")
+                print(one_line(f"{old}, line {damage.line}: {damage.reason}; left out"))
             left_out += len(damages)
             if time.monotonic() - reported > 3:
                 reported = time.monotonic()
@@ -87,7 +88,7 @@ def relearn(old: Path, new: Path, books: Books) -> int:
         unfinished.unlink(missing_ok=True)
         raise
     n = len(books.history.rows)
-    print(f"{new}: {n} booking{'s' * (n != 1)} learned anew")
+    print(one_line(f"{new}: {n} booking{'s' * (n != 1)} learned anew"))
     return int(left_out > 0)
 
 
