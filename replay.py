@@ -1001,7 +1001,7 @@ def suggest(client: Client, options: argparse.Namespace) -> None:
                 for _, values, sample in records:
                     if sample:
                         [best] = next(answers)["suggestions"]
-                        values += [_not_run(best["account"]), best["confidence"]]
+                        values += [guarded(best["account"]), best["confidence"]]
                     elif values:  # an empty line stays one
                         values += ["", ""]
                     writer.writerow(values)
@@ -1011,10 +1011,21 @@ def suggest(client: Client, options: argparse.Namespace) -> None:
         writer.writerows(header)
 
 
-def _not_run(account: str) -> str:
-    """An account, which another company may have taught, so that no spreadsheet runs it."""
-    is_formula = account[0] in "=+-@\t\r" and not re.fullmatch(r"[-+]?\d+", account)
-    return f"'{account}" if is_formula else account
+# Where a spreadsheet would begin a formula: at the start of a cell, whatever separates cells.
+FORMULA = r"""(?<![^,;|\t\r\n])%s(?='*[" ]*[-=+@\t\r\uff1d\uff0b\uff0d\uff20])"""
+
+
+def guarded(text: str) -> str:
+    """A cell of a CSV file that no spreadsheet runs: with a ' where a formula would begin.
+
+    A plain number stays. Quote all cells: what separates them may stand in one, too.
+    """
+    return text if re.fullmatch("[-+]?[0-9][0-9.,]*", text) else re.sub(FORMULA % "", "'", text)
+
+
+def unguarded(cell: str) -> str:
+    """The text of a guarded cell."""
+    return re.sub(FORMULA % "'", "", cell)
 
 
 # ------------------------------------------------------------------------------------- Command line

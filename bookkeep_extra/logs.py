@@ -49,7 +49,7 @@ def check(path: Path) -> int:
             print(one_line(f"{path}, line {damage.line}: {damage.reason}"))
         problems += len(damages)
     said = f"{problems or 'no'} problem{'s' * (problems != 1)}"
-    print(one_line(f"{path}: {bookings} booking{'s' * (bookings != 1)} in whole batches, {said}"))
+    print(f"{path}: {bookings} booking{'s' * (bookings != 1)} in whole batches, {said}")
     return int(problems > 0)
 
 
@@ -88,7 +88,7 @@ def relearn(old: Path, new: Path, books: Books) -> int:
         unfinished.unlink(missing_ok=True)
         raise
     n = len(books.history.rows)
-    print(one_line(f"{new}: {n} booking{'s' * (n != 1)} learned anew"))
+    print(f"{new}: {n} booking{'s' * (n != 1)} learned anew")
     return int(left_out > 0)
 
 

@@ -1,6 +1,8 @@
 """replay.py: the client, the files that it reads, and the command line."""
 
 import csv
+import io
+import itertools
 import json
 import os
 import re
@@ -36,6 +38,7 @@ from conftest import (
     wait_until,
     write_csv,
 )
+from replay import guarded, unguarded
 
 REPLAY = HERE / "replay.py"
 
@@ -983,7 +986,11 @@ def test_what_is_suggested_needs_a_model_but_no_rows(main, serve, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("account", "written"), [("=1+2", "'=1+2"), ("-6300", "-6300"), ("@x", "'@x"), ("6300", "6300")]
+    ("account", "written"),
+    [
+        *(("=1+2", "'=1+2"), ("-6300", "-6300"), ("@x", "'@x"), ("6300", "6300")),
+        *(("x;=1+2;y", "x;'=1+2;y"), ("-1.200,50", "-1.200,50"), ('x,"-1"', 'x,\'"-1"')),
+    ],
 )
 def test_a_spreadsheet_does_not_run_an_account(main, serve, tmp_path, account, written):
     service = serve()
@@ -991,6 +998,20 @@ def test_a_spreadsheet_does_not_run_an_account(main, serve, tmp_path, account, w
     path = write_csv(tmp_path / "new.csv", [booking()])
     out = main(path, "--suggest", f"--url=http://127.0.0.1:{service.port}")[1]
     assert [row["account"] for row in csv.DictReader(out.splitlines())] == [written]
+
+
+def test_no_cell_is_a_formula_whatever_separates_cells():
+    """All short texts of what matters, read as a spreadsheet does with each separator."""
+    for texts in itertools.product(["", *"'\" =-1x;\t\r\n"], repeat=4):
+        text = "".join(texts)
+        cell = guarded(text)
+        assert unguarded(cell) == text
+        file = io.StringIO(newline="")
+        csv.writer(file, quoting=csv.QUOTE_ALL).writerow(["x", cell])
+        for separator in ",;\t":
+            lines = file.getvalue().splitlines(keepends=True)
+            for shown in itertools.chain(*csv.reader(lines, delimiter=separator)):
+                assert not re.match('["\\s]*[=-]', shown) or re.fullmatch("-1+", shown)
 
 
 def test_a_file_of_quoted_values_gets_quoted_ones(service, tmp_path):
@@ -1053,17 +1074,27 @@ def test_the_recipes_do_what_they_say(serve, tmp_path):
     stored = read_lines(tmp_path / "log.jsonl")[-1]["sample"]
     assert (stored["BankEntryAmount"], stored["BankEntryDate"]) == ("-1200.00", "17.05.2026")
     new = [{key: row[key] for key in row if key != "Category"} for row in rows[:300]]
-    new.append(new[0] | {"Description": "never seen"})
+    new.append(new[0] | {"Description": '+47 "never;=1+1'})
     write_csv(tmp_path / "NEW.csv", new, "cp1252", delimiter=";")
     out = runs(2, "NEW.csv", "DESK.csv")
     unseen, rest = map(int, re.findall("[0-9]+", out))
     assert unseen + rest == 301
     assert unseen > 200
     assert service.get("/health")[1]["unseen"] == unseen
+    with open(tmp_path / "DESK.csv", encoding="utf-8-sig") as file:
+        assert '"\'+47 ""never;\'=1+1",' in file.readlines()[-1]
     assert runs(3, "DESK.csv") == f"{rest} sent\n"
+    assert read_lines(tmp_path / "log.jsonl")[-1]["sample"]["BankEntryText"] == '+47 "never;=1+1'
     assert service.get("/health")[1]["checks"] == rest - 1 > 5  # and the one never seen
     commands = f'python() {{ "{sys.executable}" "$@"; }}\n{commands}'
     subprocess.run(["bash", "-ec", commands], cwd=tmp_path, check=True, capture_output=True)
     with open(tmp_path / "SUGGESTED.csv", encoding="utf-8") as file:
         suggested = list(csv.DictReader(file, delimiter=";"))
     assert [row["account"] for row in suggested[:300]] == [account for _, account in shops[:300]]
+    assert service.delete("/company/acme")[0] == 200
+    status, out, said = run("-c", programs[1], "BOOKED.csv", cwd=tmp_path)
+    assert (status, out) == (1, "")
+    assert re.fullmatch("nightly: .*these were forgotten; .*; --again WORD does, .*\n", said)
+    for _ in range(2):
+        assert runs(1, "BOOKED.csv", "--again=2").count("bookings") == 3
+        assert service.samples() == 2400

@@ -488,7 +488,7 @@ function showSelected() {
   $("text").replaceChildren(userText(sample.BankEntryText, 400));
   $("amount").replaceChildren(userText(sample.BankEntryAmount));
   for (const node of $("facts").querySelectorAll(".context")) node.remove();
-  const said = context.filter((key) => sample[key]);
+  const said = context.filter((key) => Object.hasOwn(sample, key) && sample[key]);
   const className = "context";
   const asTerms = (key) => [
     element("dt", { className }, userText(key, 40)),
@@ -957,11 +957,14 @@ on("forgetting", "submit", (event) => {
 
 // -------------------------------------------------------------------------------------------- CSV
 
-// A spreadsheet runs what begins like a formula, unless it is a number: a ' before it stops that.
+// Where a spreadsheet would begin a formula: at the start of a cell, whatever separates cells.
+const FORMULA = /(?<![^,;|\t\r\n])(?='*[" ]*[-=+@\t\r\uff1d\uff0b\uff0d\uff20])/g;
+
+// A cell that no spreadsheet runs: with a ' where a formula would begin, unless it is a number.
 function csvCell(value) {
   const text = String(value ?? "");
-  const isFormula = /^[=+\-@\t\r]/.test(text) && !/^[-+]?\d[\d.,]*$/.test(text);
-  return `"${isFormula ? "'" : ""}${text.replaceAll('"', '""')}"`;
+  const guarded = /^[-+]?[0-9][0-9.,]*$/.test(text) ? text : text.replace(FORMULA, "'");
+  return `"${guarded.replaceAll('"', '""')}"`;
 }
 
 // A booking's columns: its sample as it is booked now, and how it came to be.
