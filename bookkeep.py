@@ -1340,7 +1340,7 @@ class History:
 
     def last(self, n: int, company: str | None = None) -> np.ndarray:
         """The last n rows that are scored, or fewer if there are fewer; of one company."""
-        rows = self.rows if company is None else self.of(company)
+        rows = self.of(company)
         size = n
         while True:
             found = scored(rows[-size:])
@@ -1348,10 +1348,14 @@ class History:
                 return found[-n:]
             size *= 2
 
-    def of(self, company: str) -> np.ndarray:
-        """All rows of a company."""
+    def of(self, company: str | None) -> np.ndarray:
+        """All rows of a company, or of all."""
         rows = self.rows  # once: another thread may append
-        return rows[rows["company"] == self.companies.get(company, -1)]
+        return rows if company is None else rows[rows["company"] == self.companies.get(company, -1)]
+
+    def has(self, company: str, seq: int) -> bool:
+        """Whether that is a booking of the company."""
+        return self.companies.get(company, -1) in self.at(np.array([seq]))["company"]
 
     def find(self, seqs: np.ndarray) -> np.ndarray:
         """(m,) which rows have these seqs."""
@@ -3021,6 +3025,16 @@ RECENT = 10_000  # bookings, the last, that an overview looks at
 WINDOW = 1000  # bookings that a point of the learning curve is over
 
 
+class Access(NamedTuple):
+    """What who sends a request may do."""
+
+    company: str | None = None  # that it is about; all, if it is None
+    may_change: bool = True  # or else only ask
+
+
+ALL = Access()
+
+
 def suggest(
     books: Books,
     samples: Sequence[Sample],
@@ -3113,9 +3127,9 @@ def _reasons(says: Sequence[tuple[str, str]], weights: list[float]) -> list[dict
     ]
 
 
-def metrics(books: Books, n: int) -> dict[str, float]:
-    """Macro precision and recall of the last n (or fewer) predictions. Raises NotReady."""
-    now = figures(_last(books, n))
+def metrics(books: Books, n: int, company: str | None = None) -> dict[str, float]:
+    """Macro precision and recall of the last n (or fewer) predictions. Raises as report does."""
+    now = figures(_last(books, n, company))
     return {name: now[name] for name in ("precision", "recall")}
 
 
@@ -3127,7 +3141,7 @@ def report(
     Raises NotFound if there is no such company, NotReady if nothing was predicted.
     """
     rows = _last(books, n, company)
-    since = books.history.rows if company is None else books.history.of(company)
+    since = books.history.of(company)
     since = since[since["seq"].searchsorted(rows[0]["seq"]) :]
     levels = {*LEVELS, *([] if book_from is None else [book_from])}
     return {
@@ -3154,19 +3168,25 @@ def _scored(books: Books, n: int, company: str | None = None) -> np.ndarray:
         return books.history.last(n, company)
 
 
-def overview(keeper: Bookkeeper, company: str | None = None) -> dict:
+def overview(keeper: Bookkeeper, company: str | None = None, access: Access = ALL) -> dict:
     """What the page shows: health, the learning curve, confidence.
 
-    The confidence may be of one company. Raises NotFound if there is no such.
+    The confidence may be of one company, and all else is of those that there is access to. Raises
+    NotFound if there is no such company, unless it is that one.
     """
-    last = _scored(keeper.books, WINDOW)
-    recent = _scored(keeper.books, RECENT, company)
+    history = keeper.books.history
+    with keeper.books.lock:
+        if company != access.company:
+            keeper.books.require(company)
+        last, recent = history.last(WINDOW, access.company), history.last(RECENT, company)
     return {
-        "health": health(keeper),
+        "health": health(keeper, access.company),
         "target": keeper.books.target,
         "context": [*keeper.books.context],
+        "company": access.company,
+        "may_change": access.may_change,
         "metrics": figures(last) if len(last) else None,
-        "curve": [*curve(keeper.books.history.rows)],
+        "curve": [*curve(history.of(access.company))],
         "scored": len(recent),
         "confidence": by_confidence(recent, (0, *LEVELS)) if len(recent) else [],
     }
@@ -3259,10 +3279,11 @@ def _account_names(keeper: Bookkeeper, rows: np.ndarray) -> dict[tuple[int, int]
     return dict(zip(pairs, names, strict=True))
 
 
-def health(keeper: Bookkeeper) -> dict[str, object]:
+def health(keeper: Bookkeeper, company: str | None = None) -> dict[str, object]:
     """How much has been learned, and for how many seconds the service has been up.
 
-    Raises NotReady if the service must be restarted, or the log be put back in its place.
+    Of one company, it is how much that has. Raises NotReady if the service must be restarted, or
+    the log be put back in its place.
     """
     if keeper.books.broken:
         raise NotReady(RESTART)
@@ -3270,18 +3291,25 @@ def health(keeper: Bookkeeper) -> dict[str, object]:
         raise NotReady("the log was moved, replaced, deleted or cut by another; put it back")
     failure = keeper.log.failure
     with keeper.books.lock:
-        rows, model = keeper.books.history.rows, keeper.books.model
+        books, rows = keeper.books, keeper.books.history.of(company)
+        if company is None:
+            sizes = {
+                "lines": len(keeper.log),
+                "accounts": books.model.n_classes,
+                "companies": len(books.history.companies),
+                "tokens": books.model.n_tokens,
+                **keeper.order.health(),
+            }
+        else:
+            lines = len(books.lines_of(company)) if len(rows) else 0
+            sizes = {"lines": lines, "accounts": len(np.unique(rows["booked"]))}
         return {
             "status": f"the log could not be written ({failure})" if failure else "ok",
             "samples": len(rows),
             "unseen": unseen(rows),
             "checks": checks(rows),
-            "lines": len(keeper.log),
-            "accounts": model.n_classes,
-            "companies": len(keeper.books.history.companies),
-            "tokens": model.n_tokens,
+            **sizes,
             "uptime": round(time.monotonic() - keeper.started, 3),
-            **keeper.order.health(),
         }
 
 
@@ -3302,6 +3330,8 @@ MAX_SUGGESTED = 300  # suggestions in one answer, each of which is long
 JSON_LINES = "application/jsonl"
 AT_LEAST = "Bookkeep-At-Least"  # lines that an answer must know of
 OPEN = {"/", "/desk.css", "/desk.js", "/health", "/ready"}  # nothing to learn from them
+READS = {"GET", "HEAD"}  # methods that change nothing
+QUESTIONS = {"/predict", "/suggest"}  # nor do these
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}  # of every answer
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
@@ -3316,6 +3346,7 @@ STATUS |= {NotStored: 507}
 # openapi.py says of it. A `title` says what a text with a pattern must be.
 Schema = dict[str, object]
 WHOLE_NUMBER: Schema = {"type": "integer", "format": "int64", "minimum": 0, "maximum": MAX_NUMBER}
+FROM_ONE = WHOLE_NUMBER | {"minimum": 1}
 FRACTION: Schema = {"type": "number", "format": "double", "minimum": 0, "maximum": 1}
 TEXT: Schema = {"type": "string", "minLength": 1}
 YES_OR_NO: Schema = {"type": "string", "enum": ["yes", "no"]}
@@ -3335,11 +3366,17 @@ def extra(name: str) -> ModuleType:
     return import_module(f"{EXTRA.name}.{name}")
 
 
-def takes(schemas: dict[str, Schema] | None = None, body: Callable | None = None) -> Callable:
-    """For a handler: its arguments are the body, as read by `body`, and these, in that order."""
+def takes(
+    schemas: dict[str, Schema] | None = None, body: Callable | None = None, of: str | None = None
+) -> Callable:
+    """For a handler: its arguments are the body, as read by `body`, and these, in that order.
+
+    It is refused to the token of a company unless it says what it is `of` that must be this
+    company's: "samples" in the body, a "booking", the "company" of a parameter, or "nobody".
+    """
 
     def mark(handler: Callable) -> Callable:
-        handler.schemas, handler.body = schemas or {}, body
+        handler.schemas, handler.body, handler.of = schemas or {}, body, of
         return handler
 
     return mark
@@ -3370,11 +3407,34 @@ def value_of(name: str, schema: Schema, text: str | None) -> object:
     raise BadRequest(f"{name} must be {needed}")
 
 
-def admits(token: str | None, authorization: str) -> bool:
-    """Whether that header, if there is a token, has it."""
+def access_of(token: str | None, authorization: str) -> Access | None:
+    """What a request with that header may do where this is the service's token, if anything."""
     scheme, _, given = authorization.partition(" ")
-    right = token is None or hmac.compare_digest(given.encode("latin-1"), token.encode())
-    return right and (token is None or scheme.lower() == "bearer")
+    if token is not None and scheme.lower() != "bearer":
+        return None
+    if token is None or hmac.compare_digest(given.encode("latin-1"), token.encode()):
+        return ALL
+    return extra("tokens").access_of(token, given) if EXTRA.exists() else None
+
+
+def confine(keeper: Bookkeeper, company: str, of: str, asked: dict, content: object) -> None:
+    """Has the token of a company get what is its own: changes what is asked for, or refuses it.
+
+    Raises NotFound.
+    """
+    if asked.get("company", "") is None:
+        asked["company"] = company
+    if key := asked.get("Idempotency-Key"):
+        asked["Idempotency-Key"] = f"{digest(company):x} {key}"  # others may have the same
+    if of == "samples":
+        samples = content if isinstance(content, list) else [content]
+        own = all(sample["CompanyId"] == company for sample in samples)
+    elif of == "booking":
+        own = keeper.books.history.has(company, (content or asked)["seq"])
+    else:
+        own = all(asked[name] == company for name in ("company", "id") if name in asked)
+    if not own:
+        raise NotFound(f"this token is for the company {_shown(company)}, which has no such thing")
 
 
 def create_app(
@@ -3407,9 +3467,11 @@ def create_app(
         host = re.sub(":[0-9]*$", "", environ.get("HTTP_HOST", "")).lower()
         if hosts is not None and host not in hosts:
             raise HTTPError(403, f"call this service by one of its names: {', '.join(hosts)}")
-        if request.path not in OPEN and not admits(token, environ.get("HTTP_AUTHORIZATION", "")):
+        access = access_of(token, environ.get("HTTP_AUTHORIZATION", ""))
+        if request.path not in OPEN and access is None:
             needed = "send the token, with the header Authorization: Bearer <token>"
             raise HTTPError(401, needed, **{"WWW-Authenticate": "Bearer"})
+        environ["bookkeep.access"] = access or ALL
 
     @app.hook("after_request")
     def protect() -> None:
@@ -3417,25 +3479,26 @@ def create_app(
             response.set_header(name, value)
 
     @app.post("/sample")
-    @takes({"Idempotency-Key": KEY}, body=booked)
+    @takes({"Idempotency-Key": KEY}, body=booked, of="samples")
     def post_sample(samples: list[Sample], key: str | None) -> dict:
         stored = keeper.book(samples, key)
         first, last = (stored[0], stored[-1]) if stored else (None, None)
         return {"received": len(stored), "total": stored.stop, "first": first, "last": last}
 
     @app.post("/predict")
-    @takes(body=asked)
+    @takes(body=asked, of="samples")
     def post_predict(samples: list[Sample]) -> list[str]:
         return keeper.books.predict(samples)
 
     @app.post("/suggest")
     @takes(
         {
-            "top": WHOLE_NUMBER | {"minimum": 1, "maximum": Calibration.RANKS, "default": 3},
+            "top": FROM_ONE | {"maximum": Calibration.RANKS, "default": 3},
             "book_from": FRACTION,
             "reasons": YES_OR_NO | {"default": "yes"},
         },
         body=lambda content: (asked(content), isinstance(content, list)),
+        of="samples",
     )
     def post_suggest(sent: tuple, top: int, book_from: float | None, reasons: str) -> dict | list:
         samples, as_list = sent
@@ -3449,26 +3512,26 @@ def create_app(
         return answers if as_list else answers[0]
 
     @app.post("/correct")
-    @takes(body=partial(_correction, target))
+    @takes(body=partial(_correction, target), of="booking")
     def post_correct(correction: tuple[int, str]) -> dict:
         seq, account = correction
         return {"seq": seq, target: account, "before": keeper.correct(seq, account)}
 
     @app.delete("/company")  # clients take .. and the like out of a path
     @app.delete("/company/<id:re:(?s:.+)>")
-    @takes({"id": TEXT})
+    @takes({"id": TEXT}, of="company")
     def delete_company(id: str | None) -> dict:
         if id is None:
             raise BadRequest("say which company, as in /company?id=acme")
         return {"company": id, "forgotten": keeper.forget(id)}
 
     @app.get("/metrics/<n>")
-    @takes({"n": WHOLE_NUMBER | {"minimum": 1}})
-    def get_metrics(n: int) -> dict[str, float]:
-        return metrics(keeper.books, n)
+    @takes({"n": FROM_ONE, "company": TEXT}, of="company")
+    def get_metrics(n: int, company: str | None) -> dict[str, float]:
+        return metrics(keeper.books, n, company)
 
     @app.get("/report/<n>")
-    @takes({"n": WHOLE_NUMBER | {"minimum": 1}, "company": TEXT, "book_from": FRACTION})
+    @takes({"n": FROM_ONE, "company": TEXT, "book_from": FRACTION}, of="company")
     def get_report(n: int, company: str | None, book_from: float | None) -> dict:
         return report(keeper.books, n, company, book_from)
 
@@ -3479,9 +3542,10 @@ def create_app(
             "reviewed": YES_OR_NO,
             "below": FRACTION,
             "order": {"type": "string", "enum": ["newest", "confidence"], "default": "newest"},
-            "limit": WHOLE_NUMBER | {"minimum": 1, "maximum": MAX_PAGE, "default": 50},
+            "limit": FROM_ONE | {"maximum": MAX_PAGE, "default": 50},
             "before": PAGE_END,
-        }
+        },
+        of="company",
     )
     def get_bookings(company, reviewed, below, order, limit, before) -> dict:
         sure, _, seq = (before or "").partition(":")
@@ -3495,7 +3559,7 @@ def create_app(
         return {"bookings": found, "next": end and "{}:{}".format(*end)}
 
     @app.get("/bookings/<seq>")
-    @takes({"seq": WHOLE_NUMBER})
+    @takes({"seq": WHOLE_NUMBER}, of="booking")
     def get_booking(seq: int) -> dict:
         return booking(keeper, seq)
 
@@ -3507,23 +3571,23 @@ def create_app(
         return lines if lines.size else ""  # waitress sends it: a slow reader keeps no thread
 
     @app.get("/overview")
-    @takes({"company": TEXT})
+    @takes({"company": TEXT}, of="company")
     def get_overview(company: str | None) -> dict:
-        return overview(keeper, company)
+        return overview(keeper, company, request.environ["bookkeep.access"])
 
     @app.get("/health")
-    @takes()
+    @takes(of="nobody")
     def get_health() -> dict:
-        return health(keeper)
+        return health(keeper, request.environ["bookkeep.access"].company)
 
     @app.get("/ready")
-    @takes()
+    @takes(of="nobody")
     def get_ready() -> dict:
         require_ready(keeper)
         return {"status": "ready"}
 
     @app.get("/openapi.json")
-    @takes()
+    @takes(of="nobody")
     def get_openapi() -> dict:
         described = max_batch, max_body, token is not None, target
         return extra("openapi").describe(app.routes, *described)
@@ -3540,7 +3604,7 @@ def create_app(
         ("/desk.css", "desk.css", "text/css"),
         ("/desk.js", "desk.js", "text/javascript"),
     ):
-        app.get(path, callback=takes()(partial(page, name, media)))
+        app.get(path, callback=takes(of="nobody")(partial(page, name, media)))
 
     paths = " ".join(dict.fromkeys(map(described_path, app.routes)))
 
@@ -3586,6 +3650,11 @@ def _answering(
     """
 
     def arguments(in_path: dict[str, str]) -> Iterator[object]:
+        access = request.environ["bookkeep.access"]
+        if access.company is not None and handler.of is None:
+            raise HTTPError(403, "the token of a company is not enough for this")
+        if not (access.may_change or request.method in READS or request.path in QUESTIONS):
+            raise HTTPError(403, "this token may only ask")
         asked = [name for name, _ in request.query.allitems()] if request.query_string else []
         known = [n for n in handler.schemas if n not in in_path and n != "Idempotency-Key"]
         if set(asked) - set(known) or len(asked) > len(set(asked)):
@@ -3597,15 +3666,19 @@ def _answering(
             raise HTTPError(413, f"send at most {max_body} bytes in one request")
         if (total := _header(AT_LEAST)) is not None:
             keeper.order.require_lines(keeper.log, value_of(AT_LEAST, WHOLE_NUMBER, total))
-        values = [
-            value_of(name, schema, in_path.get(name) or _sent(name))
+        values = {
+            name: value_of(name, schema, in_path.get(name) or _sent(name))
             for name, schema in handler.schemas.items()
-        ]
+        }
+        content = None
         if handler.body:
             # Parsed JSON may take 20 times its bytes, so it is one large body after the other.
             with parsing if request.content_length > LARGE_BODY else nullcontext():
-                yield handler.body(parse_json(request.body.read()))
-        yield from values
+                content = parse_json(request.body.read())
+                yield handler.body(content)
+        if access.company is not None:
+            confine(keeper, access.company, handler.of, values, content)
+        yield from values.values()
 
     def answer(**in_path: str) -> str | Export:
         try:
@@ -3670,7 +3743,7 @@ STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 class Request(HTTPRequestParser):
     """A request while it is received: a stranger's long body is not, the app answers 401."""
 
-    def __init__(self, adj: Adjustments, welcomes: Callable[[str], bool]) -> None:
+    def __init__(self, adj: Adjustments, welcomes: Callable[[str], object]) -> None:
         super().__init__(adj)
         self._welcomes = welcomes
 
@@ -3705,7 +3778,7 @@ class Server:
         listener: socket.socket,
         threads: int,
         max_body: int,
-        welcomes: Callable[[str], bool],
+        welcomes: Callable[[str], object],
     ) -> None:
         """Listens, but does not answer yet. `welcomes` says if an Authorization header will do."""
         _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -3754,11 +3827,11 @@ class Server:
         request = channel.requests[0]
         if self._stopping.is_set():
             request.headers["CONNECTION"] = "close"
-        if request.error or request.command in ("GET", "HEAD"):
+        if request.error or request.command in READS:
             self._others.add_task(channel)
         elif request.command == "DELETE":
             self._forgetting.add_task(channel)
-        elif request.path not in ("/predict", "/suggest"):
+        elif request.path not in QUESTIONS:
             self._changes.add_task(channel)
         elif self._is_short(channel, request):
             self._short.append(channel)
@@ -3845,7 +3918,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command:
             return extra("logs").COMMANDS[options.command](options)
         serve(options)
-    except (ImportError, LogError, OSError) as error:
+    except (BadRequest, ImportError, LogError, OSError) as error:
         named = isinstance(error, OSError) and error.filename
         reason = f"{error.filename}: {error.strerror}" if named else error
         print(one_line(f"bookkeep: {reason}"), file=sys.stderr)
@@ -3870,7 +3943,7 @@ def serve(options: argparse.Namespace) -> None:
             "--token-file, or give --open to let anybody read and teach"
         )
     log = Log(options.log)
-    welcomes = partial(admits, token)
+    welcomes = partial(access_of, token)
     server = Server(starting_app(log), listener, options.threads, options.max_body, welcomes)
     started = time.monotonic()
     open_books: Callable = Bookkeeper
@@ -3942,6 +4015,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         command = commands.add_parser(name, help=says, description=says)
         for path in paths:
             command.add_argument(path, type=Path)
+    says = "print a token for one company, made from the service's own"
+    command = commands.add_parser("token", help=says, description=says)
+    command.add_argument("--company", required=True, metavar="ID")
+    command.add_argument("--read-only", action="store_true", help="it may ask, and change nothing")
+    command.add_argument("--days", type=_whole(1, 36_500), default=90, help="until it ends (90)")
     options = parser.parse_args(arguments)
     try:
         check_features(options.context, options.target)

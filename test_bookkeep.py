@@ -3429,6 +3429,8 @@ class Described:
         return 200, {
             "target": "AccountNumber",
             "context": self.context,
+            "company": None,
+            "may_change": True,
             "metrics": figures_of(self.scored(1000)) if self.scored() else None,
             "curve": curve,
             "scored": len(recent),
@@ -3619,9 +3621,11 @@ class Walk:
 
     def metrics(self):
         n = self.rng.choice([1, 2, 3, 10, 30, 1000])
-        status, report = self.described.report(n, None, ())
+        company = self.rng.choice([None, None, *self.COMPANIES])
+        query = f"?company={quote(company)}" if company else ""
+        status, report = self.described.report(n, company, ())
         figures = report and {key: report[key] for key in ("precision", "recall")}
-        assert nearly(self.ask("GET", f"/metrics/{n}")) == nearly((status, figures))
+        assert nearly(self.ask("GET", f"/metrics/{n}{query}")) == nearly((status, figures))
 
     def watch(self):
         figures = {

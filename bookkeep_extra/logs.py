@@ -1,4 +1,4 @@
-"""What can be done with a log that is not served: check it, and learn it anew."""
+"""The commands: what can be done with a log that is not served, and a token for a company."""
 
 import logging
 import os
@@ -30,6 +30,7 @@ from bookkeep import (
     scan,
     score_weight,
 )
+from bookkeep_extra.tokens import print_token
 
 logger = logging.getLogger("bookkeep")
 
@@ -186,4 +187,5 @@ COMMANDS = {
     "relearn": lambda options: relearn(
         options.OLD, options.NEW, Books(options.context, options.target)
     ),
+    "token": print_token,
 }

@@ -199,6 +199,8 @@ SCHEMAS = {
             "keys of a sample that are features, too",
             ["Department"],
         ),
+        company=(_or_null(BRIEF), "the company that the token is for, null if for all", None),
+        may_change=(YES, "whether the token may change something", True),
         metrics=(_or_null(_of("Figures")), "of the last predictions, if any"),
         curve=(_list("Point", maxItems=129), "the learning curve"),
         scored=(COUNT, "predictions that the confidence is about", 10000),
@@ -238,7 +240,7 @@ SCHEMAS = {
     ),
     "Health": _record(
         "how much is learned",
-        "stream",
+        "companies tokens stream",
         status=(FILLED, "ok, or why bookings cannot be stored now", "ok"),
         samples=(COUNT, "bookings, also those that nobody has looked at", 15000),
         **UNSEEN,
@@ -281,13 +283,13 @@ TAGS = {
 # A browser asks for the page's own files, a client for none of them: they are not described.
 PAGE_FILES = {"/desk.css", "/desk.js"}
 OPERATIONS = {  # each route's tag, id, answer and own refusals; summary
-    "POST /sample": ("bookings sample Stored 422 503 507", "book, and learn"),
-    "POST /predict": ("suggestions predict Accounts 503", "predict the accounts of samples"),
-    "POST /suggest": ("suggestions suggest Suggested 503", "and why"),
+    "POST /sample": ("bookings sample Stored 404 422 503 507", "book, and learn"),
+    "POST /predict": ("suggestions predict Accounts 404 503", "predict the accounts of samples"),
+    "POST /suggest": ("suggestions suggest Suggested 404 503", "and why"),
     "POST /correct": ("bookings correct Corrected 404 503 507", "book to another account"),
     "DELETE /company": ("bookings forget Forgotten 404 503 507", "forget any company"),
     "DELETE /company/{id}": ("bookings forgetByPath Forgotten 404 503 507", "forget by a path"),
-    "GET /metrics/{n}": ("quality metrics Metrics 503", "of the last n predictions"),
+    "GET /metrics/{n}": ("quality metrics Metrics 404 503", "of the last n predictions"),
     "GET /report/{n}": ("quality report Report 404 503", "more of that"),
     "GET /bookings": ("bookings bookings Bookings 404 507", "bookings as they stand now, in pages"),
     "GET /bookings/{seq}": ("bookings booking Standing 404 507", "one of them"),
@@ -318,7 +320,8 @@ PARAMETERS = {  # what each says, an example
 REFUSALS = {  # status -> when, and a sentence that comes with it
     400: ("the request makes no sense, or is too much", "sample 0: AccountNumber is missing"),
     401: ("no token", "send the token, with the header Authorization: Bearer <token>"),
-    404: ("no such booking or company", "there is no booking 1203"),
+    403: ("a company's token is not enough, or may only ask", "this token may only ask"),
+    404: ("no such booking or company, for this token", "there is no booking 1203"),
     413: ("the body is too long", f"send at most {bookkeep.MAX_BODY} bytes in one request"),
     415: ("not JSON", "send JSON, with the header Content-Type: application/json"),
     422: ("a known key", "this Idempotency-Key was used for other bookings; take a new one"),
@@ -377,7 +380,11 @@ def _operation(path: str, route: Route, bodies: dict[str, Schema]) -> dict:
     named, summary = OPERATIONS[f"{route.method} {path}"]
     tag, name, answer, *statuses = named.split()
     takes, is_open = route.callback, path in bookkeep.OPEN
-    statuses += ["400", *([] if is_open else ["401"]), *(["413", "415"] if takes.body else [])]
+    statuses += [
+        "400",
+        *([] if is_open else ["401", "403"]),
+        *(["413", "415"] if takes.body else []),
+    ]
     media = MEDIA.get(answer, "application/json")
     done = {"description": SCHEMAS[answer]["description"], **_media(_of(answer), media=media)}
     refused = {status: _of(status, "responses") for status in [*sorted(statuses), "default"]}

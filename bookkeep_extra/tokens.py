@@ -1,0 +1,48 @@
+"""Tokens for one company, signed with the service's own: nothing of them is stored."""
+
+import argparse
+import base64
+import hmac
+import json
+import os
+import time
+
+from bookkeep import Access, check_sample, read_token
+
+LEAST = 32  # characters of the service's own token, so that nobody finds it out by trying
+
+
+def company_token(token: str, access: Access, expires: float) -> str:
+    """A token for this access until then, in seconds since 1970; it ends with the service's own."""
+    said = base64.urlsafe_b64encode(json.dumps([*access, expires]).encode()).decode()
+    return f"{said}.{_signature(token, said)}"
+
+
+def access_of(token: str, given: str) -> Access | None:
+    """What a token gives access to, if it was made from the service's own and has not ended."""
+    said, _, signature = given.rpartition(".")
+    if not hmac.compare_digest(signature.encode("latin-1"), _signature(token, said).encode()):
+        return None
+    *access, expires = json.loads(base64.urlsafe_b64decode(said))
+    return Access(*access) if time.time() < expires else None
+
+
+def print_token(options: argparse.Namespace) -> int:
+    """Prints a company's token; the exit status. Raises BadRequest, OSError."""
+    token = read_token(options.token_file)
+    if len(token or "") < LEAST:
+        raise OSError(
+            f"give the service's own token, in BOOKKEEP_TOKEN or with --token-file; it must have "
+            f"{LEAST} characters or more, as who has one made from it can try to guess it"
+        )
+    company = os.fsencode(options.company).decode(
+        errors="surrogateescape"
+    )  # whatever the locale is
+    check_sample({"CompanyId": company}, ("CompanyId",))
+    access = Access(company, not options.read_only)
+    print(company_token(token, access, int(time.time()) + options.days * 86_400))
+    return 0
+
+
+def _signature(token: str, said: str) -> str:
+    return hmac.digest(token.encode(), said.encode("latin-1"), "sha256").hex()
