@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import shutil
+import time
 from collections import Counter
 from decimal import ROUND_HALF_UP, Decimal
 from html.parser import HTMLParser
@@ -14,6 +15,8 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect, sync_playwright
 
+from bookkeep import Access
+from bookkeep_extra.tokens import company_token
 from conftest import SERVICE, Service, batches_of, booking, bookings, by
 from replay import guarded
 
@@ -886,6 +889,52 @@ def test_reviewing_works_with_a_token(desk, visit, serve, monkeypatch):
     with page.expect_download() as download:
         page.click("#download")
     assert download.value.suggested_filename == "acme.csv"
+
+
+@IN_A_BROWSER
+@pytest.mark.parametrize("may_change", [True, False])
+def test_with_the_token_of_a_company_the_page_is_of_this_company(
+    desk, visit, serve, monkeypatch, may_change
+):
+    desk.stop()
+    secret = "0123456789abcdef0123456789abcdef"
+    monkeypatch.setenv("BOOKKEEP_TOKEN", secret)
+    service = serve()
+    page = visit(service, expected=["status of 401", "status of 404"])
+    page.goto(f"http://127.0.0.1:{service.port}/#company=acme")
+    page.fill("#token", company_token(secret, Access("b&b", may_change), time.time() + 600))
+    page.press("#token", "Enter")
+    expect(page.locator("#company-title")).to_have_text("b&b")
+    expect(page.locator("#samples")).to_have_text("20")
+    expect(page.locator("#list [data-seq]").first).to_contain_text("train")
+    expect(page.locator("#report")).not_to_contain_text(re.compile("acme|rent"))
+    for name in ("#company", "#all-companies", "#companies"):
+        expect(page.locator(name)).to_be_hidden()
+    for name in ("#confirm", "#change", "#undo", "#forget"):
+        expect(page.locator(name)).to_be_visible(visible=may_change)
+    seq = chosen(page)
+    page.locator("#review-title").click()
+    page.keyboard.press("c")
+    if may_change:
+        says(page, re.compile("^Confirmed 7140."))
+    page.keyboard.press("w")
+    expect(page.locator("#explanation")).to_contain_text("7140")
+    page.fill("#try [name=BankEntryText]", "train 3")
+    page.fill("#try [name=BankEntryAmount]", "> -1000")
+    page.press("#try [name=BankEntryAmount]", "Enter")
+    expect(page.locator("#suggestions ol li").first).to_contain_text("7140")
+    with page.expect_download() as download:
+        page.click("#download")
+    assert download.value.suggested_filename == "b-b.csv"
+    headers = {"Authorization": f"Bearer {secret}"}
+    standing = service.ask("GET", f"/bookings/{seq}", headers=headers)[2]
+    assert standing["reviewed"] == may_change
+    if may_change:
+        page.click("#forget")
+        page.fill("#typed", "b&b")
+        page.get_by_role("button", name="Forget it").click()
+        expect(page.locator("#start")).to_contain_text('{"CompanyId": "b&b", ')
+        assert service.ask("GET", "/health", headers=headers)[2]["samples"] == 20
 
 
 @IN_A_BROWSER

@@ -344,6 +344,7 @@ function showContext(keys) {
 let health; // of the service, as last heard of
 let target = "AccountNumber"; // the key that is booked
 let context = []; // keys beside the text that count, too
+let ownCompany = null; // that the token is for, null if it is for all
 let shownCompany = ""; // all companies, if it is empty
 const bookings = new Map(); // seq -> the booking, as last heard of
 const companies = new Set(); // that were heard of
@@ -759,7 +760,7 @@ document.addEventListener("keydown", (event) => {
   const letter = $("keys-on").checked && Object.hasOwn(KEYS, key) && KEYS[key];
   const id = arrow || letter;
   const isElsewhere = target.closest("input, select, dialog, .part") || $("report").hidden;
-  if (!id || isElsewhere || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (!id || $(id).hidden || isElsewhere || event.ctrlKey || event.metaKey || event.altKey) return;
   event.preventDefault();
   if (id === "company") $(id).focus();
   else if (!repeat || id === "previous" || id === "next") $(id).click();
@@ -870,9 +871,9 @@ const goTo = (name) => {
   follow();
 };
 
-// Shows the company that the address names.
+// Shows the company that the token is for, or else the one that the address names.
 function follow() {
-  const name = new URLSearchParams(location.hash.slice(1)).get("company") ?? "";
+  const name = ownCompany ?? new URLSearchParams(location.hash.slice(1)).get("company") ?? "";
   $("company").value = name;
   if (name === shownCompany) return;
   shownCompany = name;
@@ -1146,14 +1147,30 @@ function showState(isGood, text) {
   setText($("state"), text);
 }
 
+// Leaves out what the token does not give access to.
+function showAccess({ company, may_change }) {
+  ownCompany = company;
+  for (const node of document.querySelectorAll(".of-all")) node.hidden = company !== null;
+  for (const node of document.querySelectorAll(".changes")) node.hidden = !may_change;
+  const field = $("try").elements.CompanyId;
+  field.readOnly = company !== null;
+  if (company === null) return;
+  field.value = company;
+  for (const node of document.querySelectorAll(".whose"))
+    setText(node, JSON.stringify(company).slice(1, -1));
+  follow();
+}
+
 function show(found) {
   health = found.health;
   curve = found.curve;
   target = found.target;
   showContext(found.context);
+  showAccess(found);
   const { samples, unseen } = health;
   const confidence = samples < ENOUGH ? [] : found.confidence;
-  for (const name of ["samples", "accounts", "companies"]) setText($(name), count(health[name]));
+  for (const name of ["samples", "accounts"]) setText($(name), count(health[name]));
+  setText($("companies"), count(health.companies ?? 1));
   for (const name of SCORES) setText($(name), score(found.metrics?.[name]));
   const verb = unseen === 1 ? "it is" : "they are";
   const text = `Nobody has looked at ${count(unseen)} of the bookings yet: ${verb} not learned.`;
