@@ -1048,7 +1048,9 @@ def test_who_has_seen_enough_ends_a_suggestion_quietly(service, tmp_path):
 def test_the_recipes_do_what_they_say(serve, tmp_path):
     """Each block of docs/recipes.md is run as it stands, but for the port."""
     service = serve()
-    text = (HERE / "docs" / "recipes.md").read_text().replace("8080", f"{service.port}")
+    codes = serve("--target=Vat", "--context=AccountNumber", log=tmp_path / "vat.jsonl")
+    text = (HERE / "docs" / "recipes.md").read_text()
+    text = text.replace("8080", f"{service.port}").replace("8081", f"{codes.port}")
     programs = re.findall("```python\n(.*?)```", text, re.DOTALL)
     [commands] = re.findall("```sh\n(.*?)```", text, re.DOTALL)
     shutil.copy(REPLAY, tmp_path)
@@ -1091,6 +1093,14 @@ def test_the_recipes_do_what_they_say(serve, tmp_path):
     with open(tmp_path / "SUGGESTED.csv", encoding="utf-8") as file:
         suggested = list(csv.DictReader(file, delimiter=";"))
     assert [row["account"] for row in suggested[:300]] == [account for _, account in shops[:300]]
+    assert service.delete("/company/acme")[0] == 200
+    rows = [row | {"Vat": f"V{int(row['Category']) % 3}"} for row in rows[:300]]
+    write_csv(tmp_path / "BOTH.csv", rows, "cp1252", delimiter=";")
+    both = "200 of 200 right\n200 of the 200 that were sure enough\n"
+    assert runs(4, "BOTH.csv") == both
+    assert codes.post("/predict", {**booking("acme", "shop4 x"), "AccountNumber": "3004"})[1] == [
+        "V1"
+    ]
     assert service.delete("/company/acme")[0] == 200
     status, out, said = run("-c", programs[1], "BOOKED.csv", cwd=tmp_path)
     assert (status, out) == (1, "")
