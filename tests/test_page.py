@@ -216,7 +216,7 @@ def test_the_form_gives_suggestions_and_reasons(learned, visit):
 
 @IN_A_BROWSER
 def test_the_form_asks_for_the_context_and_review_shows_it(serve, visit):
-    service = serve("--context", "Department,Cost centre")
+    service = serve("--context", "Department,Cost centre,constructor,querySelector")
     for _ in range(3):
         for place, account in (("North", "6300"), ("South", "7140")):
             service.post("/sample", [booking("acme", "rent", account=account, Department=place)])
@@ -933,6 +933,7 @@ def test_with_the_token_of_a_company_the_page_is_of_this_company(
         page.click("#forget")
         page.fill("#typed", "b&b")
         page.get_by_role("button", name="Forget it").click()
+        expect(page.locator("#start")).to_be_visible()
         expect(page.locator("#start")).to_contain_text('{"CompanyId": "b&b", ')
         assert service.ask("GET", "/health", headers=headers)[2]["samples"] == 20
 

@@ -1152,10 +1152,9 @@ function showAccess({ company, may_change }) {
   ownCompany = company;
   for (const node of document.querySelectorAll(".of-all")) node.hidden = company !== null;
   for (const node of document.querySelectorAll(".changes")) node.hidden = !may_change;
-  const field = $("try").elements.CompanyId;
-  field.readOnly = company !== null;
+  $("try-company").readOnly = company !== null;
   if (company === null) return;
-  field.value = company;
+  $("try-company").value = company;
   for (const node of document.querySelectorAll(".whose"))
     setText(node, JSON.stringify(company).slice(1, -1));
   follow();
