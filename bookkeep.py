@@ -3026,9 +3026,9 @@ WINDOW = 1000  # bookings that a point of the learning curve is over
 
 
 class Access(NamedTuple):
-    """What who sends a request may do."""
+    """What the sender of a request may do."""
 
-    company: str | None = None  # that it is about; all, if it is None
+    company: str | None = None  # whose data it may be about; anybody's, if it is None
     may_change: bool = True  # or else only ask
 
 
@@ -3430,9 +3430,9 @@ def confine(keeper: Bookkeeper, company: str, of: str, asked: dict, content: obj
         samples = content if isinstance(content, list) else [content]
         own = all(sample["CompanyId"] == company for sample in samples)
     elif of == "booking":
-        own = keeper.books.history.has(company, (content or asked)["seq"])
+        own = keeper.books.history.has(company, (content or asked).get("seq", -1))
     else:
-        own = all(asked[name] == company for name in ("company", "id") if name in asked)
+        own = asked.get("company", asked.get("id", company)) == company
     if not own:
         raise NotFound(f"this token is for the company {_shown(company)}, which has no such thing")
 

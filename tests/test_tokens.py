@@ -4,14 +4,15 @@ import base64
 import json
 import re
 import time
+from argparse import Namespace
 from io import BytesIO
 from urllib.parse import urlencode
 
 import pytest
 
 import bookkeep
-from bookkeep import Access
-from bookkeep_extra.tokens import company_token
+from bookkeep import Access, BadRequest
+from bookkeep_extra.tokens import company_token, print_token
 from conftest import SERVICE, booking, by, run
 
 SECRET = "0123456789abcdef0123456789abcdef"
@@ -219,21 +220,23 @@ def test_only_a_token_as_it_was_made_is_taken_until_it_ends(app):
     assert Asker(app, token(expires=time.time() - 1)).get("/health")["samples"] == 41  # as to all
 
 
-def test_the_command_prints_a_token(app, tmp_path):
+def test_the_command_prints_a_token(app, tmp_path, capsys):
     secret = tmp_path / "secret"
     secret.write_text(SECRET)
-
-    def made(*options, **more):
-        command = (SERVICE, f"--token-file={secret}", "token", *options)
-        status, out, said = run(*command, **more)
-        return (status, said) if status else out.strip()
-
-    asks = Asker(app, made("--company", OWN, "--days=1"))
-    assert asks.get("/overview")["may_change"]
+    asked = {"token_file": secret, "company": OWN, "read_only": False, "days": 1}
+    assert print_token(Namespace(**asked)) == 0
+    made = capsys.readouterr().out.strip()
+    assert made == token(expires=json.loads(base64.urlsafe_b64decode(made.split(".")[0]))[2])
+    assert Asker(app, made).get("/overview")["may_change"]
+    with pytest.raises(BadRequest, match="CompanyId is empty"):
+        print_token(Namespace(**asked | {"company": ""}))
+    command = (SERVICE, f"--token-file={secret}", "token", "--company=Bücher", "--read-only")
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    overview = Asker(app, made("--company=Bücher", "--read-only", env=plain)).get("/overview")
+    status, out, said = run(*command, env=plain)
+    overview = Asker(app, out.strip()).get("/overview")
     assert (overview["company"], overview["may_change"]) == ("Bücher", False)
-    assert made("--company=") == (1, "bookkeep: CompanyId is empty\n")
     secret.write_text(SECRET[1:])
-    status, said = made("--company=a")
-    assert (status, said.startswith("bookkeep: give the service's own token")) == (1, True)
+    status, out, said = run(*command)
+    assert (status, out) == (1, "")
+    assert said.startswith("bookkeep: give the service's own token, ")
+    assert said.count("\n") == 1
