@@ -89,7 +89,7 @@ IN = "cr cre crd crdt credit crédit c k h haben gutschrift eingang bij in abono
 IN += "deposit receipt ma uznanie 入金"
 SIDES = {"-": "-", "+": "", **dict.fromkeys(OUT.split(), "-"), **dict.fromkeys(IN.split(), "")}
 SIDE = re.compile(
-    rf"(?<![^\W\d])({'|'.join(f'{OUT} {IN}'.split())})(?![^\W\d/$])[.]?", re.IGNORECASE
+    rf"(?<![^\W\d])({'|'.join(f'{OUT} {IN}'.split())})(?![^\W\d]|[/$])[.]?", re.IGNORECASE
 )
 CURRENCY = re.compile(
     r"[A-Z]{0,3}[$€£¥₩₪₫₴₸₹₺₽฿₦₱\\]|(?<![^\W\d])(?:[A-Z]{3}|[Rr][Ss]|R|RM|Rp|[Kk][Rr]|S?F[Rr]|zł|Kč"
@@ -460,14 +460,18 @@ class Text:
         as_it_stands = self.dialect | {"quoting": csv.QUOTE_NONE}
         return next(csv.reader([line.rstrip("\r\n")], **as_it_stands))
 
-    def writer(self, file: TextIO, like: Record) -> Any:
-        """A csv.writer of more values behind a record, quoted as that is."""
-        quoted = like.text.startswith(self.dialect["quotechar"])
-        quoting = csv.QUOTE_ALL if quoted else csv.QUOTE_MINIMAL
-        end = like.text[len(like.text.rstrip("\r\n")) :] or "\n"
+    def behind(self, record: Record, width: int, more: Sequence[object], quoted: bool) -> str:
+        """The text of a record as it stands, filled up to `width` values, and more values."""
+        body = record.text.rstrip("\r\n")
         mark, quote = self.dialect["delimiter"], self.dialect["quotechar"]
-        how = {"delimiter": mark, "quotechar": quote, "lineterminator": end}
-        return csv.writer(file, quoting=quoting, **how)
+        how = {"delimiter": mark, "quotechar": quote, "lineterminator": ""}
+        line = io.StringIO()
+        csv.writer(line, quoting=csv.QUOTE_ALL if quoted else csv.QUOTE_MINIMAL, **how).writerow(
+            ["", *more]  # so that an empty one alone is not quoted
+        )
+        new = line.getvalue().removeprefix(2 * quote)
+        end = record.text[len(body) :] or "\n"
+        return f"{body}{mark * (width - len(record.values))}{new}{end}"
 
 
 class Cells(Text):
@@ -550,10 +554,11 @@ def _dialect(head: str, wanted: Collection[str], mark: str | None) -> dict[str, 
         rows = list(itertools.islice(csv.reader(io.StringIO(head, newline=""), **dialect), HEAD))
         widths = Counter(len(row) for row in rows if len(row) > 1)
         agree = max((n * (width - 1) for width, n in widths.items()), default=0)
-        names = max((len({*map(plain, row)} & {*wanted}) for row in rows), default=0)
+        names = max((len({*map(plain, row)} & known) for row in rows), default=0)
         return names, dialect["quotechar"] == '"', agree
 
-    marks = itertools.product(mark or ",;\t|", "\"'")
+    known = {*wanted, *itertools.chain(*KNOWN.values())}
+    marks = itertools.product(mark or ";\t,|", "\"'")
     dialects = [
         {"delimiter": mark, "quotechar": quote, "skipinitialspace": mark != "\t"}
         for mark, quote in marks
@@ -610,6 +615,7 @@ def _sources(
 def _spreadsheet(path: Path, file: BinaryIO) -> list:
     """The rows of the largest sheet."""
     calamine = library("python_calamine", "an Excel file")
+    file.seek(0)
     try:
         book = calamine.CalamineWorkbook.from_filelike(file)
         sheets = [book.get_sheet_by_name(name).to_python() for name in book.sheet_names]
@@ -874,12 +880,12 @@ class Table:
 
     def _write(self, file: TextIO, record: Record, more: Sequence[object]) -> None:
         """Writes a record as it stands, and more values if it is no line before the header."""
-        body = record.text.rstrip("\r\n")
         if record.line < self.line or not any(record.values):
             file.write(record.text)
             return
-        file.write(body + self.source.dialect["delimiter"] * (self._width - len(record.values) + 1))
-        self.source.writer(file, record).writerow(more)
+        first = (self._header or record).text
+        quoted = first.startswith(self.source.dialect["quotechar"])
+        file.write(self.source.behind(record, self._width, more, quoted))
 
     def _survey(self) -> None:
         """Finds how amounts and dates are written, and counts the rows that are left out."""
@@ -892,7 +898,7 @@ class Table:
             with suppress(Odd):
                 self._check(record.values)
                 for field in ("amount", "out", "in"):
-                    if text := self._text(record.values, field):
+                    if (text := self._text(record.values, field)).strip("-–—"):
                         amounts.add(text, record.line)
                         signs = {reading[:1] == "-" for reading in readings(text).values()}
                         sums.update((field, sign) for sign in signs)
@@ -1003,7 +1009,7 @@ class Table:
         found = []
         for field in ("out", "in"):
             text = self._text(values, field)
-            if not text.strip("-–"):
+            if not text.strip("-–—"):
                 continue
             read = readings(text)
             if self._mark not in read:
@@ -1129,7 +1135,7 @@ def guessed(
     day = {n: share(n, looks_like_date) for n in free}
     days = [n for n in best("date", free) if day[n] >= 0.5]
     days += [n for n in free if day[n] > 0.8]
-    number = {n: share(n, readings) + share(n, BUCKET.match) for n in free if n not in days}
+    number = {n: share(n, is_amount) for n in free if n not in days}
     numbers = {n for n in number if number[n] > 0.8}
     if "date" in fields and days:
         found["date"] = days[:1]
@@ -1174,7 +1180,9 @@ def guessed(
     return found
 
 
-BUCKET = re.compile("[<>] ?-?10*$|big ")
+def is_amount(text: str) -> bool:
+    """Whether it is a number, a range of amounts, or a stroke for none."""
+    return bool(readings(text) or re.fullmatch("[<>] ?-?10*|big .*|[-–—]", text))
 
 
 def _rank(name: str, known: Sequence[str]) -> int | None:
