@@ -454,7 +454,7 @@ class Run:
     def send(self, rows: Iterator[Sample]) -> None:
         """Sends as many of the rows as there are to send."""
         most, largest, seed = self.options.samples, self.options.batch, self.options.seed
-        with _progress(most, self.how_good) as show:
+        with _progress(self.options.total, self.how_good) as show:
             for batch in batches(itertools.islice(rows, most), largest, seed):
                 for row in batch:
                     self.account_names[row["CompanyId"], row[TARGET]] = row.get("AccountName")
@@ -799,6 +799,7 @@ def _run(options: argparse.Namespace) -> int:
             if not book.rows:
                 raise Failed(f"there are no bookings in {options.file}")
             options.batch = options.batch or max(1, min(book.usable // 50, LARGE))
+            options.total = min(options.samples or book.usable, book.usable)
             rows = book.samples()
             if options.order == "date":
                 rows = iter(by_date(rows))

@@ -764,9 +764,8 @@ class Table:
         names = ", ".join(n if n.isprintable() else repr(n) for n in self._written_names)[:1000]
         if self.line:
             return f"it has {names}"
-        first = next(self._body(), None)
-        values = first.values if first else []
-        such = ", ".join(f"{number}={value}" for number, value in enumerate(values, 1))[:1000]
+        _, row = next(self._rows(), (0, []))
+        such = ", ".join(f"{number}={value}" for number, value in enumerate(row, 1))[:1000]
         return f"it has no names of columns but numbers, as {such}" if such else "it is empty"
 
     def _add_defaults(self, guess: bool, ask: Ask | None) -> None:
@@ -787,7 +786,7 @@ class Table:
             lacking.remove("amount")
         if guess and "company" not in lacking:
             fields = [*lacking, *({"date", "sign"} - {*self._named})]
-            rows = [record.values for record in self._body(500)]
+            rows = [row for _, row in itertools.islice(self._rows(), 500)]
             used = {*itertools.chain.from_iterable(self._named.values())}
             found = guessed(self.names, rows, fields, used)
             for field in fields:
@@ -826,19 +825,27 @@ class Table:
 
     # -- rows
 
-    def _body(self, most: int | None = None) -> Iterator[Record]:
-        """The rows after the header, but for those that are empty or the header once more."""
-        records = itertools.islice(self.source.records(len(self.names)), most)
-        for record in records:
-            again = self._header and record.values == self._header.values
-            if record.line > self.line and any(map(str.strip, record.values)) and not again:
-                yield record
+    def _row(self, record: Record) -> list[str] | None:
+        """The values of a record without the spaces around them, if it is one of bookings.
+
+        None if it stands before them, is empty, or is the header once more.
+        """
+        if record.line <= self.line or (self._header and record.values == self._header.values):
+            return None
+        row = [value.strip() for value in record.values]
+        return row + [""] * (len(self.names) - len(row)) if any(row) else None
+
+    def _rows(self) -> Iterator[tuple[int, list[str]]]:
+        """The line and the values of each row, anew."""
+        for record in self.source.records(len(self.names)):
+            if row := self._row(record):
+                yield record.line, row
 
     def samples(self) -> Iterator[Sample]:
         """Each row that is a booking, as a sample."""
-        for record in self._body():
+        for _, row in self._rows():
             with suppress(Odd):
-                yield self._sample(record.values)
+                yield self._sample(row)
 
     def suggested(
         self,
@@ -857,9 +864,9 @@ class Table:
             samples, found = [], []
             for record in chunk:
                 sample = None
-                if record.line > self.line and any(map(str.strip, record.values)):
+                if row := self._row(record):
                     with suppress(Odd):
-                        sample = self._sample(record.values)
+                        sample = self._sample(row)
                         samples.append(sample)
                 found.append(sample)
             answers = iter(list(suggest(samples)))
@@ -890,21 +897,21 @@ class Table:
     def _survey(self) -> None:
         """Finds how amounts and dates are written, and counts the rows that are left out."""
         amounts, sums = Amounts(), Counter()
-        dates: dict[str, int] = {}
+        dates: dict[str, None] = {}
         accounts: dict[str, None] = {}
         self._width = len(self._header.values) if self._header else len(self.names)
-        for record in self._body():
-            self._width = max(self._width, len(record.values))
+        for line, row in self._rows():
+            self._width = max(self._width, len(row))
             with suppress(Odd):
-                self._check(record.values)
+                self._check(row)
                 for field in ("amount", "out", "in"):
-                    if (text := self._text(record.values, field)).strip("-–—"):
-                        amounts.add(text, record.line)
+                    if (text := self._text(row, field)).strip("-–—"):
+                        amounts.add(text, line)
                         signs = {reading[:1] == "-" for reading in readings(text).values()}
                         sums.update((field, sign) for sign in signs)
-                dates.setdefault(self._text(record.values, "date"), record.line)
+                dates.setdefault(self._text(row, "date"))
                 if self._booked and len(accounts) < 10_000:
-                    accounts.setdefault(self._text(record.values, "account"))
+                    accounts.setdefault(self._text(row, "account"))
         self._mark = amounts.mark(self.name)
         self._negative_out = sums["out", True] > sums["out", False]
         self._signed = sums["amount", True] and "sign" in self._named
@@ -916,28 +923,28 @@ class Table:
             ):
                 self._dates = read
         self._examples: dict[str, str] = {}  # of amounts and dates, as they are written and read
-        for record in self._body():
+        for line, row in self._rows():
             self.rows += 1
             try:
-                sample = self._sample(record.values)
+                sample = self._sample(row)
             except Odd as odd:
-                found = self._left.setdefault(str(odd), [0, record.line])
-                found[0] += 1
+                self._left.setdefault(str(odd), [0, line])[0] += 1
             else:
                 self.usable += 1
                 if len(self._examples) < 2:
-                    self._add_examples(record.values, sample)
+                    self._add_examples(row, sample)
         bad = {why: n for why, (n, _) in self._left.items() if not why.startswith("has no ")}
         if bad and not few(sum(bad.values()), self.rows):
             why = next(iter(bad))
-            raise Failed(f"{self.name}, line {self._left[why][1]}: it {why}")
+            many = f"{sum(bad.values()):,} of {self.rows:,} rows are no bookings"
+            raise Failed(f"{self.name}: {many}: in line {self._left[why][1]}, it {why}")
         self._warn_of_spellings(accounts)
 
-    def _add_examples(self, values: list[str], sample: Sample) -> None:
+    def _add_examples(self, row: list[str], sample: Sample) -> None:
         amount = sample["BankEntryAmount"]
         side = "amount" if "amount" in self._named else "out" if amount[0] == "-" else "in"
         for field, read in ((side, amount), ("date", sample.get("BankEntryDate", ""))):
-            written = self._text(values, field)
+            written = self._text(row, field)
             if written and read != written:
                 self._examples.setdefault(field, f'"{written}" is {read}')
 
@@ -949,34 +956,32 @@ class Table:
                 logger.warning("%s: accounts %s are two, as they are written", self.name, both)
                 return
 
-    def _text(self, values: Sequence[str], field: str) -> str:
+    def _text(self, row: Sequence[str], field: str) -> str:
         numbers = self._named.get(field, ())
-        texts = (values[number].strip() for number in numbers if number < len(values))
-        return " ".join(filter(None, texts))
+        if len(numbers) == 1:
+            return row[numbers[0]]
+        return " ".join(row[number] for number in numbers if row[number])
 
-    def _check(self, values: Sequence[str]) -> None:
+    def _check(self, row: Sequence[str]) -> None:
         """Raises Odd if a row is no booking, as something is missing or too much."""
-        if any(map(str.strip, values[len(self.names) :])):
-            raise Odd(f"has {len(values)} values for {len(self.names)} columns")
+        if any(row[len(self.names) :]):
+            raise Odd(f"has {len(row)} values for {len(self.names)} columns")
         for field in ("company", "text", "amount", "account", "date"):
-            if field in self._named and not self._text(values, field):
+            if field in self._named and not self._text(row, field):
                 raise Odd(f"has no {field}")
 
-    def _sample(self, values: Sequence[str]) -> Sample:
+    def _sample(self, row: Sequence[str]) -> Sample:
         """A row as a sample. Raises Odd if it is no booking."""
-        self._check(values)
-        sample = {
-            name: values[number].strip() if number < len(values) else ""
-            for number, name in self._others
-        }
+        self._check(row)
+        sample = {name: row[number] for number, name in self._others}
         for field, key in FIELDS.items():
             if key and field in self._named:
-                sample[key] = self._text(values, field)
+                sample[key] = self._text(row, field)
         sample |= self._fixed
         if "amount" in self._named:
-            sample["BankEntryAmount"] = self._amount(sample["BankEntryAmount"], values)
+            sample["BankEntryAmount"] = self._amount(sample["BankEntryAmount"], row)
         else:
-            sample["BankEntryAmount"] = self._out_and_in(values)
+            sample["BankEntryAmount"] = self._out_and_in(row)
         for key in self._needed:
             if len(sample[key]) > LONGEST[key]:
                 raise Odd(f"has a {NAMED[key]} of more than {LONGEST[key]:,} characters")
@@ -991,24 +996,24 @@ class Table:
             raise Failed(f"{self.name}: {how}; --map by=COLUMN names another column for it")
         return sample
 
-    def _amount(self, amount: str, values: Sequence[str]) -> str:
+    def _amount(self, amount: str, row: Sequence[str]) -> str:
         """An amount as a plain decimal number if it is one, with the sign that its column says."""
         read = readings(amount)
         if read and self._mark not in read:
             raise Odd(f"has the amount {amount}, written another way than the others")
         number = read.get(self._mark, amount)
         if "sign" in self._named and number:
-            sign = side_of(self._text(values, "sign"))
+            sign = side_of(self._text(row, "sign"))
             if sign is None or not read:
-                raise Odd(f'has the sign "{self._text(values, "sign")}" for {amount}')
+                raise Odd(f'has the sign "{self._text(row, "sign")}" for {amount}')
             number = sign + number.lstrip("-")
         return number
 
-    def _out_and_in(self, values: Sequence[str]) -> str:
+    def _out_and_in(self, row: Sequence[str]) -> str:
         """The amount of two columns, negative if it is in that of money out."""
         found = []
         for field in ("out", "in"):
-            text = self._text(values, field)
+            text = self._text(row, field)
             if not text.strip("-–—"):
                 continue
             read = readings(text)
@@ -1117,10 +1122,7 @@ def guessed(
     names: Sequence[str], rows: Sequence[Sequence[str]], fields: Collection[str], used: set[int]
 ) -> dict[str, list[int]]:
     """The columns that are likely to be the fields, by names and by what stands in some rows."""
-    values = [
-        [row[n].strip() for row in rows if n < len(row) and row[n].strip()]
-        for n in range(len(names))
-    ]
+    values = [[row[n] for row in rows if row[n]] for n in range(len(names))]
     free = [n for n in range(len(names)) if n not in used and values[n]]
 
     def share(n: int, test: Callable[[str], object]) -> float:

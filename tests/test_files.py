@@ -393,7 +393,7 @@ def test_a_plain_file_needs_no_words(caplog):
         (
             "Date,Description,Amount,Category\n" + "2024-01-01,a,b,1,F\n" * 9,
             {},
-            "line 2: it has 5 values for 4 columns",
+            "9 of 9 rows are no bookings: in line 2, it has 5 values for 4 col",
         ),
         (
             "Date,Description,Amount,Category\n2024-01-01,a,1,\n",
