@@ -689,7 +689,7 @@ class Table:
             if (number not in taken or name in self.context)
             and not (name in NAMED and NAMED[name] in self._named)
         ]
-        self.rows = self.usable = 0
+        self.rows = self.usable = self._unread = 0
         self._left: dict[str, list[int]] = {}  # why rows are left out: how many, the first's line
         self._dates: dict[str, str] | None = None  # None if they stay as they are written
         self._survey()
@@ -931,6 +931,7 @@ class Table:
                 self._left.setdefault(str(odd), [0, line])[0] += 1
             else:
                 self.usable += 1
+                self._unread += sample.get(BOOKED_BY) == "suggestion"
                 if len(self._examples) < 2:
                     self._add_examples(row, sample)
         bad = {why: n for why, (n, _) in self._left.items() if not why.startswith("has no ")}
@@ -1045,6 +1046,9 @@ class Table:
         said += self._examples.values()
         if self._signed:
             said.append("where amounts have a sign of their own, that of the column counts")
+        if self._unread and self._booked:
+            unread = f'{BOOKED_BY} is "suggestion" in {self._unread:,} of {self.rows:,} rows'
+            said.append(f'{unread}, which teach nothing until somebody writes "person"')
         if left := sum(n for n, _ in self._left.values()):
             why, (_, line) = min(self._left.items(), key=lambda item: item[1][1])
             said.append(

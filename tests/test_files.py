@@ -358,6 +358,10 @@ def test_rows_are_found_in_files_of_all_kinds(content, columns, texts):
             b"Date,Description,Amount,Category\n2024-01-01,\xc3\xa4,1,F\n2024-01-01,\xe4,1,F\n",
             "what is no UTF-8 in line 3 is taken for Windows-1252",
         ),
+        (
+            "Date,Description,Amount,Category,BookedBy\n2024-01-01,a,1,F,suggestion\n",
+            'BookedBy is "suggestion" in 1 of 1 rows, which teach nothing until somebody writes',
+        ),
     ],
 )
 def test_how_a_file_was_read_is_said(content, said, caplog):
