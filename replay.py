@@ -752,6 +752,9 @@ DATA = HERE / "data" if CHECKED_OUT else Path("data")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Does what the options say and prints what came of it; the exit status."""
+    if files is None:
+        where = "bookkeep_extra/files.py, which is not beside it: pip install '.[client]'"
+        sys.exit(f"replay: files are read by {where} in bookkeep's folder installs both")
     options = _options(arguments)
     logging.basicConfig(format="replay: %(message)s")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

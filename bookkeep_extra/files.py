@@ -95,8 +95,8 @@ CURRENCY = re.compile(
     r"[A-Z]{0,3}[$€£¥₩₪₫₴₸₹₺₽฿₦₱\\]|(?<![^\W\d])(?:[A-Z]{3}|[Rr][Ss]|R|RM|Rp|[Kk][Rr]|S?F[Rr]|zł|Kč"
     r"|Ft|lei|лв|руб|р|грн|kn|din|TL|S/|[Ee]uro|円|元|원)(?![^\W\d])[.]?"
 )
-SPELLING = str.maketrans(dict.fromkeys("'’´`‘ʼ") | dict.fromkeys("−–—‐‑‒", "-"))
-SIGNED = re.compile(r"([(])?([+-]?)([0-9.,]*[0-9])(?:[.,]-{0,2}|([+-]))?(?(1)[)])")
+SPELLING = str.maketrans(dict.fromkeys("'’´`‘ʼ") | dict.fromkeys("−–—‐‑‒▲△", "-"))
+SIGNED = re.compile(r"([(])?([+-]?)([0-9.,]*[0-9])(?:[.,]-{0,2}|/-|([+-]))?(?(1)[)])")
 POWER = re.compile(r"([+-]?[0-9])(?:[.,]([0-9]+))?E([+]?[0-9]{1,2})")
 NUMBER = {  # by its decimal mark: what stands before that, and after it
     ".": re.compile(r"([0-9]*|[1-9][0-9]{0,2}(?:,[0-9]{2,3})*,[0-9]{3})(?:[.]([0-9]+))?"),
@@ -121,7 +121,7 @@ def readings(amount: str) -> dict[str, str]:
             return {}
         return dict.fromkeys(".,", first + decimals.ljust(zeros, "0"))
     side = SIDE.search(text)
-    text = CURRENCY.sub(" ", SIDE.sub(" ", text, count=1), count=1)
+    text = CURRENCY.sub(" ", SIDE.sub("", text, count=1).replace("()", ""), count=1)
     found = SIGNED.fullmatch("".join(text.split()))
     if not found:
         return {}
@@ -813,7 +813,7 @@ class Table:
     def map(self) -> str:
         """Which column is which, as --map takes it, but for those that have a key's own name."""
         named = {
-            field: [self.names[number] for number in self._named[field]]
+            field: [self.names[number] or f"{number + 1}" for number in self._named[field]]
             for field in FIELDS
             if field in self._named
         }

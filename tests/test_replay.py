@@ -277,6 +277,9 @@ def test_the_client_is_one_file_that_needs_nothing_but_python(service, tmp_path)
     shutil.copy(REPLAY, tmp_path)
     code = f"import replay; print(replay.Client('http://127.0.0.1:{service.port}').predict([]))"
     assert run("-S", "-c", code, cwd=tmp_path) == (0, "[]\n", "")
+    status, out, said = run("-S", "replay.py", "x.csv", cwd=tmp_path)
+    assert (status, out) == (1, "")
+    assert said.startswith("replay: files are read by bookkeep_extra/files.py, which is not beside")
 
 
 # -------------------------------------------------------------------------------------------- Files
