@@ -536,7 +536,8 @@ class Integrator:
         for row, sample, answer in zip(rows, asked, answers, strict=True):
             [suggestion] = answer["suggestions"]
             account, who = suggestion["account"], BOOKED_AFTER[answer["decision"]]
-            self.outcomes.append((suggestion["confidence"], account == row[TARGET], who))
+            confidence = suggestion["confidence"] or 0.0  # null is: nothing was measured yet
+            self.outcomes.append((confidence, account == row[TARGET], who))
             if who == "suggestion":
                 row = sample | {TARGET: account}
             booked.append(row | {BOOKED_BY: who})
