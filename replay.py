@@ -1,20 +1,17 @@
-"""replay: the client of bookkeep, for Python and for CSV files.
+"""replay: the client of bookkeep, for Python and for files of bookings.
 
-`Client` is the service as Python calls. `python replay.py FILE` streams a CSV file of bookings to
-the service, in batches as an accounting program would, and reports how many it would have booked
-right; `python replay.py --serve` is the demo, which starts the service, too. It judges nothing by
-itself: all figures are the service's own. `python replay.py --suggest FILE` writes the file with
-the accounts that the service suggests.
+`Client` is the service as Python calls, and needs nothing but this file. `python replay.py FILE`
+streams a file of bookings to the service, in batches as an accounting program would, and reports
+how many it would have booked right; `python replay.py --serve` is the demo, which starts the
+service, too. It judges nothing by itself: all figures are the service's own. `python replay.py
+--suggest FILE` writes the file with the accounts that the service suggests.
 
-The module needs nothing but Python, and reads from top to bottom: Client, Files, Service, Progress,
+Files are read by bookkeep_extra/files.py. It reads from top to bottom: Client, Service, Progress,
 Replay, Report, Suggest, Command line.
 """
 
 import argparse
-import codecs
-import csv
 import hashlib
-import io
 import itertools
 import json
 import logging
@@ -23,7 +20,6 @@ import random
 import re
 import select
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -32,15 +28,13 @@ import tempfile
 import threading
 import time
 import uuid
-import zipfile
-import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import lru_cache, partial
+from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from pathlib import Path
 from ssl import CertificateError
-from typing import Any, BinaryIO, TextIO, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlencode, urlsplit
 
 try:
@@ -49,29 +43,27 @@ try:
 except ImportError:  # the extra "client" is not installed: plain lines will do
     tqdm = None
 
+try:
+    from bookkeep_extra import files
+    from bookkeep_extra.files import FIELDS, Failed, by_date, read_rows  # noqa: F401
+except ModuleNotFoundError:  # replay.py was copied alone, which will do for Client
+    files = None
+
+    class Failed(Exception):
+        """It cannot go on; the message says why in one sentence."""
+
+
 HERE = Path(__file__).parent
 CHECKED_OUT = (HERE / "data").is_dir()  # else it is installed
 START = "python bookkeep.py" if CHECKED_OUT else "bookkeep"  # what starts the service
+REPLAY = "python replay.py" if CHECKED_OUT else "bookkeep-replay"
 
-FIELDS = {  # the keys of a sample that mean something, by their names for --map
-    "company": "CompanyId",
-    "text": "BankEntryText",
-    "amount": "BankEntryAmount",
-    "account": "AccountNumber",
-    "date": "BankEntryDate",
-    "name": "AccountName",
-    "context": "",  # columns that are sent under their own names, too
-}
-# Characters in the values that a booking must have, of which the last is what is predicted.
-LONGEST = {"CompanyId": 100, "BankEntryText": 10_000, "BankEntryAmount": 100, "AccountNumber": 100}
-*FEATURES, TARGET = COLUMNS = [*LONGEST]
+TARGET = "AccountNumber"  # what is predicted
 BOOKED_BY = "BookedBy"
 BOOKED_AFTER = {"book": "suggestion", "check": "check", "review": "person"}  # a decision, by whom
-WHO = sorted(BOOKED_AFTER.values())
 
 Sample = dict[str, str]
 Samples = Sample | Sequence[Sample]  # one, or a list of any length
-Columns = Mapping[str, str] | None  # which column is which, as read_rows takes it
 T = TypeVar("T")
 
 logger = logging.getLogger("replay")
@@ -81,10 +73,6 @@ logger = logging.getLogger("replay")
 
 MAX_SUGGESTED = 300  # suggestions with reasons that the service gives in one answer
 LARGE = 1000  # samples in one request, where it takes long lists
-
-
-class Failed(Exception):
-    """It cannot go on; the message says why in one sentence."""
 
 
 class ServiceError(Failed):
@@ -326,287 +314,6 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield chunk
 
 
-# -------------------------------------------------------------------------------------------- Files
-
-# What reading something else raises; RuntimeError is that of an encrypted zip.
-NOT_CSV = (csv.Error, UnicodeError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)
-CURRENCY = re.compile("[A-Z]{3}|[A-Z]{0,2}[$€£¥₩₪₫₴₸₹₺₽]|[Kk]r[.]?|Fr[.]?|zł|Kč|Ft")
-SPELLING = str.maketrans({"'": None, "’": None, "−": "-", "–": "-"})
-SIGNED = re.compile(r"([(])?([+-]?)([0-9.,]+)([+-]?)(?(1)[)])")
-NUMBER = {  # by its decimal mark: what stands before that, and after it
-    ".": re.compile(r"([0-9]*|[1-9][0-9]{0,2}(?:,[0-9]{2,3})*,[0-9]{3})(?:[.]([0-9]+))?"),
-    ",": re.compile(r"([0-9]*|[1-9][0-9]{0,2}(?:[.][0-9]{2,3})*[.][0-9]{3})(?:,([0-9]+))?"),
-}
-# A day or a month, that a date begins with.
-DAY_OR_MONTH = re.compile(r"([0-9]{1,2})([./-])([0-9]{1,2})\2([0-9]{4}|(?<=[./])[0-9]{2})(?![0-9])")
-AS_IT_STANDS = "replay.py --order file needs no dates, and sends rows as they stand"
-
-
-def read_rows(
-    path: Path, columns: Columns = None, company: str | None = None, booked: bool = True
-) -> Iterator[Sample]:
-    """The bookings in a CSV file, or in the one in a zip, one by one.
-
-    `columns` says which column is which, as {"text": "Payee+Purpose", "amount": "Amount"}, by the
-    keys of FIELDS; others keep their names, and so do those that are its "context". The company
-    may be the same for all rows. Unless they are `booked`, they need no account. Amounts become
-    plain decimal numbers if they are numbers. Rows that the service cannot take, as something is
-    empty, are left out, with a warning. Raises Failed if it is no such file.
-    """
-    with open_csv(path) as file:
-        table = Table(file, path, columns, company, booked)
-        table.warn("left out")
-        for _, _, sample in table.records():
-            if sample:
-                yield sample
-
-
-@contextmanager
-def open_csv(path: Path) -> Iterator[BinaryIO]:
-    """The CSV file, or the one in a zip, to be read more than once.
-
-    Raises Failed if there is none, and for what goes wrong inside while it is read.
-    """
-    with ExitStack() as opened:
-        try:
-            file = opened.enter_context(open(path, "rb"))
-        except OSError as error:
-            raise Failed(f"cannot read {path}: {error.strerror}") from None
-        try:
-            if path.suffix == ".zip":
-                archive = opened.enter_context(zipfile.ZipFile(file))
-                names = [name for name in archive.namelist() if name.endswith(".csv")]
-                if not names:
-                    raise Failed(f"there is no CSV file in {path}")
-                file = opened.enter_context(archive.open(names[0]))
-            elif not file.seekable():  # a pipe can be read but once
-                copy = opened.enter_context(tempfile.TemporaryFile())
-                shutil.copyfileobj(file, copy)
-                file = copy
-            yield file
-        except (OSError, *NOT_CSV) as error:
-            if getattr(error, "errno", None):  # bzip2 says OSError of damage, with no number
-                raise
-            raise Failed(f"{path} is no CSV file: {error}") from None
-
-
-class Table:
-    """A CSV file of bookings: its rows as they stand, and each as a sample.
-
-    Its encoding, separator and quotes, and how it writes amounts, are found in the file itself,
-    which is read once for that.
-    """
-
-    def __init__(
-        self, file: BinaryIO, path: Path, columns: Columns, company: str | None, booked: bool
-    ) -> None:
-        """As read_rows, of a file that is open. Raises Failed if a row cannot be used."""
-        self.path, self._booked = path, booked
-        self._fixed = {} if company is None else {"CompanyId": company}
-        self._needed = COLUMNS if booked else FEATURES
-        named = {FIELDS[field]: names.split("+") for field, names in (columns or {}).items()}
-        self.context = named.pop("", [])
-        if not booked:
-            named.pop(TARGET, None)  # so that the same names will do before and after
-        used = {key: [key] for key in self._needed if key not in self._fixed} | named
-        wanted = list(dict.fromkeys(itertools.chain(*used.values(), self.context)))
-        self._text = io.TextIOWrapper(file, newline="", encoding=_encoding(file))
-        self._text.seek(0)
-        self._header = self._text.readline()
-        self._dialect = _dialect(self._header, wanted)
-        [self.columns] = csv.reader([self._header], **self._dialect)
-        self._check_columns(wanted)
-        taken = {*itertools.chain(*named.values())} - {*self.context}
-        # By the key of a sample, the columns that it is joined from.
-        self._joined = {name: [name] for name in self.columns if name not in taken} | named
-        self.rows = 0
-        self._lacking: list[int] = []  # the lines of rows that the service cannot take
-        self._mark = ""  # until it is found, amounts stay as they are written
-        self._mark = decimal_mark(self._survey(), path)
-
-    def records(self) -> Iterator[tuple[int, list[str], Sample | None]]:
-        """Of each row the line that it ends in, its values, and the sample that it makes.
-
-        An empty line has no values. The sample is None where the service cannot take it. The header
-        is left out. The file is read anew each time. Raises Failed.
-        """
-        self._text.seek(0)
-        rows = csv.reader(self._text, **self._dialect)
-        next(rows)
-        for values in rows:
-            yield rows.line_num, values, self._sample(values, rows.line_num)
-
-    def warn(self, outcome: str) -> None:
-        """Warns what became of rows that the service does not take, if there are any, and why."""
-        if self._lacking:
-            *needed, last = [field for field, key in FIELDS.items() if key in self._needed]
-            why = f"{', '.join(needed)} or {last} is empty or too long"
-            which = f"{len(self._lacking):,} of {self.rows:,}, the first in line {self._lacking[0]}"
-            logger.warning(f"{self.path}: rows {outcome}, as {why}: {which}")
-
-    def writer(self, file: TextIO) -> Any:
-        """A csv.writer of rows as these are."""
-        quoted = self._header.startswith(self._dialect["quotechar"])
-        quoting = csv.QUOTE_ALL if quoted else csv.QUOTE_MINIMAL
-        end = self._header[len(self._header.rstrip("\r\n")) :] or "\n"
-        return csv.writer(file, **self._dialect, quoting=quoting, lineterminator=end)
-
-    def _survey(self) -> Iterator[tuple[str, int]]:
-        """Counts the rows. Gives their amounts and lines; raises Failed if one cannot be used."""
-        for line, values, sample in self.records():
-            if values:
-                self.rows += 1
-                if sample:
-                    yield sample["BankEntryAmount"], line
-                else:
-                    self._lacking.append(line)
-
-    def _sample(self, values: list[str], line: int) -> Sample | None:
-        """A row as a sample, its amount as a plain decimal number if it is one."""
-        if not values:
-            return None
-        if len(values) != len(self.columns):
-            raise Failed(f"{self.path}, line {line}: there must be {len(self.columns)} values")
-        row = dict(zip(self.columns, values, strict=True))
-        sample = {
-            key: " ".join(row[name] for name in names if row[name])
-            for key, names in self._joined.items()
-        } | self._fixed
-        if self._booked and sample.get(BOOKED_BY, "person") not in WHO:
-            wrong = f"{BOOKED_BY} must be one of {', '.join(WHO)}"
-            how = "if the column says something else, give it another name"
-            raise Failed(f"{self.path}, line {line}: {wrong}; {how}")
-        if not all(0 < len(sample.get(key, "")) <= LONGEST[key] for key in self._needed):
-            return None
-        amount = sample["BankEntryAmount"]
-        return sample | {"BankEntryAmount": _readings(amount).get(self._mark, amount)}
-
-    def _check_columns(self, wanted: Sequence[str]) -> None:
-        has = ", ".join(name if name.isprintable() else repr(name) for name in self.columns)[:1000]
-        if missing := [column for column in wanted if column not in self.columns]:
-            raise Failed(
-                f"{self.path} is no CSV file with the column {', '.join(missing)} in its first "
-                f"line, which has {has or 'none'}; say with --map which is which"
-            )
-        if twice := [column for column in wanted if self.columns.count(column) > 1]:
-            raise Failed(f"{self.path} has the column {twice[0]} more than once: {has}")
-
-
-def _encoding(file: BinaryIO) -> str:
-    """UTF-16 if the file begins so, UTF-8 if all of it can be that, else Windows-1252."""
-    file.seek(0)
-    if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        return "utf-16"
-    file.seek(0)
-    try:
-        for _ in codecs.iterdecode(iter(lambda: file.read(1 << 20), b""), "utf-8"):
-            pass
-    except UnicodeDecodeError:
-        return "cp1252"
-    return "utf-8-sig"
-
-
-def _dialect(header: str, wanted: Sequence[str]) -> dict[str, Any]:
-    """Separator and quotes: those between most of the columns that are wanted, or else of all."""
-
-    def found(dialect: dict[str, Any]) -> tuple[int, bool, int]:
-        with suppress(csv.Error):
-            [names] = csv.reader([header], **dialect)
-            return sum(map(names.__contains__, wanted)), dialect["quotechar"] == '"', len(names)
-        return 0, False, 0
-
-    marks = itertools.product(",;\t|", "\"'")
-    dialects = [{"delimiter": mark, "quotechar": quote, "strict": True} for mark, quote in marks]
-    return max(dialects, key=found)
-
-
-def decimal_mark(amounts: Iterable[tuple[str, int]], file: object) -> str:
-    """The mark before the decimals in a column of amounts, given as (amount, its line).
-
-    They are written as `1,200.00`, `1.200,00`, `(12.50)`, `€ 12.50` or `12,50-`. All of the column
-    decides, never one value. Raises Failed if two of them contradict each other. What is no number,
-    such as `> -1000`, stays as it is.
-
-    >>> decimal_mark([("1.200", 2), ("(€ 12,5)", 3)], "a file")
-    ','
-    """
-    shown: dict[str, str] = {}  # by mark, the first amount that is a number with this mark only
-    likely: dict[str, str] = {}  # and the first such as 1.200, by the mark if that is thousands
-    a_word, numbers = "", False
-    for amount, line in amounts:
-        read = _readings(amount)
-        where = f"{amount} in line {line}"
-        numbers = numbers or bool(read)
-        if not read:
-            a_word = a_word or where
-        elif len(read) == 1:
-            shown.setdefault(*read, where)
-        elif read["."] != read[","]:
-            likely.setdefault("," if "." in amount else ".", where)
-    found = shown or likely
-    if len(found) > 1:
-        one, other = found.values()
-        raise Failed(f"{file} writes amounts in two ways: {one} and {other}")
-    if found and not shown:
-        [where] = found.values()
-        logger.warning("%s: amounts such as %s are taken for thousands", file, where)
-    if a_word and numbers:
-        logger.warning("%s: amounts such as %s are no numbers; they stay", file, a_word)
-    return next(iter(found), ".")
-
-
-@lru_cache(4096)  # amounts recur
-def _readings(amount: str) -> dict[str, str]:
-    """The plain number that it is by decimal mark: `1.200` is 1.200 by point, 1200 by comma."""
-    if not any(map(str.isdigit, amount)):
-        return {}
-    bare = "".join(CURRENCY.sub("", amount, count=1).translate(SPELLING).split())
-    found = SIGNED.fullmatch(bare)
-    if not found:
-        return {}
-    opened, before, digits, after = found.groups()
-    sign = "-" if opened or "-" in (before, after) else ""
-    read = {}
-    for mark, pattern in NUMBER.items():
-        if number := pattern.fullmatch(digits):
-            whole, decimals = re.sub("[.,]", "", number[1]), number[2]
-            read[mark] = f"{sign}{whole or 0}{f'.{decimals}' if decimals else ''}"
-    return read
-
-
-def by_date(rows: Iterable[Sample]) -> list[Sample]:
-    """The rows in the order in which they arose.
-
-    Raises Failed if they have no date, or if it cannot be told what is its day and what its month.
-    """
-    rows = list(rows)
-    if any("BankEntryDate" not in row for row in rows):
-        no_date = "there is no column BankEntryDate to sort by: --map date=COLUMN names another"
-        raise Failed(f"{no_date}; {AS_IT_STANDS}")
-    when = _sortable({row["BankEntryDate"] for row in rows})
-    return sorted(rows, key=lambda row: (when[row["BankEntryDate"]], row["CompanyId"]))
-
-
-def _sortable(dates: Collection[str]) -> dict[str, tuple | str]:
-    """Each date as it sorts: 2016-02-29 as it stands, 29.02.2016 or 2/29/16 from the year on."""
-    found = {date: match.groups() for date in sorted(dates) if (match := DAY_OR_MONTH.match(date))}
-    if not found:
-        return {date: date for date in dates}
-    parts = {date: (int(a), int(b), int(year)) for date, (a, _, b, year) in found.items()}
-    others = [date for date in sorted(dates) if date and date not in found]
-    day_first = [date for date, (a, _, _) in parts.items() if a > 12 or "." in date]
-    month_first = [date for date, (_, b, _) in parts.items() if b > 12]
-    if others or (day_first and month_first):
-        one, other = (others or month_first)[0], (day_first or [*found])[0]
-        raise Failed(f"dates are written in two ways, as {one} and {other}; {AS_IT_STANDS}")
-    if not (day_first or month_first):
-        raise Failed(f"what is the day in {next(iter(found))} is not clear; {AS_IT_STANDS}")
-    when = {
-        date: (year, b, a) if day_first else (year, a, b) for date, (a, b, year) in parts.items()
-    }
-    return when | {"": (0, 0, 0)}
-
-
 # ------------------------------------------------------------------------------------------ Service
 
 
@@ -679,13 +386,16 @@ def _progress(total: int | None, how_good: Callable[[], str]) -> Iterator[Callab
 
 # ------------------------------------------------------------------------------------------- Replay
 
-LAST = 1000  # predictions that the report is about
+LAST = 1000  # predictions that the report is about, or half of them if it is a small file
 WINDOWS = (100, LAST, 10_000)  # the n of the /metrics/<n> in it
 
 
-def replay(client: Client, options: argparse.Namespace, rows: Iterator[Sample]) -> dict:
-    """Sends the rows in batches and reports; Ctrl-C ends it early. Raises Failed."""
-    run = Run(client, options)
+def replay(client: Client, options: argparse.Namespace, name: str, rows: Iterator[Sample]) -> dict:
+    """Sends the rows in batches and reports; Ctrl-C ends it early. Raises Failed.
+
+    The name is the same for the same rows in the same batches only.
+    """
+    run = Run(client, options, name)
     started = time.monotonic()
     interrupted = False
     try:
@@ -694,22 +404,25 @@ def replay(client: Client, options: argparse.Namespace, rows: Iterator[Sample]) 
         interrupted = True
         client.patience = 2
     except ServiceError as error:
+        if error.status == 422 and run.resumable:
+            others = "some of these rows were sent before, in other batches, or were forgotten"
+            raise Failed(f"{error}; {others}: --again books all of them once more") from None
         if not (error.temporary and run.resumable):
             raise
-        log = f" --log {options.log}" if options.serve else ""
-        how = f"the same command goes on with --resume {run.start}{log}"
-        raise Failed(f"{error}; {how}") from None
+        log = f" with --log {options.log}" if options.serve else ""
+        raise Failed(f"{error}; the same command goes on{log}") from None
     seconds = time.monotonic() - started
     report = {
         "samples": run.sent,
         "stored_before": run.stored_before,
+        "stored_as": run.stored_as,
         "seconds": round(seconds, 3),
         "samples_per_second": round(run.sent / seconds),
         "accounts": None,
         "metrics": {},
         **dict.fromkeys(("report", "unseen", "booked_unseen", "prediction")),
         "interrupted": interrupted,
-        "resume": run.start if run.resumable else None,
+        "resumable": run.resumable,
     }
     try:
         report |= run.figures()
@@ -722,27 +435,26 @@ def replay(client: Client, options: argparse.Namespace, rows: Iterator[Sample]) 
 class Run:
     """One replay: what the service has of it, and what it says.
 
-    Each batch has a key that is the same when the same run is resumed, so that the service stores
-    it once, whatever happened to the first attempt.
+    Each batch has a key that is the same when the same rows are sent once more, so that the service
+    stores it once, whatever happened to the first attempt.
     """
 
-    def __init__(self, client: Client, options: argparse.Namespace) -> None:
+    def __init__(self, client: Client, options: argparse.Namespace, name: str) -> None:
         self.client, self.options = client, options
         self.before = client.health()
-        self.start = self.before["lines"] if options.resume is None else options.resume
-        source = [options.file.name, options.order, options.batch, options.seed, self.start]
-        source += [sorted(options.map.items()), options.company]
-        self.name = hashlib.sha256(repr(source).encode()).hexdigest()[:16]
-        self.sent = self.stored_before = 0
-        self.account_names: dict[tuple[str, str], str | None] = {}  # by company and account
         # What was suggested for a batch that comes again would be another by then.
-        self.resumable = options.book_from is None
-        self.integrator = None if self.resumable else Integrator(client, options.book_from)
+        self.resumable = options.book_from is None and not options.again
+        self.name = name if self.resumable else uuid.uuid4().hex
+        self.sent = self.stored_before = 0
+        self.stored_as: list[int] = []  # the first and the last seq of what had been stored before
+        self.account_names: dict[tuple[str, str], str | None] = {}  # by company and account
+        book_from = options.book_from
+        self.integrator = None if book_from is None else Integrator(client, book_from)
 
     def send(self, rows: Iterator[Sample]) -> None:
         """Sends as many of the rows as there are to send."""
         most, largest, seed = self.options.samples, self.options.batch, self.options.seed
-        with _progress(most, self.how_good) as show:
+        with _progress(self.options.total, self.how_good) as show:
             for batch in batches(itertools.islice(rows, most), largest, seed):
                 for row in batch:
                     self.account_names[row["CompanyId"], row[TARGET]] = row.get("AccountName")
@@ -752,13 +464,15 @@ class Run:
                 self.sent += len(batch)
                 if answer["first"] < self.before["lines"]:
                     self.stored_before += len(batch)
+                    self.stored_as = [*self.stored_as[:1], answer["first"], answer["last"]]
+                    self.stored_as = [self.stored_as[0], self.stored_as[-1]]
                 show(self.sent)
 
     def how_good(self) -> str:
         """How good the service's last predictions were, in short."""
         last = self.last(LAST)
         figures = "accuracy {accuracy:.3f}, precision {precision:.3f}, recall {recall:.3f}"
-        return figures.format(**last) if last else ""
+        return figures.format(**last) if last and last["accuracy"] is not None else ""
 
     def last(self, n: int) -> dict | None:
         """What the service reports of its last n predictions; None if there are none yet."""
@@ -771,8 +485,8 @@ class Run:
 
     def figures(self) -> dict:
         """What the service says of its last predictions."""
-        report = self.last(LAST)
-        if not report:
+        report = self.last(min(LAST, max(100, self.sent // 2)))
+        if not report or report["accuracy"] is None:
             return {}
         predicted = self.client.report(max(WINDOWS))["support"]
         wanted = [n for n in WINDOWS if n == LAST or n <= predicted]
@@ -789,7 +503,7 @@ class Run:
         if row is None or not self.sent:
             return None
         sample = without_account(row)
-        [suggestion] = self.client.suggest(sample, top=1)["suggestions"]
+        suggestion = self.client.suggest(sample, top=1)["suggestions"][0]
         account = suggestion["account"]
         return {
             "sample": sample,
@@ -822,7 +536,8 @@ class Integrator:
         for row, sample, answer in zip(rows, asked, answers, strict=True):
             [suggestion] = answer["suggestions"]
             account, who = suggestion["account"], BOOKED_AFTER[answer["decision"]]
-            self.outcomes.append((suggestion["confidence"], account == row[TARGET], who))
+            confidence = suggestion["confidence"] or 0.0  # null is: nothing was measured yet
+            self.outcomes.append((confidence, account == row[TARGET], who))
             if who == "suggestion":
                 row = sample | {TARGET: account}
             booked.append(row | {BOOKED_BY: who})
@@ -883,13 +598,18 @@ def in_words(report: dict) -> str:
     """The report as a person reads it."""
     rate = f"{report['seconds']:.1f} s, {report['samples_per_second']:,} a second"
     sent = [f"{report['samples']:,} bookings in {rate}"]
-    if report["stored_before"]:
-        sent.append(f"{report['stored_before']:,} of them had been stored before")
+    if n := report["stored_before"]:
+        first, last = report["stored_as"]
+        all_of = "all" if n == report["samples"] else f"{n:,}"
+        there = f"{all_of} of them are there already, as bookings {first:,} to {last:,}"
+        sent.append(f"{there}: they were not booked twice, which --again does")
     paragraphs: list[Iterable[str]] = [sent]
     if report["booked_unseen"]:
         paragraphs.append(_booked_unseen(report["booked_unseen"]))
     elif report["unseen"]:
         paragraphs.append(_quality(report["report"], report["unseen"], report["accounts"]))
+    else:
+        paragraphs.append(["How good it is was not measured yet: there were too few bookings"])
     if report["prediction"]:
         paragraphs.append(_prediction(report["prediction"]))
     if last := report["metrics"].get(str(LAST)):
@@ -916,9 +636,10 @@ def _quality(last: dict, level: dict, accounts: int) -> Iterator[str]:
         yield f"  none was at least {at_least} sure, so none could have been booked unseen yet"
         return
     right = f"{round(level['accuracy'] * sure):,} of these were right"
+    error = f" (± {_percent(level['error'], 1)})" if level.get("error") is not None else ""
     yield (
         f"  {sure:,} could have been booked unseen, being at least {at_least} sure: "
-        f"{right}, {_percent(level['accuracy'], 1)}"
+        f"{right}, {_percent(level['accuracy'], 1)}{error}"
     )
 
 
@@ -949,7 +670,9 @@ def _prediction(found: dict) -> Iterator[str]:
         f"{sample['BankEntryAmount']}"
         + "".join(f", {key} {sample[key]}" for key in found["context"] if sample[key])
     )
-    yield f"  predicted {predicted}, {_percent(found['confidence'])} sure{because}"
+    confidence = found["confidence"]
+    sure = "not measured yet" if confidence is None else f"{_percent(confidence)} sure"
+    yield f"  predicted {predicted}, {sure}{because}"
     yield f"  the accountant booked {booked}"
 
 
@@ -957,8 +680,8 @@ def _next(report: dict) -> Iterator[str]:
     """Where all of it is, and what to do now."""
     log = f" --log {report['log']}" if "log" in report else ""
     if report["interrupted"]:
-        how = f"; the same command goes on with --resume {report['resume']}{log}"
-        yield f"Interrupted{how if report['resume'] is not None else ''}"
+        how = f"; the same command goes on{log and f' with{log}'}"
+        yield f"Interrupted{how if report['resumable'] else ''}"
         return
     if log:
         yield f"All of it is in {report['log']}"
@@ -967,7 +690,8 @@ def _next(report: dict) -> Iterator[str]:
     if "page" not in report:
         yield "What to try next:"
         yield "  the same command with --stay shows it on a page, in a browser"
-        yield f"  {START}{log} goes on from here"
+        yield f"  {START}{log} goes on from here, and then"
+        yield f"  {REPLAY} NEW.csv --suggest{report['how']} > SUGGESTED.csv suggests accounts"
     elif not log:
         yield f"Its page is at {report['page']}"
 
@@ -979,36 +703,27 @@ def _percent(share: float, digits: int = 0) -> str:
 # ------------------------------------------------------------------------------------------ Suggest
 
 
-def suggest(client: Client, options: argparse.Namespace) -> None:
-    """Writes the file to standard output, each row with an account, and how sure that is.
+def suggest(client: Client, book: Any) -> None:
+    """Writes the file to standard output, each row with an account, how sure that is, and by whom.
 
-    Both are empty where the service cannot take a row. Nothing is learned. Raises Failed.
+    All are empty where the service cannot take a row. Nothing is learned. Raises Failed.
     """
-    with open_csv(options.file) as file:
-        table = Table(file, options.file, options.map, options.company, booked=False)
-        table.warn("without a suggestion")
-        sys.stdout.reconfigure(encoding="utf-8", newline="")
-        writer = table.writer(sys.stdout)
-        header, done = [[*table.columns, "account", "confidence"]], 0
-        with _progress(table.rows, str) as show:
-            for records in chunks(table.records(), LARGE):
-                samples = [sample for _, _, sample in records if sample]
-                wanted = (*FEATURES, *table.context)
-                asked = [{key: sample[key] for key in wanted} for sample in samples]
-                answers = iter(client.suggest(asked, top=1, reasons=False))
-                writer.writerows(header)
-                header = []  # it is written once, and not before there is an answer
-                for _, values, sample in records:
-                    if sample:
-                        [best] = next(answers)["suggestions"]
-                        values += [guarded(best["account"]), best["confidence"]]
-                    elif values:  # an empty line stays one
-                        values += ["", ""]
-                    writer.writerow(values)
-                sys.stdout.flush()
-                done += len(records)
-                show(done)
-        writer.writerows(header)
+    if len(book.tables) > 1:
+        raise Failed("--suggest takes one file: unzip them, and take one after the other")
+    [table] = book.tables
+    wanted = (*files.FEATURES, *table.context)
+
+    def suggested(samples: list[Sample]) -> Iterator[tuple]:
+        asked = [{key: sample[key] for key in wanted} for sample in samples]
+        for answer in client.suggest(asked, top=1, reasons=False):
+            best = answer["suggestions"][0]
+            sure = "" if best["confidence"] is None else best["confidence"]
+            yield guarded(best["account"]), sure, "suggestion"
+
+    sys.stdout.reconfigure(encoding="utf-8", newline="")
+    with _progress(table.rows, str) as show:
+        for done in table.suggested(sys.stdout, suggested, ("account", "confidence", BOOKED_BY)):
+            show(done)
 
 
 # Where a spreadsheet would begin a formula: at the start of a cell, whatever separates cells.
@@ -1034,25 +749,30 @@ EXAMPLES = """\
 the demo, all in one:
   replay.py --serve
 see how well your own bookings are predicted, teach a service that runs, and let it suggest:
-  replay.py OLD.csv --serve --company acme --map text=Payee+Purpose,amount=Sum,date=Day,account=To
-  replay.py OLD.csv --samples all --company acme --map (the same)
+  replay.py OLD.csv --serve
+  replay.py OLD.csv --samples all --company acme --map text=Payee+Purpose,out=Debit,in=Credit,...
   replay.py NEW.csv --suggest --company acme --map (the same) > SUGGESTED.csv"""
 THE_FILE = """\
-Its first line names its columns: CompanyId, BankEntryText, BankEntryAmount, AccountNumber
-(but for --suggest), and BankEntryDate to sort by; --map finds them under other names.
-AccountName is shown, others are sent along. Separators, quotes, encoding (UTF-8, UTF-16,
-Windows-1252), and how amounts (1,200.00, 1.200,00, (12.50), € 12.50) and dates (2016-02-29,
-29.02.2016, 2/29/2016) are written show in the file. Rows that lack something are left out."""
+Columns: CompanyId, BankEntryText, BankEntryAmount, AccountNumber (but for --suggest), and
+BankEntryDate to sort by. Under other names they are guessed, or found with --map. AccountName
+is shown, others are sent along. Encoding, separator, quotes, and how amounts (1,200.00,
+1.200,00 Dr, (12.50), € 12.50) and dates (2016-02-29, 29.02.16, 29 Feb 2016) are written show in
+the file, and it says what it took them for. Rows that lack something are left out. Excel,
+MT940 and OFX are read, too."""
 DATA = HERE / "data" if CHECKED_OUT else Path("data")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Does what the options say and prints what came of it; the exit status."""
+    if files is None:
+        where = "bookkeep_extra/files.py, which is not beside it: pip install '.[client]'"
+        sys.exit(f"replay: files are read by {where} in bookkeep's folder installs both")
     options = _options(arguments)
     logging.basicConfig(format="replay: %(message)s")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup ignores SIGHUP
             signal.signal(number, signal.default_int_handler)  # so that a service is stopped, too
+    logger.setLevel(logging.INFO)
     try:
         return _run(options)
     except BrokenPipeError:  # whoever read this has seen enough
@@ -1071,16 +791,33 @@ def _run(options: argparse.Namespace) -> int:
         options.file = _default_file()
         if "synthetic" in options.file.name:
             options.map.setdefault("context", "Department")  # the demo shows what that is good for
-    options.context = [*filter(None, options.map.get("context", "").split("+"))]
-    if not options.suggest:  # before a service is started in vain
-        rows = read_rows(options.file, options.map, options.company)
-        if options.order == "date":
-            rows = iter(by_date(rows))
-        rows = itertools.chain([*itertools.islice(rows, 1)], rows)  # the first at once
     token = os.environ.get("BOOKKEEP_TOKEN")
     if options.token_file:
         token = options.token_file.read_text("latin-1").strip()
     with ExitStack() as opened:
+        # All of the file is looked at before a service is started in vain.
+        reading = files.open_file(
+            options.file,
+            options.map,
+            options.company,
+            booked=not options.suggest,
+            encoding=options.encoding,
+            guess=True,
+            ask=_ask if sys.stdin.isatty() and sys.stderr.isatty() else None,
+            otherwise="my-company" if options.serve else None,
+        )
+        book = opened.enter_context(reading)
+        options.context = book.context
+        for table in book.tables:
+            table.say("without a suggestion" if options.suggest else "left out")
+        if not options.suggest:
+            if not book.rows:
+                raise Failed(f"there are no bookings in {options.file}")
+            options.batch = options.batch or max(1, min(book.usable // 50, LARGE))
+            options.total = min(options.samples or book.usable, book.usable)
+            rows = book.samples()
+            if options.order == "date":
+                rows = iter(by_date(rows))
         if options.serve:
             options.log = options.log or Path(tempfile.mkdtemp(prefix="bookkeep-")) / "replay.jsonl"
             command = [HERE / "bookkeep.py", f"--log={options.log}"]
@@ -1090,13 +827,17 @@ def _run(options: argparse.Namespace) -> int:
             options.url = f"http://127.0.0.1:{port}"
         client = Client(options.url, token)
         if options.suggest:
-            suggest(client, options)
+            suggest(client, book)
             return 0
         if options.stay:
             print(f"Watch it learn: {client.url}/", file=sys.stderr)
-        report = replay(client, options, rows)
+        how = [book.digest, book.map, book.company, options.encoding]
+        how += [options.order, options.batch, options.seed]
+        name = hashlib.sha256(repr(how).encode()).hexdigest()[:32]
+        report = replay(client, options, name, rows)
         if options.serve:
             report |= {"log": str(options.log), "context": options.context}
+            report["how"] = _how(book, options)
         if options.stay or not options.serve:
             report["page"] = f"{client.url}/"
         print(json.dumps(report) if options.json else in_words(report), flush=True)
@@ -1108,6 +849,22 @@ def _run(options: argparse.Namespace) -> int:
                 service.wait()
                 raise Failed("the service has ended")
     return 0
+
+
+def _ask(field: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> str | None:
+    """Asks whoever is at the terminal which column it is."""
+    print(f"Which column is the {field}?", file=sys.stderr)
+    for number, name in enumerate(names):
+        such = ", ".join(row[number] for row in rows if number < len(row) and row[number].strip())
+        print(f"  {number + 1}  {name}  ({such[:60]})", file=sys.stderr)
+    print("Its name or number: ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip() or None
+
+
+def _how(book: Any, options: argparse.Namespace) -> str:
+    """The options that name the company and the columns of a file like this one."""
+    given = {"company": book.company, "map": book.map, "encoding": options.encoding}
+    return "".join(f" --{name} {shlex.quote(value)}" for name, value in given.items() if value)
 
 
 def _default_file() -> Path:
@@ -1128,26 +885,30 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog=EXAMPLES,
     )
     option = parser.add_argument_group("the file", THE_FILE).add_argument
-    usual = "a CSV file or a zip with one; without it, a bank set in data/, the real or synthetic"
+    usual = "a CSV file or a zip of some; without it, a bank set in data/, the real or synthetic"
     option("file", nargs="?", type=Path, metavar="FILE", help=usual)
-    how = f"which column is which, of {', '.join(FIELDS)}; text=A+B joins two; context=C+D sends "
-    how += "two under their own names, and --serve starts a service that goes by them, too"
+    how = f"which column is which, of {', '.join(FIELDS)}, by name or number; text=A+B joins two; "
+    how += "out and in are columns of money out and in, sign is one with D or C, + or -; by is who "
+    how += "booked it; context=C+D sends two under their own names, and --serve goes by them, too"
     option("--map", type=columns, action="append", default=[], metavar="FIELD=COLUMN,...", help=how)
     option("--company", help="the company of all of its rows")
+    option("--encoding", help="as cp1252 or utf-8 (default: as it is found)")
     written = "write it to standard output with suggested accounts instead; nothing is learned"
     option("--suggest", action="store_true", help=written)
     option = parser.add_argument_group("the replay").add_argument
     most = "how many of its first rows to send, or all (default: %(default)s)"
     option("--samples", type=_count_or_all, default=15_000, help=most)
     option("--order", choices=["date", "file"], default="date", help="by date, or as they stand")
-    largest = "the largest batch; sizes are random, from 1 to this (default: %(default)s)"
-    option("--batch", type=count, default=1000, help=largest)
+    largest = (
+        "the largest batch; sizes are random, from 1 to this (default: a fiftieth of the file)"
+    )
+    option("--batch", type=count, help=largest)
     option("--seed", type=int, default=0, help="of those sizes (default: %(default)s)")
     unseen = "book suggestions unseen from this confidence on, but for the checks, with the file "
     unseen += "as the accountant for all others; and say what the service says of it and the truth"
     option("--book-from", type=float, metavar="CONFIDENCE", help=unseen)
-    begun = "go on with an interrupted run that began when the log held FROM bookings (else 0)"
-    option("--resume", type=int, nargs="?", const=0, metavar="FROM", help=begun)
+    again = "book rows that are there already once more; else the same command goes on where it was"
+    option("--again", action="store_true", help=again)
     option("--json", action="store_true", help="print the report as a JSON object")
     group = parser.add_argument_group("the service")
     option = group.add_mutually_exclusive_group().add_argument
@@ -1160,9 +921,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
     options = parser.parse_args(arguments)
     options.map = {field: name for named in options.map for field, name in named.items()}
-    of_a_replay = ("samples", "order", "batch", "seed", "book_from", "resume", "json", "stay")
+    of_a_replay = ("samples", "order", "batch", "seed", "book_from", "again", "json", "stay")
     given = [name for name in of_a_replay if getattr(options, name) != parser.get_default(name)]
-    resumes, book_from = options.resume is not None, options.book_from
+    book_from = options.book_from
     if options.company and "company" in options.map:
         parser.error("give --company, or a company= in --map, not both")
     if options.suggest and not options.file:
@@ -1171,10 +932,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--{given[0].replace('_', '-')} does not go with --suggest")
     if book_from is not None and not 0 <= book_from <= 1:
         parser.error(f"{book_from} is not a number from 0 to 1")
-    if book_from is not None and resumes:
-        parser.error("--resume does not go with --book-from: what it suggested then is not known")
-    if resumes and options.serve and not options.log:
-        parser.error("--resume goes with --url, or with --serve and the --log of the first run")
     for name in ("stay", "log"):
         if getattr(options, name) and not options.serve:
             parser.error(f"--{name} goes with --serve")

@@ -1,0 +1,1296 @@
+"""files: bookings from what banks and accounting programs export.
+
+A file is a CSV file of any kind, a spreadsheet, a bank's MT940 or OFX, or a zip with some of them.
+How it is written (encoding, separator, the line with the names of the columns, amounts, dates) is
+found in the file itself. What was found is said; what cannot be read is refused, with the row.
+
+It needs nothing but Python for a CSV file in UTF-8; the extra "client" has what reads the others.
+It reads from top to bottom: Names, Amounts, Dates, Sources, Tables, Guesses.
+"""
+
+import codecs
+import csv
+import hashlib
+import html
+import importlib
+import io
+import itertools
+import logging
+import re
+import shutil
+import tempfile
+import zipfile
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import date, datetime
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, TextIO
+from unicodedata import normalize
+
+# -------------------------------------------------------------------------------------------- Names
+
+BOOKED_BY = "BookedBy"
+WHO = ["check", "person", "suggestion"]
+FIELDS = {  # the keys of a sample that mean something, by their names for --map
+    "company": "CompanyId",
+    "text": "BankEntryText",
+    "amount": "BankEntryAmount",
+    "account": "AccountNumber",
+    "date": "BankEntryDate",
+    "name": "AccountName",
+    "by": BOOKED_BY,
+    "out": "",  # the amount in two columns, money out and in; or a column with its sign
+    "in": "",
+    "sign": "",
+    "context": "",  # columns that are sent under their own names, too
+}
+# Characters in the values that a booking must have, of which the last is what is predicted.
+LONGEST = {"CompanyId": 100, "BankEntryText": 10_000, "BankEntryAmount": 100, "AccountNumber": 100}
+*FEATURES, TARGET = COLUMNS = [*LONGEST]
+NAMED = {key: field for field, key in FIELDS.items() if key}
+
+Sample = dict[str, str]
+Columns = Mapping[str, str] | None  # which column is which, as read_rows takes it
+Ask = Callable[[str, Sequence[str], Sequence[Sequence[str]]], str | None]  # see Table
+
+logger = logging.getLogger("replay")
+
+
+class Failed(Exception):
+    """It cannot go on; the message says why in one sentence."""
+
+
+class Odd(Exception):
+    """This row is no booking; the message says why, after "it"."""
+
+
+def library(name: str, what: str) -> Any:
+    """The module of this name. Raises Failed, which says that this is what it is needed for."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        how = "pip install '.[client]' in bookkeep's folder installs it"
+        raise Failed(f"{what} needs the package {name.partition('.')[0]}: {how}") from None
+
+
+def few(odd: int, of: int) -> bool:
+    """Whether so many odd rows may be left out, rather than doubt what all of them mean."""
+    return odd <= max(3, of // 20)
+
+
+# ------------------------------------------------------------------------------------------ Amounts
+
+OUT = "dr db deb dbt dbit debit débit d s soll lastschrift belastung ausgang af uit cargo addebito "
+OUT += "dare out withdrawal payment wn obciążenie 出金"
+IN = "cr cre crd crdt credit crédit c k h haben gutschrift eingang bij in abono accredito avere "
+IN += "deposit receipt ma uznanie 入金"
+SIDES = {"-": "-", "+": "", **dict.fromkeys(OUT.split(), "-"), **dict.fromkeys(IN.split(), "")}
+SIDE = re.compile(
+    rf"(?<![^\W\d])({'|'.join(f'{OUT} {IN}'.split())})(?![^\W\d]|[/$])[.]?", re.IGNORECASE
+)
+CURRENCY = re.compile(
+    r"[A-Z]{0,3}[$€£¥₩₪₫₴₸₹₺₽฿₦₱\\]|(?<![^\W\d])(?:[A-Z]{3}|[Rr][Ss]|R|RM|Rp|[Kk][Rr]|S?F[Rr]|zł|Kč"
+    r"|Ft|lei|лв|руб|р|грн|kn|din|TL|S/|[Ee]uro|円|元|원)(?![^\W\d])[.]?"
+)
+SPELLING = str.maketrans(dict.fromkeys("'’´`‘ʼ") | dict.fromkeys("−–—‐‑‒▲△", "-"))
+SIGNED = re.compile(r"([(])?([+-]?)([0-9.,]*[0-9])(?:[.,]-{0,2}|/-|([+-]))?(?(1)[)])")
+POWER = re.compile(r"([+-]?[0-9])(?:[.,]([0-9]+))?E([+]?[0-9]{1,2})")
+NUMBER = {  # by its decimal mark: what stands before that, and after it
+    ".": re.compile(r"([0-9]*|[1-9][0-9]{0,2}(?:,[0-9]{2,3})*,[0-9]{3})(?:[.]([0-9]+))?"),
+    ",": re.compile(r"([0-9]*|[1-9][0-9]{0,2}(?:[.][0-9]{2,3})*[.][0-9]{3})(?:,([0-9]+))?"),
+}
+
+
+@lru_cache(4096)  # amounts recur
+def readings(amount: str) -> dict[str, str]:
+    """The plain number that it is by decimal mark: `1.200` is 1.200 by point, 1200 by comma.
+
+    >>> readings("1.200,50 Dr")
+    {',': '-1200.50'}
+    """
+    if not any(map(str.isdigit, amount)):
+        return {}
+    text = normalize("NFKC", amount.translate(SPELLING)).translate(SPELLING)
+    text = re.sub('^="(.*)"$', r"\1", text)
+    if power := POWER.fullmatch(text):
+        first, decimals, zeros = power[1], power[2] or "", int(power[3])
+        if len(decimals) > zeros:
+            return {}
+        return dict.fromkeys(".,", first + decimals.ljust(zeros, "0"))
+    side = SIDE.search(text)
+    text = CURRENCY.sub(" ", SIDE.sub("", text, count=1).replace("()", ""), count=1)
+    found = SIGNED.fullmatch("".join(text.split()))
+    if not found:
+        return {}
+    opened, before, digits, after = found.groups()
+    signs = {
+        "-" if opened else None,
+        before or None,
+        after,
+        side and (SIDES[side[1].lower()] or "+"),
+    }
+    if len(signs - {None}) > 1 or (before and after):
+        return {}
+    sign = "-" if "-" in signs else ""
+    read = {}
+    for mark, pattern in NUMBER.items():
+        if number := pattern.fullmatch(digits):
+            whole, decimals = re.sub("[.,]", "", number[1]), number[2]
+            read[mark] = f"{sign}{whole or 0}{f'.{decimals}' if decimals else ''}"
+    return read
+
+
+def side_of(word: str) -> str | None:
+    """The sign that a word such as Dr, H or + gives to an amount: "-", "", or None for others."""
+    if word in SIDES:
+        return SIDES[word]
+    found = SIDE.fullmatch(word.strip())
+    return SIDES[found[1].lower()] if found else None
+
+
+class Amounts:
+    """The mark before the decimals in a column of amounts, which all of the column decides.
+
+    A value such as `1.200` never decides it alone: it may be 1.2 or 1200. What is no number, such
+    as `> -1000`, stays as it is.
+    """
+
+    def __init__(self) -> None:
+        self.shown: dict[str, list] = {}  # by mark, how many are numbers with it only, the first
+        self.likely: dict[str, list] = {}  # and such as 1.200, by the mark if that is thousands
+        self.words = [0, ""]
+        self.numbers = 0
+
+    def add(self, amount: str, line: int) -> None:
+        """Counts an amount that stands in this line."""
+        read = readings(amount)
+        self.numbers += bool(read)
+        if not read:
+            found = self.words
+        elif len(read) == 1:
+            found = self.shown.setdefault(*read, [0, ""])
+        elif read["."] != read[","]:
+            found = self.likely.setdefault("," if "." in amount else ".", [0, ""])
+        else:
+            return
+        found[0] += 1
+        found[1] = found[1] or f"{amount} in line {line}"
+
+    def mark(self, name: object) -> str:
+        """The mark. Raises Failed if more than a few contradict the others."""
+        found = self.shown or self.likely
+        if len(found) > 1:
+            (fewer, one), (_, other) = sorted(found.values())
+            if not few(fewer, self.numbers) or self.numbers < 20:
+                one, other = (first for _, first in found.values())
+                raise Failed(f"{name} writes amounts in two ways: {one} and {other}")
+        if found and not self.shown:
+            [[_, first]] = found.values()
+            logger.warning("%s: amounts such as %s are taken for thousands", name, first)
+        if self.words[1] and (self.numbers or re.match("[^<>]*[0-9]", self.words[1])):
+            logger.warning("%s: amounts such as %s are no numbers; they stay", name, self.words[1])
+        return max(found, key=lambda mark: found[mark][0], default=".")
+
+
+# -------------------------------------------------------------------------------------------- Dates
+
+ISO = re.compile("[12][0-9]{3}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])(T[0-9:.]+)?")
+ERAS = {"令和": 2018, "R": 2018, "平成": 1988, "H": 1988, "昭和": 1925, "S": 1925}
+ERA = re.compile("^(令和|平成|昭和|[RHS](?=[0-9]))(元|[0-9]+)(?=[年./-])")
+TIME = re.compile(
+    r"(?:(?:T|[\s,]+)([0-9]{1,2})[:.h]([0-9]{2})(?![0-9])|(?<=^[0-9]{8})T?([0-9]{2})([0-9]{2}))"
+    r"(?:[:.]?([0-9]{2})(?![0-9])(?:[.,][0-9]+)?)?\s*(?:([AaPp])[.]?[Mm][.]?)?"
+    r"\s*(?:Z|[A-Z]{3,4}|[+-][0-9:]+)?$"
+)
+NUMBERS = re.compile(
+    r"(?:[^\W\d]{2,9}[.,]*\s+)?([0-9]{1,4})\s*([-./\s年년])\s*([0-9]{1,2})\s*[-./\s月월]\s*([0-9]{1,4})"
+    r"\s*[.日일]?(?:\s*[(]\w+[)])?"
+)
+COMPACT = re.compile("([0-9]{2})([0-9]{2})([0-9]{2})([0-9]{2})?")
+LANGUAGES = "en de fr es it pt nl pl sv da nb fi cs hu ro tr ru el bg hr sk sl uk et lv lt ja"
+AS_IT_STANDS = "replay.py --order file needs no dates, and sends rows as they stand"
+
+
+def read_dates(dates: Collection[str]) -> dict[str, str]:
+    """Each date as 2016-02-29 or 2016-02-29T10:00; those that cannot be read are left out.
+
+    What is day, month and year in 1/2/16 is decided by all of them. Raises Failed if it cannot be.
+
+    >>> read_dates(["29.02.16", "01 Mar 2016"])
+    {'29.02.16': '2016-02-29', '01 Mar 2016': '2016-03-01'}
+    """
+    read, orders, worded = {}, {}, {}
+    for written in dates:
+        if ISO.fullmatch(written):
+            read[written] = written
+            continue
+        text = normalize("NFKC", written).strip()
+        text = ERA.sub(lambda era: f"{ERAS[era[1]] + int(era[2].replace('元', '1'))}", text)
+        time = ""
+        if found := TIME.search(text):
+            text, time = text[: found.start()], _time(found)
+        if ways := _ways(text):
+            orders[written] = {order: day + time for order, day in ways.items()}
+        elif re.search(r"[^\W\d]{3}", text) and len(re.findall("[0-9]+", text)) == 2:
+            worded[written] = (text, time)
+    if worded:
+        read |= _worded(worded)
+    if orders:
+        read |= _ordered(orders, len(dates))
+    return {written: read[written] for written in dates if written in read}
+
+
+def _time(found: re.Match) -> str:
+    hour, minute, second, half = found[1] or found[3], found[2] or found[4], found[5], found[6]
+    hour = int(hour) % 12 + 12 * (half in "Pp") if half else int(hour)
+    time = f"{hour:02}:{minute}{f':{second}' if second else ''}"
+    return f"T{time}" if time.strip("0:") else ""
+
+
+def _day(year: str, month: int | str, day: str) -> str | None:
+    """That day, if there is one, and if its year is likely."""
+    this = date.today().year
+    number = int(year)
+    if len(year) <= 2:
+        number += 2000 if 2000 + number <= this + 1 else 1900
+    if len(year) == 3 or not (1970 if len(year) <= 2 else 1900) <= number <= this + 20:
+        return None
+    with suppress(ValueError):
+        return date(number, int(month), int(day)).isoformat()
+    return None
+
+
+def _ways(text: str) -> dict[str, str]:
+    """What a date in numbers can be, by the order that its parts are in."""
+    if found := NUMBERS.fullmatch(text):
+        a, mark, b, c = found.groups()
+        ways = {"year": (a, b, c)} if len(a) == 4 else {"day": (c, b, a), "month": (c, a, b)}
+        if mark == ".":
+            ways.pop("month", None)
+        elif len(a) <= 2 and len(c) <= 2:
+            ways["year"] = (a, b, c)
+    elif found := COMPACT.fullmatch(text):
+        a, b, c, d = found.groups()
+        year = f"{c}{d or ''}"
+        ways = {"day": (year, b, a), "month": (year, a, b)}
+        ways["year"] = (f"{a}{b}", c, d) if d else (a, b, c)
+    else:
+        return {}
+    days = {order: _day(*parts) for order, parts in ways.items()}
+    return {order: day for order, day in days.items() if day}
+
+
+def _ordered(orders: Mapping[str, Mapping[str, str]], of: int) -> dict[str, str]:
+    """The dates in numbers, by the one order that nearly all of them can have."""
+    counts = Counter(itertools.chain.from_iterable(orders.values()))
+    most = max(counts.values())
+    likely = [order for order, n in counts.items() if n == most]
+    read = {w: ways[likely[0]] for w, ways in orders.items() if likely[0] in ways}
+    others = [written for written in orders if written not in read]
+    if others and (len(likely) > 1 or not few(len(others), of) or of < 20):
+        one = next(iter(read))
+        raise Failed(f"dates are written in two ways, as {one} and {others[0]}; {AS_IT_STANDS}")
+    for order in likely[1:]:
+        if other := [w for w in read if orders[w][order] != read[w]]:
+            raise Failed(f"what is the day in {other[0]} is not clear; {AS_IT_STANDS}")
+    return read
+
+
+def _worded(dates: Mapping[str, tuple[str, str]]) -> dict[str, str]:
+    """The dates with names of months, by the language that reads most of them."""
+    parser = library("dateparser.date", f"a date such as {next(iter(dates))}").DateDataParser
+    settings = {
+        **{"DATE_ORDER": "DMY", "PREFER_LOCALE_DATE_ORDER": False},
+        **{"REQUIRE_PARTS": ["day", "month", "year"], "STRICT_PARSING": True},
+    }
+    best: dict[str, str] = {}
+    for language in LANGUAGES.split():
+        parse = lru_cache(None)(parser(languages=[language], settings=settings).get_date_data)
+        read = {}
+        for written, (text, time) in dates.items():
+            numbers = re.findall("[0-9]+", text)
+            year = 0 if len(numbers[0]) == 4 else 1
+            stand_ins = iter(("2000", "11") if year == 0 else ("11", "2000"))
+            asked = re.sub("[0-9]+", lambda _, stand_ins=stand_ins: next(stand_ins), text)
+            month = parse(asked).date_obj
+            day = month and _day(numbers[year], month.month, numbers[1 - year])
+            if day and (month.year, month.day) == (2000, 11):
+                read[written] = day + time
+        best = max(best, read, key=len)
+        if len(best) == len(dates):
+            break
+    return best
+
+
+def by_date(rows: Iterable[Sample]) -> list[Sample]:
+    """The rows in the order in which they arose.
+
+    Raises Failed if they have no date, or if it cannot be told what is its day and what its month.
+    """
+    rows = list(rows)
+    if any("BankEntryDate" not in row for row in rows):
+        no_date = "there is no column BankEntryDate to sort by: --map date=COLUMN names another"
+        raise Failed(f"{no_date}; {AS_IT_STANDS}")
+    dates = dict.fromkeys(row["BankEntryDate"] for row in rows)
+    when = {"": "", **read_dates([date for date in dates if date])}
+    if unread := [date for date in dates if date not in when]:
+        raise Failed(f"{unread[0]} is no date, as far as can be seen; {AS_IT_STANDS}")
+    return sorted(rows, key=lambda row: (when[row["BankEntryDate"]], row["CompanyId"]))
+
+
+# ------------------------------------------------------------------------------------------ Sources
+
+# What reading something else raises; RuntimeError is that of an encrypted zip.
+NOT_CSV = (csv.Error, UnicodeError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)
+EXPORT = "export it as CSV or Excel from the program that it is from"
+OTHERS = (  # what a file begins with that is none of those which are read, and its name
+    (rb"%PDF", "a PDF"),
+    (rb"\x1f\x8b|\x42\x5a\x68|\x37\x7a\xbc\xaf", "compressed, but no zip"),
+    (rb"\s*[{\[]", "JSON"),
+    (rb"\s*!(Type|Account|Option)\b", "QIF"),
+    (rb"(?s)\s*<\?xml.{,600}(camt[.]05|BkToCstmr)", "CAMT (ISO 20022)"),
+    (
+        rb"(?is)\s*<(html|!doctype|table|head|meta|\?xml.{,600}<html)",
+        "a web page, whatever its name",
+    ),
+    (rb"\s*<\?xml", "XML"),
+)
+BOMS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+# Those that banks and accounting programs write, so that a short file is not taken for others.
+ENCODINGS = "windows-1250 windows-1251 windows-1252 windows-1253 windows-1254 windows-1255 "
+ENCODINGS += "windows-1257 iso8859-2 iso8859-15 koi8-r cp437 cp850 cp852 cp865 cp866 macroman "
+ENCODINGS += "maccyrillic cp932 euc-jp gb18030 big5 cp949 utf-16-le utf-16-be"
+# What no text has, control characters and boxes; what speaks for an encoding; and what a word
+# seldom has, letters of two scripts or a symbol.
+NO_TEXT = re.compile("[\0-\x08\x0e-\x1f\x7f-\x9f\u2500-\u259f]")
+MONEY = re.compile(r"[0-9]\s?[€£]|[€£]\s?-?[0-9]")
+NO_WORD = re.compile(
+    r"[A-Za-z][\u0370-\u05ff]|[\u0370-\u05ff][A-Za-z]"
+    r"|[^\W\d_][«»¯£ˇ˘¨¸˙˝˛¬¦§¶±¥¢¤©®÷×]|[«»¯£ˇ˘¨¸˙˝˛¬¦§¶±¥¢¤©®÷×][^\W\d_]"
+)
+HEAD = 100  # records at the start in which the names of the columns are looked for
+
+
+class Record(NamedTuple):
+    """A row as it stands: the line that it begins in, its text, and its values."""
+
+    line: int
+    text: str
+    values: list[str]
+
+
+class Text:
+    """The records of a CSV file."""
+
+    def __init__(self, file: BinaryIO, encoding: str | None, wanted: Collection[str]) -> None:
+        """`wanted` are names of columns that it should have, as `plain` gives them."""
+        self.odd_bytes: list[int] = []  # the lines of bytes that are no UTF-8 in a file that is
+        errors = "strict"
+        if encoding is None:
+            encoding, self.odd_bytes = _encoding(file, wanted)
+            errors = "bookkeep.files" if self.odd_bytes else "strict"
+        file.seek(0)
+        try:
+            self._text = io.TextIOWrapper(file, newline="", encoding=encoding, errors=errors)
+        except LookupError:
+            raise Failed(f"{encoding} is no encoding that Python knows") from None
+        head = self._text.read(1 << 16)
+        self.separated_by = re.match(r'"?sep=(.)"?[\r\n]', head)
+        self.dialect = _dialect(head, wanted, self.separated_by and self.separated_by[1])
+        self.encoding = encoding.removesuffix("-sig")
+
+    def __str__(self) -> str:
+        mark = self.dialect["delimiter"]
+        plain = self.encoding == "utf-8" and mark == "," and not self.odd_bytes
+        said = f"{self.encoding.upper()}, separated by {'tabs' if mark == chr(9) else mark}"
+        said = said.replace(";", "semicolons")
+        if self.odd_bytes:
+            said += f" (what is no UTF-8 in line {self.odd_bytes[0]} is taken for Windows-1252)"
+        return "" if plain else said
+
+    def records(self, width: int = 0) -> Iterator[Record]:
+        """All of them, anew. A record over several lines must have `width` values, if that is set.
+
+        Where quotes are not closed, or stand within others, each line is a record of its own.
+        """
+        self._text.seek(0)
+        held: deque[str] = deque()  # lines to be read again
+        taken: list[str] = []
+
+        def take() -> str:
+            line = held.popleft() if held else self._text.readline()
+            taken.append(line)
+            return line
+
+        number = 1
+        reader = csv.reader(iter(take, ""), strict=True, **self.dialect)
+        while True:
+            taken.clear()
+            try:
+                values = next(reader)
+                whole = (
+                    len([line for line in taken if line]) == 1 or len(values) == width or not width
+                )
+            except csv.Error:
+                whole = False
+            except StopIteration:
+                return
+            if not whole:
+                held.extendleft(reversed([line for line in taken[1:] if line]))
+                del taken[1:]
+                reader = csv.reader(iter(take, ""), strict=True, **self.dialect)
+                values = self._alone(taken[0], width)
+            yield Record(number, "".join(taken), values)
+            number += len([line for line in taken if line])
+
+    def _alone(self, line: str, width: int) -> list[str]:
+        """The values of a line whose quotes are odd."""
+        lenient = next(csv.reader([line], **self.dialect))
+        if len(lenient) == width or not width:
+            return lenient
+        as_it_stands = self.dialect | {"quoting": csv.QUOTE_NONE}
+        return next(csv.reader([line.rstrip("\r\n")], **as_it_stands))
+
+    def behind(self, record: Record, width: int, more: Sequence[object], quoted: bool) -> str:
+        """The text of a record as it stands, filled up to `width` values, and more values."""
+        body = record.text.rstrip("\r\n")
+        mark, quote = self.dialect["delimiter"], self.dialect["quotechar"]
+        how = {"delimiter": mark, "quotechar": quote, "lineterminator": ""}
+        line = io.StringIO()
+        csv.writer(line, quoting=csv.QUOTE_ALL if quoted else csv.QUOTE_MINIMAL, **how).writerow(
+            ["", *more]  # so that an empty one alone is not quoted
+        )
+        new = line.getvalue().removeprefix(2 * quote)
+        end = record.text[len(body) :] or "\n"
+        return f"{body}{mark * (width - len(record.values))}{new}{end}"
+
+
+class Cells(Text):
+    """The rows of a file that is no text, as if they were a CSV file's."""
+
+    def __init__(self, what: str, rows: Iterable[Sequence[object]]) -> None:
+        self._what, self.odd_bytes, self.separated_by = what, [], None
+        self.dialect = {"delimiter": ",", "quotechar": '"'}
+        self._rows = []
+        for number, row in enumerate(rows, 1):
+            values = [_cell(value) for value in row]
+            line = io.StringIO()
+            csv.writer(line, lineterminator="\n").writerow(values)
+            self._rows.append(Record(number, line.getvalue(), values))
+
+    def __str__(self) -> str:
+        return self._what
+
+    def records(self, width: int = 0) -> Iterator[Record]:
+        """All of them."""
+        return iter(self._rows)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, datetime):
+        return value.isoformat("T", "minutes").removesuffix("T00:00")
+    if isinstance(value, float):
+        return f"{value:.10f}".rstrip("0").rstrip(".")
+    return "" if value is None else str(value)
+
+
+def _lenient(error: UnicodeDecodeError) -> tuple[str, int]:
+    """Bytes that are no UTF-8, as Windows-1252."""
+    return error.object[error.start : error.end].decode("cp1252", "replace"), error.end
+
+
+codecs.register_error("bookkeep.files", _lenient)
+
+
+def _encoding(file: BinaryIO, wanted: Collection[str] = ()) -> tuple[str, list[int]]:
+    """The encoding, and the lines that are no UTF-8 in a file that is UTF-8 but for a few."""
+    file.seek(0)
+    head = file.read(1 << 12)
+    for mark, name in BOMS.items():
+        if head.startswith(mark):
+            return name, []
+    good, odd, sample = 0, [], bytearray(head if b"\0" in head else b"")
+    file.seek(0)
+    for number, line in enumerate(file if not sample else (), 1):
+        if not line.isascii():
+            try:
+                line.decode("utf-8")
+                good += 1
+            except UnicodeDecodeError:
+                odd.append(number)
+                if len(sample) < 200_000:
+                    sample += line
+    if len(odd) <= good and not (sample and not odd):
+        return "utf-8", odd
+    chardet = library("chardet", "a file that is not UTF-8")
+    likely: dict[str, int] = {}  # by encoding, what speaks for it and against it
+    among = ENCODINGS.split()
+    for found in chardet.detect_all(bytes(sample), ignore_threshold=True, include_encodings=among):
+        with suppress(UnicodeError, TypeError):  # it may name none
+            text = bytes(sample).decode(found["encoding"])
+            if not NO_TEXT.search(text):
+                words = {*re.findall(r"[^\W\d_]+", text.casefold())}
+                known = words & {*wanted, *itertools.chain(*KNOWN.values())}
+                against = len(NO_WORD.findall(text))
+                likely[found["encoding"]] = len(known) + len(MONEY.findall(text)) - against
+    if not likely:
+        raise Failed("its encoding is not clear: name it, as in --encoding cp1252")
+    return codecs.lookup(max(likely, key=likely.__getitem__)).name, []
+
+
+def _dialect(head: str, wanted: Collection[str], mark: str | None) -> dict[str, Any]:
+    """Separator and quotes: with the most columns that are wanted, or else the most that agree."""
+
+    def found(dialect: dict[str, Any]) -> tuple:
+        rows = list(itertools.islice(csv.reader(io.StringIO(head, newline=""), **dialect), HEAD))
+        widths = Counter(len(row) for row in rows if len(row) > 1)
+        agree = max((n * (width - 1) for width, n in widths.items()), default=0)
+        names = max((len({*map(plain, row)} & known) for row in rows), default=0)
+        return names, dialect["quotechar"] == '"', agree
+
+    known = {*wanted, *itertools.chain(*KNOWN.values())}
+    marks = itertools.product(mark or ";\t,|", "\"'")
+    dialects = [
+        {"delimiter": mark, "quotechar": quote, "skipinitialspace": mark != "\t"}
+        for mark, quote in marks
+    ]
+    return max(dialects, key=found)
+
+
+def plain(name: str) -> str:
+    """A column's name as it is compared: without upper case, more spaces and line breaks."""
+    return " ".join(name.split()).casefold()
+
+
+def _sources(
+    path: Path, file: BinaryIO, opened: ExitStack, make: Callable[[BinaryIO], Text]
+) -> Iterator[tuple[str, Text]]:
+    """The tables in a file, with their names. Raises Failed if it is of no kind that is read."""
+    head = file.read(4096)
+    file.seek(0)
+    if head.startswith((b"PK", b"\xd0\xcf\x11\xe0")):
+        names = zipfile.ZipFile(file).namelist() if head.startswith(b"PK") else ["xl/"]
+        if any(name.startswith(("xl/", "[Content_Types]", "content.xml")) for name in names):
+            yield str(path), Cells("Excel", _spreadsheet(path, file))
+            return
+        archive = opened.enter_context(zipfile.ZipFile(file))
+        hidden = re.compile("(^|/)(__MACOSX/|[.])")
+        members = [name for name in sorted(names) if not hidden.search(name)]
+        members = [name for name in members if name.lower().endswith((".csv", ".txt", ".tsv"))]
+        if not members:
+            raise Failed(f"there is no CSV file in {path}")
+        for name in members:
+            label = f"{path}, {name}" if len(members) > 1 else str(path)
+            yield label, make(opened.enter_context(archive.open(name)))
+        return
+    for begin, what in OTHERS:
+        if re.match(begin, head.removeprefix(codecs.BOM_UTF8)):
+            raise Failed(f"{path} is {what}: {EXPORT}")
+    for kind, begin, read in (
+        ("MT940", rb"\s*(\{1:|:20:|:940:)", _mt940),
+        ("OFX", rb"(?s)\s*(OFXHEADER|<OFX>|<\?xml.{,600}<OFX|<\?OFX)", _ofx),
+    ):
+        if re.match(begin, head):
+            try:
+                rows = list(read(file))
+            except Failed:
+                raise
+            except Exception as error:  # of whatever a library meets in a file from elsewhere
+                reason = " ".join(str(error).split())[:200]
+                raise Failed(f"{path} is {kind} that cannot be read ({reason}): {EXPORT}") from None
+            yield str(path), Cells(kind, [("Date", "Text", "Amount"), *rows])
+            return
+    yield str(path), make(file)
+
+
+def _spreadsheet(path: Path, file: BinaryIO) -> list:
+    """The rows of the largest sheet."""
+    calamine = library("python_calamine", "an Excel file")
+    file.seek(0)
+    try:
+        book = calamine.CalamineWorkbook.from_filelike(file)
+        sheets = [book.get_sheet_by_name(name).to_python() for name in book.sheet_names]
+        return max(sheets, key=len)
+    except Exception as error:  # its errors have no common class but this
+        reason = f"{path} is an Excel file that cannot be read ({error})"
+        raise Failed(f"{reason}: save it as CSV") from None
+
+
+def _mt940(file: BinaryIO) -> Iterator[tuple]:
+    mt940 = library("mt940", "MT940")
+    data = file.read()
+    text = data.decode("utf-8" if not _encoding(io.BytesIO(data))[1] else "cp1252", "replace")
+    for entry in mt940.parse(text):
+        found = entry.data
+        words = ("applicant_name", "purpose", "additional_purpose")
+        said = " ".join(str(found[word]) for word in words if found.get(word))
+        said = said or found.get("transaction_details") or found.get("extra_details") or ""
+        yield found["date"], " ".join(said.split()), found["amount"].amount
+
+
+def _ofx(file: BinaryIO) -> Iterator[tuple]:
+    data = file.read()
+    text = data.decode(_encoding(io.BytesIO(data))[0], "bookkeep.files")
+    for entry in re.findall("(?is)<STMTTRN>(.*?)</STMTTRN>", text):
+        found = dict(re.findall(r"<([A-Za-z0-9.]+)>([^<\r\n]+)", entry))
+        words = html.unescape(f"{found.get('NAME', '')} {found.get('MEMO', '')}").strip()
+        yield found.get("DTPOSTED", "")[:8], words, found.get("TRNAMT", "")
+
+
+# ------------------------------------------------------------------------------------------- Tables
+
+
+class Table:
+    """Bookings in rows: these as they stand, and each as a sample.
+
+    How it writes amounts and dates is found in the rows themselves, which are read twice for that.
+    """
+
+    def __init__(
+        self,
+        source: Text,
+        name: str,
+        columns: Columns,
+        company: str | None = None,
+        booked: bool = True,
+        guess: bool = False,
+        ask: Ask | None = None,
+        otherwise: str | None = None,
+    ) -> None:
+        """As read_rows, of a source. Raises Failed if it cannot be used.
+
+        If it may `guess`, columns that nobody named are found by their names and values. It asks
+        about those that are not clear: ask(field, names, some rows) gives the name of a column.
+        """
+        self.source, self.name, self._booked, self.company = source, name, booked, company
+        self._otherwise = otherwise
+        self._needed = COLUMNS if booked else FEATURES
+        asked = {field: text for field, text in (columns or {}).items() if text}
+        if not booked:
+            asked.pop("account", None)  # so that the same names will do before and after
+        self._find_header(wanted_names(asked))
+        # By field, the numbers of its columns.
+        self._named = {field: self._numbers(field, text) for field, text in asked.items()}
+        self._add_defaults(guess, ask)
+        self.context = [self.names[number] for number in self._named.get("context", ())]
+        taken = {n for field, numbers in self._named.items() for n in numbers if field != "context"}
+        self._others = [
+            (number, name)
+            for number, name in enumerate(self.names)
+            if (number not in taken or name in self.context)
+            and not (name in NAMED and NAMED[name] in self._named)
+        ]
+        self.rows = self.usable = self._unread = 0
+        self._left: dict[str, list[int]] = {}  # why rows are left out: how many, the first's line
+        self._dates: dict[str, str] | None = None  # None if they stay as they are written
+        self._survey()
+
+    # -- columns
+
+    def _find_header(self, wanted: Collection[str]) -> None:
+        """Finds the record that names the columns. If there is none, they are called 1, 2, 3."""
+        head = list(itertools.islice(self.source.records(), HEAD))
+        found = [len({*map(plain, record.values)} & {*wanted}) for record in head]
+        if any(found):
+            self._header = head[found.index(max(found))]
+        else:
+            self._header = _likely_header(head)
+        if self._header:
+            names = [name.strip() for name in self._header.values]
+            while names and not names[-1]:
+                names.pop()
+            self.line = self._header.line
+        else:
+            widths = Counter(len(record.values) for record in head if any(record.values))
+            width = widths.most_common(1)[0][0] if widths else 0
+            names, self.line = [f"{number + 1}" for number in range(width)], 0
+        self._written_names = names
+        # The second of two columns of one name is called by its number, too.
+        self.names = [
+            f"{name} ({number})".strip() if name in names[: number - 1] else name
+            for number, name in enumerate(names, 1)
+        ]
+
+    def _number(self, name: str) -> int | None:
+        """The column of this name or number. Raises Failed if there are several."""
+        for names, wanted in (
+            (self._written_names, name),
+            ([*map(plain, self._written_names)], plain(name)),
+            (self.names, name),
+        ):
+            found = [number for number, each in enumerate(names) if each == wanted]
+            if len(found) == 1:
+                return found[0]
+            if found:
+                numbers = " and ".join(f"{number + 1}" for number in found)
+                what = f"has the column {name} more than once, as {numbers}"
+                raise Failed(f"{self.name} {what}: name it by its number; {self._has()}")
+        if name.isdecimal() and 0 < int(name) <= len(self.names):
+            return int(name) - 1
+        return None
+
+    def _numbers(self, field: str, text: str) -> list[int]:
+        """The columns that a text names, which are joined by a plus; names may have one, too."""
+        parts, found, missing = text.split("+"), [], []
+        while parts:
+            for size in range(len(parts), 0, -1):
+                number = self._number("+".join(parts[:size]).strip())
+                if number is not None:
+                    found.append(number)
+                    break
+            else:
+                missing.append(parts[0])
+            parts = parts[size:]
+        if missing:
+            raise Failed(
+                f"{self.name} is no CSV file with the column {', '.join(missing)}; {self._has()}; "
+                "say with --map which is which, by name or number"
+            )
+        if len(found) > 1 and field in ("amount", "date", "out", "in", "sign"):
+            how = ": out=COLUMN,in=COLUMN names money out and in" if field == "amount" else ""
+            raise Failed(f"{field}={text} names {len(found)} columns, but takes one{how}")
+        return found
+
+    def _has(self) -> str:
+        names = ", ".join(n if n.isprintable() else repr(n) for n in self._written_names)[:1000]
+        if self.line:
+            return f"it has {names}"
+        _, row = next(self._rows(), (0, []))
+        such = ", ".join(f"{number}={value}" for number, value in enumerate(row, 1))[:1000]
+        return f"it has no names of columns but numbers, as {such}" if such else "it is empty"
+
+    def _add_defaults(self, guess: bool, ask: Ask | None) -> None:
+        """Adds the columns that nobody named: by the keys' own names, or as they are guessed."""
+        for key, field in NAMED.items():
+            known = field in self._named or (key == TARGET and not self._booked)
+            if key in self._written_names and not known:
+                self._named[field] = [self._number(key)]
+        if "company" not in self._named and self.company is None:
+            self.company = self._otherwise
+        self._fixed = {} if self.company is None else {"CompanyId": self.company}
+        if self._fixed:
+            self._named.pop("company", None)
+        lacking = [NAMED[key] for key in self._needed if NAMED[key] not in self._named]
+        if self._fixed:
+            lacking.remove("company")
+        if {"out", "in"} & {*self._named} and "amount" in lacking:
+            lacking.remove("amount")
+        if guess and "company" not in lacking:
+            fields = [*lacking, *({"date", "sign"} - {*self._named})]
+            rows = [row for _, row in itertools.islice(self._rows(), 500)]
+            used = {*itertools.chain.from_iterable(self._named.values())}
+            found = guessed(self.names, rows, fields, used)
+            for field in fields:
+                if field in found:
+                    self._named[field] = found[field]
+            if "amount" in fields and {"out", "in"} & {*found}:
+                self._named |= {side: found[side] for side in ("out", "in") if side in found}
+                lacking.remove("amount")
+            lacking = [field for field in lacking if field not in self._named]
+            for field in [*lacking] if ask else ():
+                if name := ask(field, self.names, rows[:3]):
+                    self._named[field] = self._numbers(field, name)
+                    lacking.remove(field)
+        if lacking:
+            keys = ", ".join(FIELDS[field] for field in lacking)
+            example = ",".join(f"{field}=COLUMN" for field in lacking)
+            raise Failed(
+                f"{self.name} is no CSV file with the column {keys}; {self._has()}; say which is "
+                f"which, as --map {example}"
+                + (" or --company NAME for all of its rows" if "company" in lacking else "")
+            )
+
+    @property
+    def map(self) -> str:
+        """Which column is which, as --map takes it, but for those that have a key's own name."""
+        named = {
+            field: [self.names[number] or f"{number + 1}" for number in self._named[field]]
+            for field in FIELDS
+            if field in self._named
+        }
+        return ",".join(
+            f"{field}={'+'.join(names)}"
+            for field, names in named.items()
+            if names != [FIELDS[field]]
+        )
+
+    # -- rows
+
+    def _row(self, record: Record) -> list[str] | None:
+        """The values of a record without the spaces around them, if it is one of bookings.
+
+        None if it stands before them, is empty, or is the header once more.
+        """
+        if record.line <= self.line or (self._header and record.values == self._header.values):
+            return None
+        row = [value.strip() for value in record.values]
+        return row + [""] * (len(self.names) - len(row)) if any(row) else None
+
+    def _rows(self) -> Iterator[tuple[int, list[str]]]:
+        """The line and the values of each row, anew."""
+        for record in self.source.records(len(self.names)):
+            if row := self._row(record):
+                yield record.line, row
+
+    def samples(self) -> Iterator[Sample]:
+        """Each row that is a booking, as a sample."""
+        for _, row in self._rows():
+            with suppress(Odd):
+                yield self._sample(row)
+
+    def suggested(
+        self,
+        file: TextIO,
+        suggest: Callable[[list[Sample]], Iterable[Sequence]],
+        new: Sequence[str],
+    ) -> Iterator[int]:
+        """Writes all lines to a file, with more columns: the new names, and what is suggested.
+
+        `suggest` gives their values for each sample in a list. Gives how many rows are done.
+        """
+        names = [self.free_name(name) for name in new]
+        records = self.source.records(len(self.names))
+        done = 0
+        while chunk := list(itertools.islice(records, 1000)):
+            samples, found = [], []
+            for record in chunk:
+                sample = None
+                if row := self._row(record):
+                    with suppress(Odd):
+                        sample = self._sample(row)
+                        samples.append(sample)
+                found.append(sample)
+            answers = iter(list(suggest(samples)))
+            for record, sample in zip(chunk, found, strict=True):
+                more = next(answers) if sample else [""] * len(new)
+                if self._header and record.values == self._header.values:
+                    more = names
+                self._write(file, record, more)
+            file.flush()
+            done += len(chunk)
+            yield done
+
+    def free_name(self, name: str) -> str:
+        """This name for a new column, or one like it if it is taken."""
+        taken = {*map(plain, self.names)}
+        numbered = (f"{name} {number}" for number in itertools.count(2))
+        return next(n for n in itertools.chain([name], numbered) if plain(n) not in taken)
+
+    def _write(self, file: TextIO, record: Record, more: Sequence[object]) -> None:
+        """Writes a record as it stands, and more values if it is no line before the header."""
+        if record.line < self.line or not any(record.values):
+            file.write(record.text)
+            return
+        first = (self._header or record).text
+        quoted = first.startswith(self.source.dialect["quotechar"])
+        file.write(self.source.behind(record, self._width, more, quoted))
+
+    def _survey(self) -> None:
+        """Finds how amounts and dates are written, and counts the rows that are left out."""
+        amounts, sums = Amounts(), Counter()
+        dates: dict[str, None] = {}
+        accounts: dict[str, None] = {}
+        self._width = len(self._header.values) if self._header else len(self.names)
+        for line, row in self._rows():
+            self._width = max(self._width, len(row))
+            with suppress(Odd):
+                self._check(row)
+                for field in ("amount", "out", "in"):
+                    if (text := self._text(row, field)).strip("-–—"):
+                        amounts.add(text, line)
+                        signs = {reading[:1] == "-" for reading in readings(text).values()}
+                        sums.update((field, sign) for sign in signs)
+                dates.setdefault(self._text(row, "date"))
+                if self._booked and len(accounts) < 10_000:
+                    accounts.setdefault(self._text(row, "account"))
+        self._mark = amounts.mark(self.name)
+        self._negative_out = sums["out", True] > sums["out", False]
+        self._signed = sums["amount", True] and "sign" in self._named
+        dates.pop("", None)
+        with suppress(Failed):  # by_date says it, if it is needed
+            read = read_dates(dates)
+            if len(read) == len(dates) or (
+                few(len(dates) - len(read), len(dates)) and len(dates) >= 20
+            ):
+                self._dates = read
+        self._examples: dict[str, str] = {}  # of amounts and dates, as they are written and read
+        for line, row in self._rows():
+            self.rows += 1
+            try:
+                sample = self._sample(row)
+            except Odd as odd:
+                self._left.setdefault(str(odd), [0, line])[0] += 1
+            else:
+                self.usable += 1
+                self._unread += sample.get(BOOKED_BY) == "suggestion"
+                if len(self._examples) < 2:
+                    self._add_examples(row, sample)
+        bad = {why: n for why, (n, _) in self._left.items() if not why.startswith("has no ")}
+        if bad and not few(sum(bad.values()), self.rows):
+            why = next(iter(bad))
+            many = f"{sum(bad.values()):,} of {self.rows:,} rows are no bookings"
+            raise Failed(f"{self.name}: {many}: in line {self._left[why][1]}, it {why}")
+        self._warn_of_spellings(accounts)
+
+    def _add_examples(self, row: list[str], sample: Sample) -> None:
+        amount = sample["BankEntryAmount"]
+        side = "amount" if "amount" in self._named else "out" if amount[0] == "-" else "in"
+        for field, read in ((side, amount), ("date", sample.get("BankEntryDate", ""))):
+            written = self._text(row, field)
+            if written and read != written:
+                self._examples.setdefault(field, f'"{written}" is {read}')
+
+    def _warn_of_spellings(self, accounts: Iterable[str]) -> None:
+        first: dict[str, str] = {}
+        for account in accounts:
+            if first.setdefault(plain(account), account) != account:
+                both = f'"{first[plain(account)]}" and "{account}"'
+                logger.warning("%s: accounts %s are two, as they are written", self.name, both)
+                return
+
+    def _text(self, row: Sequence[str], field: str) -> str:
+        numbers = self._named.get(field, ())
+        if len(numbers) == 1:
+            return row[numbers[0]]
+        return " ".join(row[number] for number in numbers if row[number])
+
+    def _check(self, row: Sequence[str]) -> None:
+        """Raises Odd if a row is no booking, as something is missing or too much."""
+        if any(row[len(self.names) :]):
+            raise Odd(f"has {len(row)} values for {len(self.names)} columns")
+        for field in ("company", "text", "amount", "account", "date"):
+            if field in self._named and not self._text(row, field):
+                raise Odd(f"has no {field}")
+
+    def _sample(self, row: Sequence[str]) -> Sample:
+        """A row as a sample. Raises Odd if it is no booking."""
+        self._check(row)
+        sample = {name: row[number] for number, name in self._others}
+        for field, key in FIELDS.items():
+            if key and field in self._named:
+                sample[key] = self._text(row, field)
+        sample |= self._fixed
+        if "amount" in self._named:
+            sample["BankEntryAmount"] = self._amount(sample["BankEntryAmount"], row)
+        else:
+            sample["BankEntryAmount"] = self._out_and_in(row)
+        for key in self._needed:
+            if len(sample[key]) > LONGEST[key]:
+                raise Odd(f"has a {NAMED[key]} of more than {LONGEST[key]:,} characters")
+        if self._dates is not None and "date" in self._named:
+            if sample["BankEntryDate"] not in self._dates:
+                raise Odd(f"has the date {sample['BankEntryDate']}, which cannot be read")
+            sample["BankEntryDate"] = self._dates[sample["BankEntryDate"]]
+        if not sample.get(BOOKED_BY):
+            sample.pop(BOOKED_BY, None)
+        elif self._booked and sample[BOOKED_BY] not in WHO:
+            how = f"{BOOKED_BY} must be one of {', '.join(WHO)}, and not {sample[BOOKED_BY]}"
+            raise Failed(f"{self.name}: {how}; --map by=COLUMN names another column for it")
+        return sample
+
+    def _amount(self, amount: str, row: Sequence[str]) -> str:
+        """An amount as a plain decimal number if it is one, with the sign that its column says."""
+        read = readings(amount)
+        if read and self._mark not in read:
+            raise Odd(f"has the amount {amount}, written another way than the others")
+        number = read.get(self._mark, amount)
+        if "sign" in self._named and number:
+            sign = side_of(self._text(row, "sign"))
+            if sign is None or not read:
+                raise Odd(f'has the sign "{self._text(row, "sign")}" for {amount}')
+            number = sign + number.lstrip("-")
+        return number
+
+    def _out_and_in(self, row: Sequence[str]) -> str:
+        """The amount of two columns, negative if it is in that of money out."""
+        found = []
+        for field in ("out", "in"):
+            text = self._text(row, field)
+            if not text.strip("-–—"):
+                continue
+            read = readings(text)
+            if self._mark not in read:
+                raise Odd(f"has {text} as money {field}, which is no amount as the others are")
+            number = read[self._mark]
+            if not number.strip("-0."):
+                continue
+            if field == "out" and not self._negative_out:
+                number = f"-{number}".removeprefix("--")
+            found.append(number)
+        if len(found) > 1:
+            raise Odd(f"has money out and in at once, {found[0]} and {found[1]}")
+        if not found:
+            raise Odd("has no amount")
+        return found[0]
+
+    # -- words
+
+    def say(self, outcome: str = "left out") -> None:
+        """Says in one line how the file was read, unless it is as plain as can be."""
+        said = [str(self.source)]
+        if self.line == 0:
+            said.append("no names of columns")
+        elif self.line > 1:
+            said.append(f"the names of its columns in line {self.line}")
+        if self.map != f"context={'+'.join(self.context)}":
+            said.append(self.map)
+        said += self._examples.values()
+        if self._signed:
+            said.append("where amounts have a sign of their own, that of the column counts")
+        if self._unread and self._booked:
+            unread = f'{BOOKED_BY} is "suggestion" in {self._unread:,} of {self.rows:,} rows'
+            said.append(f'{unread}, which teach nothing until somebody writes "person"')
+        if left := sum(n for n, _ in self._left.values()):
+            why, (_, line) = min(self._left.items(), key=lambda item: item[1][1])
+            said.append(
+                f"{left:,} of {self.rows:,} rows {outcome}, the first in line {line}: it {why}"
+            )
+        if self.rows and not self.usable:
+            raise Failed(f"there are no bookings in {self.name}: in line {line}, it {why}")
+        if said := "; ".join(filter(None, said)):
+            logger.log(logging.WARNING if left else logging.INFO, "%s: %s", self.name, said)
+
+
+def wanted_names(columns: Mapping[str, str]) -> set[str]:
+    """The names that a header may have, as `plain` gives them."""
+    names = {*FIELDS.values(), *columns.values()} - {""}
+    parts = itertools.chain.from_iterable(text.split("+") for text in columns.values())
+    return {plain(name) for name in (*names, *parts) if not name.strip().isdecimal()}
+
+
+def _likely_header(head: Sequence[Record]) -> Record | None:
+    """The record that names the columns, if nobody says what their names are."""
+    filled = [record for record in head if any(map(str.strip, record.values))]
+    widths = Counter(len(record.values) for record in filled)
+    width = max(widths, key=lambda width: (widths[width] * (width - 1), width), default=0)
+    before = None
+    for record in filled:
+        texts = [value.strip() for value in record.values if value.strip()]
+        has_values = any(readings(text) or looks_like_date(text) for text in texts)
+        if has_values and len(record.values) == width:
+            return before
+        before = None if has_values or (len(texts) < 2 and width > 1) else record
+    return next((record for record in filled if len(record.values) == width), None)
+
+
+def looks_like_date(text: str) -> bool:
+    """Whether it may be a date, as far as that can be told from one."""
+    text = text.split("T")[0].strip()
+    if len(text) > 40 or not re.search("[0-9]", text):
+        return False
+    text = TIME.sub("", text)
+    return bool(_ways(text)) or (
+        len(re.findall("[0-9]+", text)) == 2
+        and bool(
+            re.fullmatch(r"[0-9]{0,4}[\W]*(?:[^\W\d]+[\W]*){1,3}[0-9]{0,4}[\W]*(?:[0-9]{4})?", text)
+        )
+    )
+
+
+# ---------------------------------------------------------------------------------------- Guesses
+
+WORDS = {  # in names of columns, the likelier first
+    "date": "buchungstag buchungsdatum bookingdate transactiondate posted date datum dato data"
+    " fecha buchung booking päivä dátum tarih дата 日付 取引日 日期 ημερομηνία valuta wertstellung"
+    " valutadatum",
+    "amount": "amount betrag beløb belopp importe montant bedrag importo valor kwota částka összeg"
+    " summa sum tutar sumă сумма 金額 金额 umsatz amt value ποσό måärä iznos znesek",
+    "out": "debit withdrawal withdrawals out débit soll cargo cargos addebiti dare uit ausgaben"
+    " belastung wn 出金 出金額 お支払金額 spent paid expense",
+    "in": "credit deposit deposits in crédit haben abono abonos accrediti avere bij einnahmen"
+    " gutschrift ma 入金 入金額 お預り金額 received income",
+    "text": "description details narration narrative payee merchant supplier purpose memo text"
+    " tekst verwendungszweck empfänger auftraggeber beguenstigter zahlungsbeteiligter zweck"
+    " buchungstext name libellé libelle concepto descripción descrizione causale omschrijving naam"
+    " opis popis beskrivning beskrivelse leírás açıklama описание 摘要 内容 描述 descrição"
+    " histórico particulars counterparty reference vendor περιγραφή selite viesti",
+    "account": "accountnumber category account ledger kategorie konto catégorie categoría"
+    " categoria kategoria sachkonto gegenkonto compte cuenta conto rekening tili účet számla gl"
+    " nominal 科目 勘定科目 счет счёт категория luokka grootboek kategori expensetype",
+}
+KNOWN = {field: words.split() for field, words in WORDS.items()}
+NO_WORDS = {"iban", "bic", "id", "nr", "no", "number", "currency", "währung"}
+NO_WORDS |= {"type", "balance", "saldo"}
+
+
+def guessed(
+    names: Sequence[str], rows: Sequence[Sequence[str]], fields: Collection[str], used: set[int]
+) -> dict[str, list[int]]:
+    """The columns that are likely to be the fields, by names and by what stands in some rows."""
+    values = [[row[n] for row in rows if row[n]] for n in range(len(names))]
+    free = [n for n in range(len(names)) if n not in used and values[n]]
+
+    def share(n: int, test: Callable[[str], object]) -> float:
+        return sum(bool(test(value)) for value in values[n]) / len(values[n])
+
+    def best(field: str, among: Iterable[int]) -> list[int]:
+        """The columns whose names say the field, the likeliest first."""
+        ranks = {n: _rank(names[n], KNOWN[field]) for n in among}
+        return sorted((n for n in ranks if ranks[n] is not None), key=lambda n: (ranks[n], n))
+
+    found: dict[str, list[int]] = {}
+    day = {n: share(n, looks_like_date) for n in free}
+    days = [n for n in best("date", free) if day[n] >= 0.5]
+    days += [n for n in free if day[n] > 0.8]
+    number = {n: share(n, is_amount) for n in free if n not in days}
+    numbers = {n for n in number if number[n] > 0.8}
+    if "date" in fields and days:
+        found["date"] = days[:1]
+    if "amount" in fields:
+        empty = {n for n in range(len(names)) if not values[n]}
+        sides = {side: best(side, numbers | empty)[:1] for side in ("out", "in")}
+        sides = {side: columns for side, columns in sides.items() if columns}
+        named = [n for n in best("amount", numbers) if [n] not in sides.values()]
+        decimals = [n for n in numbers if share(n, re.compile(".*[.,][0-9]{2}").match) > 0.5]
+        decimals = [n for n in decimals if _rank(names[n], ["balance", "saldo", "残高"]) is None]
+        if named or (not sides and len(decimals) == 1):
+            found["amount"] = named[:1] or decimals
+        elif len(sides) == 1 or sides.get("out") != sides.get("in"):
+            found |= sides
+    taken = {n for columns in found.values() for n in columns} | {*days}
+    if "sign" in fields:
+        signs = [
+            n
+            for n in free
+            if n not in taken and share(n, lambda value: side_of(value) is not None) == 1
+        ]
+        if signs and len({side_of(value) for value in values[signs[0]]}) > 1:
+            found["sign"] = signs[:1]
+            taken.add(signs[0])
+    words = [n for n in free if n not in taken | numbers]
+    # An account recurs; a text is what is seldom the same.
+    kinds = {n: len({*values[n]}) for n in free}
+    recurs = [n for n in free if n not in taken and 1 < kinds[n] <= len(values[n]) // 2]
+    if "account" in fields:
+        named = best(
+            "account", [n for n in free if n not in taken and (kinds[n] > 1 or len(rows) < 9)]
+        )
+        others = [n for n in recurs if n in words and _rank(names[n], KNOWN["text"]) is None]
+        if named or len(others) == 1:
+            found["account"] = named[:1] or others
+            words = [n for n in words if n not in found["account"]]
+    if "text" in fields:
+        named = best("text", words)
+        longest = sorted(words, key=lambda n: -sum(map(len, values[n])) / len(values[n]))
+        if named or longest:
+            found["text"] = sorted(named[:2]) or longest[:1]
+    return found
+
+
+def is_amount(text: str) -> bool:
+    """Whether it is a number, a range of amounts, or a stroke for none."""
+    return bool(readings(text) or re.fullmatch("[<>] ?-?10*|big .*|[-–—]", text))
+
+
+def _rank(name: str, known: Sequence[str]) -> int | None:
+    """How likely a name says one of these words: 0 is the likeliest, None is not at all."""
+    whole = re.sub(r"[\W_]", "", plain(name))
+    parts = re.findall(r"[^\W\d_]+", re.sub("(?<=[a-z])(?=[A-Z])", " ", name))
+    parts = {part.casefold() for part in parts}
+    if whole in known:
+        return known.index(whole)
+    for rank, word in enumerate(known, 100):
+        if word in parts:
+            return rank + (100 if parts & NO_WORDS else 0)
+    return None
+
+
+# ---------------------------------------------------------------------------------------- Reading
+
+
+class Book:
+    """The tables of a file, which is open: see open_file."""
+
+    def __init__(self, tables: Sequence[Table], digest: str) -> None:
+        self.tables, self.digest = tables, digest
+        self.rows = sum(table.rows for table in tables)
+        self.usable = sum(table.usable for table in tables)
+        self.map, self.context = tables[0].map, tables[0].context
+        self.company = tables[0].company
+
+    def samples(self) -> Iterator[Sample]:
+        """The bookings, in the order of the file."""
+        return itertools.chain.from_iterable(table.samples() for table in self.tables)
+
+
+@contextmanager
+def open_file(
+    path: Path,
+    columns: Columns = None,
+    company: str | None = None,
+    booked: bool = True,
+    encoding: str | None = None,
+    guess: bool = False,
+    ask: Ask | None = None,
+    otherwise: str | None = None,
+) -> Iterator[Book]:
+    """The file, to be read more than once. `otherwise` is the company if no column has it.
+
+    The other arguments are those of read_rows and Table. Raises Failed, also for what goes wrong
+    while it is read.
+    """
+    wanted = wanted_names(columns or {})
+    with ExitStack() as opened:
+        try:
+            file = opened.enter_context(open(path, "rb"))
+        except OSError as error:
+            raise Failed(f"cannot read {path}: {error.strerror}") from None
+        try:
+            if not file.seekable():  # a pipe can be read but once
+                copy = opened.enter_context(tempfile.TemporaryFile())
+                shutil.copyfileobj(file, copy)
+                file = copy
+                file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0)
+            tables: list[Table] = []
+            make = partial(Text, encoding=encoding, wanted=wanted)
+            for name, source in _sources(path, file, opened, make):
+                if tables:  # the same columns as in the first
+                    columns, guess = _as_in(tables[0]), False
+                tables.append(Table(source, name, columns, company, booked, guess, ask, otherwise))
+            yield Book(tables, digest)
+        except (OSError, *NOT_CSV) as error:
+            if getattr(error, "errno", None):  # bzip2 says OSError of damage, with no number
+                raise
+            raise Failed(f"{path} is no CSV file: {error}") from None
+        except Failed as error:
+            if str(error).startswith("its "):
+                raise Failed(f"{path}: {error}") from None
+            raise
+
+
+def _as_in(table: Table) -> dict[str, str]:
+    named = (part.partition("=") for part in re.split(",(?=[a-z]+=)", table.map))
+    return {field: names for field, _, names in named if names}
+
+
+def read_rows(
+    path: Path,
+    columns: Columns = None,
+    company: str | None = None,
+    booked: bool = True,
+    encoding: str | None = None,
+) -> Iterator[Sample]:
+    """The bookings in a file, one by one.
+
+    `columns` says which column is which, as {"text": "Payee+Purpose", "amount": "Amount"}, by the
+    keys of FIELDS, and by names or numbers; others keep their names, and so do those that are its
+    "context". The company may be the same for all rows. Unless they are `booked`, they need no
+    account. Amounts become plain decimal numbers and dates as 2016-02-29, if they are clear. Rows
+    that are no bookings, as something is empty, are left out, with a warning. Raises Failed if it
+    is no such file.
+    """
+    with open_file(path, columns, company, booked, encoding) as book:
+        for table in book.tables:
+            table.say()
+            yield from table.samples()
