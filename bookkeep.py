@@ -381,6 +381,8 @@ GRAIN = 1024  # weights are multiples of 1 / GRAIN, so sums of them are exact in
 RARE = 200  # sums that a token has at most if the accounts that it has met are candidates
 UNITS = (1 << 40) - 1  # of an entry
 SIZE = (1 << 24) - 1  # of a row
+WIDE = 1 << 62  # in the value of a wide row
+PAGE = 8  # accounts
 
 Arrays = dict[str, np.ndarray]
 
@@ -411,7 +413,7 @@ class Table:
         there = self.keys.take(slots)
         far = ((there != keys) & (there != 0)).nonzero()[0]
         step = 0
-        while len(far) > 64:
+        while len(far) > 8:
             step += 1
             slots[far] = at = slots[far] + step & last
             there = self.keys.take(at)
@@ -443,9 +445,8 @@ class Table:
         gives is entered to put that in the place of this one.
         """
         slots = self.find(keys)
-        homeless = (self.keys[slots] != keys).nonzero()[0]
-        new = np.sort(keys[homeless])
-        new = new[_run_starts(new)]
+        homeless = (self.keys.take(slots) != keys).nonzero()[0]
+        new, which = np.unique(keys[homeless], return_inverse=True)
         if (self.taken + len(new)) * 8 > len(self.keys) * 5:
             live = self.values.reshape(len(self.keys), -1).any(axis=1).nonzero()[0]
             room = (len(live) * 9 // 8 + len(new)) * 8 // 5 + 1
@@ -456,11 +457,12 @@ class Table:
                 self.keys, self.values, self.taken = larger.keys, larger.values, larger.taken
             return slots
         self.taken += len(new)
-        while len(new):
-            wanted = self.find(new)
-            self.keys[wanted] = new  # of those that want a slot, one gets it
-            new = new[self.keys[wanted] != new]
-        slots[homeless] = self.find(keys[homeless])
+        own = self.find(new)
+        self.keys[own] = new
+        while len(lost := (self.keys[own] != new).nonzero()[0]):  # to others that want their slots
+            own[lost] = self.find(new[lost])
+            self.keys[own[lost]] = new[lost]
+        slots[homeless] = own[which]
         return slots
 
 
@@ -472,18 +474,21 @@ class Counts:
     a span of entries in one long array, with room for a few more, and moves to the end when it
     outgrows that. An entry is one number: the column (2 * account for N, the next one for M) in the
     upper 23 bits, the sum in the lower 40. A wide row has met so many accounts that it is only
-    asked about some: its sums are in a hash table, beside their evidence, which `evidence_of`
-    gives, so that it costs no more the more accounts there are.
+    asked about some, so that it costs no more the more accounts there are: its sums are on pages
+    of PAGE accounts each, beside their evidence, and accounts that it has not met mostly have none.
     """
 
     def __init__(self, evidence_of: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]):
         """It gives the evidence, as whole numbers, of sums by their kind, column and units."""
         self._evidence_of = evidence_of
-        self.rows = Table()  # of a token: where its span starts, 0 for a wide row; how many sums
+        # Of a token: where its span starts, or which wide row it is; how many sums it has.
+        self.rows = Table()
         self.entries = np.zeros(1, dtype=np.int64)  # the first is in no span
         self.end = 1  # of the last span
-        self.cells = Table(3)  # of a wide row's account: N, M, their evidence
-        self.columns = 0  # that there are
+        self.pages = np.zeros((1, PAGE, 3), dtype=np.int64)  # N, M, their evidence; the first is 0
+        self.last_page = 0
+        self.page_of = np.zeros((0, 1), dtype=np.int32)  # (wide rows, A / PAGE and room)
+        self.spare: list[int] = []  # wide rows that are none now
         self.occupied = np.zeros(len(KINDS), dtype=np.int64)  # known tokens of each kind
 
     def sizes(self, rows: np.ndarray) -> np.ndarray:
@@ -492,60 +497,67 @@ class Counts:
 
     def is_wide(self, rows: np.ndarray) -> np.ndarray:
         """(m,) is it a wide row?"""
-        values = self.rows.values.take(rows)
-        return (values > 0) & (values <= SIZE)
+        return self.rows.values.take(rows) >= WIDE
 
     def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All e sums of the narrow ones of these rows: (e,) index of the row, column, units."""
         values = self.rows.values.take(rows)
-        owner, at = _ranges(values >> 24, np.where(values > SIZE, values & SIZE, 0))
+        owner, at = _ranges(values >> 24, np.where(values < WIDE, values & SIZE, 0))
         entries = self.entries.take(at)
         return owner, entries >> 40, entries & UNITS
 
-    def asked(self, tokens: np.ndarray, accounts: np.ndarray) -> np.ndarray:
-        """The evidence of tokens with wide rows for accounts."""
-        cells = _cells(tokens, accounts)
-        return self.cells.values[self.cells.find(cells.ravel()), 2].reshape(cells.shape)
+    def asked(self, rows: np.ndarray, accounts: np.ndarray) -> np.ndarray:
+        """The evidence of wide rows for accounts."""
+        return self.pages[*self._place(rows, accounts), 2]
+
+    def _place(self, rows: np.ndarray, accounts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The page of each wide row's account, and where it is on it."""
+        page, at = np.divmod(accounts, PAGE)
+        return self.page_of[self.rows.values.take(rows) - WIDE >> 24, page], at
 
     def add(self, rows: np.ndarray, columns: np.ndarray, units: np.ndarray) -> None:
         """Adds so many units to the sum in each row and column."""
-        self.columns = max(self.columns, int(columns.max()) + 1)
-        touched = np.sort(rows)
-        touched = touched[_run_starts(touched)]
-        known = self.rows.values[touched] > 0
+        wide_rows, pages = self.page_of.shape
+        if int(columns.max()) >= 2 * PAGE * pages:
+            self.page_of = _grown(self.page_of, wide_rows, int(columns.max()) // PAGE + 1)
+        cells = rows << 24 | columns
+        order = cells.argsort()
+        cells = cells.take(order)
+        first = _run_starts(cells)
+        cells, units = cells.take(first), np.add.reduceat(units.take(order), first)
+        rows = cells >> 24
+        touched = rows.take(_run_starts(rows))
+        known = self.rows.values.take(touched) > 0
         wide = self.is_wide(rows)
         for add, those in ((self._add_wide, wide), (self._add_narrow, ~wide)):
-            chosen = those.nonzero()[0]
-            if len(chosen):
-                add(rows[chosen], columns[chosen], units[chosen])
-        changed = (self.rows.values[touched] > 0).astype(np.int64) - known
-        np.add.at(self.occupied, self.rows.keys[touched] >> KIND_SHIFT, changed)
+            if those.any():
+                add(cells[those], units[those])
+        changed = (self.rows.values.take(touched) > 0).astype(np.int64) - known
+        np.add.at(self.occupied, self.rows.keys.take(touched) >> KIND_SHIFT, changed)
 
-    def _add_narrow(self, rows: np.ndarray, columns: np.ndarray, units: np.ndarray) -> None:
-        touched = np.sort(rows)
-        touched = touched[_run_starts(touched)]
+    def _add_narrow(self, cells: np.ndarray, units: np.ndarray) -> None:
+        rows = cells >> 24
+        touched = rows.take(_run_starts(rows))
         owner, old_columns, old_units = self.take(touched)
-        cells = np.concatenate([touched[owner] << 24 | old_columns, rows << 24 | columns])
-        order = cells.argsort()
-        cells = cells[order]
+        cells = np.concatenate([touched.take(owner) << 24 | old_columns, cells])
+        order = cells.argsort(kind="stable")  # both are sorted: they are only merged
+        cells = cells.take(order)
         first = _run_starts(cells)
-        units = np.add.reduceat(np.concatenate([old_units, units])[order], first)
+        units = np.add.reduceat(np.concatenate([old_units, units]).take(order), first)
         kept = units.nonzero()[0]
-        cells, units = cells[first[kept]], units[kept]
-        self._fill(touched, touched.searchsorted(cells >> 24), cells & 0xFFFFFF, units)
+        self._fill(touched, cells.take(first.take(kept)), units.take(kept))
 
-    def _fill(
-        self, rows: np.ndarray, owner: np.ndarray, columns: np.ndarray, units: np.ndarray
-    ) -> None:
+    def _fill(self, rows: np.ndarray, cells: np.ndarray, units: np.ndarray) -> None:
         """Puts these sums, in order, into rows, in the place of theirs."""
+        owner = rows.searchsorted(cells >> 24)
         sizes = np.bincount(owner, minlength=len(rows))
-        many = (sizes > RARE) & (self.rows.keys[rows] > HASH)
+        many = (sizes > RARE) & (self.rows.keys.take(rows) > HASH)
         if many.any():
-            self.rows.values[rows[many]] = 0
+            self._widen(rows[many])
             wide = many[owner]
-            self._add_wide(rows[owner[wide]], columns[wide], units[wide])
-            rows, owner = rows[~many], ((~many).cumsum() - 1)[owner[~wide]]
-            sizes, columns, units = sizes[~many], columns[~wide], units[~wide]
+            self._add_wide(cells[wide], units[wide])
+            self._fill(rows[~many], cells[~wide], units[~wide])
+            return
         moved = (sizes > _room(self.sizes(rows))).nonzero()[0]
         room = _room(sizes[moved])
         self._make_room(int(room.sum()))
@@ -553,16 +565,16 @@ class Counts:
         starts[moved] = self.end + room.cumsum() - room
         self.end += int(room.sum())
         self.rows.values[rows] = np.where(sizes > 0, starts << 24 | sizes, 0)
-        self.entries[_ranges(starts, sizes)[1]] = columns << 40 | units
+        self.entries[_ranges(starts, sizes)[1]] = (cells & 0xFFFFFF) << 40 | units
 
     def _make_room(self, more: int) -> None:
         """If so many more entries don't fit, makes more room, or moves all spans together."""
         if self.end + more <= len(self.entries):
             return
-        rows = (self.rows.values > SIZE).nonzero()[0]
+        rows = ((self.rows.values > 0) & (self.rows.values < WIDE)).nonzero()[0]
         sizes = self.sizes(rows)
         room = _room(sizes)
-        if int(room.sum()) + more > self.end / 2:
+        if int(room.sum()) + more > self.end * 3 / 4:
             self.entries = _grown(self.entries, self.end + max(more, self.end // 2))
             return
         starts = 1 + room.cumsum() - room
@@ -571,26 +583,45 @@ class Counts:
         self.end = 1 + int(room.sum())
         self.rows.values[rows] = starts << 24 | sizes
 
-    def _add_wide(self, rows: np.ndarray, columns: np.ndarray, units: np.ndarray) -> None:
-        slots = self.cells.insert(_cells(self.rows.keys[rows], columns >> 1))
-        cells, first = np.unique(slots, return_index=True)
-        had = np.count_nonzero(self.cells.values[cells, :2], axis=1)
-        np.add.at(self.cells.values, (slots, columns & 1), units)
-        sums, rows = self.cells.values[cells, :2], rows[first]
-        kinds = self.rows.keys[rows, np.newaxis] >> KIND_SHIFT
-        self.cells.values[cells, 2] = self._evidence_of(kinds, np.arange(2), sums).sum(axis=1)
-        more = np.count_nonzero(sums, axis=1) - had
+    def _widen(self, rows: np.ndarray) -> None:
+        """Makes these rows wide ones, without any sum."""
+        wide_rows, pages = self.page_of.shape
+        if len(rows) > len(self.spare):
+            self.spare += range(wide_rows, 2 * wide_rows + len(rows))
+            self.page_of = _grown(self.page_of, 2 * wide_rows + len(rows), pages)
+        self.rows.values[rows] = [WIDE | self.spare.pop() << 24 for _ in rows]
+
+    def _add_wide(self, cells: np.ndarray, units: np.ndarray) -> None:
+        rows, accounts, side = cells >> 24, (cells & 0xFFFFFF) >> 1, cells & 1
+        wide = self.rows.values.take(rows) - WIDE >> 24
+        lacking = (self._place(rows, accounts)[0] == 0).nonzero()[0]
+        if len(lacking):
+            new = wide[lacking] << 32 | accounts[lacking] // PAGE
+            new = new[_run_starts(new)]
+            self.page_of[new >> 32, new & 0xFFFFFFFF] = self.last_page + 1 + np.arange(len(new))
+            self.last_page += len(new)
+            if self.last_page >= len(self.pages):
+                self.pages = _grown(self.pages, self.last_page * 3 // 2 + 1, PAGE, 3)
+        page, at = self._place(rows, accounts)
+        had = self.pages[page, at, side]
+        self.pages[page, at, side] += units
+        sums, kinds = self.pages[page, at, :2], self.rows.keys.take(rows) >> KIND_SHIFT
+        said = self._evidence_of(kinds[:, np.newaxis], np.arange(2), sums)
+        self.pages[page, at, 2] = said.sum(axis=1)
+        more = (had + units > 0).astype(np.int64) - (had > 0)
         np.add.at(self.rows.values, rows, more)
         for row in sorted({*rows[more < 0].tolist()}):
             if self.sizes(row) <= RARE:
                 self._make_narrow(row)
 
     def _make_narrow(self, row: int) -> None:
-        cells = self.cells.find(_cells(self.rows.keys[row], np.arange(self.columns // 2 + 1)))
-        units = self.cells.values[cells, :2].ravel()
-        self.cells.values[cells] = self.rows.values[row] = 0
+        wide = int(self.rows.values[row]) - WIDE >> 24
+        pages = self.page_of[wide]
+        units = self.pages[pages, :, :2].ravel()
+        self.pages[pages] = self.rows.values[row] = 0
+        self.spare.append(wide)  # and its pages with it
         columns = units.nonzero()[0]
-        self._fill(np.array([row]), np.zeros_like(columns), columns, units[columns])
+        self._fill(np.array([row]), row << 24 | columns, units[columns])
 
     def state(self) -> Arrays:
         """All sums; arrays that are its own."""
@@ -598,23 +629,19 @@ class Counts:
             "tokens": self.rows.keys,
             "spans": self.rows.values,
             "entries": self.entries[: self.end],
-            "cells": self.cells.keys,
-            "cell_sums": self.cells.values,
-            "columns": np.array(self.columns),
+            "pages": self.pages[: self.last_page + 1],
+            "page_of": self.page_of,
+            "spare": np.array(self.spare, dtype=np.int64),
             "occupied": self.occupied,
         }
 
     def restore(self, state: Arrays) -> None:
         """Takes over all sums of another."""
         self.rows = Table.of(state["tokens"], state["spans"])
-        self.cells = Table.of(state["cells"], state["cell_sums"])
-        self.entries, self.occupied = state["entries"], state["occupied"]
-        self.end, self.columns = len(self.entries), int(state["columns"])
-
-
-def _cells(tokens: np.ndarray, accounts: np.ndarray) -> np.ndarray:
-    """Keys of tokens with accounts."""
-    return (tokens ^ accounts * -0x61C8864680B583EB) & (1 << 63) - 1
+        self.entries, self.end = state["entries"], len(state["entries"])
+        self.pages, self.last_page = state["pages"], len(state["pages"]) - 1
+        self.page_of = state["page_of"]
+        self.spare, self.occupied = state["spare"].tolist(), state["occupied"]
 
 
 def _packed(content: object) -> np.ndarray:
@@ -649,22 +676,28 @@ def _run_starts(values: np.ndarray) -> np.ndarray:
     return starts.nonzero()[0]
 
 
-def _summed(
-    keys: np.ndarray, values: np.ndarray, end: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The distinct keys, below `end` and 2 ** 39, the sum of the values of each, and of how many.
+def _summed(keys: np.ndarray, values: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct keys, below `end` and 2 ** 39, and the sum of the values of each.
 
-    [7, 3, 7], [1, 2, 4] -> [3, 7], [2, 5], [1, 2]
+    [7, 3, 7], [1, 2, 4] -> [3, 7], [2, 5]
     """
     if end <= 16 * len(keys):
-        times = np.bincount(keys, minlength=end)
-        found = times.nonzero()[0]
-        return found, np.bincount(keys, values).take(found), times.take(found)
+        there = np.zeros(end, dtype=bool)
+        there[keys] = True
+        found = there.nonzero()[0]
+        return found, np.bincount(keys, values).take(found)
     keys = np.sort(keys << 24 | np.arange(len(keys)))  # faster than argsort
     order, keys = keys & 0xFFFFFF, keys >> 24
     first = _run_starts(keys)
-    times = np.append(first[1:], len(keys)) - first
-    return keys.take(first), np.add.reduceat(values.take(order), first), times
+    return keys.take(first), np.add.reduceat(values.take(order), first)
+
+
+def _inserted(
+    keys: np.ndarray, values: np.ndarray, more: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted keys with some more of them, whose values are 0."""
+    at = keys.searchsorted(more)
+    return np.insert(keys, at, more), np.insert(values, at, 0)
 
 
 def _ranges(starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -688,7 +721,6 @@ FLOOR = 1 / 64  # what it counts at the least, even if it surprises nobody
 RIVALS = 2  # that it counts against at most
 NEAR = 1 / 32  # the probability from which on an account is a rival
 ROUND = 64  # documents of a batch that are weighed, and learned, at once
-AT_WORK = 1 << 15  # sums that are at work at once, unless one document has more
 EVIDENCE = 2.0**-36  # evidence and logs are multiples of it, so sums of them are exact, too
 
 
@@ -712,24 +744,10 @@ class Lesson(NamedTuple):
 class LookedUp(NamedTuple):
     """n documents whose m tokens have been looked up, for as long as no row moves."""
 
-    lengths: np.ndarray  # (n,) tokens of each document
+    start: np.ndarray  # (n,) the first token of each document
+    document: np.ndarray  # (m,) in which document each token is
     kind: np.ndarray  # (m,) of each token
     row: np.ndarray  # (m,) of each token in the counts
-
-    @property
-    def document(self) -> np.ndarray:
-        """(m,) in which document each token is."""
-        return np.arange(len(self.lengths)).repeat(self.lengths)
-
-    @property
-    def start(self) -> np.ndarray:
-        """(n,) the first token of each document."""
-        return self.lengths.cumsum() - self.lengths
-
-    def part(self, documents: slice) -> "LookedUp":
-        """Some of the documents."""
-        _, at = _ranges(self.start[documents], self.lengths[documents])
-        return LookedUp(self.lengths[documents], self.kind[at], self.row[at])
 
 
 Documents = Sequence[Sequence[int]] | LookedUp
@@ -747,6 +765,7 @@ class Scores(NamedTuple):
     start: np.ndarray  # (n,) the first pair of each document
     label: np.ndarray  # (l,) the pairs of the known labels
     alien: np.ndarray  # (l,) is it no candidate?
+    found: LookedUp
 
 
 class NaiveBayes:
@@ -810,97 +829,83 @@ class NaiveBayes:
 
     def joint_log_likelihood(self, documents: Documents, labels: Sequence[str] = ()) -> Scores:
         """The scores of all candidates. There must be a model, that is an account."""
-        found = self._look_up(documents)
-        n, document = len(found.lengths), found.document
+        found, accounts = self._look_up(documents), len(self.names)
+        counts, n = self.token_counts, len(found.start)
 
         # What narrow rows say: their accounts are the candidates.
-        token, column, units = self.token_counts.take(found.row)
+        token, column, units = counts.take(found.row)
         evidence = self._evidence(found.kind.take(token), column & 1, units)
-        account = column >> 1
-        if self.n_classes < len(self.names):  # an account wholly unlearned is no candidate
-            alive = (self.class_counts[account] > 0).nonzero()[0]
-            token, account, evidence = token[alive], account[alive], evidence[alive]
-        owner = document.take(token)
-        lonely = np.ones(n, dtype=bool)
-        lonely[owner] = False
-        labelled, numbers = self._known(labels)
-        label = labelled * len(self.names) + numbers
-        pairs = owner * len(self.names) + account
-        everyone = lonely.nonzero()[0][:, np.newaxis] * len(self.names)
-        everyone = everyone + self.class_counts.nonzero()[0]
-        pairs = np.concatenate([pairs, everyone.ravel(), label])
-        evidence = _grown(evidence, len(pairs))
-        pairs, score, times = _summed(pairs, evidence, n * len(self.names))
-        document_of = pairs // len(self.names)
-        account = pairs - document_of * len(self.names)
-        start = _run_starts(document_of)
+        column >>= 1
+        if self.n_classes < accounts:  # an account wholly unlearned is no candidate
+            alive = (self.class_counts[column] > 0).nonzero()[0]
+            token, column, evidence = token[alive], column[alive], evidence[alive]
+        pairs = (found.document * accounts).take(token) + column
+        pairs, score = _summed(pairs, evidence, n * accounts)
+        lonely = np.bincount(pairs // accounts, minlength=n) == 0
+        if lonely.any():
+            everyone = np.add.outer(lonely.nonzero()[0] * accounts, self.class_counts.nonzero()[0])
+            pairs, score = _inserted(pairs, score, everyone.ravel())
+        label = self._known(labels) if len(labels) else pairs[:0]
+        alien = pairs.take(pairs.searchsorted(label), mode="clip") != label
+        if alien.any():
+            pairs, score = _inserted(pairs, score, label[alien])
+        document, account = np.divmod(pairs, accounts)
+        start = _run_starts(document)
 
         # The prior and the normalisers.
-        known = (self.token_counts.rows.values.take(found.row) > 0).nonzero()[0]
+        values = counts.rows.values.take(found.row)
+        known = values.nonzero()[0]
         columns = self.sums.shape[1]
-        cell = document[known] * columns + found.kind[known] + 1
+        cell = (found.document * columns + found.kind + 1).take(known)
         lengths = np.bincount(cell, minlength=n * columns).reshape(n, columns).astype(np.float64)
         lengths[:, 0] = 1
         score += self._prior(lengths, pairs)
 
         # What wide rows say of the candidates.
-        wide = self.token_counts.is_wide(found.row).nonzero()[0]
+        wide = (values >= WIDE).nonzero()[0]
         if len(wide):
-            of = document[wide]
-            token, at = _ranges(start[of], np.append(start[1:], len(pairs))[of] - start[of])
-            token = self.token_counts.rows.keys.take(found.row[wide].take(token))
-            said = self.token_counts.asked(token, account.take(at))
+            of = found.document.take(wide)
+            token, at = _ranges(start.take(of), np.bincount(document).take(of))
+            said = counts.asked(found.row.take(wide).take(token), account.take(at))
             score += np.bincount(at, said, minlength=len(score))
+        score *= EVIDENCE
+        return Scores(document, account, score, start, pairs.searchsorted(label), alien, found)
 
-        label = pairs.searchsorted(label)
-        alien = times[label] == 1
-        return Scores(document_of, account, score * EVIDENCE, start, label, alien)
-
-    def _known(self, labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Which labels are known, and the numbers of those."""
+    def _known(self, labels: Sequence[str]) -> np.ndarray:
+        """The pairs of those labels that are known."""
         numbers = np.array([self.accounts.get(label, -1) for label in labels], dtype=np.int64)
         known = ((numbers >= 0) & (self.sums[numbers, 0] > 0)).nonzero()[0]
-        return known, numbers[known]
+        return known * len(self.names) + numbers[known]
 
-    def _score_one(self, document: Sequence[int], labels: Sequence[str]) -> Scores:
+    def _score_one(self, document: Sequence[int]) -> Scores:
         """As joint_log_likelihood, of one document: the same in fewer steps."""
-        counts = self.token_counts
+        counts, accounts = self.token_counts, len(self.names)
         entries, value_at = counts.entries, counts.rows.values.item
-        spans, sizes, kinds, wide = [entries[:0]], [0], [0], []
+        spans, sizes, kinds, wide = [], [], [], []
         lengths = [1] + [0] * len(KINDS)
         for token, row in zip(document, counts.rows.find_each(document), strict=True):
             if value := value_at(row):
-                kind, start, size = token >> KIND_SHIFT, value >> 24, value & SIZE
+                kind = token >> KIND_SHIFT
                 lengths[1 + kind] += 1
-                if start:
+                if value < WIDE:
+                    start, size = value >> 24, value & SIZE
                     spans.append(entries[start : start + size])
                     sizes.append(size)
                     kinds.append(kind)
                 else:
-                    wide.append(token)
+                    wide.append(row)
+        if not spans or self.n_classes < accounts:  # which is rare
+            return self.joint_log_likelihood([document])
         entries = np.concatenate(spans)
         column = entries >> 40
         evidence = self._evidence(np.array(kinds).repeat(sizes), column & 1, entries & UNITS)
-        met = column >> 1
-        account = np.bincount(met).nonzero()[0]
-        if self.n_classes < len(self.names):  # an account wholly unlearned is no candidate
-            account = account[self.class_counts[account] > 0]
-        score = np.bincount(met, evidence).take(account)
-        if not len(account):
-            account = self.class_counts.nonzero()[0]
-            score = np.zeros(len(account))
-        label = alien = account[:0]
-        if labels:
-            _, numbers = self._known(labels)
-            label = account.searchsorted(numbers)
-            alien = account.take(label, mode="clip") != numbers
-            if alien.any():
-                account, score = np.insert(account, label, numbers), np.insert(score, label, 0)
-        zeros = np.zeros(len(account), dtype=np.int64)
+        account, score = _summed(column >> 1, evidence, accounts)
         score += self._prior(np.array([lengths], dtype=np.float64), account)
         if wide:
             score += counts.asked(np.array(wide)[:, np.newaxis], account).sum(axis=0)
-        return Scores(zeros, account, score * EVIDENCE, zeros[:1], label, alien)
+        score *= EVIDENCE
+        zeros = np.zeros_like(account)
+        return Scores(zeros, account, score, zeros[:1], zeros[:0], zeros[:0], None)
 
     def _prior(self, lengths: np.ndarray, pairs: np.ndarray) -> np.ndarray:
         """(p,) what classes and their sizes say, in units of EVIDENCE.
@@ -937,8 +942,9 @@ class NaiveBayes:
             return documents
         tokens = np.fromiter(chain.from_iterable(documents), dtype=np.int64)
         lengths = np.array([len(document) for document in documents], dtype=np.int64)
+        document = np.arange(len(lengths)).repeat(lengths)
         row = (rows_of or self.token_counts.rows.find)(tokens)
-        return LookedUp(lengths, tokens >> KIND_SHIFT, row)
+        return LookedUp(lengths.cumsum() - lengths, document, tokens >> KIND_SHIFT, row)
 
     def terms(self, document: Sequence[int], accounts: np.ndarray) -> np.ndarray:
         """(k, 1 + T) what makes up the scores of k candidates: the prior, then each of T tokens.
@@ -947,9 +953,9 @@ class NaiveBayes:
         difference of their scores. The terms of an unknown token are 0.
         """
         found, accounts = self._look_up([document]), np.asarray(accounts)
-        counts, tokens = self.token_counts, np.array(document)
+        counts = self.token_counts
         logs = self._log_counts(self.sums[accounts]).T
-        terms = np.zeros((len(tokens), len(accounts)))
+        terms = np.zeros((len(document), len(accounts)))
         known = (counts.rows.values[found.row] > 0).nonzero()[0]
         terms[known] = logs[1 + found.kind[known]]
         token, column, units = counts.take(found.row)
@@ -957,7 +963,7 @@ class NaiveBayes:
         entry, place = (column[:, np.newaxis] >> 1 == accounts).nonzero()
         np.add.at(terms, (token[entry], place), evidence[entry])
         wide = counts.is_wide(found.row).nonzero()[0]
-        terms[wide] += counts.asked(tokens[wide, np.newaxis], accounts)
+        terms[wide] += counts.asked(found.row[wide, np.newaxis], accounts)
         return np.vstack([logs[:1], terms]).T * EVIDENCE
 
     def predict(self, documents: Sequence[Sequence[int]]) -> list[str]:
@@ -971,18 +977,16 @@ class NaiveBayes:
     def _scores(
         self, documents: Documents, labels: Sequence[str] = ()
     ) -> Iterator[tuple[slice, Scores]]:
-        """Those of all documents, so many at a time that all sums stay in a processor's cache."""
-        if len(documents) == 1:
-            yield slice(0, 1), self._score_one(documents[0], labels)
+        """Those of all documents, ROUND at a time if they are yet to be looked up."""
+        if isinstance(documents, LookedUp):
+            yield slice(None), self.joint_log_likelihood(documents, labels)
             return
-        found = self._look_up(documents)
-        values = self.token_counts.rows.values.take(found.row)
-        sums = np.bincount(found.document, np.where(values > SIZE, values & SIZE, 0))
-        sums = np.where(sums > 0, sums, len(self.names)).cumsum()
-        starts = _run_starts(sums // AT_WORK).tolist()
-        for part in map(slice, starts, [*starts[1:], len(sums)]):
-            some = found.part(part) if len(starts) > 1 else found
-            yield part, self.joint_log_likelihood(some, labels[part])
+        if len(documents) == 1 and not labels:
+            yield slice(None), self._score_one(documents[0])
+            return
+        for start in range(0, len(documents), ROUND):
+            part = slice(start, start + ROUND)
+            yield part, self.joint_log_likelihood(documents[part], labels[part])
 
     def _best(self, scores: Scores) -> np.ndarray:
         """(n,) the pair of each document's highest score; of equals, the first by name."""
@@ -1016,8 +1020,8 @@ class NaiveBayes:
         """Predictions for documents whose accounts, the labels, are known, and maybe the scores."""
         if not self.n_classes:
             return [Assessment(None, None, None, 0)] * len(labels)
-        found, made = self._look_up(documents), []
-        for part, scores in scored or self._scores(found, labels):
+        made = []
+        for _, scores in scored or self._scores(documents, labels):
             seen = scores.score.copy()
             seen[scores.label[scores.alien]] = -np.inf
             best = self._best(scores._replace(score=seen))
@@ -1034,7 +1038,7 @@ class NaiveBayes:
                 map(self.names.__getitem__, scores.account[best].tolist()),
                 [margin if margin < np.inf else None for margin in lead.round(4).tolist()],
                 [rank or None for rank in ranks.tolist()],
-                self.specificity(found.part(part)).tolist(),
+                self.specificity(scores.found).tolist(),
             )
         return made
 
@@ -1066,7 +1070,7 @@ class NaiveBayes:
             highest = np.maximum.reduceat(score, scores.start)
             posterior = np.rint(np.exp(score - highest.take(scores.document)) / EVIDENCE)
             posterior /= np.add.reduceat(posterior, scores.start).take(scores.document)
-            document = scores.document + part.start
+            document = scores.document + (part.start or 0)
             surprise = np.rint(GRAIN * SHARE * (1 - posterior[scores.label])) / GRAIN
             known = np.zeros(len(labels), dtype=bool)
             known[document[scores.label]] = True
@@ -1088,25 +1092,26 @@ class NaiveBayes:
         if not lessons:
             return
         found = self._look_up(documents, self.token_counts.rows.insert)
-        counted = [
-            (i, 2 * self.accounts[lesson.account], sign * round(GRAIN * lesson.weight))
-            for i, lesson in enumerate(lessons)
-        ]
-        counted += [
-            (i, 2 * self.accounts[rival] + 1, sign * GRAIN)
-            for i, lesson in enumerate(lessons)
-            for rival in lesson.against
-        ]
-        document, column, units = np.array(counted).T
-        account, weight = column[: len(lessons)] >> 1, units[: len(lessons)] / GRAIN
+        against = [lesson.against for lesson in lessons]
+        names = chain((lesson.account for lesson in lessons), *against)
+        account = np.fromiter(map(self.accounts.__getitem__, names), dtype=np.int64)
+        document = np.arange(len(lessons))
+        document = np.append(document, document.repeat([*map(len, against)]))
+        weight = sign * np.array([lesson.weight for lesson in lessons])
+        units = np.full(len(account), sign * GRAIN)
+        units[: len(lessons)] = np.rint(GRAIN * weight)
+        column = 2 * account
+        column[len(lessons) :] += 1
+        account = account[: len(lessons)]
         self.names += islice(self.accounts, len(self.names), None)
         if len(self.names) > len(self.sums):
             self.sums = _grown(self.sums, len(self.names) * 3 // 2, self.sums.shape[1])
         np.add.at(self.sums[:, 0], account, weight)
-        cell = account.repeat(found.lengths), 1 + found.kind
-        np.add.at(self.sums, cell, weight.repeat(found.lengths))
+        cell = account.take(found.document), 1 + found.kind
+        np.add.at(self.sums, cell, weight.take(found.document))
 
-        of, token = _ranges(found.start[document], found.lengths[document])
+        lengths = np.bincount(found.document, minlength=len(lessons))
+        of, token = _ranges(found.start[document], lengths[document])
         self.token_counts.add(found.row[token], column[of], units[of])
         self._count()
 
@@ -1128,8 +1133,7 @@ class NaiveBayes:
             pause()
             part = slice(start, start + 2 * ROUND)
             found = self._look_up(documents[part], insert)
-            asked = documents if len(documents) == 1 else found
-            scored = [*self._scores(asked, labels[part])] if self.n_classes else []
+            scored = [*self._scores(found, labels[part])] if self.n_classes else []
             assessments += self.assess(found, labels[part], scored)
         parts = rounds(len(documents))
         for part in parts:
