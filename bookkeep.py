@@ -446,23 +446,22 @@ class Table:
         """
         slots = self.find(keys)
         homeless = (self.keys.take(slots) != keys).nonzero()[0]
-        new, which = np.unique(keys[homeless], return_inverse=True)
-        if (self.taken + len(new)) * 8 > len(self.keys) * 5:
+        new = len(_run_starts(np.sort(keys[homeless])))
+        if (self.taken + new) * 8 > len(self.keys) * 5:
             live = self.values.reshape(len(self.keys), -1).any(axis=1).nonzero()[0]
-            room = (len(live) * 9 // 8 + len(new)) * 8 // 5 + 1
+            room = (len(live) * 9 // 8 + new) * 8 // 5 + 1
             larger = Table(*self.values.shape[1:], slots=1 << room.bit_length())
             larger.values[larger.insert(self.keys[live])] = self.values[live]
             slots = larger.insert(keys)
             with changing():
                 self.keys, self.values, self.taken = larger.keys, larger.values, larger.taken
             return slots
-        self.taken += len(new)
-        own = self.find(new)
-        self.keys[own] = new
-        while len(lost := (self.keys[own] != new).nonzero()[0]):  # to others that want their slots
-            own[lost] = self.find(new[lost])
-            self.keys[own[lost]] = new[lost]
-        slots[homeless] = own[which]
+        self.taken += new
+        while len(homeless):
+            wanted = keys[homeless]
+            self.keys[slots[homeless]] = wanted  # of those that want a slot, one gets it
+            homeless = homeless[self.keys[slots[homeless]] != wanted]
+            slots[homeless] = self.find(keys[homeless])
         return slots
 
 
@@ -473,17 +472,19 @@ class Counts:
     wide. A narrow row has at most RARE sums, or is a company's: its accounts are candidates. It is
     a span of entries in one long array, with room for a few more, and moves to the end when it
     outgrows that. An entry is one number: the column (2 * account for N, the next one for M) in the
-    upper 23 bits, the sum in the lower 40. A wide row has met so many accounts that it is only
-    asked about some, so that it costs no more the more accounts there are: its sums are on pages
-    of PAGE accounts each, beside their evidence, and accounts that it has not met mostly have none.
+    upper 23 bits, the sum in the lower 40; its evidence is beside it. A wide row has met so many
+    accounts that it is only asked about some, so that it costs no more the more accounts there are:
+    its sums are on pages of PAGE accounts each, beside their evidence. Accounts that it has not met
+    mostly have no page of their own, but the first one, which stays empty.
     """
 
     def __init__(self, evidence_of: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]):
-        """It gives the evidence, as whole numbers, of sums by their kind, column and units."""
+        """It gives the evidence, as whole numbers, of sums by their kind, side and units."""
         self._evidence_of = evidence_of
         # Of a token: where its span starts, or which wide row it is; how many sums it has.
         self.rows = Table()
         self.entries = np.zeros(1, dtype=np.int64)  # the first is in no span
+        self.evidence = np.zeros(1)  # of each entry
         self.end = 1  # of the last span
         self.pages = np.zeros((1, PAGE, 3), dtype=np.int64)  # N, M, their evidence; the first is 0
         self.last_page = 0
@@ -499,12 +500,16 @@ class Counts:
         """(m,) is it a wide row?"""
         return self.rows.values.take(rows) >= WIDE
 
-    def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All e sums of the narrow ones of these rows: (e,) index of the row, column, units."""
+    def spans(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(m,) how many entries each row has, 0 for a wide one; (e,) where they all are."""
         values = self.rows.values.take(rows)
-        owner, at = _ranges(values >> 24, np.where(values < WIDE, values & SIZE, 0))
-        entries = self.entries.take(at)
-        return owner, entries >> 40, entries & UNITS
+        sizes = np.where(values < WIDE, values & SIZE, 0)
+        return sizes, _ranges(values >> 24, sizes)
+
+    def met(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What narrow rows say: (m,) how many entries each has, (e,) their accounts, evidence."""
+        sizes, at = self.spans(rows)
+        return sizes, self.entries.take(at) >> 41, self.evidence.take(at)
 
     def asked(self, rows: np.ndarray, accounts: np.ndarray) -> np.ndarray:
         """The evidence of wide rows for accounts."""
@@ -538,26 +543,30 @@ class Counts:
     def _add_narrow(self, cells: np.ndarray, units: np.ndarray) -> None:
         rows = cells >> 24
         touched = rows.take(_run_starts(rows))
-        owner, old_columns, old_units = self.take(touched)
-        cells = np.concatenate([touched.take(owner) << 24 | old_columns, cells])
-        order = cells.argsort(kind="stable")  # both are sorted: they are only merged
+        sizes, at = self.spans(touched)
+        old = self.entries.take(at)
+        owner = np.append(np.arange(len(touched)).repeat(sizes), touched.searchsorted(rows))
+        cells = owner << 24 | np.append(old >> 40, cells & 0xFFFFFF)
+        order = cells.argsort(kind="stable")  # both parts are in order: they are only merged
         cells = cells.take(order)
         first = _run_starts(cells)
-        units = np.add.reduceat(np.concatenate([old_units, units]).take(order), first)
+        units = np.add.reduceat(np.append(old & UNITS, units).take(order), first)
         kept = units.nonzero()[0]
-        self._fill(touched, cells.take(first.take(kept)), units.take(kept))
+        cells = cells.take(first.take(kept))
+        self._fill(touched, cells >> 24, cells & 0xFFFFFF, units.take(kept))
 
-    def _fill(self, rows: np.ndarray, cells: np.ndarray, units: np.ndarray) -> None:
+    def _fill(
+        self, rows: np.ndarray, owner: np.ndarray, columns: np.ndarray, units: np.ndarray
+    ) -> None:
         """Puts these sums, in order, into rows, in the place of theirs."""
-        owner = rows.searchsorted(cells >> 24)
         sizes = np.bincount(owner, minlength=len(rows))
         many = (sizes > RARE) & (self.rows.keys.take(rows) > HASH)
         if many.any():
             self._widen(rows[many])
             wide = many[owner]
-            self._add_wide(cells[wide], units[wide])
-            self._fill(rows[~many], cells[~wide], units[~wide])
-            return
+            self._add_wide(rows[owner[wide]] << 24 | columns[wide], units[wide])
+            rows, owner = rows[~many], ((~many).cumsum() - 1)[owner[~wide]]
+            sizes, columns, units = sizes[~many], columns[~wide], units[~wide]
         moved = (sizes > _room(self.sizes(rows))).nonzero()[0]
         room = _room(sizes[moved])
         self._make_room(int(room.sum()))
@@ -565,21 +574,25 @@ class Counts:
         starts[moved] = self.end + room.cumsum() - room
         self.end += int(room.sum())
         self.rows.values[rows] = np.where(sizes > 0, starts << 24 | sizes, 0)
-        self.entries[_ranges(starts, sizes)[1]] = (cells & 0xFFFFFF) << 40 | units
+        at = _ranges(starts, sizes)
+        self.entries[at] = columns << 40 | units
+        kind = (self.rows.keys.take(rows) >> KIND_SHIFT).take(owner)
+        self.evidence[at] = self._evidence_of(kind, columns & 1, units)
 
     def _make_room(self, more: int) -> None:
         """If so many more entries don't fit, makes more room, or moves all spans together."""
         if self.end + more <= len(self.entries):
             return
         rows = ((self.rows.values > 0) & (self.rows.values < WIDE)).nonzero()[0]
-        sizes = self.sizes(rows)
+        sizes, old = self.spans(rows)
         room = _room(sizes)
         if int(room.sum()) + more > self.end * 3 / 4:
-            self.entries = _grown(self.entries, self.end + max(more, self.end // 2))
+            room = self.end + max(more, self.end // 2)
+            self.entries, self.evidence = _grown(self.entries, room), _grown(self.evidence, room)
             return
         starts = 1 + room.cumsum() - room
-        old = self.rows.values[rows] >> 24
-        self.entries[_ranges(starts, sizes)[1]] = self.entries[_ranges(old, sizes)[1]]
+        new = _ranges(starts, sizes)
+        self.entries[new], self.evidence[new] = self.entries[old], self.evidence[old]
         self.end = 1 + int(room.sum())
         self.rows.values[rows] = starts << 24 | sizes
 
@@ -621,7 +634,7 @@ class Counts:
         self.pages[pages] = self.rows.values[row] = 0
         self.spare.append(wide)  # and its pages with it
         columns = units.nonzero()[0]
-        self._fill(np.array([row]), row << 24 | columns, units[columns])
+        self._fill(np.array([row]), np.zeros_like(columns), columns, units[columns])
 
     def state(self) -> Arrays:
         """All sums; arrays that are its own."""
@@ -629,6 +642,7 @@ class Counts:
             "tokens": self.rows.keys,
             "spans": self.rows.values,
             "entries": self.entries[: self.end],
+            "evidence": self.evidence[: self.end],
             "pages": self.pages[: self.last_page + 1],
             "page_of": self.page_of,
             "spare": np.array(self.spare, dtype=np.int64),
@@ -638,7 +652,8 @@ class Counts:
     def restore(self, state: Arrays) -> None:
         """Takes over all sums of another."""
         self.rows = Table.of(state["tokens"], state["spans"])
-        self.entries, self.end = state["entries"], len(state["entries"])
+        self.entries, self.evidence = state["entries"], state["evidence"]
+        self.end = len(self.entries)
         self.pages, self.last_page = state["pages"], len(state["pages"]) - 1
         self.page_of = state["page_of"]
         self.spare, self.occupied = state["spare"].tolist(), state["occupied"]
@@ -655,8 +670,10 @@ def _unpacked(array: np.ndarray) -> object:
 
 def _room(sizes: np.ndarray) -> np.ndarray:
     """Room for so many entries, and some more: 0, 1, 2, 3, 4, 6, 8, 12, 16 and so on."""
-    room = np.where(sizes > 0, 1 << np.frexp(sizes - 1.0)[1], 0)
-    return np.where(4 * sizes > 3 * room, room, room - room // 4)
+    return _ROOMS.take(_ROOMS.searchsorted(sizes))
+
+
+_ROOMS = np.sort([0, 1, *(n << i for n in (2, 3) for i in range(24))])
 
 
 def _grown(values: np.ndarray, *shape: int) -> np.ndarray:
@@ -700,14 +717,13 @@ def _inserted(
     return np.insert(keys, at, more), np.insert(values, at, 0)
 
 
-def _ranges(starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers in ranges of these sizes from these starts on, each with its range's index.
+def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """The numbers in ranges of these sizes from these starts on.
 
-    starts [5, 8], sizes [2, 1] -> [0, 0, 1], [5, 6, 8]
+    starts [5, 8], sizes [2, 1] -> [5, 6, 8]
     """
-    owner = np.arange(len(sizes)).repeat(sizes)
-    before = sizes.cumsum() - sizes
-    return owner, (starts - before).repeat(sizes) + np.arange(len(owner))
+    ends = sizes.cumsum()
+    return (starts - ends + sizes).repeat(sizes) + np.arange(ends[-1] if len(ends) else 0)
 
 
 # ------------------------------------------------------------------------------------------ Model
@@ -833,13 +849,11 @@ class NaiveBayes:
         counts, n = self.token_counts, len(found.start)
 
         # What narrow rows say: their accounts are the candidates.
-        token, column, units = counts.take(found.row)
-        evidence = self._evidence(found.kind.take(token), column & 1, units)
-        column >>= 1
+        sizes, account, evidence = counts.met(found.row)
+        pairs = (found.document * accounts).repeat(sizes) + account
         if self.n_classes < accounts:  # an account wholly unlearned is no candidate
-            alive = (self.class_counts[column] > 0).nonzero()[0]
-            token, column, evidence = token[alive], column[alive], evidence[alive]
-        pairs = (found.document * accounts).take(token) + column
+            alive = (self.class_counts[account] > 0).nonzero()[0]
+            pairs, evidence = pairs[alive], evidence[alive]
         pairs, score = _summed(pairs, evidence, n * accounts)
         lonely = np.bincount(pairs // accounts, minlength=n) == 0
         if lonely.any():
@@ -865,41 +879,38 @@ class NaiveBayes:
         wide = (values >= WIDE).nonzero()[0]
         if len(wide):
             of = found.document.take(wide)
-            token, at = _ranges(start.take(of), np.bincount(document).take(of))
-            said = counts.asked(found.row.take(wide).take(token), account.take(at))
+            sizes = np.bincount(document).take(of)
+            at = _ranges(start.take(of), sizes)
+            said = counts.asked(found.row.take(wide).repeat(sizes), account.take(at))
             score += np.bincount(at, said, minlength=len(score))
         score *= EVIDENCE
         return Scores(document, account, score, start, pairs.searchsorted(label), alien, found)
 
     def _known(self, labels: Sequence[str]) -> np.ndarray:
         """The pairs of those labels that are known."""
-        numbers = np.array([self.accounts.get(label, -1) for label in labels], dtype=np.int64)
+        numbers = np.fromiter(map(self.accounts.get, labels, repeat(-1)), dtype=np.int64)
         known = ((numbers >= 0) & (self.sums[numbers, 0] > 0)).nonzero()[0]
         return known * len(self.names) + numbers[known]
 
     def _score_one(self, document: Sequence[int]) -> Scores:
         """As joint_log_likelihood, of one document: the same in fewer steps."""
         counts, accounts = self.token_counts, len(self.names)
-        entries, value_at = counts.entries, counts.rows.values.item
-        spans, sizes, kinds, wide = [], [], [], []
+        value_at = counts.rows.values.item
+        spans, evidence, wide = [], [], []
         lengths = [1] + [0] * len(KINDS)
         for token, row in zip(document, counts.rows.find_each(document), strict=True):
             if value := value_at(row):
-                kind = token >> KIND_SHIFT
-                lengths[1 + kind] += 1
+                lengths[1 + (token >> KIND_SHIFT)] += 1
                 if value < WIDE:
                     start, size = value >> 24, value & SIZE
-                    spans.append(entries[start : start + size])
-                    sizes.append(size)
-                    kinds.append(kind)
+                    spans.append(counts.entries[start : start + size])
+                    evidence.append(counts.evidence[start : start + size])
                 else:
                     wide.append(row)
         if not spans or self.n_classes < accounts:  # which is rare
             return self.joint_log_likelihood([document])
-        entries = np.concatenate(spans)
-        column = entries >> 40
-        evidence = self._evidence(np.array(kinds).repeat(sizes), column & 1, entries & UNITS)
-        account, score = _summed(column >> 1, evidence, accounts)
+        met = np.concatenate(spans) >> 41
+        account, score = _summed(met, np.concatenate(evidence), accounts)
         score += self._prior(np.array([lengths], dtype=np.float64), account)
         if wide:
             score += counts.asked(np.array(wide)[:, np.newaxis], account).sum(axis=0)
@@ -958,9 +969,9 @@ class NaiveBayes:
         terms = np.zeros((len(document), len(accounts)))
         known = (counts.rows.values[found.row] > 0).nonzero()[0]
         terms[known] = logs[1 + found.kind[known]]
-        token, column, units = counts.take(found.row)
-        evidence = self._evidence(found.kind[token], column & 1, units)
-        entry, place = (column[:, np.newaxis] >> 1 == accounts).nonzero()
+        sizes, account, evidence = counts.met(found.row)
+        token = np.arange(len(document)).repeat(sizes)
+        entry, place = (account[:, np.newaxis] == accounts).nonzero()
         np.add.at(terms, (token[entry], place), evidence[entry])
         wide = counts.is_wide(found.row).nonzero()[0]
         terms[wide] += counts.asked(found.row[wide, np.newaxis], accounts)
@@ -1110,9 +1121,9 @@ class NaiveBayes:
         cell = account.take(found.document), 1 + found.kind
         np.add.at(self.sums, cell, weight.take(found.document))
 
-        lengths = np.bincount(found.document, minlength=len(lessons))
-        of, token = _ranges(found.start[document], lengths[document])
-        self.token_counts.add(found.row[token], column[of], units[of])
+        sizes = np.bincount(found.document, minlength=len(lessons)).take(document)
+        token = _ranges(found.start.take(document), sizes)
+        self.token_counts.add(found.row.take(token), column.repeat(sizes), units.repeat(sizes))
         self._count()
 
     def book(

@@ -409,10 +409,10 @@ def count(counts, sums, sign=1):
 def held(counts):
     """All sums for and against, by token and account: what narrow rows have, and wide ones say."""
     rows = counts.rows.find(ALL_TOKENS)
-    token, column, units = counts.take(rows)
     found = Counter()
-    for i, c, n in zip(token.tolist(), column.tolist(), units.tolist(), strict=True):
-        found[ALL_TOKENS[i], c // 2] += n << 20 * (c % 2)
+    sizes, *met = counts.met(rows)
+    for token, account, said in zip(ALL_TOKENS.repeat(sizes).tolist(), *met, strict=True):
+        found[token, int(account)] += int(said)
     wide, accounts = counts.is_wide(rows), np.arange(bookkeep.PAGE * counts.page_of.shape[1])
     evidence = counts.asked(rows[wide, np.newaxis], accounts)
     for t, row in zip(ALL_TOKENS[wide], evidence, strict=True):
