@@ -413,17 +413,15 @@ class Table:
         there = self.keys.take(slots)
         far = ((there != keys) & (there != 0)).nonzero()[0]
         step = 0
-        while len(far) > 8:
+        while len(far):
             step += 1
             slots[far] = at = slots[far] + step & last
             there = self.keys.take(at)
             far = far[(there != keys[far]) & (there != 0)]
-        if len(far):
-            slots[far] = self.find_each(keys[far].tolist())
         return slots
 
     def find_each(self, keys: Iterable[int]) -> list[int]:
-        """As find, one key after the other, which for a few is faster."""
+        """As find, one key after the other, which for a dozen is faster."""
         last, key_at = len(self.keys) - 1, self.keys.item
         slots = []
         for key in keys:
@@ -580,21 +578,19 @@ class Counts:
         self.evidence[at] = self._evidence_of(kind, columns & 1, units)
 
     def _make_room(self, more: int) -> None:
-        """If so many more entries don't fit, makes more room, or moves all spans together."""
+        """If so many more entries don't fit, moves all spans together, into larger arrays."""
         if self.end + more <= len(self.entries):
             return
         rows = ((self.rows.values > 0) & (self.rows.values < WIDE)).nonzero()[0]
         sizes, old = self.spans(rows)
         room = _room(sizes)
-        if int(room.sum()) + more > self.end * 3 / 4:
-            room = self.end + max(more, self.end // 2)
-            self.entries, self.evidence = _grown(self.entries, room), _grown(self.evidence, room)
-            return
         starts = 1 + room.cumsum() - room
-        new = _ranges(starts, sizes)
-        self.entries[new], self.evidence[new] = self.entries[old], self.evidence[old]
-        self.end = 1 + int(room.sum())
         self.rows.values[rows] = starts << 24 | sizes
+        new, self.end = _ranges(starts, sizes), 1 + int(room.sum())
+        slots = (self.end + more) * 4 // 3
+        entries, evidence = np.zeros(slots, dtype=np.int64), np.zeros(slots)
+        entries[new], evidence[new] = self.entries[old], self.evidence[old]
+        self.entries, self.evidence = entries, evidence
 
     def _widen(self, rows: np.ndarray) -> None:
         """Makes these rows wide ones, without any sum."""
