@@ -399,6 +399,8 @@ GRAIN = 1024  # weights are multiples of 1 / GRAIN, so sums of them are exact in
 RARE = 200  # sums that a token has at most if the accounts that it has met are candidates
 UNITS = (1 << 40) - 1  # of an entry
 SIZE = (1 << 24) - 1  # of a row
+WIDE = 1 << 62  # in the value of a wide row
+PAGE = 8  # accounts
 
 Arrays = dict[str, np.ndarray]
 
@@ -429,17 +431,15 @@ class Table:
         there = self.keys.take(slots)
         far = ((there != keys) & (there != 0)).nonzero()[0]
         step = 0
-        while len(far) > 64:
+        while len(far):
             step += 1
             slots[far] = at = slots[far] + step & last
             there = self.keys.take(at)
             far = far[(there != keys[far]) & (there != 0)]
-        if len(far):
-            slots[far] = self.find_each(keys[far].tolist())
         return slots
 
     def find_each(self, keys: Iterable[int]) -> list[int]:
-        """As find, one key after the other, which for a few is faster."""
+        """As find, one key after the other, which for a dozen is faster."""
         last, key_at = len(self.keys) - 1, self.keys.item
         slots = []
         for key in keys:
@@ -461,24 +461,23 @@ class Table:
         gives is entered to put that in the place of this one.
         """
         slots = self.find(keys)
-        homeless = (self.keys[slots] != keys).nonzero()[0]
-        new = np.sort(keys[homeless])
-        new = new[_run_starts(new)]
-        if (self.taken + len(new)) * 8 > len(self.keys) * 5:
+        homeless = (self.keys.take(slots) != keys).nonzero()[0]
+        new = len(_run_starts(np.sort(keys[homeless])))
+        if (self.taken + new) * 8 > len(self.keys) * 5:
             live = self.values.reshape(len(self.keys), -1).any(axis=1).nonzero()[0]
-            room = (len(live) * 9 // 8 + len(new)) * 8 // 5 + 1
+            room = (len(live) * 9 // 8 + new) * 8 // 5 + 1
             larger = Table(*self.values.shape[1:], slots=1 << room.bit_length())
             larger.values[larger.insert(self.keys[live])] = self.values[live]
             slots = larger.insert(keys)
             with changing():
                 self.keys, self.values, self.taken = larger.keys, larger.values, larger.taken
             return slots
-        self.taken += len(new)
-        while len(new):
-            wanted = self.find(new)
-            self.keys[wanted] = new  # of those that want a slot, one gets it
-            new = new[self.keys[wanted] != new]
-        slots[homeless] = self.find(keys[homeless])
+        self.taken += new
+        while len(homeless):
+            wanted = keys[homeless]
+            self.keys[slots[homeless]] = wanted  # of those that want a slot, one gets it
+            homeless = homeless[self.keys[slots[homeless]] != wanted]
+            slots[homeless] = self.find(keys[homeless])
         return slots
 
 
@@ -489,19 +488,24 @@ class Counts:
     wide. A narrow row has at most RARE sums, or is a company's: its accounts are candidates. It is
     a span of entries in one long array, with room for a few more, and moves to the end when it
     outgrows that. An entry is one number: the column (2 * account for N, the next one for M) in the
-    upper 23 bits, the sum in the lower 40. A wide row has met so many accounts that it is only
-    asked about some: its sums are in a hash table, beside their evidence, which `evidence_of`
-    gives, so that it costs no more the more accounts there are.
+    upper 23 bits, the sum in the lower 40; its evidence is beside it. A wide row has met so many
+    accounts that it is only asked about some, so that it costs no more the more accounts there are:
+    its sums are on pages of PAGE accounts each, beside their evidence. Accounts that it has not met
+    mostly have no page of their own, but the first one, which stays empty.
     """
 
     def __init__(self, evidence_of: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]):
-        """It gives the evidence, as whole numbers, of sums by their kind, column and units."""
+        """It gives the evidence, as whole numbers, of sums by their kind, side and units."""
         self._evidence_of = evidence_of
-        self.rows = Table()  # of a token: where its span starts, 0 for a wide row; how many sums
+        # Of a token: where its span starts, or which wide row it is; how many sums it has.
+        self.rows = Table()
         self.entries = np.zeros(1, dtype=np.int64)  # the first is in no span
+        self.evidence = np.zeros(1)  # of each entry
         self.end = 1  # of the last span
-        self.cells = Table(3)  # of a wide row's account: N, M, their evidence
-        self.columns = 0  # that there are
+        self.pages = np.zeros((1, PAGE, 3), dtype=np.int64)  # N, M, their evidence; the first is 0
+        self.last_page = 0
+        self.page_of = np.zeros((0, 1), dtype=np.int32)  # (wide rows, A / PAGE and room)
+        self.spare: list[int] = []  # wide rows that are none now
         self.occupied = np.zeros(len(KINDS), dtype=np.int64)  # known tokens of each kind
 
     def sizes(self, rows: np.ndarray) -> np.ndarray:
@@ -510,58 +514,73 @@ class Counts:
 
     def is_wide(self, rows: np.ndarray) -> np.ndarray:
         """(m,) is it a wide row?"""
-        values = self.rows.values.take(rows)
-        return (values > 0) & (values <= SIZE)
+        return self.rows.values.take(rows) >= WIDE
 
-    def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All e sums of the narrow ones of these rows: (e,) index of the row, column, units."""
+    def spans(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(m,) how many entries each row has, 0 for a wide one; (e,) where they all are."""
         values = self.rows.values.take(rows)
-        owner, at = _ranges(values >> 24, np.where(values > SIZE, values & SIZE, 0))
-        entries = self.entries.take(at)
-        return owner, entries >> 40, entries & UNITS
+        sizes = np.where(values < WIDE, values & SIZE, 0)
+        return sizes, _ranges(values >> 24, sizes)
 
-    def asked(self, tokens: np.ndarray, accounts: np.ndarray) -> np.ndarray:
-        """The evidence of tokens with wide rows for accounts."""
-        cells = _cells(tokens, accounts)
-        return self.cells.values[self.cells.find(cells.ravel()), 2].reshape(cells.shape)
+    def met(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What narrow rows say: (m,) how many entries each has, (e,) their accounts, evidence."""
+        sizes, at = self.spans(rows)
+        return sizes, self.entries.take(at) >> 41, self.evidence.take(at)
+
+    def asked(self, rows: np.ndarray, accounts: np.ndarray) -> np.ndarray:
+        """The evidence of wide rows for accounts."""
+        return self.pages[*self._place(rows, accounts), 2]
+
+    def _place(self, rows: np.ndarray, accounts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The page of each wide row's account, and where it is on it."""
+        page, at = np.divmod(accounts, PAGE)
+        return self.page_of[self.rows.values.take(rows) - WIDE >> 24, page], at
 
     def add(self, rows: np.ndarray, columns: np.ndarray, units: np.ndarray) -> None:
         """Adds so many units to the sum in each row and column."""
-        self.columns = max(self.columns, int(columns.max()) + 1)
-        touched = np.sort(rows)
-        touched = touched[_run_starts(touched)]
-        known = self.rows.values[touched] > 0
+        wide_rows, pages = self.page_of.shape
+        if int(columns.max()) >= 2 * PAGE * pages:
+            self.page_of = _grown(self.page_of, wide_rows, int(columns.max()) // PAGE + 1)
+        cells = rows << 24 | columns
+        order = cells.argsort()
+        cells = cells.take(order)
+        first = _run_starts(cells)
+        cells, units = cells.take(first), np.add.reduceat(units.take(order), first)
+        rows = cells >> 24
+        touched = rows.take(_run_starts(rows))
+        known = self.rows.values.take(touched) > 0
         wide = self.is_wide(rows)
         for add, those in ((self._add_wide, wide), (self._add_narrow, ~wide)):
-            chosen = those.nonzero()[0]
-            if len(chosen):
-                add(rows[chosen], columns[chosen], units[chosen])
-        changed = (self.rows.values[touched] > 0).astype(np.int64) - known
-        np.add.at(self.occupied, self.rows.keys[touched] >> KIND_SHIFT, changed)
+            if those.any():
+                add(cells[those], units[those])
+        changed = (self.rows.values.take(touched) > 0).astype(np.int64) - known
+        np.add.at(self.occupied, self.rows.keys.take(touched) >> KIND_SHIFT, changed)
 
-    def _add_narrow(self, rows: np.ndarray, columns: np.ndarray, units: np.ndarray) -> None:
-        touched = np.sort(rows)
-        touched = touched[_run_starts(touched)]
-        owner, old_columns, old_units = self.take(touched)
-        cells = np.concatenate([touched[owner] << 24 | old_columns, rows << 24 | columns])
-        order = cells.argsort()
-        cells = cells[order]
+    def _add_narrow(self, cells: np.ndarray, units: np.ndarray) -> None:
+        rows = cells >> 24
+        touched = rows.take(_run_starts(rows))
+        sizes, at = self.spans(touched)
+        old = self.entries.take(at)
+        owner = np.append(np.arange(len(touched)).repeat(sizes), touched.searchsorted(rows))
+        cells = owner << 24 | np.append(old >> 40, cells & 0xFFFFFF)
+        order = cells.argsort(kind="stable")  # both parts are in order: they are only merged
+        cells = cells.take(order)
         first = _run_starts(cells)
-        units = np.add.reduceat(np.concatenate([old_units, units])[order], first)
+        units = np.add.reduceat(np.append(old & UNITS, units).take(order), first)
         kept = units.nonzero()[0]
-        cells, units = cells[first[kept]], units[kept]
-        self._fill(touched, touched.searchsorted(cells >> 24), cells & 0xFFFFFF, units)
+        cells = cells.take(first.take(kept))
+        self._fill(touched, cells >> 24, cells & 0xFFFFFF, units.take(kept))
 
     def _fill(
         self, rows: np.ndarray, owner: np.ndarray, columns: np.ndarray, units: np.ndarray
     ) -> None:
         """Puts these sums, in order, into rows, in the place of theirs."""
         sizes = np.bincount(owner, minlength=len(rows))
-        many = (sizes > RARE) & (self.rows.keys[rows] > HASH)
+        many = (sizes > RARE) & (self.rows.keys.take(rows) > HASH)
         if many.any():
-            self.rows.values[rows[many]] = 0
+            self._widen(rows[many])
             wide = many[owner]
-            self._add_wide(rows[owner[wide]], columns[wide], units[wide])
+            self._add_wide(rows[owner[wide]] << 24 | columns[wide], units[wide])
             rows, owner = rows[~many], ((~many).cumsum() - 1)[owner[~wide]]
             sizes, columns, units = sizes[~many], columns[~wide], units[~wide]
         moved = (sizes > _room(self.sizes(rows))).nonzero()[0]
@@ -571,42 +590,63 @@ class Counts:
         starts[moved] = self.end + room.cumsum() - room
         self.end += int(room.sum())
         self.rows.values[rows] = np.where(sizes > 0, starts << 24 | sizes, 0)
-        self.entries[_ranges(starts, sizes)[1]] = columns << 40 | units
+        at = _ranges(starts, sizes)
+        self.entries[at] = columns << 40 | units
+        kind = (self.rows.keys.take(rows) >> KIND_SHIFT).take(owner)
+        self.evidence[at] = self._evidence_of(kind, columns & 1, units)
 
     def _make_room(self, more: int) -> None:
-        """If so many more entries don't fit, makes more room, or moves all spans together."""
+        """If so many more entries don't fit, moves all spans together, into larger arrays."""
         if self.end + more <= len(self.entries):
             return
-        rows = (self.rows.values > SIZE).nonzero()[0]
-        sizes = self.sizes(rows)
+        rows = ((self.rows.values > 0) & (self.rows.values < WIDE)).nonzero()[0]
+        sizes, old = self.spans(rows)
         room = _room(sizes)
-        if int(room.sum()) + more > self.end / 2:
-            self.entries = _grown(self.entries, self.end + max(more, self.end // 2))
-            return
         starts = 1 + room.cumsum() - room
-        old = self.rows.values[rows] >> 24
-        self.entries[_ranges(starts, sizes)[1]] = self.entries[_ranges(old, sizes)[1]]
-        self.end = 1 + int(room.sum())
         self.rows.values[rows] = starts << 24 | sizes
+        new, self.end = _ranges(starts, sizes), 1 + int(room.sum())
+        slots = (self.end + more) * 4 // 3
+        entries, evidence = np.zeros(slots, dtype=np.int64), np.zeros(slots)
+        entries[new], evidence[new] = self.entries[old], self.evidence[old]
+        self.entries, self.evidence = entries, evidence
 
-    def _add_wide(self, rows: np.ndarray, columns: np.ndarray, units: np.ndarray) -> None:
-        slots = self.cells.insert(_cells(self.rows.keys[rows], columns >> 1))
-        cells, first = np.unique(slots, return_index=True)
-        had = np.count_nonzero(self.cells.values[cells, :2], axis=1)
-        np.add.at(self.cells.values, (slots, columns & 1), units)
-        sums, rows = self.cells.values[cells, :2], rows[first]
-        kinds = self.rows.keys[rows, np.newaxis] >> KIND_SHIFT
-        self.cells.values[cells, 2] = self._evidence_of(kinds, np.arange(2), sums).sum(axis=1)
-        more = np.count_nonzero(sums, axis=1) - had
+    def _widen(self, rows: np.ndarray) -> None:
+        """Makes these rows wide ones, without any sum."""
+        wide_rows, pages = self.page_of.shape
+        if len(rows) > len(self.spare):
+            self.spare += range(wide_rows, 2 * wide_rows + len(rows))
+            self.page_of = _grown(self.page_of, 2 * wide_rows + len(rows), pages)
+        self.rows.values[rows] = [WIDE | self.spare.pop() << 24 for _ in rows]
+
+    def _add_wide(self, cells: np.ndarray, units: np.ndarray) -> None:
+        rows, accounts, side = cells >> 24, (cells & 0xFFFFFF) >> 1, cells & 1
+        wide = self.rows.values.take(rows) - WIDE >> 24
+        lacking = (self._place(rows, accounts)[0] == 0).nonzero()[0]
+        if len(lacking):
+            new = wide[lacking] << 32 | accounts[lacking] // PAGE
+            new = new[_run_starts(new)]
+            self.page_of[new >> 32, new & 0xFFFFFFFF] = self.last_page + 1 + np.arange(len(new))
+            self.last_page += len(new)
+            if self.last_page >= len(self.pages):
+                self.pages = _grown(self.pages, self.last_page * 3 // 2 + 1, PAGE, 3)
+        page, at = self._place(rows, accounts)
+        had = self.pages[page, at, side]
+        self.pages[page, at, side] += units
+        sums, kinds = self.pages[page, at, :2], self.rows.keys.take(rows) >> KIND_SHIFT
+        said = self._evidence_of(kinds[:, np.newaxis], np.arange(2), sums)
+        self.pages[page, at, 2] = said.sum(axis=1)
+        more = (had + units > 0).astype(np.int64) - (had > 0)
         np.add.at(self.rows.values, rows, more)
         for row in sorted({*rows[more < 0].tolist()}):
             if self.sizes(row) <= RARE:
                 self._make_narrow(row)
 
     def _make_narrow(self, row: int) -> None:
-        cells = self.cells.find(_cells(self.rows.keys[row], np.arange(self.columns // 2 + 1)))
-        units = self.cells.values[cells, :2].ravel()
-        self.cells.values[cells] = self.rows.values[row] = 0
+        wide = int(self.rows.values[row]) - WIDE >> 24
+        pages = self.page_of[wide]
+        units = self.pages[pages, :, :2].ravel()
+        self.pages[pages] = self.rows.values[row] = 0
+        self.spare.append(wide)  # and its pages with it
         columns = units.nonzero()[0]
         self._fill(np.array([row]), np.zeros_like(columns), columns, units[columns])
 
@@ -616,23 +656,21 @@ class Counts:
             "tokens": self.rows.keys,
             "spans": self.rows.values,
             "entries": self.entries[: self.end],
-            "cells": self.cells.keys,
-            "cell_sums": self.cells.values,
-            "columns": np.array(self.columns),
+            "evidence": self.evidence[: self.end],
+            "pages": self.pages[: self.last_page + 1],
+            "page_of": self.page_of,
+            "spare": np.array(self.spare, dtype=np.int64),
             "occupied": self.occupied,
         }
 
     def restore(self, state: Arrays) -> None:
         """Takes over all sums of another."""
         self.rows = Table.of(state["tokens"], state["spans"])
-        self.cells = Table.of(state["cells"], state["cell_sums"])
-        self.entries, self.occupied = state["entries"], state["occupied"]
-        self.end, self.columns = len(self.entries), int(state["columns"])
-
-
-def _cells(tokens: np.ndarray, accounts: np.ndarray) -> np.ndarray:
-    """Keys of tokens with accounts."""
-    return (tokens ^ accounts * -0x61C8864680B583EB) & (1 << 63) - 1
+        self.entries, self.evidence = state["entries"], state["evidence"]
+        self.end = len(self.entries)
+        self.pages, self.last_page = state["pages"], len(state["pages"]) - 1
+        self.page_of = state["page_of"]
+        self.spare, self.occupied = state["spare"].tolist(), state["occupied"]
 
 
 def _packed(content: object) -> np.ndarray:
@@ -646,8 +684,10 @@ def _unpacked(array: np.ndarray) -> object:
 
 def _room(sizes: np.ndarray) -> np.ndarray:
     """Room for so many entries, and some more: 0, 1, 2, 3, 4, 6, 8, 12, 16 and so on."""
-    room = np.where(sizes > 0, 1 << np.frexp(sizes - 1.0)[1], 0)
-    return np.where(4 * sizes > 3 * room, room, room - room // 4)
+    return _ROOMS.take(_ROOMS.searchsorted(sizes))
+
+
+_ROOMS = np.sort([0, 1, *(n << i for n in (2, 3) for i in range(24))])
 
 
 def _grown(values: np.ndarray, *shape: int) -> np.ndarray:
@@ -667,32 +707,37 @@ def _run_starts(values: np.ndarray) -> np.ndarray:
     return starts.nonzero()[0]
 
 
-def _summed(
-    keys: np.ndarray, values: np.ndarray, end: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The distinct keys, below `end` and 2 ** 39, the sum of the values of each, and of how many.
+def _summed(keys: np.ndarray, values: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct keys, below `end` and 2 ** 39, and the sum of the values of each.
 
-    [7, 3, 7], [1, 2, 4] -> [3, 7], [2, 5], [1, 2]
+    [7, 3, 7], [1, 2, 4] -> [3, 7], [2, 5]
     """
     if end <= 16 * len(keys):
-        times = np.bincount(keys, minlength=end)
-        found = times.nonzero()[0]
-        return found, np.bincount(keys, values).take(found), times.take(found)
+        there = np.zeros(end, dtype=bool)
+        there[keys] = True
+        found = there.nonzero()[0]
+        return found, np.bincount(keys, values).take(found)
     keys = np.sort(keys << 24 | np.arange(len(keys)))  # faster than argsort
     order, keys = keys & 0xFFFFFF, keys >> 24
     first = _run_starts(keys)
-    times = np.append(first[1:], len(keys)) - first
-    return keys.take(first), np.add.reduceat(values.take(order), first), times
+    return keys.take(first), np.add.reduceat(values.take(order), first)
 
 
-def _ranges(starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers in ranges of these sizes from these starts on, each with its range's index.
+def _inserted(
+    keys: np.ndarray, values: np.ndarray, more: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted keys with some more of them, whose values are 0."""
+    at = keys.searchsorted(more)
+    return np.insert(keys, at, more), np.insert(values, at, 0)
 
-    starts [5, 8], sizes [2, 1] -> [0, 0, 1], [5, 6, 8]
+
+def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """The numbers in ranges of these sizes from these starts on.
+
+    starts [5, 8], sizes [2, 1] -> [5, 6, 8]
     """
-    owner = np.arange(len(sizes)).repeat(sizes)
-    before = sizes.cumsum() - sizes
-    return owner, (starts - before).repeat(sizes) + np.arange(len(owner))
+    ends = sizes.cumsum()
+    return (starts - ends + sizes).repeat(sizes) + np.arange(ends[-1] if len(ends) else 0)
 
 
 # ------------------------------------------------------------------------------------------ Model
@@ -706,7 +751,6 @@ FLOOR = 1 / 64  # what it counts at the least, even if it surprises nobody
 RIVALS = 2  # that it counts against at most
 NEAR = 1 / 32  # the probability from which on an account is a rival
 ROUND = 64  # documents of a batch that are weighed, and learned, at once
-AT_WORK = 1 << 15  # sums that are at work at once, unless one document has more
 EVIDENCE = 2.0**-36  # evidence and logs are multiples of it, so sums of them are exact, too
 
 
@@ -730,24 +774,10 @@ class Lesson(NamedTuple):
 class LookedUp(NamedTuple):
     """n documents whose m tokens have been looked up, for as long as no row moves."""
 
-    lengths: np.ndarray  # (n,) tokens of each document
+    start: np.ndarray  # (n,) the first token of each document
+    document: np.ndarray  # (m,) in which document each token is
     kind: np.ndarray  # (m,) of each token
     row: np.ndarray  # (m,) of each token in the counts
-
-    @property
-    def document(self) -> np.ndarray:
-        """(m,) in which document each token is."""
-        return np.arange(len(self.lengths)).repeat(self.lengths)
-
-    @property
-    def start(self) -> np.ndarray:
-        """(n,) the first token of each document."""
-        return self.lengths.cumsum() - self.lengths
-
-    def part(self, documents: slice) -> "LookedUp":
-        """Some of the documents."""
-        _, at = _ranges(self.start[documents], self.lengths[documents])
-        return LookedUp(self.lengths[documents], self.kind[at], self.row[at])
 
 
 Documents = Sequence[Sequence[int]] | LookedUp
@@ -765,6 +795,7 @@ class Scores(NamedTuple):
     start: np.ndarray  # (n,) the first pair of each document
     label: np.ndarray  # (l,) the pairs of the known labels
     alien: np.ndarray  # (l,) is it no candidate?
+    found: LookedUp
 
 
 class NaiveBayes:
@@ -828,97 +859,78 @@ class NaiveBayes:
 
     def joint_log_likelihood(self, documents: Documents, labels: Sequence[str] = ()) -> Scores:
         """The scores of all candidates. There must be a model, that is an account."""
-        found = self._look_up(documents)
-        n, document = len(found.lengths), found.document
+        found, accounts = self._look_up(documents), len(self.names)
+        counts, n = self.token_counts, len(found.start)
 
         # What narrow rows say: their accounts are the candidates.
-        token, column, units = self.token_counts.take(found.row)
-        evidence = self._evidence(found.kind.take(token), column & 1, units)
-        account = column >> 1
-        if self.n_classes < len(self.names):  # an account wholly unlearned is no candidate
+        sizes, account, evidence = counts.met(found.row)
+        pairs = (found.document * accounts).repeat(sizes) + account
+        if self.n_classes < accounts:  # an account wholly unlearned is no candidate
             alive = (self.class_counts[account] > 0).nonzero()[0]
-            token, account, evidence = token[alive], account[alive], evidence[alive]
-        owner = document.take(token)
-        lonely = np.ones(n, dtype=bool)
-        lonely[owner] = False
-        labelled, numbers = self._known(labels)
-        label = labelled * len(self.names) + numbers
-        pairs = owner * len(self.names) + account
-        everyone = lonely.nonzero()[0][:, np.newaxis] * len(self.names)
-        everyone = everyone + self.class_counts.nonzero()[0]
-        pairs = np.concatenate([pairs, everyone.ravel(), label])
-        evidence = _grown(evidence, len(pairs))
-        pairs, score, times = _summed(pairs, evidence, n * len(self.names))
-        document_of = pairs // len(self.names)
-        account = pairs - document_of * len(self.names)
-        start = _run_starts(document_of)
+            pairs, evidence = pairs[alive], evidence[alive]
+        pairs, score = _summed(pairs, evidence, n * accounts)
+        lonely = np.bincount(pairs // accounts, minlength=n) == 0
+        if lonely.any():
+            everyone = np.add.outer(lonely.nonzero()[0] * accounts, self.class_counts.nonzero()[0])
+            pairs, score = _inserted(pairs, score, everyone.ravel())
+        label = self._known(labels) if len(labels) else pairs[:0]
+        alien = pairs.take(pairs.searchsorted(label), mode="clip") != label
+        if alien.any():
+            pairs, score = _inserted(pairs, score, label[alien])
+        document, account = np.divmod(pairs, accounts)
+        start = _run_starts(document)
 
         # The prior and the normalisers.
-        known = (self.token_counts.rows.values.take(found.row) > 0).nonzero()[0]
+        values = counts.rows.values.take(found.row)
+        known = values.nonzero()[0]
         columns = self.sums.shape[1]
-        cell = document[known] * columns + found.kind[known] + 1
+        cell = (found.document * columns + found.kind + 1).take(known)
         lengths = np.bincount(cell, minlength=n * columns).reshape(n, columns).astype(np.float64)
         lengths[:, 0] = 1
         score += self._prior(lengths, pairs)
 
         # What wide rows say of the candidates.
-        wide = self.token_counts.is_wide(found.row).nonzero()[0]
+        wide = (values >= WIDE).nonzero()[0]
         if len(wide):
-            of = document[wide]
-            token, at = _ranges(start[of], np.append(start[1:], len(pairs))[of] - start[of])
-            token = self.token_counts.rows.keys.take(found.row[wide].take(token))
-            said = self.token_counts.asked(token, account.take(at))
+            of = found.document.take(wide)
+            sizes = np.bincount(document).take(of)
+            at = _ranges(start.take(of), sizes)
+            said = counts.asked(found.row.take(wide).repeat(sizes), account.take(at))
             score += np.bincount(at, said, minlength=len(score))
+        score *= EVIDENCE
+        return Scores(document, account, score, start, pairs.searchsorted(label), alien, found)
 
-        label = pairs.searchsorted(label)
-        alien = times[label] == 1
-        return Scores(document_of, account, score * EVIDENCE, start, label, alien)
-
-    def _known(self, labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Which labels are known, and the numbers of those."""
-        numbers = np.array([self.accounts.get(label, -1) for label in labels], dtype=np.int64)
+    def _known(self, labels: Sequence[str]) -> np.ndarray:
+        """The pairs of those labels that are known."""
+        numbers = np.fromiter(map(self.accounts.get, labels, repeat(-1)), dtype=np.int64)
         known = ((numbers >= 0) & (self.sums[numbers, 0] > 0)).nonzero()[0]
-        return known, numbers[known]
+        return known * len(self.names) + numbers[known]
 
-    def _score_one(self, document: Sequence[int], labels: Sequence[str]) -> Scores:
+    def _score_one(self, document: Sequence[int]) -> Scores:
         """As joint_log_likelihood, of one document: the same in fewer steps."""
-        counts = self.token_counts
-        entries, value_at = counts.entries, counts.rows.values.item
-        spans, sizes, kinds, wide = [entries[:0]], [0], [0], []
+        counts, accounts = self.token_counts, len(self.names)
+        value_at = counts.rows.values.item
+        spans, evidence, wide = [], [], []
         lengths = [1] + [0] * len(KINDS)
         for token, row in zip(document, counts.rows.find_each(document), strict=True):
             if value := value_at(row):
-                kind, start, size = token >> KIND_SHIFT, value >> 24, value & SIZE
-                lengths[1 + kind] += 1
-                if start:
-                    spans.append(entries[start : start + size])
-                    sizes.append(size)
-                    kinds.append(kind)
+                lengths[1 + (token >> KIND_SHIFT)] += 1
+                if value < WIDE:
+                    start, size = value >> 24, value & SIZE
+                    spans.append(counts.entries[start : start + size])
+                    evidence.append(counts.evidence[start : start + size])
                 else:
-                    wide.append(token)
-        entries = np.concatenate(spans)
-        column = entries >> 40
-        evidence = self._evidence(np.array(kinds).repeat(sizes), column & 1, entries & UNITS)
-        met = column >> 1
-        account = np.bincount(met).nonzero()[0]
-        if self.n_classes < len(self.names):  # an account wholly unlearned is no candidate
-            account = account[self.class_counts[account] > 0]
-        score = np.bincount(met, evidence).take(account)
-        if not len(account):
-            account = self.class_counts.nonzero()[0]
-            score = np.zeros(len(account))
-        label = alien = account[:0]
-        if labels:
-            _, numbers = self._known(labels)
-            label = account.searchsorted(numbers)
-            alien = account.take(label, mode="clip") != numbers
-            if alien.any():
-                account, score = np.insert(account, label, numbers), np.insert(score, label, 0)
-        zeros = np.zeros(len(account), dtype=np.int64)
+                    wide.append(row)
+        if not spans or self.n_classes < accounts:  # which is rare
+            return self.joint_log_likelihood([document])
+        met = np.concatenate(spans) >> 41
+        account, score = _summed(met, np.concatenate(evidence), accounts)
         score += self._prior(np.array([lengths], dtype=np.float64), account)
         if wide:
             score += counts.asked(np.array(wide)[:, np.newaxis], account).sum(axis=0)
-        return Scores(zeros, account, score * EVIDENCE, zeros[:1], label, alien)
+        score *= EVIDENCE
+        zeros = np.zeros_like(account)
+        return Scores(zeros, account, score, zeros[:1], zeros[:0], zeros[:0], None)
 
     def _prior(self, lengths: np.ndarray, pairs: np.ndarray) -> np.ndarray:
         """(p,) what classes and their sizes say, in units of EVIDENCE.
@@ -955,8 +967,9 @@ class NaiveBayes:
             return documents
         tokens = np.fromiter(chain.from_iterable(documents), dtype=np.int64)
         lengths = np.array([len(document) for document in documents], dtype=np.int64)
+        document = np.arange(len(lengths)).repeat(lengths)
         row = (rows_of or self.token_counts.rows.find)(tokens)
-        return LookedUp(lengths, tokens >> KIND_SHIFT, row)
+        return LookedUp(lengths.cumsum() - lengths, document, tokens >> KIND_SHIFT, row)
 
     def terms(self, document: Sequence[int], accounts: np.ndarray) -> np.ndarray:
         """(k, 1 + T) what makes up the scores of k candidates: the prior, then each of T tokens.
@@ -965,17 +978,17 @@ class NaiveBayes:
         difference of their scores. The terms of an unknown token are 0.
         """
         found, accounts = self._look_up([document]), np.asarray(accounts)
-        counts, tokens = self.token_counts, np.array(document)
+        counts = self.token_counts
         logs = self._log_counts(self.sums[accounts]).T
-        terms = np.zeros((len(tokens), len(accounts)))
+        terms = np.zeros((len(document), len(accounts)))
         known = (counts.rows.values[found.row] > 0).nonzero()[0]
         terms[known] = logs[1 + found.kind[known]]
-        token, column, units = counts.take(found.row)
-        evidence = self._evidence(found.kind[token], column & 1, units)
-        entry, place = (column[:, np.newaxis] >> 1 == accounts).nonzero()
+        sizes, account, evidence = counts.met(found.row)
+        token = np.arange(len(document)).repeat(sizes)
+        entry, place = (account[:, np.newaxis] == accounts).nonzero()
         np.add.at(terms, (token[entry], place), evidence[entry])
         wide = counts.is_wide(found.row).nonzero()[0]
-        terms[wide] += counts.asked(tokens[wide, np.newaxis], accounts)
+        terms[wide] += counts.asked(found.row[wide, np.newaxis], accounts)
         return np.vstack([logs[:1], terms]).T * EVIDENCE
 
     def predict(self, documents: Sequence[Sequence[int]]) -> list[str]:
@@ -989,18 +1002,16 @@ class NaiveBayes:
     def _scores(
         self, documents: Documents, labels: Sequence[str] = ()
     ) -> Iterator[tuple[slice, Scores]]:
-        """Those of all documents, so many at a time that all sums stay in a processor's cache."""
-        if len(documents) == 1:
-            yield slice(0, 1), self._score_one(documents[0], labels)
+        """Those of all documents, ROUND at a time if they are yet to be looked up."""
+        if isinstance(documents, LookedUp):
+            yield slice(None), self.joint_log_likelihood(documents, labels)
             return
-        found = self._look_up(documents)
-        values = self.token_counts.rows.values.take(found.row)
-        sums = np.bincount(found.document, np.where(values > SIZE, values & SIZE, 0))
-        sums = np.where(sums > 0, sums, len(self.names)).cumsum()
-        starts = _run_starts(sums // AT_WORK).tolist()
-        for part in map(slice, starts, [*starts[1:], len(sums)]):
-            some = found.part(part) if len(starts) > 1 else found
-            yield part, self.joint_log_likelihood(some, labels[part])
+        if len(documents) == 1 and not labels:
+            yield slice(None), self._score_one(documents[0])
+            return
+        for start in range(0, len(documents), ROUND):
+            part = slice(start, start + ROUND)
+            yield part, self.joint_log_likelihood(documents[part], labels[part])
 
     def _best(self, scores: Scores) -> np.ndarray:
         """(n,) the pair of each document's highest score; of equals, the first by name."""
@@ -1034,8 +1045,8 @@ class NaiveBayes:
         """Predictions for documents whose accounts, the labels, are known, and maybe the scores."""
         if not self.n_classes:
             return [Assessment(None, None, None, 0)] * len(labels)
-        found, made = self._look_up(documents), []
-        for part, scores in scored or self._scores(found, labels):
+        made = []
+        for _, scores in scored or self._scores(documents, labels):
             seen = scores.score.copy()
             seen[scores.label[scores.alien]] = -np.inf
             best = self._best(scores._replace(score=seen))
@@ -1052,7 +1063,7 @@ class NaiveBayes:
                 map(self.names.__getitem__, scores.account[best].tolist()),
                 [margin if margin < np.inf else None for margin in lead.round(4).tolist()],
                 [rank or None for rank in ranks.tolist()],
-                self.specificity(found.part(part)).tolist(),
+                self.specificity(scores.found).tolist(),
             )
         return made
 
@@ -1084,7 +1095,7 @@ class NaiveBayes:
             highest = np.maximum.reduceat(score, scores.start)
             posterior = np.rint(np.exp(score - highest.take(scores.document)) / EVIDENCE)
             posterior /= np.add.reduceat(posterior, scores.start).take(scores.document)
-            document = scores.document + part.start
+            document = scores.document + (part.start or 0)
             surprise = np.rint(GRAIN * SHARE * (1 - posterior[scores.label])) / GRAIN
             known = np.zeros(len(labels), dtype=bool)
             known[document[scores.label]] = True
@@ -1106,26 +1117,27 @@ class NaiveBayes:
         if not lessons:
             return
         found = self._look_up(documents, self.token_counts.rows.insert)
-        counted = [
-            (i, 2 * self.accounts[lesson.account], sign * round(GRAIN * lesson.weight))
-            for i, lesson in enumerate(lessons)
-        ]
-        counted += [
-            (i, 2 * self.accounts[rival] + 1, sign * GRAIN)
-            for i, lesson in enumerate(lessons)
-            for rival in lesson.against
-        ]
-        document, column, units = np.array(counted).T
-        account, weight = column[: len(lessons)] >> 1, units[: len(lessons)] / GRAIN
+        against = [lesson.against for lesson in lessons]
+        names = chain((lesson.account for lesson in lessons), *against)
+        account = np.fromiter(map(self.accounts.__getitem__, names), dtype=np.int64)
+        document = np.arange(len(lessons))
+        document = np.append(document, document.repeat([*map(len, against)]))
+        weight = sign * np.array([lesson.weight for lesson in lessons])
+        units = np.full(len(account), sign * GRAIN)
+        units[: len(lessons)] = np.rint(GRAIN * weight)
+        column = 2 * account
+        column[len(lessons) :] += 1
+        account = account[: len(lessons)]
         self.names += islice(self.accounts, len(self.names), None)
         if len(self.names) > len(self.sums):
             self.sums = _grown(self.sums, len(self.names) * 3 // 2, self.sums.shape[1])
         np.add.at(self.sums[:, 0], account, weight)
-        cell = account.repeat(found.lengths), 1 + found.kind
-        np.add.at(self.sums, cell, weight.repeat(found.lengths))
+        cell = account.take(found.document), 1 + found.kind
+        np.add.at(self.sums, cell, weight.take(found.document))
 
-        of, token = _ranges(found.start[document], found.lengths[document])
-        self.token_counts.add(found.row[token], column[of], units[of])
+        sizes = np.bincount(found.document, minlength=len(lessons)).take(document)
+        token = _ranges(found.start.take(document), sizes)
+        self.token_counts.add(found.row.take(token), column.repeat(sizes), units.repeat(sizes))
         self._count()
 
     def book(
@@ -1146,8 +1158,7 @@ class NaiveBayes:
             pause()
             part = slice(start, start + 2 * ROUND)
             found = self._look_up(documents[part], insert)
-            asked = documents if len(documents) == 1 else found
-            scored = [*self._scores(asked, labels[part])] if self.n_classes else []
+            scored = [*self._scores(found, labels[part])] if self.n_classes else []
             assessments += self.assess(found, labels[part], scored)
         parts = rounds(len(documents))
         for part in parts:

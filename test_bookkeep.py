@@ -410,12 +410,13 @@ def count(counts, sums, sign=1):
 def held(counts):
     """All sums for and against, by token and account: what narrow rows have, and wide ones say."""
     rows = counts.rows.find(ALL_TOKENS)
-    token, column, units = counts.take(rows)
     found = Counter()
-    for i, c, n in zip(token.tolist(), column.tolist(), units.tolist(), strict=True):
-        found[ALL_TOKENS[i], c // 2] += n << 20 * (c % 2)
-    wide = ALL_TOKENS[counts.is_wide(rows)]
-    for t, row in zip(wide, counts.asked(wide[:, np.newaxis], np.arange(11)), strict=True):
+    sizes, *met = counts.met(rows)
+    for token, account, said in zip(ALL_TOKENS.repeat(sizes).tolist(), *met, strict=True):
+        found[token, int(account)] += int(said)
+    wide, accounts = counts.is_wide(rows), np.arange(bookkeep.PAGE * counts.page_of.shape[1])
+    evidence = counts.asked(rows[wide, np.newaxis], accounts)
+    for t, row in zip(ALL_TOKENS[wide], evidence, strict=True):
         found.update({(t, account): int(said) for account, said in enumerate(row) if said})
     known = counts.occupied.sum(), np.count_nonzero(counts.rows.values[rows])
     assert known[0] == known[1] == len({t for t, _ in found})
@@ -474,7 +475,7 @@ def test_what_is_taken_away_leaves_its_room_to_others():
         for part in batches_of(sums, 300):
             count(counts, part, sign)
         assert counts.is_wide(counts.rows.find(np.array([KIND + 1])))[0] == (sign > 0)
-    for array in (counts.entries, counts.rows.keys, counts.cells.keys):
+    for array in (counts.entries, counts.rows.keys, counts.pages):
         assert len(array) < 8 * len(sums)
 
 
@@ -699,13 +700,12 @@ def test_of_a_sure_one_nobody_is_a_rival_and_it_still_counts_a_little():
     assert model.weigh([[1]], ["new"]) == [Lesson("new", 1.0, [])]
 
 
-@given(LEARNED, LABELLED, st.integers(1, 9), st.integers(1, 4))
-def test_a_batch_is_assessed_whole_and_learned_in_rounds(bookings, asked, at_work, most):
+@given(LEARNED, LABELLED, st.integers(1, 4))
+def test_a_batch_is_assessed_whole_and_learned_in_rounds(bookings, asked, most):
     documents, labels = zip(*asked, strict=True)
     model, expected = taught(bookings), taught(bookings)
     assessments = expected.assess(documents, labels)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bookkeep, "AT_WORK", at_work)  # few sums at a time
         patch.setattr(bookkeep, "ROUND", most)
         assert model.assess(documents, labels) == assessments
         assert model.predict(documents) == expected.predict(documents)
