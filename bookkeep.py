@@ -2911,16 +2911,20 @@ class Bookkeeper:
             return
         samples = [sample for each in group for sample in each.samples]
         records, rows = self.books.draft(samples, self.writer.pause)
-        if len(group) == 1 and self._is_repeated(group[0]):  # by now: its key came in a pause
-            self.books.undo(records, rows)
-            return
         try:
-            rest = iter(records)
-            batches = [(each.key, [*islice(rest, len(each.samples))]) for each in group]
-            records = self.order.append(self.log, batches)
+            # Another list may have come under the key of a long one by now.
+            known = self.repeated(group[0].samples, group[0].key)
+            if known is None:
+                rest = iter(records)
+                batches = [(each.key, [*islice(rest, len(each.samples))]) for each in group]
+                records = self.order.append(self.log, batches)
         except BaseException:
             self.books.undo(records, rows)
             raise
+        if known is not None:
+            self.books.undo(records, rows)
+            group[0].done.set_result(known)
+            return
         self.books.enter(records, rows)
         end = len(self.log) - len(records)
         for each in group:
