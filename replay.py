@@ -45,7 +45,7 @@ except ImportError:  # the extra "client" is not installed: plain lines will do
 
 try:
     from bookkeep_extra import files
-    from bookkeep_extra.files import FIELDS, Failed, by_date, read_rows  # noqa: F401
+    from bookkeep_extra.files import FIELDS, Failed, by_date, guarded, read_rows  # noqa: F401
 except ModuleNotFoundError:  # replay.py was copied alone, which will do for Client
     files = None
 
@@ -724,23 +724,6 @@ def suggest(client: Client, book: Any) -> None:
     with _progress(table.rows, str) as show:
         for done in table.suggested(sys.stdout, suggested, ("account", "confidence", BOOKED_BY)):
             show(done)
-
-
-# Where a spreadsheet would begin a formula: at the start of a cell, whatever separates cells.
-FORMULA = r"""(?<![^,;|\t\r\n])%s(?='*[" ]*[-=+@\t\r\uff1d\uff0b\uff0d\uff20])"""
-
-
-def guarded(text: str) -> str:
-    """A cell of a CSV file that no spreadsheet runs: with a ' where a formula would begin.
-
-    A plain number stays. Quote all cells: what separates them may stand in one, too.
-    """
-    return text if re.fullmatch("[-+]?[0-9][0-9.,]*", text) else re.sub(FORMULA % "", "'", text)
-
-
-def unguarded(cell: str) -> str:
-    """The text of a guarded cell."""
-    return re.sub(FORMULA % "'", "", cell)
 
 
 # ------------------------------------------------------------------------------------- Command line

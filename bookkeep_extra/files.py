@@ -81,6 +81,24 @@ def few(odd: int, of: int) -> bool:
     return odd <= max(3, of // 20)
 
 
+# Where a spreadsheet would begin a formula: at the start of a cell, whatever separates cells.
+FORMULA = r"""(?<![^,;|\t\r\n])%s(?='*[" ]*[-=+@\t\r\uff1d\uff0b\uff0d\uff20])"""
+
+
+def guarded(text: str) -> str:
+    """A cell of a CSV file that no spreadsheet runs: with a ' where a formula would begin.
+
+    A plain number stays. Quote all cells: what separates them may stand in one, too. A file that is
+    read has its texts without these.
+    """
+    return text if re.fullmatch("[-+]?[0-9][0-9.,]*", text) else re.sub(FORMULA % "", "'", text)
+
+
+def unguarded(cell: str) -> str:
+    """The text of a guarded cell."""
+    return re.sub(FORMULA % "'", "", cell) if "'" in cell else cell
+
+
 # ------------------------------------------------------------------------------------------ Amounts
 
 OUT = "dr db deb dbt dbit debit débit d s soll lastschrift belastung ausgang af uit cargo addebito "
@@ -978,7 +996,7 @@ class Table:
         for field, key in FIELDS.items():
             if key and field in self._named:
                 sample[key] = self._text(row, field)
-        sample |= self._fixed
+        sample = {key: unguarded(text) for key, text in sample.items()} | self._fixed
         if "amount" in self._named:
             sample["BankEntryAmount"] = self._amount(sample["BankEntryAmount"], row)
         else:

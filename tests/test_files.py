@@ -1,7 +1,10 @@
 """bookkeep_extra/files.py: files as banks and accounting programs write them, each in few rows."""
 
+import csv
 import io
+import itertools
 import logging
+import re
 import sys
 import zipfile
 from datetime import datetime
@@ -33,7 +36,7 @@ def amounts(written, header="Date,Description,Amount,Category"):
     """What amounts in a file are read as."""
     rows = io.StringIO()
     for i, amount in enumerate(written):
-        files.csv.writer(rows).writerow(["2024-01-01", f"shop {i}", amount, "Food"])
+        csv.writer(rows).writerow(["2024-01-01", f"shop {i}", amount, "Food"])
     return values(table(f"{header}\n{rows.getvalue()}", NAMES), "BankEntryAmount")
 
 
@@ -736,3 +739,28 @@ def test_suggestions_without_a_header_stand_behind_each_row():
     out = io.StringIO()
     list(found.suggested(out, lambda samples: [["X", "0.9"]] * len(samples), ["account", "c"]))
     assert out.getvalue() == "a;1,5;X;0.9\nb;2,5;X;0.9\n"
+
+
+def test_no_cell_is_a_formula_whatever_separates_cells():
+    """All short texts of what matters, read as a spreadsheet does with each separator."""
+    for texts in itertools.product(["", *"'\" =-1x;\t\r\n"], repeat=4):
+        text = "".join(texts)
+        cell = files.guarded(text)
+        assert files.unguarded(cell) == text
+        file = io.StringIO(newline="")
+        csv.writer(file, quoting=csv.QUOTE_ALL).writerow(["x", cell])
+        for separator in ",;\t":
+            lines = file.getvalue().splitlines(keepends=True)
+            for shown in itertools.chain(*csv.reader(lines, delimiter=separator)):
+                assert not re.match('["\\s]*[=-]', shown) or re.fullmatch("-1+", shown)
+
+
+def test_what_was_guarded_is_read_as_it_was():
+    texts = ["=1+1", "'=x", "x;-y", "'s", "+47 12"]
+    rows = io.StringIO()
+    for text in texts:
+        row = ["2024-01-01", text, "-12.50", text]
+        csv.writer(rows, quoting=csv.QUOTE_ALL).writerow(map(files.guarded, row))
+    found = table(f"Date,Description,Amount,Category\n{rows.getvalue()}", NAMES)
+    read = values(found, "BankEntryText", "BankEntryAmount", "AccountNumber")
+    assert read == [[text, "-12.50", text] for text in texts]
