@@ -683,12 +683,15 @@ class Table:
         self._add_defaults(guess, ask)
         self.context = [self.names[number] for number in self._named.get("context", ())]
         taken = {n for field, numbers in self._named.items() for n in numbers if field != "context"}
-        self._others = [
-            (number, name)
+        fields = {FIELDS[field]: numbers for field, numbers in self._named.items()}
+        others = {
+            name: [number]
             for number, name in enumerate(self.names)
-            if (number not in taken or name in self.context)
-            and not (name in NAMED and NAMED[name] in self._named)
-        ]
+            if (number not in taken or name in self.context) and name not in fields
+        }
+        fields.pop("", None)
+        # By the key of a sample the columns that it is joined from, in the order of the file.
+        self._keys = dict(sorted((others | fields).items(), key=lambda item: item[1]))
         self.rows = self.usable = self._unread = 0
         self._left: dict[str, list[int]] = {}  # why rows are left out: how many, the first's line
         self._dates: dict[str, str] | None = None  # None if they stay as they are written
@@ -958,10 +961,7 @@ class Table:
                 return
 
     def _text(self, row: Sequence[str], field: str) -> str:
-        numbers = self._named.get(field, ())
-        if len(numbers) == 1:
-            return row[numbers[0]]
-        return " ".join(row[number] for number in numbers if row[number])
+        return _joined(row, self._named.get(field, ()))
 
     def _check(self, row: Sequence[str]) -> None:
         """Raises Odd if a row is no booking, as something is missing or too much."""
@@ -974,11 +974,7 @@ class Table:
     def _sample(self, row: Sequence[str]) -> Sample:
         """A row as a sample. Raises Odd if it is no booking."""
         self._check(row)
-        sample = {name: row[number] for number, name in self._others}
-        for field, key in FIELDS.items():
-            if key and field in self._named:
-                sample[key] = self._text(row, field)
-        sample |= self._fixed
+        sample = {key: _joined(row, numbers) for key, numbers in self._keys.items()} | self._fixed
         if "amount" in self._named:
             sample["BankEntryAmount"] = self._amount(sample["BankEntryAmount"], row)
         else:
@@ -1058,6 +1054,13 @@ class Table:
             raise Failed(f"there are no bookings in {self.name}: in line {line}, it {why}")
         if said := "; ".join(filter(None, said)):
             logger.log(logging.WARNING if left else logging.INFO, "%s: %s", self.name, said)
+
+
+def _joined(row: Sequence[str], numbers: Sequence[int]) -> str:
+    """What stands in these columns, with spaces between."""
+    if len(numbers) == 1:
+        return row[numbers[0]]
+    return " ".join(row[number] for number in numbers if row[number])
 
 
 def wanted_names(columns: Mapping[str, str]) -> set[str]:
