@@ -685,6 +685,7 @@ def test_files_that_are_no_csv_are_read_to_suggest_accounts(tmp_path, name, cont
         (b"\x1f\x8b\x08", "compressed, but no zip"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an Excel file that cannot be read"),
         (b":20:START\n:61:nonsense\n", "MT940 that cannot be read"),
+        (b'[{"a": 1}]', "JSON"),
     ],
 )
 def test_other_kinds_are_named_with_the_way_out(tmp_path, content, what):
