@@ -88,9 +88,7 @@ OUT += "dare out withdrawal payment wn obciążenie 出金"
 IN = "cr cre crd crdt credit crédit c k h haben gutschrift eingang bij in abono accredito avere "
 IN += "deposit receipt ma uznanie 入金"
 SIDES = {"-": "-", "+": "", **dict.fromkeys(OUT.split(), "-"), **dict.fromkeys(IN.split(), "")}
-SIDE = re.compile(
-    rf"(?<![^\W\d])({'|'.join(f'{OUT} {IN}'.split())})(?![^\W\d]|[/$])[.]?", re.IGNORECASE
-)
+SIDE = re.compile(rf"(?<![^\W\d])({'|'.join(f'{OUT} {IN}'.split())})(?![\w/$])[.]?", re.IGNORECASE)
 CURRENCY = re.compile(
     r"[A-Z]{0,3}[$€£¥₩₪₫₴₸₹₺₽฿₦₱\\]|(?<![^\W\d])(?:[A-Z]{3}|[Rr][Ss]|R|RM|Rp|[Kk][Rr]|S?F[Rr]|zł|Kč"
     r"|Ft|lei|лв|руб|р|грн|kn|din|TL|S/|[Ee]uro|円|元|원)(?![^\W\d])[.]?"
@@ -1064,7 +1062,10 @@ def _likely_header(head: Sequence[Record]) -> Record | None:
         has_values = any(readings(text) or looks_like_date(text) for text in texts)
         if has_values and len(record.values) == width:
             return before
-        before = None if has_values or (len(texts) < 2 and width > 1) else record
+        if has_values:
+            before = None
+        elif len(texts) > 1 or width == 1:
+            before = record
     return next((record for record in filled if len(record.values) == width), None)
 
 
@@ -1084,11 +1085,12 @@ def looks_like_date(text: str) -> bool:
 # ----------------------------------------------------------------------------------------- Guesses
 
 WORDS = {  # in names of columns, the likelier first
-    "date": "buchungstag buchungsdatum bookingdate transactiondate posted date datum dato data"
-    " fecha buchung booking päivä dátum tarih дата 日付 取引日 日期 ημερομηνία valuta wertstellung"
-    " valutadatum",
+    "date": "buchungstag buchungsdatum belegdatum bookingdate transactiondate posted date datum"
+    " dato data fecha buchung booking päivä dátum tarih дата 日付 取引日 日期 ημερομηνία valuta"
+    " wertstellung valutadatum",
     "amount": "amount betrag beløb belopp importe montant bedrag importo valor kwota částka összeg"
-    " summa sum tutar sumă сумма 金額 金额 umsatz amt value ποσό måärä iznos znesek",
+    " summa sum tutar sumă сумма 金額 金额 umsatz amt value ποσό määrä iznos znesek gross total"
+    " net",
     "out": "debit withdrawal withdrawals out débit soll cargo cargos addebiti dare uit ausgaben"
     " belastung wn 出金 出金額 お支払金額 spent paid expense",
     "in": "credit deposit deposits in crédit haben abono abonos accrediti avere bij einnahmen"
@@ -1134,12 +1136,14 @@ def guessed(
         empty = {n for n in range(len(names)) if not values[n]}
         sides = {side: best(side, numbers | empty)[:1] for side in ("out", "in")}
         sides = {side: columns for side, columns in sides.items() if columns}
+        if sides.get("out") == sides.get("in"):  # one that says what it is not
+            sides = {}
         named = [n for n in best("amount", numbers) if [n] not in sides.values()]
         decimals = [n for n in numbers if share(n, re.compile(".*[.,][0-9]{2}").match) > 0.5]
         decimals = [n for n in decimals if _rank(names[n], ["balance", "saldo", "残高"]) is None]
         if named or (not sides and len(decimals) == 1):
             found["amount"] = named[:1] or decimals
-        elif len(sides) == 1 or sides.get("out") != sides.get("in"):
+        else:
             found |= sides
     taken = {n for columns in found.values() for n in columns} | {*days}
     if "sign" in fields:
