@@ -203,6 +203,7 @@ class Client:
         """Closes this thread's connection; the next call opens another."""
         if connection := getattr(self._own, "connection", None):
             connection.close()
+            self._own.connection = None  # it may keep headers of a request that was broken off
 
     def ask(
         self, method: str, path: str, content: object = None, key: str = "", again: bool = True

@@ -5,7 +5,7 @@ How it is written (encoding, separator, the line with the names of the columns, 
 found in the file itself. What was found is said; what cannot be read is refused, with the row.
 
 It needs nothing but Python for a CSV file in UTF-8; the extra "client" has what reads the others.
-It reads from top to bottom: Names, Amounts, Dates, Sources, Tables, Guesses.
+It reads from top to bottom: Names, Amounts, Dates, Sources, Tables, Guesses, Files.
 """
 
 import codecs
@@ -106,9 +106,7 @@ OUT += "dare out withdrawal payment wn obciążenie 出金"
 IN = "cr cre crd crdt credit crédit c k h haben gutschrift eingang bij in abono accredito avere "
 IN += "deposit receipt ma uznanie 入金"
 SIDES = {"-": "-", "+": "", **dict.fromkeys(OUT.split(), "-"), **dict.fromkeys(IN.split(), "")}
-SIDE = re.compile(
-    rf"(?<![^\W\d])({'|'.join(f'{OUT} {IN}'.split())})(?![^\W\d]|[/$])[.]?", re.IGNORECASE
-)
+SIDE = re.compile(rf"(?<![^\W\d])({'|'.join(f'{OUT} {IN}'.split())})(?![\w/$])[.]?", re.IGNORECASE)
 CURRENCY = re.compile(
     r"[A-Z]{0,3}[$€£¥₩₪₫₴₸₹₺₽฿₦₱\\]|(?<![^\W\d])(?:[A-Z]{3}|[Rr][Ss]|R|RM|Rp|[Kk][Rr]|S?F[Rr]|zł|Kč"
     r"|Ft|lei|лв|руб|р|грн|kn|din|TL|S/|[Ee]uro|円|元|원)(?![^\W\d])[.]?"
@@ -367,7 +365,7 @@ EXPORT = "export it as CSV or Excel from the program that it is from"
 OTHERS = (  # what a file begins with that is none of those which are read, and its name
     (rb"%PDF", "a PDF"),
     (rb"\x1f\x8b|\x42\x5a\x68|\x37\x7a\xbc\xaf", "compressed, but no zip"),
-    (rb"\s*[{\[]", "JSON"),
+    (rb'\s*\[?\s*\{\s*"', "JSON"),
     (rb"\s*!(Type|Account|Option)\b", "QIF"),
     (rb"(?s)\s*<\?xml.{,600}(camt[.]05|BkToCstmr)", "CAMT (ISO 20022)"),
     (
@@ -420,20 +418,17 @@ class Text:
         try:
             self._text = io.TextIOWrapper(file, newline="", encoding=encoding, errors=errors)
         except LookupError:
-            raise Failed(f"{encoding} is no encoding that Python knows") from None
-        head = self._text.read(1 << 16)
-        self.separated_by = re.match(r'"?sep=(.)"?[\r\n]', head)
-        self.dialect = _dialect(head, wanted, self.separated_by and self.separated_by[1])
+            raise UnicodeError(f"{encoding} is no encoding that Python knows") from None
+        self.dialect = _dialect(self._text.read(1 << 16), wanted)
         self.encoding = encoding.removesuffix("-sig")
 
     def __str__(self) -> str:
         mark = self.dialect["delimiter"]
-        plain = self.encoding == "utf-8" and mark == "," and not self.odd_bytes
-        said = f"{self.encoding.upper()}, separated by {'tabs' if mark == chr(9) else mark}"
-        said = said.replace(";", "semicolons")
+        mark = {";": "semicolons", "\t": "tabs", ",": "commas"}.get(mark, mark)
+        said = f"{self.encoding.upper()}, separated by {mark}"
         if self.odd_bytes:
             said += f" (what is no UTF-8 in line {self.odd_bytes[0]} is taken for Windows-1252)"
-        return "" if plain else said
+        return "" if said == "UTF-8, separated by commas" else said
 
     def records(self, width: int = 0) -> Iterator[Record]:
         """All of them, anew. A record over several lines must have `width` values, if that is set.
@@ -446,7 +441,8 @@ class Text:
 
         def take() -> str:
             line = held.popleft() if held else self._text.readline()
-            taken.append(line)
+            if line:
+                taken.append(line)
             return line
 
         number = 1
@@ -455,20 +451,18 @@ class Text:
             taken.clear()
             try:
                 values = next(reader)
-                whole = (
-                    len([line for line in taken if line]) == 1 or len(values) == width or not width
-                )
+                whole = len(taken) == 1 or len(values) == width or not width
             except csv.Error:
                 whole = False
             except StopIteration:
                 return
             if not whole:
-                held.extendleft(reversed([line for line in taken[1:] if line]))
+                held.extendleft(reversed(taken[1:]))
                 del taken[1:]
                 reader = csv.reader(iter(take, ""), strict=True, **self.dialect)
                 values = self._alone(taken[0], width)
             yield Record(number, "".join(taken), values)
-            number += len([line for line in taken if line])
+            number += len(taken)
 
     def _alone(self, line: str, width: int) -> list[str]:
         """The values of a line whose quotes are odd."""
@@ -483,10 +477,9 @@ class Text:
         body = record.text.rstrip("\r\n")
         mark, quote = self.dialect["delimiter"], self.dialect["quotechar"]
         how = {"delimiter": mark, "quotechar": quote, "lineterminator": ""}
+        how["quoting"] = csv.QUOTE_ALL if quoted else csv.QUOTE_MINIMAL
         line = io.StringIO()
-        csv.writer(line, quoting=csv.QUOTE_ALL if quoted else csv.QUOTE_MINIMAL, **how).writerow(
-            ["", *more]  # so that an empty one alone is not quoted
-        )
+        csv.writer(line, **how).writerow(["", *more])  # so that an empty one alone is not quoted
         new = line.getvalue().removeprefix(2 * quote)
         end = record.text[len(body) :] or "\n"
         return f"{body}{mark * (width - len(record.values))}{new}{end}"
@@ -496,7 +489,7 @@ class Cells(Text):
     """The rows of a file that is no text, as if they were a CSV file's."""
 
     def __init__(self, what: str, rows: Iterable[Sequence[object]]) -> None:
-        self._what, self.odd_bytes, self.separated_by = what, [], None
+        self._what = what
         self.dialect = {"delimiter": ",", "quotechar": '"'}
         self._rows = []
         for number, row in enumerate(rows, 1):
@@ -561,11 +554,11 @@ def _encoding(file: BinaryIO, wanted: Collection[str] = ()) -> tuple[str, list[i
                 against = len(NO_WORD.findall(text))
                 likely[found["encoding"]] = len(known) + len(MONEY.findall(text)) - against
     if not likely:
-        raise Failed("its encoding is not clear: name it, as in --encoding cp1252")
+        raise UnicodeError("its encoding is not clear; name it, as in --encoding cp1252")
     return codecs.lookup(max(likely, key=likely.__getitem__)).name, []
 
 
-def _dialect(head: str, wanted: Collection[str], mark: str | None) -> dict[str, Any]:
+def _dialect(head: str, wanted: Collection[str]) -> dict[str, Any]:
     """Separator and quotes: with the most columns that are wanted, or else the most that agree."""
 
     def found(dialect: dict[str, Any]) -> tuple:
@@ -576,12 +569,10 @@ def _dialect(head: str, wanted: Collection[str], mark: str | None) -> dict[str, 
         return names, dialect["quotechar"] == '"', agree
 
     known = {*wanted, *itertools.chain(*KNOWN.values())}
-    marks = itertools.product(mark or ";\t,|", "\"'")
-    dialects = [
-        {"delimiter": mark, "quotechar": quote, "skipinitialspace": mark != "\t"}
-        for mark, quote in marks
-    ]
-    return max(dialects, key=found)
+    said = re.match(r'"?sep=(.)"?[\r\n]', head)
+    marks = itertools.product(said[1] if said else ";\t,|", "\"'")
+    ways = [{"delimiter": m, "quotechar": q, "skipinitialspace": m != "\t"} for m, q in marks]
+    return max(ways, key=found)
 
 
 def plain(name: str) -> str:
@@ -610,23 +601,17 @@ def _sources(
             label = f"{path}, {name}" if len(members) > 1 else str(path)
             yield label, make(opened.enter_context(archive.open(name)))
         return
+    for kind, begin, read in (
+        ("MT940", rb"\s*(\{1:|:20:|:940:)", _mt940),
+        ("OFX", rb"(?s)\s*(OFXHEADER|<OFX>|<\?OFX|<\?xml.{,600}<.?OFX)", _ofx),
+    ):
+        if re.match(begin, head):
+            text = file.read().decode("utf-8", "bookkeep.files")
+            yield str(path), Cells(kind, [("Date", "Text", "Amount"), *read(path, text)])
+            return
     for begin, what in OTHERS:
         if re.match(begin, head.removeprefix(codecs.BOM_UTF8)):
             raise Failed(f"{path} is {what}: {EXPORT}")
-    for kind, begin, read in (
-        ("MT940", rb"\s*(\{1:|:20:|:940:)", _mt940),
-        ("OFX", rb"(?s)\s*(OFXHEADER|<OFX>|<\?xml.{,600}<OFX|<\?OFX)", _ofx),
-    ):
-        if re.match(begin, head):
-            try:
-                rows = list(read(file))
-            except Failed:
-                raise
-            except Exception as error:  # of whatever a library meets in a file from elsewhere
-                reason = " ".join(str(error).split())[:200]
-                raise Failed(f"{path} is {kind} that cannot be read ({reason}): {EXPORT}") from None
-            yield str(path), Cells(kind, [("Date", "Text", "Amount"), *rows])
-            return
     yield str(path), make(file)
 
 
@@ -643,21 +628,21 @@ def _spreadsheet(path: Path, file: BinaryIO) -> list:
         raise Failed(f"{reason}: save it as CSV") from None
 
 
-def _mt940(file: BinaryIO) -> Iterator[tuple]:
+def _mt940(path: Path, text: str) -> Iterator[tuple]:
     mt940 = library("mt940", "MT940")
-    data = file.read()
-    text = data.decode("utf-8" if not _encoding(io.BytesIO(data))[1] else "cp1252", "replace")
-    for entry in mt940.parse(text):
-        found = entry.data
+    try:
+        entries = [entry.data for entry in mt940.parse(text)]
+    except Exception as error:  # it raises what comes
+        reason = f"{path} is MT940 that cannot be read ({error})"
+        raise Failed(f"{reason}: {EXPORT}") from None
+    for entry in entries:
         words = ("applicant_name", "purpose", "additional_purpose")
-        said = " ".join(str(found[word]) for word in words if found.get(word))
-        said = said or found.get("transaction_details") or found.get("extra_details") or ""
-        yield found["date"], " ".join(said.split()), found["amount"].amount
+        said = " ".join(str(entry[word]) for word in words if entry.get(word))
+        said = said or entry.get("transaction_details") or entry.get("extra_details") or ""
+        yield entry["date"], " ".join(said.split()), entry["amount"].amount
 
 
-def _ofx(file: BinaryIO) -> Iterator[tuple]:
-    data = file.read()
-    text = data.decode(_encoding(io.BytesIO(data))[0], "bookkeep.files")
+def _ofx(_: Path, text: str) -> Iterator[tuple]:
     for entry in re.findall("(?is)<STMTTRN>(.*?)</STMTTRN>", text):
         found = dict(re.findall(r"<([A-Za-z0-9.]+)>([^<\r\n]+)", entry))
         words = html.unescape(f"{found.get('NAME', '')} {found.get('MEMO', '')}").strip()
@@ -701,12 +686,15 @@ class Table:
         self._add_defaults(guess, ask)
         self.context = [self.names[number] for number in self._named.get("context", ())]
         taken = {n for field, numbers in self._named.items() for n in numbers if field != "context"}
-        self._others = [
-            (number, name)
+        fields = {FIELDS[field]: numbers for field, numbers in self._named.items()}
+        others = {
+            name: [number]
             for number, name in enumerate(self.names)
-            if (number not in taken or name in self.context)
-            and not (name in NAMED and NAMED[name] in self._named)
-        ]
+            if (number not in taken or name in self.context) and name not in fields
+        }
+        fields.pop("", None)
+        # By the key of a sample the columns that it is joined from, in the order of the file.
+        self._keys = dict(sorted((others | fields).items(), key=lambda item: item[1]))
         self.rows = self.usable = self._unread = 0
         self._left: dict[str, list[int]] = {}  # why rows are left out: how many, the first's line
         self._dates: dict[str, str] | None = None  # None if they stay as they are written
@@ -797,27 +785,15 @@ class Table:
         self._fixed = {} if self.company is None else {"CompanyId": self.company}
         if self._fixed:
             self._named.pop("company", None)
-        lacking = [NAMED[key] for key in self._needed if NAMED[key] not in self._named]
-        if self._fixed:
-            lacking.remove("company")
-        if {"out", "in"} & {*self._named} and "amount" in lacking:
-            lacking.remove("amount")
-        if guess and "company" not in lacking:
-            fields = [*lacking, *({"date", "sign"} - {*self._named})]
+        if guess:
+            fields = {*self._lacking(), "date", "sign"} - {*self._named}
             rows = [row for _, row in itertools.islice(self._rows(), 500)]
             used = {*itertools.chain.from_iterable(self._named.values())}
-            found = guessed(self.names, rows, fields, used)
-            for field in fields:
-                if field in found:
-                    self._named[field] = found[field]
-            if "amount" in fields and {"out", "in"} & {*found}:
-                self._named |= {side: found[side] for side in ("out", "in") if side in found}
-                lacking.remove("amount")
-            lacking = [field for field in lacking if field not in self._named]
-            for field in [*lacking] if ask else ():
-                if name := ask(field, self.names, rows[:3]):
+            self._named |= guessed(self.names, rows, fields, used)
+            for field in self._lacking() if ask else ():
+                if field != "company" and (name := ask(field, self.names, rows[:3])):
                     self._named[field] = self._numbers(field, name)
-                    lacking.remove(field)
+        lacking = self._lacking()
         if lacking:
             keys = ", ".join(FIELDS[field] for field in lacking)
             example = ",".join(f"{field}=COLUMN" for field in lacking)
@@ -827,19 +803,27 @@ class Table:
                 + (" or --company NAME for all of its rows" if "company" in lacking else "")
             )
 
+    def _lacking(self) -> list[str]:
+        """The fields that a booking needs and that have no column."""
+        has = {*self._named, *(NAMED[key] for key in self._fixed)}
+        if has & {"out", "in"}:
+            has.add("amount")
+        return [NAMED[key] for key in self._needed if NAMED[key] not in has]
+
     @property
-    def map(self) -> str:
-        """Which column is which, as --map takes it, but for those that have a key's own name."""
+    def columns(self) -> dict[str, str]:
+        """Which column is which, but for those that have a key's own name."""
         named = {
-            field: [self.names[number] or f"{number + 1}" for number in self._named[field]]
+            field: "+".join(self.names[number] or f"{number + 1}" for number in self._named[field])
             for field in FIELDS
             if field in self._named
         }
-        return ",".join(
-            f"{field}={'+'.join(names)}"
-            for field, names in named.items()
-            if names != [FIELDS[field]]
-        )
+        return {field: name for field, name in named.items() if name != FIELDS[field]}
+
+    @property
+    def map(self) -> str:
+        """The same, as --map takes it."""
+        return ",".join(f"{field}={name}" for field, name in self.columns.items())
 
     # -- rows
 
@@ -976,10 +960,7 @@ class Table:
                 return
 
     def _text(self, row: Sequence[str], field: str) -> str:
-        numbers = self._named.get(field, ())
-        if len(numbers) == 1:
-            return row[numbers[0]]
-        return " ".join(row[number] for number in numbers if row[number])
+        return _joined(row, self._named.get(field, ()))
 
     def _check(self, row: Sequence[str]) -> None:
         """Raises Odd if a row is no booking, as something is missing or too much."""
@@ -992,11 +973,8 @@ class Table:
     def _sample(self, row: Sequence[str]) -> Sample:
         """A row as a sample. Raises Odd if it is no booking."""
         self._check(row)
-        sample = {name: row[number] for number, name in self._others}
-        for field, key in FIELDS.items():
-            if key and field in self._named:
-                sample[key] = self._text(row, field)
-        sample = {key: unguarded(text) for key, text in sample.items()} | self._fixed
+        sample = {key: unguarded(_joined(row, numbers)) for key, numbers in self._keys.items()}
+        sample |= self._fixed
         if "amount" in self._named:
             sample["BankEntryAmount"] = self._amount(sample["BankEntryAmount"], row)
         else:
@@ -1059,7 +1037,7 @@ class Table:
             said.append("no names of columns")
         elif self.line > 1:
             said.append(f"the names of its columns in line {self.line}")
-        if self.map != f"context={'+'.join(self.context)}":
+        if {*self.columns} - {"context"}:
             said.append(self.map)
         said += self._examples.values()
         if self._signed:
@@ -1076,6 +1054,13 @@ class Table:
             raise Failed(f"there are no bookings in {self.name}: in line {line}, it {why}")
         if said := "; ".join(filter(None, said)):
             logger.log(logging.WARNING if left else logging.INFO, "%s: %s", self.name, said)
+
+
+def _joined(row: Sequence[str], numbers: Sequence[int]) -> str:
+    """What stands in these columns, with spaces between."""
+    if len(numbers) == 1:
+        return row[numbers[0]]
+    return " ".join(row[number] for number in numbers if row[number])
 
 
 def wanted_names(columns: Mapping[str, str]) -> set[str]:
@@ -1096,13 +1081,15 @@ def _likely_header(head: Sequence[Record]) -> Record | None:
         has_values = any(readings(text) or looks_like_date(text) for text in texts)
         if has_values and len(record.values) == width:
             return before
-        before = None if has_values or (len(texts) < 2 and width > 1) else record
+        if has_values:
+            before = None
+        elif len(texts) > 1 or width == 1:
+            before = record
     return next((record for record in filled if len(record.values) == width), None)
 
 
 def looks_like_date(text: str) -> bool:
     """Whether it may be a date, as far as that can be told from one."""
-    text = text.split("T")[0].strip()
     if len(text) > 40 or not re.search("[0-9]", text):
         return False
     text = TIME.sub("", text)
@@ -1114,14 +1101,15 @@ def looks_like_date(text: str) -> bool:
     )
 
 
-# ---------------------------------------------------------------------------------------- Guesses
+# ----------------------------------------------------------------------------------------- Guesses
 
 WORDS = {  # in names of columns, the likelier first
-    "date": "buchungstag buchungsdatum bookingdate transactiondate posted date datum dato data"
-    " fecha buchung booking päivä dátum tarih дата 日付 取引日 日期 ημερομηνία valuta wertstellung"
-    " valutadatum",
+    "date": "buchungstag buchungsdatum belegdatum bookingdate transactiondate posted date datum"
+    " dato data fecha buchung booking päivä dátum tarih дата 日付 取引日 日期 ημερομηνία valuta"
+    " wertstellung valutadatum",
     "amount": "amount betrag beløb belopp importe montant bedrag importo valor kwota částka összeg"
-    " summa sum tutar sumă сумма 金額 金额 umsatz amt value ποσό måärä iznos znesek",
+    " summa sum tutar sumă сумма 金額 金额 umsatz amt value ποσό määrä iznos znesek gross total"
+    " net",
     "out": "debit withdrawal withdrawals out débit soll cargo cargos addebiti dare uit ausgaben"
     " belastung wn 出金 出金額 お支払金額 spent paid expense",
     "in": "credit deposit deposits in crédit haben abono abonos accrediti avere bij einnahmen"
@@ -1167,12 +1155,14 @@ def guessed(
         empty = {n for n in range(len(names)) if not values[n]}
         sides = {side: best(side, numbers | empty)[:1] for side in ("out", "in")}
         sides = {side: columns for side, columns in sides.items() if columns}
+        if sides.get("out") == sides.get("in"):  # one that says what it is not
+            sides = {}
         named = [n for n in best("amount", numbers) if [n] not in sides.values()]
         decimals = [n for n in numbers if share(n, re.compile(".*[.,][0-9]{2}").match) > 0.5]
         decimals = [n for n in decimals if _rank(names[n], ["balance", "saldo", "残高"]) is None]
         if named or (not sides and len(decimals) == 1):
             found["amount"] = named[:1] or decimals
-        elif len(sides) == 1 or sides.get("out") != sides.get("in"):
+        else:
             found |= sides
     taken = {n for columns in found.values() for n in columns} | {*days}
     if "sign" in fields:
@@ -1222,7 +1212,7 @@ def _rank(name: str, known: Sequence[str]) -> int | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------- Reading
+# ------------------------------------------------------------------------------------------- Files
 
 
 class Book:
@@ -1274,22 +1264,13 @@ def open_file(
             make = partial(Text, encoding=encoding, wanted=wanted)
             for name, source in _sources(path, file, opened, make):
                 if tables:  # the same columns as in the first
-                    columns, guess = _as_in(tables[0]), False
+                    columns, guess = tables[0].columns, False
                 tables.append(Table(source, name, columns, company, booked, guess, ask, otherwise))
             yield Book(tables, digest)
         except (OSError, *NOT_CSV) as error:
             if getattr(error, "errno", None):  # bzip2 says OSError of damage, with no number
                 raise
             raise Failed(f"{path} is no CSV file: {error}") from None
-        except Failed as error:
-            if str(error).startswith("its "):
-                raise Failed(f"{path}: {error}") from None
-            raise
-
-
-def _as_in(table: Table) -> dict[str, str]:
-    named = (part.partition("=") for part in re.split(",(?=[a-z]+=)", table.map))
-    return {field: names for field, _, names in named if names}
 
 
 def read_rows(

@@ -65,7 +65,11 @@ def amounts(written, header="Date,Description,Amount,Category"):
         ("123456.78", "1,23,456.78|₹ 1,23,456.78|123,456.78|123 456.78|123'456.78"),
         ("1200", "1.2E+03|1.2E3"),
         ("0.23", "$.23|.23"),
-        (None, "--21.59|21.59 Dr Cr|-21.59 Cr|12/13|n/a|31.12.2024|12.50*|1.2.3|> -1000|pending"),
+        (
+            None,
+            "S1|D21.59|--21.59|21.59 Dr Cr|-21.59 Cr|12/13|n/a|31.12.2024|12.50*|1.2.3|> -1000|"
+            "pending",
+        ),
     ],
 )
 def test_amounts_are_read_as_people_write_them(read, written):
@@ -524,6 +528,22 @@ GUESSES = [
         "2024/01/{d},店 {i},-{i}00,{k}",
         {"date": "日付", "text": "摘要", "amount": "金額", "account": "科目"},
     ),
+    (
+        "Umsatz (ohne Soll/Haben-Kz);Soll/Haben-Kennzeichen;Sachkonto;Belegdatum;Buchungstext",
+        "{i},50;{h};{k};{d}.03.2024;Tanken {i}",
+        {
+            **{"amount": "Umsatz (ohne Soll/Haben-Kz)", "sign": "Soll/Haben-Kennzeichen"},
+            **{"account": "Sachkonto", "date": "Belegdatum", "text": "Buchungstext"},
+        },
+    ),
+    (
+        "Date,Description,Debit Amount,Credit Amount,Balance,Category\n,,EUR,,,",
+        "{d}/01/2024,s{i},-{i}.20,,1.00,{k}",
+        {
+            **{"date": "Date", "text": "Description", "account": "Category"},
+            **{"out": "Debit Amount", "in": "Credit Amount"},
+        },
+    ),
     (  # by what stands in them
         "A;B;C;D",
         "{d}.01.2024;shop number {i};-{i},50;{k}",
@@ -550,7 +570,9 @@ GUESSES = [
 @pytest.mark.parametrize(("header", "row", "columns"), GUESSES, ids=str)
 def test_columns_are_guessed_by_their_names_and_what_stands_in_them(header, row, columns):
     rows = [
-        row.format(i=i, d=10 + i, k=("6300", "7140 Travel")[i % 2], s=("Af", "Bij")[i % 2])
+        row.format(
+            i=i, d=10 + i, k=("6300", "7140 Travel")[i % 2], s=("Af", "Bij")[i % 2], h="SH"[i % 2]
+        )
         for i in range(1, 19)
     ]
     found = table("\n".join(filter(None, [header, *rows])) + "\n")
@@ -688,6 +710,7 @@ def test_files_that_are_no_csv_are_read_to_suggest_accounts(tmp_path, name, cont
         (b"\x1f\x8b\x08", "compressed, but no zip"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an Excel file that cannot be read"),
         (b":20:START\n:61:nonsense\n", "MT940 that cannot be read"),
+        (b'[{"a": 1}]', "JSON"),
     ],
 )
 def test_other_kinds_are_named_with_the_way_out(tmp_path, content, what):

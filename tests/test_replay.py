@@ -638,11 +638,11 @@ def test_an_integrator_who_books_unseen_learns_how_good_it_is(main, small, tmp_p
     said, true = found["said"], found["true"]
     lines = read_lines(log)
     truth = [row["AccountNumber"] for row in rows_by_date()[:3000]]
-    first = next(i for i, line in enumerate(lines) if line["batch"] != lines[0]["batch"])
+    who = [line["sample"].get("BookedBy") for line in lines]
+    first = next(i for i, each in enumerate(who) if each)  # in the second batch
+    assert None not in who[first:]
     assert found["suggestions"] == -(-(3000 - first) // 2)
     second = range(3000 - found["suggestions"], 3000)
-    who = [line["sample"].get("BookedBy") for line in lines]
-    assert {*who[:first]} == {None}
     assert found["checks"] == sum(who[i] == "check" for i in second) > 10
     unseen = [i for i in second if who[i] == "suggestion"]
     assert found["unseen"] == len(unseen) > 300
@@ -965,6 +965,7 @@ def test_a_file_is_written_with_what_is_suggested_and_nothing_is_learned(serve, 
         booking("A", "Bäcker", "-12.00"),
     ]
     sure = [each["suggestions"][0]["confidence"] for each in service.post("/suggest", asked)[1]]
+    sure = ["" if each is None else each for each in sure]  # not measured yet
     account = '"47""11;x"'
     assert out.decode().split("\r\n") == [
         f"{rows[0]};account;confidence;BookedBy",
