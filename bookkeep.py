@@ -1659,6 +1659,34 @@ def by_confidence(rows: np.ndarray, levels: Iterable[float]) -> list[dict[str, f
     return found
 
 
+def switch_on(rows: np.ndarray, wrong: float) -> dict[str, float] | None:
+    """From which confidence on at most that share of suggestions is wrong, null if nobody can know.
+
+    `share` of n > 0 scored rows is so sure. The levels 0.99, 0.98, ..., 0.5 are tested one after
+    the other, from the first with enough rows, as long as a binomial test says with `certainty`
+    that no more are wrong: as the first failure ends it, it gets no luckier by trying many. Rows
+    that count differently are as good as sum(weights) ** 2 / sum(weights ** 2) others (Kish, 1965).
+    """
+    found, certainty = None, 0.95
+    for level in (np.arange(99, 49, -1) / 100).tolist():
+        sure = rows[rows["confidence"] >= level]
+        weights = sure["score_weight"].astype(np.float64)
+        size = int(weights.sum() ** 2 // max(weights @ weights, 1))
+        if (1 - wrong) ** size > 1 - certainty:
+            continue  # too few to know, even if all were right
+        errors = math.ceil(size * (1 - accuracy(sure)[0]) - 1e-9)
+        # The probability of so few errors, or fewer, if this share is wrong.
+        i = np.arange(1, errors + 1)
+        odds = np.log((size + 1 - i) / i * wrong / (1 - wrong))
+        few = np.exp(size * math.log(1 - wrong) + np.append(0, odds.cumsum())).sum()
+        if few > 1 - certainty:
+            break
+        share = float(weights.sum() / rows["score_weight"].sum())
+        if not found or share > found["share"]:
+            found = {"at_least": level, "share": share, "wrong": wrong, "certainty": certainty}
+    return found
+
+
 def checks(rows: np.ndarray) -> int:
     """How many of these rows of a History are checks of what could have been booked unseen."""
     return int(np.count_nonzero(rows["score_weight"] > 1))
@@ -3035,6 +3063,7 @@ class Bookkeeper:
 
 # ------------------------------------------------------------------------------------------ Views
 
+WRONG = 0.02  # the share of what is booked unseen that may be wrong, if nobody says otherwise
 LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99)  # of confidence
 RECENT = 10_000  # bookings, the last, that an overview looks at
 WINDOW = 1000  # bookings that a point of the learning curve is over
@@ -3149,11 +3178,16 @@ def metrics(books: Books, n: int, company: str | None = None) -> dict[str, float
 
 
 def report(
-    books: Books, n: int, company: str | None = None, book_from: float | None = None
+    books: Books,
+    n: int,
+    company: str | None = None,
+    book_from: float | None = None,
+    wrong: float = WRONG,
 ) -> dict[str, object]:
     """How good the last n (or fewer) predictions were, and how good when how sure.
 
-    Raises NotFound if there is no such company, NotReady if nothing was predicted.
+    Also from when on at most so many would be `wrong`, were they booked unseen. Raises NotFound if
+    there is no such company, NotReady if nothing was predicted.
     """
     rows = _last(books, n, company)
     since = books.history.of(company)
@@ -3166,6 +3200,7 @@ def report(
         **figures(rows),
         "confused": confused(rows, [*books.history.accounts]),
         "confidence": by_confidence(rows, sorted(levels)),
+        "switch_on": switch_on(rows, wrong),
     }
 
 
@@ -3204,6 +3239,7 @@ def overview(keeper: Bookkeeper, company: str | None = None, access: Access = AL
         "curve": [*curve(history.of(access.company))],
         "scored": len(recent),
         "confidence": by_confidence(recent, (0, *LEVELS)) if len(recent) else [],
+        "switch_on": switch_on(recent, WRONG) if len(recent) else None,
     }
 
 
@@ -3410,7 +3446,7 @@ def value_of(name: str, schema: Schema, text: str | None) -> object:
         with suppress(ValueError):
             if re.fullmatch("[0-9.e-]+", text) and least <= float(text) <= most:
                 return float(text)
-        needed = f"a number from {least} to {most}, such as 0.95"
+        needed = f"a number from {least} to {most}"
     elif "enum" in schema:
         if text in schema["enum"]:
             return text
@@ -3546,9 +3582,17 @@ def create_app(
         return metrics(keeper.books, n, company)
 
     @app.get("/report/<n>")
-    @takes({"n": FROM_ONE, "company": TEXT, "book_from": FRACTION}, of="company")
-    def get_report(n: int, company: str | None, book_from: float | None) -> dict:
-        return report(keeper.books, n, company, book_from)
+    @takes(
+        {
+            "n": FROM_ONE,
+            "company": TEXT,
+            "book_from": FRACTION,
+            "wrong": FRACTION | {"minimum": 0.001, "maximum": 0.5, "default": WRONG},
+        },
+        of="company",
+    )
+    def get_report(n: int, *asked: object) -> dict:
+        return report(keeper.books, n, *asked)
 
     @app.get("/bookings")
     @takes(

@@ -36,6 +36,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
+from scipy.stats import binom
 from sklearn.metrics import accuracy_score, precision_score, recall_score
 from sklearn.naive_bayes import MultinomialNB
 from waitress.buffers import ReadOnlyFileBasedBuffer
@@ -2768,6 +2769,39 @@ def test_when_all_is_forgotten_there_is_no_model(keeper):
 # ------------------------------------------------------------------------------------------ Views
 
 
+def test_one_may_switch_on_from_where_few_are_wrong_for_certain():
+    def rows(*found):
+        made = [
+            {"confidence": sure, "predicted": "1" if i >= wrong else "2", "score_weight": weight}
+            for sure, n, wrong, weight in found
+            for i in range(n)
+        ]
+        return add_rows(History(), [{"seq": i} | row for i, row in enumerate(made)])
+
+    def level(*found, wrong=0.02):
+        on = bookkeep.switch_on(rows(*found), wrong)
+        return on and on["at_least"]
+
+    assert level((0.995, 148, 0, 1)) is None
+    assert level((0.995, 149, 0, 1)) == 0.99
+    assert level((0.995, 149, 1, 1)) is None
+    assert level((0.995, 149, 0, 1), (0.9, 10, 0, 1), (0.8, 100, 50, 1)) == 0.9
+    assert level((0.995, 149, 0, 1), (0.9, 100, 50, 1), (0.8, 9999, 0, 1)) == 0.99  # it has ended
+    assert level((0.995, 60, 0, 1), (0.7, 89, 0, 1)) == 0.7
+    assert level((0.995, 149, 0, 16)) == 0.99
+    assert level((0.995, 9, 0, 16), (0.995, 139, 0, 1)) is None  # it is as if there were fewer
+    assert bookkeep.switch_on(rows((0.95, 300, 0, 1), (0.3, 100, 60, 1)), 0.05) == {
+        "at_least": 0.95,
+        "share": 0.75,
+        "wrong": 0.05,
+        "certainty": 0.95,
+    }
+    for n, wrong in itertools.product((150, 400, 1000), range(30)):
+        for most in (0.01, 0.02, 0.1):
+            is_certain = binom.cdf(wrong, n, most) <= 0.05
+            assert (level((0.995, n, wrong, 1), wrong=most) is not None) == is_certain
+
+
 def test_the_learning_curve_has_at_most_129_points_of_a_window_each(keeper, monkeypatch):
     monkeypatch.setattr(bookkeep, "WINDOW", 8)
     assert bookkeep.overview(keeper)["curve"] == []
@@ -3605,6 +3639,7 @@ class Walk:
         query = f"?book_from={level}" + (f"&company={quote(company)}" if company else "")
         status, said = self.ask("GET", f"/report/{n}{query}")
         if said:
+            del said["switch_on"]  # it is null of so few
             for line in said["confidence"]:
                 assert (line.pop("error") is None) == (line["accuracy"] is None)
         levels = sorted({0.5, 0.8, 0.9, 0.95, 0.99, level})
@@ -3645,6 +3680,7 @@ class Walk:
         described, overview = self.described.overview(company)
         if said:
             assert said.pop("health").items() >= self.described.health().items()
+            del said["switch_on"]
             for line in said["confidence"]:
                 assert (line.pop("error") is None) == (line["accuracy"] is None)
         assert (status, nearly(said)) == (described, nearly(overview))

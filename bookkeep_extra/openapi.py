@@ -90,7 +90,13 @@ MEANS = {
     "recall": (SHARE, "the mean of all accounts' recall", 0.52),
 }
 FIGURES = {"accuracy": (SHARE, "the share that was right", 0.72), **MEANS}
-LEVELS = {"confidence": (_list("Level"), "how good they were when how sure")}
+LEVELS = {
+    "confidence": (_list("Level"), "how good they were when how sure"),
+    "switch_on": (
+        _or_null(_of("SwitchOn")),
+        "from when on few of what is booked unseen would be wrong, null while one cannot know",
+    ),
+}
 CHECKS = {"checks": (COUNT, "bookings that were checked for all that nobody looked at", 4)}
 UNSEEN = {"unseen": (COUNT, "bookings that nobody has looked at", 60), **CHECKS}
 
@@ -183,6 +189,13 @@ SCHEMAS = {
         accuracy=(_or_null(SHARE), "the share of these that was right", 0.976),
         error=(_or_null(SHARE), "one standard error of this accuracy", 0.008),
         **CHECKS,
+    ),
+    "SwitchOn": _record(
+        "the confidence from which on one may book unseen",
+        at_least=(SHARE, "the confidence", 0.93),
+        share=(SHARE, "the share of all predictions that is so sure", 0.41),
+        wrong=(SHARE, "at most this share of these is wrong", 0.02),
+        certainty=(SHARE, "as sure as that is", 0.95),
     ),
     "Confusion": _record(
         "an error",
@@ -304,6 +317,7 @@ OPERATIONS = {  # each route's tag, id, answer and own refusals; summary
 PARAMETERS = {  # what each says, an example
     "Idempotency-Key": ("the list's name, under which it is stored only once", "june-1"),
     "top": ("how many", 1),
+    "wrong": ("the share of what is booked unseen that may be wrong", 0.02),
     "book_from": ("the confidence from which on you book unseen", 0.95),
     "reasons": (f"with them, an answer has at most {bookkeep.MAX_SUGGESTED} suggestions", "no"),
     "id": ("a company, by its CompanyId", "acme"),

@@ -280,14 +280,12 @@ def test_how_much_can_be_booked_unseen_of_all_companies_or_of_one(learned, visit
             expect(rows.nth(row).locator("td").nth(1)).to_have_text(accuracy)
         checks = f"{levels[0]['checks']} of them checks, each of which stands for"
         expect(part).to_contain_text(f"{checks} {CHECK}.")
-        usual = min(
-            (level for level in levels if level["accuracy"] is not None),
-            key=lambda level: abs(level["at_least"] - 0.9),
-        )
-        share, accuracy, error = (shown(usual[name]) for name in ("share", "accuracy", "error"))
+        on = learned.get(f"/overview{asked}")[1]["switch_on"]
         expect(page.locator("#coverage-sentence")).to_have_text(
-            f"If it books by itself from {usual['at_least']:.0%} confidence on: {share} of the "
-            f"bookings, {accuracy} ± {error} of them right."
+            f"Could be booked unseen: {shown(on['share'])} of the bookings, all that are at least "
+            f"{on['at_least']:.0%} sure. With 95% certainty at most 2% of these would be wrong."
+            if on
+            else "From when on bookings could be booked unseen, nobody can know yet."
         )
         return figures
 

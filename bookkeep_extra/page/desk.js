@@ -1057,24 +1057,21 @@ new ResizeObserver(drawCurve).observe($("curve"));
 
 const ENOUGH = 100; // bookings, to say what can be booked unseen
 
-function showCoverage(levels, scored, unknown) {
+function showCoverage(levels, switchOn, scored, unknown) {
   const checks = levels[0]?.checks;
   const each = checks > 1 ? "checks, each of" : "a check,";
   const ofThem = checks ? `, ${count(checks)} of them ${each} which stands for ${CHECK}` : "";
   setText($("evidence"), `${count(scored)} bookings by a person${ofThem}`);
   setText($("coverage-of"), shownCompany && `Of ${shownCompany.slice(0, 60)} only. `);
 
-  const distance = ({ at_least: from }) => Math.abs(from - 0.9);
-  const measured = levels.filter(({ accuracy }) => accuracy !== null);
-  const [usual] = measured.sort((a, b) => distance(a) - distance(b));
-  if (usual) {
-    const { at_least: from, share, accuracy, error } = usual;
-    setText(
-      $("coverage-sentence"),
-      `If it books by itself from ${percent(from, 0)} confidence on: ${percent(share)} of the ` +
-        `bookings, ${percent(accuracy)} ± ${percent(error)} of them right.`,
-    );
-  }
+  setText(
+    $("coverage-sentence"),
+    switchOn
+      ? `Could be booked unseen: ${percent(switchOn.share)} of the bookings, all that are at least ` +
+          `${percent(switchOn.at_least, 0)} sure. With ${percent(switchOn.certainty, 0)} certainty ` +
+          `at most ${percent(switchOn.wrong, 0)} of these would be wrong.`
+      : "From when on bookings could be booked unseen, nobody can know yet.",
+  );
   const ofCompany = shownCompany && "for this company ";
   const none =
     health.samples < ENOUGH
@@ -1112,7 +1109,12 @@ async function overview() {
     return await ask(`overview?${asQuery({ company: shownCompany })}`);
   } catch (error) {
     if (error.cause !== 404) throw error;
-    return { ...(await ask("overview")), confidence: [], unknown: asSentence(error) };
+    return {
+      ...(await ask("overview")),
+      confidence: [],
+      switch_on: null,
+      unknown: asSentence(error),
+    };
   }
 }
 
@@ -1174,7 +1176,7 @@ function show(found) {
   const verb = unseen === 1 ? "it is" : "they are";
   const text = `Nobody has looked at ${count(unseen)} of the bookings yet: ${verb} not learned.`;
   setText($("unseen"), unseen ? text : "");
-  showCoverage(confidence, found.scored, found.unknown);
+  showCoverage(confidence, found.switch_on, found.scored, found.unknown);
 
   setText($("origin"), location.origin);
   for (const node of document.querySelectorAll(".target")) setText(node, target);
