@@ -856,7 +856,9 @@ class NaiveBayes:
         if lonely.any():
             everyone = np.add.outer(lonely.nonzero()[0] * accounts, self.class_counts.nonzero()[0])
             pairs, score = _inserted(pairs, score, everyone.ravel())
-        label = self._known(labels) if len(labels) else pairs[:0]
+        numbers = np.fromiter(map(self.accounts.get, labels, repeat(-1)), dtype=np.int64)
+        known = ((numbers >= 0) & (self.sums[numbers, 0] > 0)).nonzero()[0]
+        label = known * accounts + numbers[known]
         alien = pairs.take(pairs.searchsorted(label), mode="clip") != label
         if alien.any():
             pairs, score = _inserted(pairs, score, label[alien])
@@ -882,12 +884,6 @@ class NaiveBayes:
             score += np.bincount(at, said, minlength=len(score))
         score *= EVIDENCE
         return Scores(document, account, score, start, pairs.searchsorted(label), alien, found)
-
-    def _known(self, labels: Sequence[str]) -> np.ndarray:
-        """The pairs of those labels that are known."""
-        numbers = np.fromiter(map(self.accounts.get, labels, repeat(-1)), dtype=np.int64)
-        known = ((numbers >= 0) & (self.sums[numbers, 0] > 0)).nonzero()[0]
-        return known * len(self.names) + numbers[known]
 
     def _score_one(self, document: Sequence[int]) -> Scores:
         """As joint_log_likelihood, of one document: the same in fewer steps."""
@@ -1075,7 +1071,7 @@ class NaiveBayes:
         """
         if not self.n_classes:
             return [Lesson(label, 1.0) for label in labels]
-        weights, rivals = np.ones(len(labels)), [[] for _ in labels]
+        weights, rivals = np.zeros(len(labels)), [[] for _ in labels]
         for part, scores in scored or self._scores(documents, labels):
             score = scores.score / SOFTENING
             highest = np.maximum.reduceat(score, scores.start)
@@ -1083,16 +1079,17 @@ class NaiveBayes:
             posterior /= np.add.reduceat(posterior, scores.start).take(scores.document)
             document = scores.document + (part.start or 0)
             surprise = np.rint(GRAIN * SHARE * (1 - posterior[scores.label])) / GRAIN
-            known = np.zeros(len(labels), dtype=bool)
-            known[document[scores.label]] = True
-            weights[known] = np.maximum(FLOOR, surprise)
+            weights[document[scores.label]] = np.maximum(FLOOR, surprise)
             posterior[scores.label] = 0
-            near = ((posterior >= NEAR) & known[document]).nonzero()[0]
+            near = ((posterior >= NEAR) & (weights[document] > 0)).nonzero()[0]
             names = map(self.names.__getitem__, scores.account[near].tolist())
             by_name = zip(document[near].tolist(), (-posterior[near]).tolist(), names, strict=True)
             for i, _, name in sorted(by_name):
                 rivals[i].append(name)
-        return list(map(Lesson, labels, weights.tolist(), (each[:RIVALS] for each in rivals)))
+        return [
+            Lesson(label, weight or 1.0, each[:RIVALS])
+            for label, weight, each in zip(labels, weights.tolist(), rivals, strict=True)
+        ]
 
     def learn(self, documents: Documents, lessons: Sequence[Lesson], sign: int = 1) -> None:
         """Adds what documents count to the sums; with sign = -1 takes it away again.
