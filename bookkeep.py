@@ -502,8 +502,8 @@ class Counts:
         self.entries = np.zeros(1, dtype=np.int64)  # the first is in no span
         self.evidence = np.zeros(1)  # of each entry
         self.end = 1  # of the last span
-        self.pages = np.zeros((1, PAGE, 3), dtype=np.int64)  # N, M, their evidence; the first is 0
-        self.last_page = 0
+        self.cells = np.zeros((PAGE, 3), dtype=np.int64)  # of all pages: N, M, their evidence
+        self.pages = 1  # in use, the empty one included
         self.page_of = np.zeros((0, 1), dtype=np.int32)  # (wide rows, A / PAGE and room)
         self.spare: list[int] = []  # wide rows that are none now
         self.occupied = np.zeros(len(KINDS), dtype=np.int64)  # known tokens of each kind
@@ -529,12 +529,12 @@ class Counts:
 
     def asked(self, rows: np.ndarray, accounts: np.ndarray) -> np.ndarray:
         """The evidence of wide rows for accounts."""
-        return self.pages[*self._place(rows, accounts), 2]
+        return self.cells[self._cells(rows, accounts), 2]
 
-    def _place(self, rows: np.ndarray, accounts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The page of each wide row's account, and where it is on it."""
+    def _cells(self, rows: np.ndarray, accounts: np.ndarray) -> np.ndarray:
+        """Where wide rows' accounts are in the cells: below PAGE if they have no page."""
         page, at = np.divmod(accounts, PAGE)
-        return self.page_of[self.rows.values.take(rows) - WIDE >> 24, page], at
+        return self.page_of[self.rows.values.take(rows) - WIDE >> 24, page] * PAGE + at
 
     def add(self, rows: np.ndarray, columns: np.ndarray, units: np.ndarray) -> None:
         """Adds so many units to the sum in each row and column."""
@@ -614,28 +614,29 @@ class Counts:
         """Makes these rows wide ones, without any sum."""
         wide_rows, pages = self.page_of.shape
         if len(rows) > len(self.spare):
-            self.spare += range(wide_rows, 2 * wide_rows + len(rows))
-            self.page_of = _grown(self.page_of, 2 * wide_rows + len(rows), pages)
+            more = wide_rows // 2 + len(rows)
+            self.spare += range(wide_rows, wide_rows + more)
+            self.page_of = _grown(self.page_of, wide_rows + more, pages)
         self.rows.values[rows] = [WIDE | self.spare.pop() << 24 for _ in rows]
 
     def _add_wide(self, cells: np.ndarray, units: np.ndarray) -> None:
         rows, accounts, side = cells >> 24, (cells & 0xFFFFFF) >> 1, cells & 1
-        wide = self.rows.values.take(rows) - WIDE >> 24
-        lacking = (self._place(rows, accounts)[0] == 0).nonzero()[0]
+        lacking = (self._cells(rows, accounts) < PAGE).nonzero()[0]
         if len(lacking):
-            new = wide[lacking] << 32 | accounts[lacking] // PAGE
+            wide = self.rows.values.take(rows[lacking]) - WIDE >> 24
+            new = wide << 32 | accounts[lacking] // PAGE
             new = new[_run_starts(new)]
-            self.page_of[new >> 32, new & 0xFFFFFFFF] = self.last_page + 1 + np.arange(len(new))
-            self.last_page += len(new)
-            if self.last_page >= len(self.pages):
-                self.pages = _grown(self.pages, self.last_page * 3 // 2 + 1, PAGE, 3)
-        page, at = self._place(rows, accounts)
-        had = self.pages[page, at, side]
-        self.pages[page, at, side] += units
-        sums, kinds = self.pages[page, at, :2], self.rows.keys.take(rows) >> KIND_SHIFT
+            self.page_of[new >> 32, new & 0xFFFFFFFF] = self.pages + np.arange(len(new))
+            self.pages += len(new)
+            if self.pages * PAGE > len(self.cells):
+                self.cells = _grown(self.cells, self.pages * PAGE * 3 // 2, 3)
+        at = self._cells(rows, accounts)
+        had = self.cells[at, side]
+        self.cells[at, side] += units
+        kinds, sums = self.rows.keys.take(rows) >> KIND_SHIFT, self.cells[at, :2]
         said = self._evidence_of(kinds[:, np.newaxis], np.arange(2), sums)
-        self.pages[page, at, 2] = said.sum(axis=1)
-        more = (had + units > 0).astype(np.int64) - (had > 0)
+        self.cells[at, 2] = said.sum(axis=1)
+        more = (had + units != 0).astype(np.int64) - (had != 0)
         np.add.at(self.rows.values, rows, more)
         for row in sorted({*rows[more < 0].tolist()}):
             if self.sizes(row) <= RARE:
@@ -643,9 +644,9 @@ class Counts:
 
     def _make_narrow(self, row: int) -> None:
         wide = int(self.rows.values[row]) - WIDE >> 24
-        pages = self.page_of[wide]
-        units = self.pages[pages, :, :2].ravel()
-        self.pages[pages] = self.rows.values[row] = 0
+        cells = np.add.outer(self.page_of[wide] * PAGE, np.arange(PAGE)).ravel()
+        units = self.cells[cells, :2].ravel()
+        self.cells[cells] = self.rows.values[row] = 0
         self.spare.append(wide)  # and its pages with it
         columns = units.nonzero()[0]
         self._fill(np.array([row]), np.zeros_like(columns), columns, units[columns])
@@ -657,7 +658,7 @@ class Counts:
             "spans": self.rows.values,
             "entries": self.entries[: self.end],
             "evidence": self.evidence[: self.end],
-            "pages": self.pages[: self.last_page + 1],
+            "cells": self.cells[: self.pages * PAGE],
             "page_of": self.page_of,
             "spare": np.array(self.spare, dtype=np.int64),
             "occupied": self.occupied,
@@ -668,7 +669,7 @@ class Counts:
         self.rows = Table.of(state["tokens"], state["spans"])
         self.entries, self.evidence = state["entries"], state["evidence"]
         self.end = len(self.entries)
-        self.pages, self.last_page = state["pages"], len(state["pages"]) - 1
+        self.cells, self.pages = state["cells"], len(state["cells"]) // PAGE
         self.page_of = state["page_of"]
         self.spare, self.occupied = state["spare"].tolist(), state["occupied"]
 
@@ -712,7 +713,7 @@ def _summed(keys: np.ndarray, values: np.ndarray, end: int) -> tuple[np.ndarray,
 
     [7, 3, 7], [1, 2, 4] -> [3, 7], [2, 5]
     """
-    if end <= 16 * len(keys):
+    if end <= 32 * len(keys):
         there = np.zeros(end, dtype=bool)
         there[keys] = True
         found = there.nonzero()[0]
@@ -795,7 +796,7 @@ class Scores(NamedTuple):
     start: np.ndarray  # (n,) the first pair of each document
     label: np.ndarray  # (l,) the pairs of the known labels
     alien: np.ndarray  # (l,) is it no candidate?
-    found: LookedUp
+    found: LookedUp | None  # None for a single document that is only predicted
 
 
 class NaiveBayes:
@@ -873,7 +874,9 @@ class NaiveBayes:
         if lonely.any():
             everyone = np.add.outer(lonely.nonzero()[0] * accounts, self.class_counts.nonzero()[0])
             pairs, score = _inserted(pairs, score, everyone.ravel())
-        label = self._known(labels) if len(labels) else pairs[:0]
+        numbers = np.fromiter(map(self.accounts.get, labels, repeat(-1)), dtype=np.int64)
+        known = ((numbers >= 0) & (self.sums[numbers, 0] > 0)).nonzero()[0]
+        label = known * accounts + numbers[known]
         alien = pairs.take(pairs.searchsorted(label), mode="clip") != label
         if alien.any():
             pairs, score = _inserted(pairs, score, label[alien])
@@ -899,12 +902,6 @@ class NaiveBayes:
             score += np.bincount(at, said, minlength=len(score))
         score *= EVIDENCE
         return Scores(document, account, score, start, pairs.searchsorted(label), alien, found)
-
-    def _known(self, labels: Sequence[str]) -> np.ndarray:
-        """The pairs of those labels that are known."""
-        numbers = np.fromiter(map(self.accounts.get, labels, repeat(-1)), dtype=np.int64)
-        known = ((numbers >= 0) & (self.sums[numbers, 0] > 0)).nonzero()[0]
-        return known * len(self.names) + numbers[known]
 
     def _score_one(self, document: Sequence[int]) -> Scores:
         """As joint_log_likelihood, of one document: the same in fewer steps."""
@@ -942,10 +939,13 @@ class NaiveBayes:
         self._asked += len(pairs)
         if self._logs is None and self._asked >= accounts:
             self._logs = self._log_counts(self.sums[:accounts])
-        if self._logs is not None and len(lengths) * accounts <= 16 * len(pairs):
+        if self._logs is not None and len(lengths) * accounts <= 32 * len(pairs):
             return (lengths @ self._logs.T).take(pairs)
         document, account = np.divmod(pairs, accounts)
-        logs = self._log_counts(self.sums.take(account, axis=0))
+        if self._logs is None:
+            logs = self._log_counts(self.sums.take(account, axis=0))
+        else:
+            logs = self._logs.take(account, axis=0)
         return np.einsum("pk,pk->p", logs, lengths.take(document, axis=0))
 
     def _evidence(self, kind: np.ndarray, against: np.ndarray, units: np.ndarray) -> np.ndarray:
@@ -1089,7 +1089,7 @@ class NaiveBayes:
         """
         if not self.n_classes:
             return [Lesson(label, 1.0) for label in labels]
-        weights, rivals = np.ones(len(labels)), [[] for _ in labels]
+        weights, rivals = np.zeros(len(labels)), [[] for _ in labels]
         for part, scores in scored or self._scores(documents, labels):
             score = scores.score / SOFTENING
             highest = np.maximum.reduceat(score, scores.start)
@@ -1097,16 +1097,17 @@ class NaiveBayes:
             posterior /= np.add.reduceat(posterior, scores.start).take(scores.document)
             document = scores.document + (part.start or 0)
             surprise = np.rint(GRAIN * SHARE * (1 - posterior[scores.label])) / GRAIN
-            known = np.zeros(len(labels), dtype=bool)
-            known[document[scores.label]] = True
-            weights[known] = np.maximum(FLOOR, surprise)
+            weights[document[scores.label]] = np.maximum(FLOOR, surprise)
             posterior[scores.label] = 0
-            near = ((posterior >= NEAR) & known[document]).nonzero()[0]
+            near = ((posterior >= NEAR) & (weights[document] > 0)).nonzero()[0]
             names = map(self.names.__getitem__, scores.account[near].tolist())
             by_name = zip(document[near].tolist(), (-posterior[near]).tolist(), names, strict=True)
             for i, _, name in sorted(by_name):
                 rivals[i].append(name)
-        return list(map(Lesson, labels, weights.tolist(), (each[:RIVALS] for each in rivals)))
+        return [
+            Lesson(label, weight or 1.0, each[:RIVALS])
+            for label, weight, each in zip(labels, weights.tolist(), rivals, strict=True)
+        ]
 
     def learn(self, documents: Documents, lessons: Sequence[Lesson], sign: int = 1) -> None:
         """Adds what documents count to the sums; with sign = -1 takes it away again.

@@ -476,7 +476,7 @@ def test_what_is_taken_away_leaves_its_room_to_others():
         for part in batches_of(sums, 300):
             count(counts, part, sign)
         assert counts.is_wide(counts.rows.find(np.array([KIND + 1])))[0] == (sign > 0)
-    for array in (counts.entries, counts.rows.keys, counts.pages):
+    for array in (counts.entries, counts.rows.keys, counts.cells):
         assert len(array) < 8 * len(sums)
 
 
