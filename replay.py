@@ -465,8 +465,8 @@ class Run:
                 self.sent += len(batch)
                 if answer["first"] < self.before["lines"]:
                     self.stored_before += len(batch)
-                    self.stored_as = [*self.stored_as[:1], answer["first"], answer["last"]]
-                    self.stored_as = [self.stored_as[0], self.stored_as[-1]]
+                    first, *_ = self.stored_as or [answer["first"]]
+                    self.stored_as = [first, answer["last"]]
                 show(self.sent)
 
     def how_good(self) -> str:

@@ -113,6 +113,7 @@ CURRENCY = re.compile(
 )
 SPELLING = str.maketrans(dict.fromkeys("'’´`‘ʼ") | dict.fromkeys("−–—‐‑‒▲△", "-"))
 SIGNED = re.compile(r"([(])?([+-]?)([0-9.,]*[0-9])(?:[.,]-{0,2}|/-|([+-]))?(?(1)[)])")
+PLAIN = re.compile("-?(0|[1-9][0-9]*)[.][0-9]{1,2}")
 POWER = re.compile(r"([+-]?[0-9])(?:[.,]([0-9]+))?E([+]?[0-9]{1,2})")
 NUMBER = {  # by its decimal mark: what stands before that, and after it
     ".": re.compile(r"([0-9]*|[1-9][0-9]{0,2}(?:,[0-9]{2,3})*,[0-9]{3})(?:[.]([0-9]+))?"),
@@ -127,6 +128,8 @@ def readings(amount: str) -> dict[str, str]:
     >>> readings("1.200,50 Dr")
     {',': '-1200.50'}
     """
+    if PLAIN.fullmatch(amount):  # as most are
+        return {".": amount}
     if not any(map(str.isdigit, amount)):
         return {}
     text = normalize("NFKC", amount.translate(SPELLING)).translate(SPELLING)
@@ -680,6 +683,8 @@ class Table:
         asked = {field: text for field, text in (columns or {}).items() if text}
         if not booked:
             asked.pop("account", None)  # so that the same names will do before and after
+        if {"amount", "sign"} & {*asked} and {"out", "in"} & {*asked}:
+            raise Failed("--map takes amount=, with or without sign=, or out= and in=, not both")
         self._find_header(wanted_names(asked))
         # By field, the numbers of its columns.
         self._named = {field: self._numbers(field, text) for field, text in asked.items()}

@@ -65,11 +65,8 @@ def amounts(written, header="Date,Description,Amount,Category"):
         ("123456.78", "1,23,456.78|₹ 1,23,456.78|123,456.78|123 456.78|123'456.78"),
         ("1200", "1.2E+03|1.2E3"),
         ("0.23", "$.23|.23"),
-        (
-            None,
-            "S1|D21.59|--21.59|21.59 Dr Cr|-21.59 Cr|12/13|n/a|31.12.2024|12.50*|1.2.3|> -1000|"
-            "pending",
-        ),
+        (None, "S1|D21.59|--21.59|21.59 Dr Cr|-21.59 Cr|12/13|n/a|31.12.2024|12.50*"),
+        (None, "1.2.3|> -1000|pending"),
     ],
 )
 def test_amounts_are_read_as_people_write_them(read, written):
@@ -137,6 +134,8 @@ def test_both_sides_at_once_is_said(caplog):
 
 
 def test_two_columns_are_no_amount():
+    with pytest.raises(files.Failed, match=r"--map takes amount=.* or out= and in=, not both"):
+        table(f"{TWO}2024-01-02,shop,20,,Food\n", IN_TWO | {"amount": "Debit"})
     with pytest.raises(
         files.Failed, match=r"amount=Debit.Credit names 2 columns.*out=COLUMN,in=CO"
     ):
