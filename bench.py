@@ -27,6 +27,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+# One thread, as in the service, where bookkeep says so: here NumPy is there before it.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import numpy as np
 
 import replay
