@@ -763,7 +763,7 @@ class Table:
             parts = parts[size:]
         if missing:
             raise Failed(
-                f"{self.name} is no CSV file with the column {', '.join(missing)}; {self._has()}; "
+                f"{self.name} has no column {', '.join(missing)}; {self._has()}; "
                 "say with --map which is which, by name or number"
             )
         if len(found) > 1 and field in ("amount", "date", "out", "in", "sign"):
@@ -793,6 +793,8 @@ class Table:
         if guess:
             fields = {*self._lacking(), "date", "sign"} - {*self._named}
             rows = [row for _, row in itertools.islice(self._rows(), 500)]
+            if not rows and self._lacking():
+                raise Failed(f"there are no bookings in {self.name}")
             used = {*itertools.chain.from_iterable(self._named.values())}
             self._named |= guessed(self.names, rows, fields, used)
             for field in self._lacking() if ask else ():
@@ -803,7 +805,7 @@ class Table:
             keys = ", ".join(FIELDS[field] for field in lacking)
             example = ",".join(f"{field}=COLUMN" for field in lacking)
             raise Failed(
-                f"{self.name} is no CSV file with the column {keys}; {self._has()}; say which is "
+                f"{self.name} has no column {keys}; {self._has()}; say which is "
                 f"which, as --map {example}"
                 + (" or --company NAME for all of its rows" if "company" in lacking else "")
             )

@@ -390,12 +390,12 @@ def test_a_plain_file_needs_no_words(caplog):
         (
             "Date,Description,Amount,Category\n2024-01-01,a,1,F\n",
             {"text": "Payee"},
-            "the column Payee; it has Date, Desc",
+            "no column Payee; it has Date, Desc",
         ),
         (
             "1.1.2024;a;1,5;F\n",
             {"text": "Payee"},
-            "the column Payee.*no names of columns but numbers, as 1=1.1.2024, 2=a,",
+            "no column Payee.*no names of columns but numbers, as 1=1.1.2024, 2=a,",
         ),
         (
             "Date,A,A,Amount,Category\n2024-01-01,a,b,1,F\n",
@@ -600,7 +600,7 @@ def test_what_is_not_clear_is_asked_for_and_only_then_refused():
 
 def test_a_program_guesses_nothing(tmp_path):
     path = write_csv(tmp_path / "bank.csv", [{"Text": "a", "Amount": "1", "Account": "2"}])
-    with pytest.raises(files.Failed, match="no CSV file with the column CompanyId, BankEntryText"):
+    with pytest.raises(files.Failed, match="has no column CompanyId, BankEntryText"):
         list(files.read_rows(path))
 
 
@@ -625,7 +625,7 @@ def test_all_csv_files_of_a_zip_are_read_by_name(tmp_path):
     rows = list(files.read_rows(path, NAMES, "A"))
     assert [row["BankEntryText"] for row in rows] == ["shop a", "shop b", "shop c"]
     zipped(path, **{"a.csv": CSV.format(1, "a"), "b.csv": "When,What\n1,2\n"})
-    with pytest.raises(files.Failed, match=r"bank.zip, b.csv is no CSV file with the column Descr"):
+    with pytest.raises(files.Failed, match=r"bank.zip, b.csv has no column Descr"):
         list(files.read_rows(path, NAMES, "A"))
     with pytest.raises(files.Failed, match="there is no CSV file in"):
         list(files.read_rows(zipped(path, **{"a.pdf": "x"}), NAMES, "A"))
