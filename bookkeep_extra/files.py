@@ -541,7 +541,7 @@ def _encoding(file: BinaryIO, wanted: Collection[str] = ()) -> tuple[str, list[i
                 good += 1
             except UnicodeDecodeError:
                 odd.append(number)
-                if len(sample) < 200_000:
+                if len(sample) < 50_000:
                     sample += line
     if len(odd) <= good and not (sample and not odd):
         return "utf-8", odd
