@@ -378,7 +378,6 @@ OTHERS = (  # what a file begins with that is none of those which are read, and 
     (rb"\s*<\?xml", "XML"),
 )
 BOMS = {
-    codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
@@ -543,6 +542,8 @@ def _encoding(file: BinaryIO, wanted: Collection[str] = ()) -> tuple[str, list[i
                 odd.append(number)
                 if len(sample) < 50_000:
                     sample += line
+    if head.startswith(codecs.BOM_UTF8):
+        return "utf-8-sig", odd
     if len(odd) <= good and not (sample and not odd):
         return "utf-8", odd
     chardet = library("chardet", "a file that is not UTF-8")

@@ -474,6 +474,15 @@ def test_the_encoding_is_found_out(text, encoding):
     assert values(table(content.encode(encoding), NAMES, encoding), "BankEntryText") == [text]
 
 
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
+def test_a_few_odd_bytes_do_not_make_utf_8_another_encoding(start):
+    header = b"Date,Description,Amount,Category\n"
+    good = "2024-01-01,Bäckerei,1,F\n".encode()
+    found = table(start + header + good + "2024-01-01,Jägersteig,1,F\n".encode("cp1252"), NAMES)
+    assert values(found, "BankEntryText") == ["Bäckerei", "Jägersteig"]
+    assert found.source.odd_bytes == [3]
+
+
 def test_an_encoding_that_is_wrong_is_refused(tmp_path):
     path = tmp_path / "bank.csv"
     path.write_bytes("Date,Description,Amount,Category\n2024-01-01,ä,1,F\n".encode("cp1252"))
