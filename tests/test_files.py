@@ -367,6 +367,10 @@ def test_rows_are_found_in_files_of_all_kinds(content, columns, texts):
             "what is no UTF-8 in line 3 is taken for Windows-1252",
         ),
         (
+            "Date,Description,Amount,Category\n2024-01-01,a,1,F\n,Balance,9,F\n,,\n",
+            "1 of 2 rows left out, the first in line 3: it has no date",
+        ),
+        (
             "Date,Description,Amount,Category,BookedBy\n2024-01-01,a,1,F,suggestion\n",
             'BookedBy is "suggestion" in 1 of 1 rows, which teach nothing until somebody writes',
         ),
