@@ -1500,9 +1500,9 @@ class Calibration:
     these (p1); its own for this account, whatever was known (p2).
 
         g  = right / (all + 2), made monotone
-        p0 = (right + 10 g) / (all + 10), made monotone
-        p1 = (right + 80 p0) / (all + 80)
-        p2 = (right + 80 p1) / (all + 80)
+        p0 = (right + 5 g) / (all + 5), made monotone
+        p1 = (right + 100 p0) / (all + 100)
+        p2 = (right + 100 p1) / (all + 100)
 
     "As much evidence" is the same bin of the margin; in the last two, one at most two away. Shares
     are made monotone over the bins by pooling adjacent violators (Ayer et al., 1955).
@@ -1517,8 +1517,8 @@ class Calibration:
     NEAR = 2  # how far a bin is away that counts among a company's own
     RANKS = 20  # suggestions that get a confidence
     DOUBT = 2  # wrong ones that are added to those of all companies
-    BACK = 10  # suggestions that g counts in p0
-    OWN = 80  # suggestions that p0 counts in p1, and p1 in p2
+    BACK = 5  # suggestions that g counts in p0
+    OWN = 100  # suggestions that p0 counts in p1, and p1 in p2
 
     # A company has a cell for each level and bin. A level is a specificity, or
     RANKED = len(SPECIFICITY)  # what was predicted wrong, with ranks for bins
@@ -1575,8 +1575,9 @@ class Calibration:
         own, checked, drawn = self._values(np.array(asked))
         own += checked * drawn[:, :1] // np.maximum(drawn[:, 1:], 1) - checked
         size, right = own.T
-        root = np.ceil(np.sqrt(size)).astype(np.int64)
-        return np.column_stack([root, (2 * right * root + size) // np.maximum(2 * size, 1)])
+        halvings = np.frexp(size)[1]  # until nothing is left
+        rights = (2 * right * halvings + size) // np.maximum(2 * size, 1)
+        return np.column_stack([halvings, rights])
 
     def _own_of(self, rows: np.ndarray) -> np.ndarray:
         """(n, 2, 2) the company's own, by specificity and by account: all, right."""
