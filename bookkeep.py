@@ -1551,8 +1551,7 @@ class Calibration:
         for i, entry in enumerate(entries):
             for column, values in zip(table, entry, strict=True):
                 column[i] = values
-        levels, bins, counted, hits = table
-        cells, counts = self._cells(company, levels, bins), counted > 0
+        cells, counts = self._cells(company, *table[:2]), table[2] > 0
         changed = cells[:2][counts[:2]]
         if drawn.any():  # what its checks stand for changes in all of a company's cells
             grid = np.indices(self._everybodys.shape[:2]).reshape(2, -1, 1)
