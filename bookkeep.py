@@ -1501,8 +1501,8 @@ class Calibration:
 
         g  = right / (all + 2), made monotone
         p0 = (right + 5 g) / (all + 5), made monotone
-        p1 = (right + 100 p0) / (all + 100)
-        p2 = (right + 100 p1) / (all + 100)
+        p1 = (right + 120 p0) / (all + 120)
+        p2 = (right + 120 p1) / (all + 120)
 
     "As much evidence" is the same bin of the margin; in the last two, one at most two away. Shares
     are made monotone over the bins by pooling adjacent violators (Ayer et al., 1955).
@@ -1518,7 +1518,7 @@ class Calibration:
     RANKS = 20  # suggestions that get a confidence
     DOUBT = 2  # wrong ones that are added to those of all companies
     BACK = 5  # suggestions that g counts in p0
-    OWN = 100  # suggestions that p0 counts in p1, and p1 in p2
+    OWN = 120  # suggestions that p0 counts in p1, and p1 in p2
 
     # A company has a cell for each level and bin. A level is a specificity, or
     RANKED = len(SPECIFICITY)  # what was predicted wrong, with ranks for bins
@@ -1527,7 +1527,7 @@ class Calibration:
     ACCOUNT = DRAWN + 2  # from here on the account predicted, -1 for none
 
     def __init__(self) -> None:
-        # (CHECKED, BINS, 2) what the cells of all companies count together: all, right
+        # (CHECKED, BINS, 2) what the cells of all companies count: all, right
         self._everybodys = np.zeros((self.CHECKED, self.BINS, 2), dtype=np.int64)
         self._own = Table(2)  # of each cell
         self._shares: dict[int, np.ndarray] = {}  # specificity -> (BINS,) p0, until it changes
@@ -1569,14 +1569,14 @@ class Calibration:
         return company.astype(np.int64) + 1 << 36 | level << 5 | bin + self.NEAR
 
     def _counts(self, cells: np.ndarray) -> np.ndarray:
-        """(n, 2) what cells of everybody's levels count among everybody's: all, right."""
+        """(n, 2) what cells count among everybody's, in units of 1 / GRAIN: all, right."""
         asked = cells, cells + (self.CHECKED << 5), self._cells((cells >> 36) - 1, self.DRAWN, 0)
         own, checked, drawn = self._values(np.array(asked))
         own += checked * drawn[:, :1] // np.maximum(drawn[:, 1:], 1) - checked
         size, right = own.T
         halvings = np.frexp(size)[1]  # until nothing is left
-        rights = (2 * right * halvings + size) // np.maximum(2 * size, 1)
-        return np.column_stack([halvings, rights])
+        share = GRAIN * right // np.maximum(size, 1)
+        return np.column_stack([GRAIN * halvings, share * halvings])
 
     def _own_of(self, rows: np.ndarray) -> np.ndarray:
         """(n, 2, 2) the company's own, by specificity and by account: all, right."""
@@ -1626,7 +1626,7 @@ class Calibration:
 
         These share what it leaves as the ranks of wrongly predicted accounts have been.
         """
-        ranks = self._everybodys[self.RANKED, : self.RANKS + 1, 0]  # 0: beyond
+        ranks = self._everybodys[self.RANKED, : self.RANKS + 1, 0] / GRAIN  # 0: beyond
         others = np.multiply.outer(1 - confidence, ranks[2:]) / (ranks.sum() + self.DOUBT)
         return np.minimum.accumulate(np.column_stack([confidence, others]), axis=1)
 
@@ -1635,7 +1635,7 @@ class Calibration:
         near = rows["bin"][:, np.newaxis] + np.arange(-self.NEAR, self.NEAR + 1)
         there = (near >= 0) & (near < self.BINS)
         everybodys = self._everybodys[rows["specificity"][:, np.newaxis], near % self.BINS]
-        everybodys = (everybodys * there[:, :, np.newaxis]).sum(axis=1)
+        everybodys = (everybodys * there[:, :, np.newaxis]).sum(axis=1) // GRAIN
         return [
             {
                 "own": {"suggestions": own, "right": own_right},
@@ -1655,7 +1655,7 @@ class Calibration:
     def _share(self, specificity: int) -> np.ndarray:
         """(BINS,) p0 of suggestions with as much known."""
         if specificity not in self._shares:
-            counted, right = self._everybodys[: self.RANKED].transpose(2, 0, 1)
+            counted, right = self._everybodys[: self.RANKED].transpose(2, 0, 1) / GRAIN
             anybodys = counted.sum(axis=0)
             there = anybodys > 0
             g = _monotone(right.sum(axis=0), anybodys + self.DOUBT * there)

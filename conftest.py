@@ -19,7 +19,6 @@ import zlib
 from collections import defaultdict
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from fractions import Fraction
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
@@ -542,7 +541,7 @@ def everybodys_by_hand(rows):
             persons += checked * (unseen + checks) // checks
         n, hits = persons.tolist()
         counted[*cell] += n.bit_length()
-        right[*cell] += int(Fraction(hits * n.bit_length(), n) + Fraction(1, 2))
+        right[*cell] += n.bit_length() * (1024 * hits // n) / 1024
     return right, counted
 
 
@@ -561,5 +560,5 @@ def confidence_by_hand(rows, asked):
     share = pooled(right, counted * there)[asked["bin"]]
     for name in ("known", "predicted"):
         own = tally_by_hand(own_by_hand(rows, asked, name))
-        share = (own["right"] + 100 * share) / (own["suggestions"] + 100)
+        share = (own["right"] + 120 * share) / (own["suggestions"] + 120)
     return share
