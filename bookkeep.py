@@ -1520,77 +1520,81 @@ class Calibration:
     BACK = 5  # suggestions that g counts in p0
     OWN = 120  # suggestions that p0 counts in p1, and p1 in p2
 
-    # A company has a cell for each level and bin. A level is a specificity, or
-    RANKED = len(SPECIFICITY)  # what was predicted wrong, with ranks for bins
-    CHECKED = RANKED + 1  # from here on as before, but of checks alone
-    DRAWN = 2 * CHECKED  # all that was checked or booked unseen; the right ones are the checks
-    ACCOUNT = DRAWN + 2  # from here on the account predicted, -1 for none
+    # A company has cells: levels, with a column for each bin, and NEAR more on each side, or rank.
+    COLUMNS = 32
+    RANKED = len(SPECIFICITY)  # the level of what was predicted wrong; before it, specificities
+    CHECKED = RANKED + 1  # from here on the same, but of checks alone
+    DRAWN = 2 * CHECKED  # of what was checked or booked unseen; the right ones are the checks
+    ACCOUNT = DRAWN + 2  # from here on, of accounts predicted; -1 is none
+    EVERYBODYS = CHECKED * COLUMNS  # cells: those of the levels before CHECKED
+    COMPANY = 1 << 36  # of one company
 
     def __init__(self) -> None:
-        # (CHECKED, BINS, 2) what the cells of all companies count: all, right
-        self._everybodys = np.zeros((self.CHECKED, self.BINS, 2), dtype=np.int64)
+        # (EVERYBODYS, 2) what these cells of all companies count: all, right
+        self._everybodys = np.zeros((self.EVERYBODYS, 2), dtype=np.int64)
         self._own = Table(2)  # of each cell
-        self._shares: dict[int, np.ndarray] = {}  # specificity -> (BINS,) p0, until it changes
+        self._shares: dict[int, np.ndarray] = {}  # specificity -> (COLUMNS,) p0, until it changes
 
     def add(self, rows: np.ndarray, sign: int = 1) -> None:
         """Counts those rows of a History that were predicted; with sign = -1 takes them away."""
         rows = rows[rows["predicted"] >= 0]
-        company, level, bin = rows["company"], rows["specificity"], rows["bin"]
-        account, rank = self.ACCOUNT + rows["predicted"], rows["rank"]
+        level, bin, rank = rows["specificity"], rows["bin"], rows["rank"]
         hit, seen, check = right(rows), rows["score_weight"] > 0, rows["score_weight"] > 1
-        wrong, drawn, own = seen & ~hit, check | ~seen, seen & (level > 0)  # else it knew nobody
-        entries = (  # the level and bin of each row, whether it counts, and as a right one
+        wrong, own, drawn = seen & ~hit, seen & (level > 0), check | ~seen
+        entries = [  # the level and bin of each row, whether it counts, and whether as a right one
             (level, bin, seen, hit),
             (self.RANKED, rank, wrong, False),
-            (self.CHECKED + level, bin, check, hit),
-            (self.CHECKED + self.RANKED, rank, check & wrong, False),
-            (self.DRAWN, 0, drawn, check),
-            (account, bin, own, hit),
-        )
+            (self.ACCOUNT + rows["predicted"], bin, own, hit),
+        ]
+        if drawn.any():
+            entries += [
+                (self.CHECKED + level, bin, check, hit),
+                (self.CHECKED + self.RANKED, rank, check & wrong, False),
+                (self.DRAWN, 0, drawn, check),
+            ]
         table = np.empty((4, len(entries), len(rows)), dtype=np.int64)
         for i, entry in enumerate(entries):
             for column, values in zip(table, entry, strict=True):
                 column[i] = values
-        cells, counts = self._cells(company, *table[:2]), table[2] > 0
-        changed = cells[:2][counts[:2]]
-        if drawn.any():  # what its checks stand for changes in all of a company's cells
-            grid = np.indices(self._everybodys.shape[:2]).reshape(2, -1, 1)
-            changed = np.append(changed, self._cells(np.unique(company[drawn]), *grid))
+        cells, counted = self._cells(rows["company"], *table[:2]), table[2] > 0
+        changed = cells[:2][counted[:2]]
+        if drawn.any():  # what a company's checks stand for changes in all of its cells
+            first = np.unique(cells[-1][drawn]) & -self.COMPANY
+            changed = np.append(changed, np.add.outer(first, np.arange(self.EVERYBODYS)))
         changed = np.unique(changed)
-        at = self._own.insert(_spread(cells[counts]))  # first, for the table may grow
-        before = self._counts(changed)
-        np.add.at(self._own.values, at, sign * table[2:, counts].T)
-        level, bin = changed >> 5 & (1 << 31) - 1, (changed & 31) - self.NEAR
-        np.add.at(self._everybodys, (level, bin), self._counts(changed) - before)
+        at = self._own.insert(_spread(cells[counted]))  # first, for the table may grow
+        checked = changed + self.CHECKED * self.COLUMNS
+        drawn = changed & -self.COMPANY | self.DRAWN * self.COLUMNS + self.NEAR
+        slots = self._own.find(_spread(np.concatenate([changed, checked, drawn])))
+        before = self._counts(slots)
+        np.add.at(self._own.values, at, sign * table[2:, counted].T)
+        np.add.at(self._everybodys, changed % self.COMPANY, self._counts(slots) - before)
         self._shares = {}
 
     def _cells(self, company: np.ndarray, level: np.ndarray, bin: np.ndarray) -> np.ndarray:
         """Numbers of cells, of broadcast arrays of companies, -1 for none, levels and bins."""
-        return company.astype(np.int64) + 1 << 36 | level << 5 | bin + self.NEAR
+        first = (company.astype(np.int64) + 1) * self.COMPANY
+        return first + level * self.COLUMNS + self.NEAR + bin
 
-    def _counts(self, cells: np.ndarray) -> np.ndarray:
-        """(n, 2) what cells count among everybody's, in units of 1 / GRAIN: all, right."""
-        asked = cells, cells + (self.CHECKED << 5), self._cells((cells >> 36) - 1, self.DRAWN, 0)
-        own, checked, drawn = self._values(np.array(asked))
+    def _counts(self, slots: np.ndarray) -> np.ndarray:
+        """(n, 2) what cells count among everybody's, in units of 1 / GRAIN: all, right.
+
+        Of each there are three slots: its own, its checks', and what was drawn of its company.
+        """
+        own, checked, drawn = self._own.values[slots].reshape(3, -1, 2)
         own += checked * drawn[:, :1] // np.maximum(drawn[:, 1:], 1) - checked
-        size, right = own.T
-        halvings = np.frexp(size)[1]  # until nothing is left
-        share = GRAIN * right // np.maximum(size, 1)
-        return np.column_stack([GRAIN * halvings, share * halvings])
+        halvings = np.frexp(own[:, :1])[1]  # until nothing is left
+        return GRAIN * own // np.maximum(own[:, :1], 1) * halvings
 
     def _own_of(self, rows: np.ndarray) -> np.ndarray:
         """(n, 2, 2) the company's own, by specificity and by account: all, right."""
-        company, bin, known = (
-            rows[name].reshape(-1, 1, 1) for name in ("company", "bin", "specificity")
-        )
+        names = "company", "bin", "specificity"
+        company, bin, known = (rows[name].reshape(-1, 1, 1) for name in names)
         levels = np.stack([rows["specificity"], self.ACCOUNT + rows["predicted"]], axis=1)
         near = bin + np.arange(-self.NEAR, self.NEAR + 1)
         cells = self._cells(company, levels[:, :, np.newaxis], near)
-        return self._values(cells).sum(axis=2) * (known > 0)
-
-    def _values(self, cells: np.ndarray) -> np.ndarray:
-        """(..., 2) what cells have: all, right."""
-        return self._own.values[self._own.find(_spread(cells.ravel()))].reshape(*cells.shape, 2)
+        found = self._own.values[self._own.find(_spread(cells.ravel()))]
+        return found.reshape(*cells.shape, 2).sum(axis=2) * (known > 0)
 
     def state(self) -> Arrays:
         """All that it has counted; arrays that are its own."""
@@ -1612,7 +1616,7 @@ class Calibration:
         one that no row has.
         """
         families = zip(rows["specificity"].tolist(), rows["bin"].tolist(), strict=True)
-        share = np.array([self._share(specificity)[bin] for specificity, bin in families])
+        share = np.array([self._share(known)[self.NEAR + bin] for known, bin in families])
         for suggestions, hits in self._own_of(rows).transpose(1, 2, 0):
             share = (hits + self.OWN * share) / (suggestions + self.OWN)
         return share
@@ -1626,16 +1630,16 @@ class Calibration:
 
         These share what it leaves as the ranks of wrongly predicted accounts have been.
         """
-        ranks = self._everybodys[self.RANKED, : self.RANKS + 1, 0] / GRAIN  # 0: beyond
+        first = self.RANKED * self.COLUMNS + self.NEAR
+        ranks = self._everybodys[first : first + self.RANKS + 1, 0] / GRAIN  # 0: beyond
         others = np.multiply.outer(1 - confidence, ranks[2:]) / (ranks.sum() + self.DOUBT)
         return np.minimum.accumulate(np.column_stack([confidence, others]), axis=1)
 
     def evidence_counts(self, rows: np.ndarray) -> list[dict[str, dict[str, int]]]:
         """What the confidences of n suggestions rest on, with about as much evidence."""
-        near = rows["bin"][:, np.newaxis] + np.arange(-self.NEAR, self.NEAR + 1)
-        there = (near >= 0) & (near < self.BINS)
-        everybodys = self._everybodys[rows["specificity"][:, np.newaxis], near % self.BINS]
-        everybodys = (everybodys * there[:, :, np.newaxis]).sum(axis=1) // GRAIN
+        first = rows["specificity"] * np.int64(self.COLUMNS) + rows["bin"]
+        near = np.add.outer(first, np.arange(2 * self.NEAR + 1))
+        everybodys = self._everybodys[near].sum(axis=1) // GRAIN
         return [
             {
                 "own": {"suggestions": own, "right": own_right},
@@ -1653,9 +1657,10 @@ class Calibration:
         return np.minimum(4 * doublings, cls.BINS - 1).astype(np.int64)
 
     def _share(self, specificity: int) -> np.ndarray:
-        """(BINS,) p0 of suggestions with as much known."""
+        """(COLUMNS,) p0 of suggestions with as much known."""
         if specificity not in self._shares:
-            counted, right = self._everybodys[: self.RANKED].transpose(2, 0, 1) / GRAIN
+            everybodys = self._everybodys.reshape(-1, self.COLUMNS, 2)[: self.RANKED] / GRAIN
+            counted, right = everybodys.transpose(2, 0, 1)
             anybodys = counted.sum(axis=0)
             there = anybodys > 0
             g = _monotone(right.sum(axis=0), anybodys + self.DOUBT * there)
@@ -1672,7 +1677,7 @@ def _spread(cells: np.ndarray) -> np.ndarray:
 
 
 def _monotone(right: np.ndarray, counted: np.ndarray) -> np.ndarray:
-    """(BINS,) the share that was right, monotone; an empty bin's is that of the one before.
+    """(n,) the share of bins that was right, monotone; an empty bin's is that of the one before.
 
     It is the least of those from a bin on, from the bin before which that is the largest: what
     pooling adjacent violators gives.
