@@ -1660,12 +1660,12 @@ class Calibration:
         """(COLUMNS,) p0 of suggestions with as much known."""
         if specificity not in self._shares:
             everybodys = self._everybodys.reshape(-1, self.COLUMNS, 2)[: self.RANKED] / GRAIN
-            counted, right = everybodys.transpose(2, 0, 1)
-            anybodys = counted.sum(axis=0)
-            there = anybodys > 0
-            g = _monotone(right.sum(axis=0), anybodys + self.DOUBT * there)
-            right = right[specificity] + self.BACK * there * g
-            self._shares[specificity] = _monotone(right, counted[specificity] + self.BACK * there)
+            counted, right = everybodys.sum(axis=0).T
+            there = counted > 0
+            g = _monotone(right, counted + self.DOUBT * there)
+            counted, right = everybodys[specificity].T
+            back = self.BACK * there
+            self._shares[specificity] = _monotone(right + back * g, counted + back)
         return self._shares[specificity]
 
 
@@ -1685,7 +1685,7 @@ def _monotone(right: np.ndarray, counted: np.ndarray) -> np.ndarray:
     sums = np.zeros((2, len(right) + 1))
     np.cumsum([right, counted], axis=1, out=sums[:, 1:])
     hits, sizes = sums[:, np.newaxis, 1:] - sums[:, :-1, np.newaxis]  # from a bin to another
-    shares = np.divide(hits, sizes, out=np.zeros_like(hits), where=sizes > 0)
+    shares = hits / np.maximum(sizes, 1)  # of none, 0
     least = np.minimum.accumulate(shares[:, ::-1], axis=1)[:, ::-1]
     return np.maximum.accumulate(least, axis=0).diagonal()
 
