@@ -51,7 +51,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from functools import cache, lru_cache, partial
 from hashlib import blake2b
 from importlib import import_module
-from itertools import chain, count, islice, pairwise
+from itertools import chain, count, islice, pairwise, repeat
 from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO, NamedTuple, TypeVar
@@ -1059,7 +1059,7 @@ class NaiveBayes:
         if not self.n_classes:
             return [Assessment(None, None, None, 0)] * len(labels)
         made = []
-        for _, scores in scored or self._scores(documents, labels):
+        for part, scores in scored or self._scores(documents, labels):
             seen = scores.score.copy()
             seen[scores.label[scores.alien]] = -np.inf
             best = self._best(scores._replace(score=seen))
@@ -1073,7 +1073,7 @@ class NaiveBayes:
                 map(self.names.__getitem__, scores.account[best].tolist()),
                 self._margins(scores._replace(score=seen), best),
                 [rank or None for rank in ranks.tolist()],
-                self.specificity(scores.found).tolist(),
+                self.specificity(scores.found or documents[part]).tolist(),
             )
         return made
 
@@ -1623,7 +1623,7 @@ class Calibration:
 
     def measured(self) -> bool:
         """Has any suggestion been counted? Without one a confidence says nothing."""
-        return bool(self._all.any())
+        return bool(self._everybodys.any())
 
     def shared(self, confidence: np.ndarray) -> np.ndarray:
         """(n, RANKS) the confidence of n first suggestions and of the others, best first.
