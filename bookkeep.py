@@ -1507,10 +1507,11 @@ class Calibration:
     "As much evidence" is the same bin of the margin; in the last two, one at most two away. Shares
     are made monotone over the bins by pooling adjacent violators (Ayer et al., 1955).
 
-    In g and p0, so that no company outvotes the others, its n suggestions with as much known and as
-    much evidence count as their square root. Before that, its k checks stand for its m bookings
-    that nobody looked at, too: each counts (k + m) / k times. All that is kept are whole numbers:
-    any order gives the same, and what is taken away leaves no trace.
+    In g and p0, a company's k checks stand for its m bookings that nobody looked at, too: each
+    counts (k + m) / k times. And so that no company outvotes the others, n of its suggestions with
+    as much known and as much evidence count as often as n can be halved until nothing is left. All
+    that is kept are whole numbers: any order gives the same, and what is taken away leaves no
+    trace.
     """
 
     BINS = 28  # four for each doubling of 1 + margin
@@ -1540,16 +1541,15 @@ class Calibration:
         rows = rows[rows["predicted"] >= 0]
         level, bin, rank = rows["specificity"], rows["bin"], rows["rank"]
         hit, seen, check = right(rows), rows["score_weight"] > 0, rows["score_weight"] > 1
-        wrong, own, drawn = seen & ~hit, seen & (level > 0), check | ~seen
+        wrong, drawn = seen & ~hit, check | ~seen
         entries = [  # the level and bin of each row, whether it counts, and whether as a right one
             (level, bin, seen, hit),
             (self.RANKED, rank, wrong, False),
-            (self.ACCOUNT + rows["predicted"], bin, own, hit),
+            (self.ACCOUNT + rows["predicted"], bin, seen, hit),
         ]
         if drawn.any():
             entries += [
                 (self.CHECKED + level, bin, check, hit),
-                (self.CHECKED + self.RANKED, rank, check & wrong, False),
                 (self.DRAWN, 0, drawn, check),
             ]
         table = np.empty((4, len(entries), len(rows)), dtype=np.int64)
@@ -1588,21 +1588,16 @@ class Calibration:
 
     def _own_of(self, rows: np.ndarray) -> np.ndarray:
         """(n, 2, 2) the company's own, by specificity and by account: all, right."""
-        names = "company", "bin", "specificity"
-        company, bin, known = (rows[name].reshape(-1, 1, 1) for name in names)
-        levels = np.stack([rows["specificity"], self.ACCOUNT + rows["predicted"]], axis=1)
-        near = bin + np.arange(-self.NEAR, self.NEAR + 1)
-        cells = self._cells(company, levels[:, :, np.newaxis], near)
-        found = self._own.values[self._own.find(_spread(cells.ravel()))]
-        return found.reshape(*cells.shape, 2).sum(axis=2) * (known > 0)
+        levels = np.column_stack([rows["specificity"], self.ACCOUNT + rows["predicted"]])
+        cells = self._cells(rows["company"][:, np.newaxis], levels, rows["bin"][:, np.newaxis])
+        near = np.add.outer(cells, np.arange(-self.NEAR, self.NEAR + 1))
+        found = self._own.values[self._own.find(_spread(near.ravel()))]
+        return found.reshape(*near.shape, 2).sum(axis=2)
 
     def state(self) -> Arrays:
         """All that it has counted; arrays that are its own."""
-        return {
-            "everybodys": self._everybodys,
-            "own_cells": self._own.keys,
-            "own": self._own.values,
-        }
+        own = {"own_cells": self._own.keys, "own": self._own.values}
+        return {"everybodys": self._everybodys, **own}
 
     def restore(self, state: Arrays) -> None:
         """Takes over what another had counted."""
@@ -1640,14 +1635,12 @@ class Calibration:
         first = rows["specificity"] * np.int64(self.COLUMNS) + rows["bin"]
         near = np.add.outer(first, np.arange(2 * self.NEAR + 1))
         everybodys = self._everybodys[near].sum(axis=1) // GRAIN
+        own = self._own_of(rows)[:, 1]
+        tallies = ("own", own.tolist()), ("all", everybodys.tolist())
+        names = "suggestions", "right"
         return [
-            {
-                "own": {"suggestions": own, "right": own_right},
-                "all": {"suggestions": suggestions, "right": right},
-            }
-            for (own, own_right), (suggestions, right) in zip(
-                self._own_of(rows)[:, 1].tolist(), everybodys.tolist(), strict=True
-            )
+            {whose: dict(zip(names, counts[i], strict=True)) for whose, counts in tallies}
+            for i in range(len(rows))
         ]
 
     @classmethod

@@ -519,7 +519,6 @@ def own_by_hand(rows, asked, name):
         row
         for row in rows
         if row["score_weight"]
-        and row["known"] > 0 < asked["known"]
         and (row["company"], row[name]) == (asked["company"], asked[name])
         and abs(row["bin"] - asked["bin"]) <= 2
     ]
