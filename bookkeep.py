@@ -1047,7 +1047,13 @@ class NaiveBayes:
     ) -> tuple[list[list[tuple[float, int]]], list[Assessment]]:
         """As `top`, and what `assess` makes of the first ones."""
         scored = [*self._scores(documents)]
-        return self.top(documents, most, scored), self.assess(documents, (), scored)
+        found = self.top(documents, most, scored)
+        margins = chain.from_iterable(self._margins(each, self._best(each)) for _, each in scored)
+        known = self.specificity(documents).tolist()
+        return found, [
+            Assessment(self.names[best[0][1]], margin, None, specificity)
+            for best, margin, specificity in zip(found, margins, known, strict=True)
+        ]
 
     def assess(
         self,
@@ -1083,20 +1089,16 @@ class NaiveBayes:
         That is - 2 log (1 - P), where P is its posterior if scores are halved: with two candidates
         far apart, their log-odds.
         """
-        lead = scores.score[best]
-        scores.score[best] = -np.inf
-        second = np.maximum.reduceat(scores.score, scores.start)
+        lead, rest = scores.score[best], scores.score.copy()
+        rest[best] = -np.inf
+        second = np.maximum.reduceat(rest, scores.start)
         alone = second == -np.inf
-        second[alone] = lead[alone]
-        odds = np.exp((scores.score - second.take(scores.document)) / CALMING)
-        others = np.add.reduceat(np.rint(odds / EVIDENCE), scores.start) * EVIDENCE
-        others[alone] = 1
-        margins = (lead - second) / CALMING - np.log(others)
-        margins = (CALMING * np.logaddexp(0, margins)).round(4)
-        return [
-            None if single else margin
-            for single, margin in zip(alone.tolist(), margins.tolist(), strict=True)
-        ]
+        second[alone] = 0
+        odds = np.rint(np.exp((rest - second.take(scores.document)) / CALMING) / EVIDENCE)
+        others = np.log(np.add.reduceat(odds, scores.start) * EVIDENCE + alone)
+        margins = CALMING * np.logaddexp(0, (lead - second) / CALMING - others)
+        margins[alone] = np.nan
+        return [None if margin != margin else margin for margin in margins.round(4).tolist()]
 
     def specificity(self, documents: Documents) -> np.ndarray:
         """(n,) how much was known of each document, of SPECIFICITY."""
