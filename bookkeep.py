@@ -1087,15 +1087,19 @@ class NaiveBayes:
         """How far each document's best is ahead of its other candidates, None if it has none.
 
         That is - 2 log (1 - P), where P is its posterior if scores are halved: with two candidates
-        far apart, their log-odds.
+        far apart, their log-odds. Of the scores nothing is left.
         """
-        lead, rest = scores.score[best], scores.score.copy()
+        lead, rest = scores.score[best], scores.score
         rest[best] = -np.inf
         second = np.maximum.reduceat(rest, scores.start)
         alone = second == -np.inf
         second[alone] = 0
-        odds = np.rint(np.exp((rest - second.take(scores.document)) / CALMING) / EVIDENCE)
-        others = np.log(np.add.reduceat(odds, scores.start) * EVIDENCE + alone)
+        rest -= second.take(scores.document)
+        rest /= CALMING
+        np.exp(rest, rest)
+        rest /= EVIDENCE
+        others = np.add.reduceat(np.rint(rest, rest), scores.start)
+        others = np.log(others * EVIDENCE + alone)
         margins = CALMING * np.logaddexp(0, (lead - second) / CALMING - others)
         margins[alone] = np.nan
         return [None if margin != margin else margin for margin in margins.round(4).tolist()]
