@@ -1506,9 +1506,9 @@ class Calibration:
     these (p1); its own for this account, whatever was known (p2).
 
         g  = right / (all + 2), made monotone
-        p0 = (right + 5 g) / (all + 5), made monotone
-        p1 = (right + 120 p0) / (all + 120)
-        p2 = (right + 120 p1) / (all + 120)
+        p0 = (right + 3 g) / (all + 3), made monotone
+        p1 = (right + 100 p0) / (all + 100)
+        p2 = (right + 100 p1) / (all + 100)
 
     "As much evidence" is the same bin of the margin; in the last two, one at most two away. Shares
     are made monotone over the bins by pooling adjacent violators (Ayer et al., 1955).
@@ -1524,8 +1524,8 @@ class Calibration:
     NEAR = 2  # how far a bin is away that counts among a company's own
     RANKS = 20  # suggestions that get a confidence
     DOUBT = 2  # wrong ones that are added to those of all companies
-    BACK = 5  # suggestions that g counts in p0
-    OWN = 120  # suggestions that p0 counts in p1, and p1 in p2
+    BACK = 3  # suggestions that g counts in p0
+    OWN = 100  # suggestions that p0 counts in p1, and p1 in p2
 
     # A company has cells: levels, with a column for each bin, and NEAR more on each side, or rank.
     COLUMNS = 32

@@ -555,9 +555,9 @@ def confidence_by_hand(rows, asked):
     right, counted = rights.sum(axis=0), counts.sum(axis=0)
     there = counted > 0
     g = pooled(right, counted + 2 * there)
-    right, counted = rights[asked["known"]] + 5 * g, counts[asked["known"]] + 5
+    right, counted = rights[asked["known"]] + 3 * g, counts[asked["known"]] + 3
     share = pooled(right, counted * there)[asked["bin"]]
     for name in ("known", "predicted"):
         own = tally_by_hand(own_by_hand(rows, asked, name))
-        share = (own["right"] + 120 * share) / (own["suggestions"] + 120)
+        share = (own["right"] + 100 * share) / (own["suggestions"] + 100)
     return share
