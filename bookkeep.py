@@ -751,6 +751,7 @@ SHARE = 0.75  # of its surprise that a booking counts
 FLOOR = 1 / 64  # what it counts at the least, even if it surprises nobody
 RIVALS = 2  # that it counts against at most
 NEAR = 1 / 32  # the probability from which on an account is a rival
+CALMING = 2  # divides scores for the margin, likewise
 ROUND = 64  # documents of a batch that are weighed, and learned, at once
 EVIDENCE = 2.0**-36  # evidence and logs are multiples of it, so sums of them are exact, too
 
@@ -759,7 +760,7 @@ class Assessment(NamedTuple):
     """What the model made of a booking before it learned it."""
 
     predicted: str | None  # the most probable account; None while there is no model
-    margin: float | None  # its log-odds over the second; None if there is no second
+    margin: float | None  # how far it is ahead of all others; None if there is no other
     rank: int | None  # of the booked account, 1 for the most probable; None if it is no candidate
     specificity: int  # how much was known of it, of SPECIFICITY
 
@@ -1022,19 +1023,37 @@ class NaiveBayes:
             best = np.array(best)[_run_starts(scores.document[best])]
         return best
 
-    def top(self, documents: Sequence[Sequence[int]], most: int) -> list[list[tuple[float, int]]]:
+    def top(
+        self,
+        documents: Sequence[Sequence[int]],
+        most: int,
+        scored: Sequence[tuple[slice, Scores]] = (),
+    ) -> list[list[tuple[float, int]]]:
         """The score and the account of each document's candidates, best first; of equals, by name.
 
         They are at most so many.
         """
         found = []
-        for _, scores in self._scores(documents):
+        for _, scores in scored or self._scores(documents):
             for start, end in pairwise([*scores.start.tolist(), len(scores.score)]):
                 each = (values[start:end].tolist() for values in (scores.score, scores.account))
                 pairs = zip(*each, strict=True)
                 best = sorted(pairs, key=lambda pair: (-pair[0], self.names[pair[1]]))
                 found.append(best[:most])
         return found
+
+    def suggest(
+        self, documents: Sequence[Sequence[int]], most: int
+    ) -> tuple[list[list[tuple[float, int]]], list[Assessment]]:
+        """As `top`, and what `assess` makes of the first ones."""
+        scored = [*self._scores(documents)]
+        found = self.top(documents, most, scored)
+        margins = chain.from_iterable(self._margins(each, self._best(each)) for _, each in scored)
+        known = self.specificity(documents).tolist()
+        return found, [
+            Assessment(self.names[best[0][1]], margin, None, specificity)
+            for best, margin, specificity in zip(found, margins, known, strict=True)
+        ]
 
     def assess(
         self,
@@ -1046,7 +1065,7 @@ class NaiveBayes:
         if not self.n_classes:
             return [Assessment(None, None, None, 0)] * len(labels)
         made = []
-        for _, scores in scored or self._scores(documents, labels):
+        for part, scores in scored or self._scores(documents, labels):
             seen = scores.score.copy()
             seen[scores.label[scores.alien]] = -np.inf
             best = self._best(scores._replace(score=seen))
@@ -1055,17 +1074,35 @@ class NaiveBayes:
             label[scores.document[known]] = known
             above = seen >= np.where(label < 0, np.inf, seen[label])[scores.document]
             ranks = np.where(label == best, 1, np.add.reduceat(above, scores.start))
-            lead = seen[best]
-            seen[best] = -np.inf
-            lead -= np.maximum.reduceat(seen, scores.start)  # infinite, if there is no second
             made += map(
                 Assessment,
                 map(self.names.__getitem__, scores.account[best].tolist()),
-                [margin if margin < np.inf else None for margin in lead.round(4).tolist()],
+                self._margins(scores._replace(score=seen), best),
                 [rank or None for rank in ranks.tolist()],
-                self.specificity(scores.found).tolist(),
+                self.specificity(scores.found or documents[part]).tolist(),
             )
         return made
+
+    def _margins(self, scores: Scores, best: np.ndarray) -> list[float | None]:
+        """How far each document's best is ahead of its other candidates, None if it has none.
+
+        That is - 2 log (1 - P), where P is its posterior if scores are halved: with two candidates
+        far apart, their log-odds. Of the scores nothing is left.
+        """
+        lead, rest = scores.score[best], scores.score
+        rest[best] = -np.inf
+        second = np.maximum.reduceat(rest, scores.start)
+        alone = second == -np.inf
+        second[alone] = 0
+        rest -= second.take(scores.document)
+        rest /= CALMING
+        np.exp(rest, rest)
+        rest /= EVIDENCE
+        others = np.add.reduceat(np.rint(rest, rest), scores.start)
+        others = np.log(others * EVIDENCE + alone)
+        margins = CALMING * np.logaddexp(0, (lead - second) / CALMING - others)
+        margins[alone] = np.nan
+        return [None if margin != margin else margin for margin in margins.round(4).tolist()]
 
     def specificity(self, documents: Documents) -> np.ndarray:
         """(n,) how much was known of each document, of SPECIFICITY."""
@@ -1261,7 +1298,7 @@ class History:
             ("named", "i4"),  # the account whose name came with the booking, -1 if none did
             ("predicted", "i4"),  # -1 where there was no model
             ("confidence", "f4"),
-            ("bin", "i1"),  # of the margin for each token
+            ("bin", "i1"),  # of the margin
             ("specificity", "i1"),  # of SPECIFICITY
             ("rank", "i1"),  # of what is booked among what was suggested; 0 if it is no such
             ("score_weight", "i1"),  # what it counts in figures, 0 if nobody has looked
@@ -1469,156 +1506,187 @@ class Calibration:
     these (p1); its own for this account, whatever was known (p2).
 
         g  = right / (all + 2), made monotone
-        p0 = (right + 10 g) / (all + 10), made monotone
-        p1 = (right + 60 p0) / (all + 60 + 1/4)
-        p2 = (right + 60 p1) / (all + 60 + 1/4)
+        p0 = (right + 3 g) / (all + 3), made monotone
+        p1 = (right + 100 p0) / (all + 100)
+        p2 = (right + 100 p1) / (all + 100)
 
-    "As much evidence" is the same bin of the margin (log-odds); in the last two, the same wide bin
-    or one beside it. Shares are made monotone over the bins by pooling
-    adjacent violators (Ayer et al., 1955). All that is kept are whole numbers: any order gives the
-    same, and what is taken away leaves no trace.
+    "As much evidence" is the same bin of the margin; in the last two, one at most two away. Shares
+    are made monotone over the bins by pooling adjacent violators (Ayer et al., 1955).
+
+    In g and p0, a company's k checks stand for its m bookings that nobody looked at, too: each
+    counts (k + m) / k times. And so that no company outvotes the others, n of its suggestions with
+    as much known and as much evidence count as often as n can be halved until nothing is left. All
+    that is kept are whole numbers: any order gives the same, and what is taken away leaves no
+    trace.
     """
 
-    BINS = 48  # eight for each doubling of 1 + margin
-    WIDE = 3  # bins in a wide one
+    BINS = 28  # four for each doubling of 1 + margin
+    NEAR = 2  # how far a bin is away that counts among a company's own
     RANKS = 20  # suggestions that get a confidence
     DOUBT = 2  # wrong ones that are added to those of all companies
-    BACK = 10  # suggestions that g counts in p0
-    OWN = 60  # suggestions that p0 counts in p1, and p1 in p2
-    OWN_DOUBT = 1 / 4  # of a wrong one that is added to a company's own: the best are often lucky
+    BACK = 3  # suggestions that g counts in p0
+    OWN = 100  # suggestions that p0 counts in p1, and p1 in p2
+
+    # A company has cells: levels, with a column for each bin, and NEAR more on each side, or rank.
+    COLUMNS = 32
+    RANKED = len(SPECIFICITY)  # the level of what was predicted wrong; before it, specificities
+    CHECKED = RANKED + 1  # from here on the same, but of checks alone
+    DRAWN = 2 * CHECKED  # of what was checked or booked unseen; the right ones are the checks
+    ACCOUNT = DRAWN + 2  # from here on, of accounts predicted; -1 is none
+    EVERYBODYS = CHECKED * COLUMNS  # cells: those of the levels before CHECKED
+    COMPANY = 1 << 36  # of one company
 
     def __init__(self) -> None:
-        # (2, specificities, BINS) suggestions of everybody's: all, and those that were right
-        self._all, self._right = np.zeros((2, len(SPECIFICITY), self.BINS), dtype=np.int64)
-        self._ranks = np.zeros(self.RANKS + 1, dtype=np.int64)  # of the others' accounts, 0: beyond
-        self._own = Table(2)  # of a company, a specificity or an account, a bin: all, right
-        self._shares: dict[int, np.ndarray] = {}  # specificity -> (BINS,) p0, until it changes
+        # (EVERYBODYS, 2) what these cells of all companies count: all, right
+        self._everybodys = np.zeros((self.EVERYBODYS, 2), dtype=np.int64)
+        self._own = Table(2)  # of each cell
+        self._shares: dict[int, np.ndarray] = {}  # specificity -> (COLUMNS,) p0, until it changes
 
     def add(self, rows: np.ndarray, sign: int = 1) -> None:
-        """Counts those rows of a History that are scored; with sign = -1 takes them away again.
-
-        A row that counts 16 times, for others that nobody looked at, is one of the company's own.
-        """
-        rows = scored(rows)
-        hit = right(rows)
-        counted = sign * rows["score_weight"].astype(np.int64)
-        np.add.at(self._all, (rows["specificity"], rows["bin"]), counted)
-        np.add.at(self._right, (rows["specificity"], rows["bin"]), counted * hit)
-        np.add.at(self._ranks, rows["rank"][~hit], counted[~hit])
+        """Counts those rows of a History that were predicted; with sign = -1 takes them away."""
+        rows = rows[rows["predicted"] >= 0]
+        level, bin, rank = rows["specificity"], rows["bin"], rows["rank"]
+        hit, seen, check = right(rows), rows["score_weight"] > 0, rows["score_weight"] > 1
+        wrong, drawn = seen & ~hit, check | ~seen
+        entries = [  # the level and bin of each row, whether it counts, and whether as a right one
+            (level, bin, seen, hit),
+            (self.RANKED, rank, wrong, False),
+            (self.ACCOUNT + rows["predicted"], bin, seen, hit),
+        ]
+        if drawn.any():
+            entries += [
+                (self.CHECKED + level, bin, check, hit),
+                (self.DRAWN, 0, drawn, check),
+            ]
+        table = np.empty((4, len(entries), len(rows)), dtype=np.int64)
+        for i, entry in enumerate(entries):
+            for column, values in zip(table, entry, strict=True):
+                column[i] = values
+        cells, counted = self._cells(rows["company"], *table[:2]), table[2] > 0
+        changed = cells[:2][counted[:2]]
+        if drawn.any():  # what a company's checks stand for changes in all of its cells
+            first = np.unique(cells[-1][drawn]) & -self.COMPANY
+            changed = np.append(changed, np.add.outer(first, np.arange(self.EVERYBODYS)))
+        changed = np.unique(changed)
+        at = self._own.insert(_spread(cells[counted]))  # first, for the table may grow
+        checked = changed + self.CHECKED * self.COLUMNS
+        drawn = changed & -self.COMPANY | self.DRAWN * self.COLUMNS + self.NEAR
+        slots = self._own.find(_spread(np.concatenate([changed, checked, drawn])))
+        before = self._counts(slots)
+        np.add.at(self._own.values, at, sign * table[2:, counted].T)
+        np.add.at(self._everybodys, changed % self.COMPANY, self._counts(slots) - before)
         self._shares = {}
-        own = rows["specificity"] > 0  # else it says nothing of the company
-        cells = self._cells_of(rows[own], np.array([0])).ravel()
-        sums = np.column_stack([own[own], hit[own]]).repeat(2, axis=0)
-        at = self._own.insert(cells)  # first, for the table may grow
-        np.add.at(self._own.values, at, sign * sums)
 
-    def _cells_of(self, rows: np.ndarray, near: np.ndarray) -> np.ndarray:
-        """(n, 2, k) cells of n rows, by specificity and by account, in k wide bins near it."""
-        # One more, for a name without a number has -1, and what is nearest to the first bin, too.
-        company = 1 + rows["company"].astype(np.int64)[:, np.newaxis, np.newaxis]
-        level = np.stack([rows["specificity"], len(SPECIFICITY) + 1 + rows["predicted"]], axis=1)
-        wide = 1 + rows["bin"][:, np.newaxis] // self.WIDE + near
-        cells = company << 36 | level[:, :, np.newaxis] << 5 | wide[:, np.newaxis]
-        cells = cells.astype(np.uint64)
-        cells *= np.uint64(0x9E3779B97F4A7C15)  # spreads them over the table's slots
-        return (cells ^ cells >> 40).astype(np.int64) & (1 << 63) - 1
+    def _cells(self, company: np.ndarray, level: np.ndarray, bin: np.ndarray) -> np.ndarray:
+        """Numbers of cells, of broadcast arrays of companies, -1 for none, levels and bins."""
+        first = (company.astype(np.int64) + 1) * self.COMPANY
+        return first + level * self.COLUMNS + self.NEAR + bin
+
+    def _counts(self, slots: np.ndarray) -> np.ndarray:
+        """(n, 2) what cells count among everybody's, in units of 1 / GRAIN: all, right.
+
+        Of each there are three slots: its own, its checks', and what was drawn of its company.
+        """
+        own, checked, drawn = self._own.values[slots].reshape(3, -1, 2)
+        own += checked * drawn[:, :1] // np.maximum(drawn[:, 1:], 1) - checked
+        halvings = np.frexp(own[:, :1])[1]  # until nothing is left
+        return GRAIN * own // np.maximum(own[:, :1], 1) * halvings
 
     def _own_of(self, rows: np.ndarray) -> np.ndarray:
         """(n, 2, 2) the company's own, by specificity and by account: all, right."""
-        cells = self._cells_of(rows, np.array([-1, 0, 1]))
-        found = self._own.values[self._own.find(cells.ravel())]
-        return found.reshape(*cells.shape, 2).sum(axis=2)
+        levels = np.column_stack([rows["specificity"], self.ACCOUNT + rows["predicted"]])
+        cells = self._cells(rows["company"][:, np.newaxis], levels, rows["bin"][:, np.newaxis])
+        near = np.add.outer(cells, np.arange(-self.NEAR, self.NEAR + 1))
+        found = self._own.values[self._own.find(_spread(near.ravel()))]
+        return found.reshape(*near.shape, 2).sum(axis=2)
 
     def state(self) -> Arrays:
         """All that it has counted; arrays that are its own."""
-        return {
-            "suggestions": self._all,
-            "suggestions_right": self._right,
-            "ranks": self._ranks,
-            "own_cells": self._own.keys,
-            "own": self._own.values,
-        }
+        own = {"own_cells": self._own.keys, "own": self._own.values}
+        return {"everybodys": self._everybodys, **own}
 
     def restore(self, state: Arrays) -> None:
         """Takes over what another had counted."""
-        self._all, self._right = state["suggestions"], state["suggestions_right"]
-        self._ranks, self._shares = state["ranks"], {}
+        self._everybodys, self._shares = state["everybodys"], {}
         self._own = Table.of(state["own_cells"], state["own"])
 
     def confidence(self, rows: np.ndarray) -> np.ndarray:
         """(n,) the probability that each suggestion is right, from the rows that it would get.
 
-        What matters is their bin, specificity, company and account predicted, where -1 stands for
+        What matters are their bin, specificity, company and account predicted, where -1 stands for
         one that no row has.
         """
         families = zip(rows["specificity"].tolist(), rows["bin"].tolist(), strict=True)
-        share = np.array([self._share(specificity)[bin] for specificity, bin in families])
+        share = np.array([self._share(known)[self.NEAR + bin] for known, bin in families])
         for suggestions, hits in self._own_of(rows).transpose(1, 2, 0):
-            share = (hits + self.OWN * share) / (suggestions + self.OWN + self.OWN_DOUBT)
+            share = (hits + self.OWN * share) / (suggestions + self.OWN)
         return share
 
     def measured(self) -> bool:
         """Has any suggestion been counted? Without one a confidence says nothing."""
-        return bool(self._all.any())
+        return bool(self._everybodys.any())
 
     def shared(self, confidence: np.ndarray) -> np.ndarray:
         """(n, RANKS) the confidence of n first suggestions and of the others, best first.
 
         These share what it leaves as the ranks of wrongly predicted accounts have been.
         """
-        counted = self._ranks.sum() + self.DOUBT
-        others = np.multiply.outer(1 - confidence, self._ranks[2:]) / counted
+        first = self.RANKED * self.COLUMNS + self.NEAR
+        ranks = self._everybodys[first : first + self.RANKS + 1, 0] / GRAIN  # 0: beyond
+        others = np.multiply.outer(1 - confidence, ranks[2:]) / (ranks.sum() + self.DOUBT)
         return np.minimum.accumulate(np.column_stack([confidence, others]), axis=1)
 
     def evidence_counts(self, rows: np.ndarray) -> list[dict[str, dict[str, int]]]:
         """What the confidences of n suggestions rest on, with about as much evidence."""
-        wide = rows["bin"] // self.WIDE
-        first, end = np.maximum(wide - 1, 0) * self.WIDE, (wide + 2) * self.WIDE
-        sums = np.zeros((2, len(SPECIFICITY), self.BINS + self.WIDE + 1), dtype=np.int64)
-        sums[:, :, 1 : self.BINS + 1] = [self._all, self._right]
-        sums = sums.cumsum(axis=-1)  # up to each bin
-        known = rows["specificity"]
-        everybodys = (sums[:, known, end] - sums[:, known, first]).T
+        first = rows["specificity"] * np.int64(self.COLUMNS) + rows["bin"]
+        near = np.add.outer(first, np.arange(2 * self.NEAR + 1))
+        everybodys = self._everybodys[near].sum(axis=1) // GRAIN
+        own = self._own_of(rows)[:, 1]
+        tallies = ("own", own.tolist()), ("all", everybodys.tolist())
+        names = "suggestions", "right"
         return [
-            {
-                "own": {"suggestions": own, "right": own_right},
-                "all": {"suggestions": suggestions, "right": right},
-            }
-            for (own, own_right), (suggestions, right) in zip(
-                self._own_of(rows)[:, 1].tolist(), everybodys.tolist(), strict=True
-            )
+            {whose: dict(zip(names, counts[i], strict=True)) for whose, counts in tallies}
+            for i in range(len(rows))
         ]
 
     @classmethod
     def bins(cls, margins: Sequence[float]) -> np.ndarray:
         """(n,) the bins of margins."""
         doublings = np.log2(1 + np.asarray(margins, dtype=np.float64))
-        return np.minimum(8 * doublings, cls.BINS - 1).astype(np.int64)
+        return np.minimum(4 * doublings, cls.BINS - 1).astype(np.int64)
 
     def _share(self, specificity: int) -> np.ndarray:
-        """(BINS,) p0 of suggestions with as much known."""
+        """(COLUMNS,) p0 of suggestions with as much known."""
         if specificity not in self._shares:
-            anybodys = self._all.sum(axis=0)
-            g = _monotone(self._right.sum(axis=0), anybodys + self.DOUBT * (anybodys > 0))
-            right = self._right[specificity] + self.BACK * g
-            counted = self._all[specificity] + self.BACK * (anybodys > 0)
-            self._shares[specificity] = _monotone(right, counted)
+            everybodys = self._everybodys.reshape(-1, self.COLUMNS, 2)[: self.RANKED] / GRAIN
+            counted, right = everybodys.sum(axis=0).T
+            there = counted > 0
+            g = _monotone(right, counted + self.DOUBT * there)
+            counted, right = everybodys[specificity].T
+            back = self.BACK * there
+            self._shares[specificity] = _monotone(right + back * g, counted + back)
         return self._shares[specificity]
 
 
+def _spread(cells: np.ndarray) -> np.ndarray:
+    """Keys of cells, as good as random."""
+    keys = cells.astype(np.uint64)
+    keys *= np.uint64(0x9E3779B97F4A7C15)
+    return (keys ^ keys >> 40).astype(np.int64) & (1 << 63) - 1
+
+
 def _monotone(right: np.ndarray, counted: np.ndarray) -> np.ndarray:
-    """(BINS,) the share that was right, monotone; an empty bin's is that of the one before."""
-    blocks: list[tuple[float, float, int]] = []  # right, all, first bin
-    for first, (hits, size) in enumerate(zip(right.tolist(), counted.tolist(), strict=True)):
-        if size:
-            while blocks and hits * blocks[-1][1] <= blocks[-1][0] * size:
-                more_hits, more, first = blocks.pop()
-                hits, size = hits + more_hits, size + more
-            blocks.append((hits, size, first))
-    shares = np.zeros(len(counted))
-    for hits, size, first in blocks:
-        shares[first:] = hits / size
-    return shares
+    """(n,) the share of bins that was right, monotone; an empty bin's is that of the one before.
+
+    It is the least of those from a bin on, from the bin before which that is the largest: what
+    pooling adjacent violators gives.
+    """
+    sums = np.zeros((2, len(right) + 1))
+    np.cumsum([right, counted], axis=1, out=sums[:, 1:])
+    hits, sizes = sums[:, np.newaxis, 1:] - sums[:, :-1, np.newaxis]  # from a bin to another
+    shares = hits / np.maximum(sizes, 1)  # of none, 0
+    least = np.minimum.accumulate(shares[:, ::-1], axis=1)[:, ::-1]
+    return np.maximum.accumulate(least, axis=0).diagonal()
 
 
 def figures(rows: np.ndarray) -> dict[str, float]:
@@ -2239,7 +2307,7 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 # --------------------------------------------------------------------------------------- Snapshot
 
-FORMAT = 6  # of snapshots
+FORMAT = 7  # of snapshots
 
 
 class Snapshot:
@@ -3099,16 +3167,12 @@ def suggest(
     for chunk in chunks(samples, 1 if with_reasons else CHUNK):
         documents = [*map(books.tokens, chunk)]
         with books.at_rest() as model:
-            best = model.top(documents, max(top, 2))
+            best, made = model.suggest(documents, max(top, 2))
             scores = [[score for score, _ in row] for row in best]
             numbers = [[number for _, number in row] for row in best]
-            known = model.specificity(documents).tolist()
             pairs = zip(documents, numbers, strict=True)
             terms = [model.terms(*pair) if with_reasons else None for pair in pairs]
             accounts = [[model.names[number] for number in row] for row in numbers]
-            leads = [row[0] - row[1] if len(row) > 1 else None for row in scores]
-            firsts = [row[0] for row in accounts]
-            made = map(Assessment, firsts, leads, repeat(None), known)
             sure, evidence = books.confidences(chunk, made)
             sizes = [books.history.size(sample["CompanyId"]) for sample in chunk]
             books.counters["predictions"] += len(chunk)
@@ -3120,7 +3184,7 @@ def suggest(
                     _suggestion(accounts[i], scores[i], rank, sure[i][rank], says, terms[i])
                     for rank in range(min(top, len(accounts[i])))
                 ],
-                "record": {"known": SPECIFICITY[known[i]], **evidence[i]},
+                "record": {"known": SPECIFICITY[made[i].specificity], **evidence[i]},
                 "check": check,
             }
             if book_from is not None:

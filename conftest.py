@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 import zlib
+from collections import defaultdict
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from http.client import HTTPConnection, HTTPException
@@ -474,7 +475,7 @@ def prequential(path):
 
 
 def judged(path):
-    """What the log says of each suggestion that is scored, as it stands by now."""
+    """What the log says of each suggestion, as it stands by now."""
     records = scanned(path)
     last = {r["corrects"]: r["AccountNumber"] for r in records if "corrects" in r}
     found = []
@@ -493,22 +494,22 @@ def judged(path):
                 "score_weight": {"suggestion": 0, "check": 16}.get(sample.get("BookedBy"), 1),
             }
         )
-    return [row for row in found if row["score_weight"]]
+    return found
 
 
 def bin_of(margin):
-    return min(int(8 * np.log2(1 + (margin or 0))), 47)
+    return min(int(4 * np.log2(1 + (margin or 0))), 27)
 
 
 def pooled(right, counted):
     """Shares of bins, made monotone by scikit-learn; an empty one has that of the one before."""
     filled = np.flatnonzero(counted)
     if not len(filled):
-        return np.zeros(48)
+        return np.zeros(28)
     shares = IsotonicRegression().fit_transform(
         filled, right[filled] / counted[filled], sample_weight=counted[filled]
     )
-    at = filled.searchsorted(np.arange(48), side="right") - 1
+    at = filled.searchsorted(np.arange(28), side="right") - 1
     return np.where(at < 0, 0, shares[at])
 
 
@@ -517,10 +518,30 @@ def own_by_hand(rows, asked, name):
     return [
         row
         for row in rows
-        if row["known"] > 0
+        if row["score_weight"]
         and (row["company"], row[name]) == (asked["company"], asked[name])
-        and abs(row["bin"] // 3 - asked["bin"] // 3) <= 1
+        and abs(row["bin"] - asked["bin"]) <= 2
     ]
+
+
+def everybodys_by_hand(rows):
+    """(6, 28) right, and all, that companies count together, by what was known and evidence."""
+    right, counted = np.zeros((2, 6, 28))
+    drawn, cells = defaultdict(lambda: [0, 0]), defaultdict(lambda: np.zeros((2, 2), dtype=int))
+    for row in rows:
+        if row["score_weight"] != 1:
+            drawn[row["company"]][row["score_weight"] > 1] += 1
+        if row["score_weight"]:
+            values = cells[row["company"], row["known"], row["bin"]][int(row["score_weight"] > 1)]
+            values += [1, row["booked"] == row["predicted"]]
+    for (company, *cell), (persons, checked) in cells.items():
+        unseen, checks = drawn[company]
+        if checks:
+            persons += checked * (unseen + checks) // checks
+        n, hits = persons.tolist()
+        counted[*cell] += n.bit_length()
+        right[*cell] += n.bit_length() * (1024 * hits // n) / 1024
+    return right, counted
 
 
 def tally_by_hand(rows):
@@ -530,19 +551,13 @@ def tally_by_hand(rows):
 
 def confidence_by_hand(rows, asked):
     """The confidence of a suggestion after these rows, as the formula says it."""
-
-    def sums(rows):
-        right, counted = np.zeros(48), np.zeros(48)
-        for row in rows:
-            counted[row["bin"]] += row["score_weight"]
-            right[row["bin"]] += row["score_weight"] * (row["booked"] == row["predicted"])
-        return right, counted
-
-    right, anybodys = sums(rows)
-    g = pooled(right, np.where(anybodys > 0, anybodys + 2, 0))
-    right, counted = sums(row for row in rows if row["known"] == asked["known"])
-    share = pooled(right + 10 * g, np.where(anybodys > 0, counted + 10, 0))[asked["bin"]]
+    rights, counts = everybodys_by_hand(rows)
+    right, counted = rights.sum(axis=0), counts.sum(axis=0)
+    there = counted > 0
+    g = pooled(right, counted + 2 * there)
+    right, counted = rights[asked["known"]] + 3 * g, counts[asked["known"]] + 3
+    share = pooled(right, counted * there)[asked["bin"]]
     for name in ("known", "predicted"):
         own = tally_by_hand(own_by_hand(rows, asked, name))
-        share = (own["right"] + 60 * share) / (own["suggestions"] + 60.25)
+        share = (own["right"] + 100 * share) / (own["suggestions"] + 100)
     return share

@@ -155,7 +155,7 @@ SCHEMAS = {
         "what the first suggestion's confidence rests on",
         known=(_one_of(bookkeep.SPECIFICITY), "what was known of the sample", "the first word"),
         own=(_of("Tally"), "the company's own ones of this account"),
-        all=(_of("Tally"), "those of all companies, with as much known"),
+        all=(_of("Tally"), "those of all companies, with as much known; many of one count as few"),
     ),
     "Tally": _record(
         "earlier suggestions with about as much evidence",

@@ -253,11 +253,10 @@ function evidenceText(company, account, { known, own, all }, isNew) {
   const companys = element("span", {}, userText(company, 40), "’s own");
   const ofAccount = ["of ", userText(account, 40), ` ${alike}`];
   const ofAny = [`of any account ${alike} and ${known} known`];
-  const hasChecks = health.checks && all.suggestions;
   return [
     ...(isNew ? [] : [...tally(companys, ofAccount, own), " "]),
     ...tally("all companies’", ofAny, all),
-    hasChecks ? ` A check counts as ${CHECK} of these.` : "",
+    all.suggestions > 1 ? " Many alike ones of one company count as few of these." : "",
   ];
 }
 
