@@ -1515,9 +1515,8 @@ class Calibration:
 
     In g and p0, a company's k checks stand for its m bookings that nobody looked at, too: each
     counts (k + m) / k times. And so that no company outvotes the others, n of its suggestions with
-    as much known and as much evidence count as often as n can be halved until nothing is left. All
-    that is kept are whole numbers: any order gives the same, and what is taken away leaves no
-    trace.
+    as much known and as much evidence count as the square root of n. All that is kept are whole
+    numbers: any order gives the same, and what is taken away leaves no trace.
     """
 
     BINS = 28  # four for each doubling of 1 + margin
@@ -1589,8 +1588,8 @@ class Calibration:
         """
         own, checked, drawn = self._own.values[slots].reshape(3, -1, 2)
         own += checked * drawn[:, :1] // np.maximum(drawn[:, 1:], 1) - checked
-        halvings = np.frexp(own[:, :1])[1]  # until nothing is left
-        return GRAIN * own // np.maximum(own[:, :1], 1) * halvings
+        root = np.rint(GRAIN * np.sqrt(own[:, :1])).astype(np.int64)
+        return root * own // np.maximum(own[:, :1], 1)
 
     def _own_of(self, rows: np.ndarray) -> np.ndarray:
         """(n, 2, 2) the company's own, by specificity and by account: all, right."""

@@ -6,6 +6,7 @@ says that two books, or keepers, are the same: that is what "as if it had never 
 
 import csv
 import json
+import math
 import os
 import random
 import signal
@@ -539,8 +540,9 @@ def everybodys_by_hand(rows):
         if checks:
             persons += checked * (unseen + checks) // checks
         n, hits = persons.tolist()
-        counted[*cell] += n.bit_length()
-        right[*cell] += n.bit_length() * (1024 * hits // n) / 1024
+        root = round(1024 * math.sqrt(n))
+        counted[*cell] += root / 1024
+        right[*cell] += root * hits // n / 1024
     return right, counted
 
 

@@ -928,7 +928,7 @@ def test_confidence_narrows_down_from_everybodys_record_to_ones_own(rows, asked)
         right, counted = (sums[row["known"], near].sum() for sums in everybodys_by_hand(rows))
         assert evidence[i] == {
             "own": tally_by_hand(own_by_hand(rows, row, "predicted")),
-            "all": {"suggestions": counted, "right": int(right)},
+            "all": {"suggestions": int(counted + 1e-9), "right": int(right + 1e-9)},
         }
 
 
@@ -972,7 +972,9 @@ def test_one_company_does_not_move_what_is_said_of_others(attack):
     assert before == pytest.approx([0.6, 0.8, 0.94], abs=0.03)
     rows = [{"company": "evil", "bin": bin} | attack for bin in (8, 12, 16)]
     calibration.add(add_rows(history, rows).repeat(3000))
-    assert calibration.confidence(asked) == pytest.approx(before, abs=0.06)
+    change = calibration.confidence(asked) - before
+    assert change.max() < 0.1  # or else more would be booked unseen than is right
+    assert change.min() > -0.25
 
 
 def test_checks_stand_for_the_companys_own_bookings_that_nobody_looked_at():
@@ -1013,9 +1015,9 @@ def test_the_second_gets_what_the_first_leaves_as_often_as_it_was_right():
     calibration.add(add_rows(history, rows))
     first, second, third, *others = calibration.shared(np.array([0.48]))[0]
     assert first == 0.48
-    counted = sum(often.bit_length() for often in (30, 10, 10)) + 2
-    assert second == pytest.approx(0.52 * (30).bit_length() / counted)
-    assert third == pytest.approx(0.52 * (10).bit_length() / counted)
+    counted = sum(math.sqrt(often) for often in (30, 10, 10)) + 2
+    assert second == pytest.approx(0.52 * math.sqrt(30) / counted, abs=1e-3)
+    assert third == pytest.approx(0.52 * math.sqrt(10) / counted, abs=1e-3)
     assert others == [0] * (Calibration.RANKS - 3)
     assert calibration.shared(np.array([0.01]))[0, 1] == 0.01  # never more than the first
     calibration.add(add_rows(history, [{"company": "B", "booked": "2", "rank": 2}] * 7))
