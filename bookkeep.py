@@ -531,6 +531,10 @@ class Counts:
         """The evidence of wide rows for accounts."""
         return self.cells[self._cells(rows, accounts), 2]
 
+    def wide_sums(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """The units that wide rows have in columns."""
+        return self.cells[self._cells(rows, columns >> 1), columns & 1]
+
     def _cells(self, rows: np.ndarray, accounts: np.ndarray) -> np.ndarray:
         """Where wide rows' accounts are in the cells: below PAGE if they have no page."""
         page, at = np.divmod(accounts, PAGE)
@@ -800,6 +804,22 @@ class Scores(NamedTuple):
     found: LookedUp | None  # None for a single document that is only predicted
 
 
+class Without(NamedTuple):
+    """What is otherwise for n documents of m tokens without what each of them taught."""
+
+    entry: np.ndarray  # (e,) of those that narrow rows have for them
+    change: np.ndarray  # (e,) of its evidence
+    gone: np.ndarray  # entries that are none
+    values: np.ndarray  # (m,) of the tokens' rows, 0 if they are unknown
+    more: np.ndarray  # pairs of candidates, of rows that are narrow
+    own: np.ndarray  # (n,) the pairs of the accounts that they are booked to
+    dead: np.ndarray  # those of accounts that have nothing else
+    sums: np.ndarray  # (n, 1 + kinds) what goes from the sums of their own accounts
+    smoothing: np.ndarray  # (n, 1 + kinds)
+    pair: np.ndarray  # (w,) of which wide rows say something else
+    said: np.ndarray  # (w,) how much more, in units of EVIDENCE
+
+
 class NaiveBayes:
     """Multinomial Naive Bayes, for and against, over documents of tokens of several kinds.
 
@@ -859,25 +879,44 @@ class NaiveBayes:
         """How many tokens it knows."""
         return int(self.token_counts.occupied.sum())
 
-    def joint_log_likelihood(self, documents: Documents, labels: Sequence[str] = ()) -> Scores:
-        """The scores of all candidates. There must be a model, that is an account."""
+    def joint_log_likelihood(
+        self, documents: Documents, labels: Sequence[str] = (), own: Sequence[Lesson] = ()
+    ) -> Scores:
+        """The scores of all candidates. There must be a model, that is an account.
+
+        `own` are lessons that the documents have taught. Then each document's scores are, bit for
+        bit, those of a model that has learned all but this one. There must be another account.
+        """
         found, accounts = self._look_up(documents), len(self.names)
         counts, n = self.token_counts, len(found.start)
 
         # What narrow rows say: their accounts are the candidates.
         sizes, account, evidence = counts.met(found.row)
         pairs = (found.document * accounts).repeat(sizes) + account
+        values = counts.rows.values.take(found.row)
+        dead = pairs[:0]
+        if own:
+            without = self._without(found, sizes, own)
+            dead, values = without.dead, without.values
+            evidence[without.entry] += without.change
+            pairs[without.gone] = -1
+            alive = ((pairs >= 0) & ~np.isin(pairs, dead)).nonzero()[0]
+            pairs, evidence, account = pairs[alive], evidence[alive], account[alive]
         if self.n_classes < accounts:  # an account wholly unlearned is no candidate
             alive = (self.class_counts[account] > 0).nonzero()[0]
             pairs, evidence = pairs[alive], evidence[alive]
         pairs, score = _summed(pairs, evidence, n * accounts)
+        if own and len(without.more):
+            more = np.setdiff1d(without.more, np.append(pairs, dead))
+            pairs, score = _inserted(pairs, score, more)
         lonely = np.bincount(pairs // accounts, minlength=n) == 0
         if lonely.any():
             everyone = np.add.outer(lonely.nonzero()[0] * accounts, self.class_counts.nonzero()[0])
-            pairs, score = _inserted(pairs, score, everyone.ravel())
+            pairs, score = _inserted(pairs, score, np.setdiff1d(everyone, dead))
         numbers = np.fromiter(map(self.accounts.get, labels, repeat(-1)), dtype=np.int64)
         known = ((numbers >= 0) & (self.sums[numbers, 0] > 0)).nonzero()[0]
         label = known * accounts + numbers[known]
+        label = label[~np.isin(label, dead)]
         alien = pairs.take(pairs.searchsorted(label), mode="clip") != label
         if alien.any():
             pairs, score = _inserted(pairs, score, label[alien])
@@ -885,13 +924,20 @@ class NaiveBayes:
         start = _run_starts(document)
 
         # The prior and the normalisers.
-        values = counts.rows.values.take(found.row)
         known = values.nonzero()[0]
         columns = self.sums.shape[1]
         cell = (found.document * columns + found.kind + 1).take(known)
         lengths = np.bincount(cell, minlength=n * columns).reshape(n, columns).astype(np.float64)
         lengths[:, 0] = 1
-        score += self._prior(lengths, pairs)
+        if own:
+            sums = self.sums.take(account, axis=0)
+            at = pairs.searchsorted(without.own)
+            here = pairs.take(at, mode="clip") == without.own
+            sums[at[here]] -= without.sums[here]
+            logs = self._log_counts(sums, without.smoothing[document])
+            score += np.einsum("pk,pk->p", logs, lengths.take(document, axis=0))
+        else:
+            score += self._prior(lengths, pairs)
 
         # What wide rows say of the candidates.
         wide = (values >= WIDE).nonzero()[0]
@@ -901,8 +947,86 @@ class NaiveBayes:
             at = _ranges(start.take(of), sizes)
             said = counts.asked(found.row.take(wide).repeat(sizes), account.take(at))
             score += np.bincount(at, said, minlength=len(score))
+        if own:
+            at = pairs.searchsorted(without.pair)
+            here = pairs.take(at, mode="clip") == without.pair
+            np.add.at(score, at[here], without.said[here])
         score *= EVIDENCE
         return Scores(document, account, score, start, pairs.searchsorted(label), alien, found)
+
+    def _without(self, found: LookedUp, sizes: np.ndarray, lessons: Sequence[Lesson]) -> "Without":
+        """What is otherwise for each of these documents without what it taught itself.
+
+        `sizes` are how many entries its tokens have in narrow rows.
+        """
+        counts, accounts, n = self.token_counts, len(self.names), len(lessons)
+        # What they taught: in which column, how many units.
+        size = np.array([1 + len(lesson.against) for lesson in lessons])
+        first = size.cumsum() - size
+        names = chain.from_iterable((each.account, *each.against) for each in lessons)
+        column = 2 * np.fromiter(map(self.accounts.__getitem__, names), dtype=np.int64) + 1
+        column[first] -= 1
+        own_account = column[first] >> 1
+        weight = np.array([lesson.weight for lesson in lessons])
+        units = np.full(len(column), GRAIN)
+        units[first] = np.rint(GRAIN * weight)
+
+        # Each token meets each of these; a token that occurs twice was learned twice.
+        cell = found.document * len(counts.rows.keys) + found.row
+        _, once, same, times = np.unique(
+            cell, return_index=True, return_inverse=True, return_counts=True
+        )
+        per = size.take(found.document)
+        token = np.arange(len(per)).repeat(per)
+        which = _ranges(first.take(found.document), per)
+        column, taken = column.take(which), units.take(which) * times.take(same).take(token)
+        row, kind = found.row.take(token), found.kind.take(token)
+        wide = counts.is_wide(found.row)
+        _, at = counts.spans(found.row)
+        entries = counts.entries.take(at)
+        owner = np.arange(len(sizes)).repeat(sizes)
+        entry = (owner << 24 | entries >> 40).searchsorted(token << 24 | column)
+        is_wide = wide.take(token)
+        had = entries.take(entry, mode="clip") & UNITS
+        had[is_wide] = counts.wide_sums(row[is_wide], column[is_wide])
+        side = column & 1
+        change = self._evidence(kind, side, had - taken) - self._evidence(kind, side, had)
+        gone = had == taken
+
+        # Tokens that become unknown, and rows that become narrow.
+        left = counts.sizes(found.row) - np.bincount(token[gone], minlength=len(per))
+        values = np.where(left > 0, counts.rows.values.take(found.row), 0)
+        more = [np.zeros(0, dtype=np.int64)]
+        for i in (wide & (left <= RARE)).nonzero()[0].tolist():
+            sums = counts.wide_sums(found.row[i : i + 1], np.arange(2 * accounts))
+            sums[column[gone & (token == i)]] = 0
+            alive = sums.reshape(-1, 2).any(axis=1) & (self.class_counts > 0)
+            more.append(found.document[i] * accounts + alive.nonzero()[0])
+        unknown = once[left[once] == 0]
+        kinds = len(KINDS)
+        lost = np.bincount(found.document[unknown] * kinds + found.kind[unknown], minlength=n * kinds)
+        smoothing = np.zeros((n, 1 + kinds))
+        occupied = counts.occupied - lost.reshape(n, kinds)
+        smoothing[:, 1:] = self.alpha * np.maximum(occupied, 1)
+        lengths = np.bincount(found.document * kinds + found.kind, minlength=n * kinds)
+        sums = np.ones((n, 1 + kinds))
+        sums[:, 1:] = lengths.reshape(n, kinds)
+        sums *= weight[:, np.newaxis]
+        dead = self.class_counts[own_account] == weight
+        own = np.arange(n) * accounts + own_account
+        return Without(
+            entry=entry[~is_wide],
+            change=change[~is_wide],
+            gone=entry[gone & ~is_wide],
+            values=values,
+            more=np.unique(np.concatenate(more)),
+            own=own,
+            dead=own[dead],
+            sums=sums,
+            smoothing=smoothing,
+            pair=(found.document.take(token) * accounts + (column >> 1))[is_wide],
+            said=change[is_wide],
+        )
 
     def _score_one(self, document: Sequence[int]) -> Scores:
         """As joint_log_likelihood, of one document: the same in fewer steps."""
@@ -956,10 +1080,11 @@ class NaiveBayes:
         said *= self._factors.take(which)
         return np.rint(said, said)
 
-    def _log_counts(self, sums: np.ndarray) -> np.ndarray:
+    def _log_counts(self, sums: np.ndarray, smoothing: np.ndarray | None = None) -> np.ndarray:
         """(p, 1 + kinds) log N(a), and - 1/2 log (T_k(a) + alpha V_k), in units of EVIDENCE."""
+        smoothing = self._smoothing if smoothing is None else smoothing
         with np.errstate(divide="ignore"):  # an account wholly unlearned: log 0
-            return np.rint(np.log(sums + self._smoothing) * self._shares)
+            return np.rint(np.log(sums + smoothing) * self._shares)
 
     def _look_up(
         self, documents: Documents, rows_of: Callable[[np.ndarray], np.ndarray] | None = None
@@ -1083,6 +1208,7 @@ class NaiveBayes:
             )
         return made
 
+<<<<<<< HEAD
     def _margins(self, scores: Scores, best: np.ndarray) -> list[float | None]:
         """How far each document's best is ahead of its other candidates, None if it has none.
 
@@ -1103,6 +1229,30 @@ class NaiveBayes:
         margins = CALMING * np.logaddexp(0, (lead - second) / CALMING - others)
         margins[alone] = np.nan
         return [None if margin != margin else margin for margin in margins.round(4).tolist()]
+=======
+    def doubt(
+        self, documents: Sequence[Sequence[int]], labels: Sequence[str], own: Sequence[Lesson]
+    ) -> list[tuple[str | None, float]]:
+        """What a model would say that has learned all but this one of these documents.
+
+        Of each: the most probable account other than its label, None if no other is a candidate,
+        and its log-odds over the label, 0 if that is unknown then. `own` are the lessons that they
+        have taught. There must be two accounts.
+        """
+        made: list[tuple[str | None, float]] = []
+        for start in range(0, len(documents), ROUND):
+            part = slice(start, start + ROUND)
+            scores = self.joint_log_likelihood(documents[part], labels[part], own[part])
+            others, lead = scores.score.copy(), np.zeros(len(scores.start))
+            others[scores.label] = -np.inf
+            best = self._best(scores._replace(score=others))
+            document = scores.document[scores.label]
+            lead[document] = others[best[document]] - scores.score[scores.label]
+            alone = others[best] == -np.inf
+            names = map(self.names.__getitem__, scores.account[best].tolist())
+            made += zip(np.where(alone, None, [*names]).tolist(), lead.tolist(), strict=True)
+        return made
+>>>>>>> d1e3e0f (Score documents as if they had not been learned, exactly; keep confirmations in the log)
 
     def specificity(self, documents: Documents) -> np.ndarray:
         """(n,) how much was known of each document, of SPECIFICITY."""
@@ -2667,12 +2817,15 @@ class Books:
     def correction(self, booking: dict, account: str) -> dict | None:
         """A record of a booking that is booked to another account, or confirmed.
 
-        None if it stands so already.
+        A person's that is confirmed counts what it did: nothing is learned anew. None if a person
+        has said so already.
         """
         before = self.lesson(booking)
-        if account == before.account and before.weight:
+        if account != before.account or not before.weight:
+            [before] = self.model.weigh([self.tokens(booking["sample"])], [account])
+        elif booking["seq"] in self.corrected:
             return None
-        [(_, weight, against)] = self.model.weigh([self.tokens(booking["sample"])], [account])
+        _, weight, against = before
         counts = {"weight": weight, "against": against, **self.features}
         return {"corrects": booking["seq"], self.target: account, **counts}
 
@@ -2913,8 +3066,7 @@ class Bookkeeper:
         """Books a booking to another account, and says to which it was booked before.
 
         The old one is unlearned, the new one learned with the weight of its surprise. Metrics keep
-        the prediction. The same account confirms what was booked unseen. Raises NotFound,
-        NotStored, NotReady.
+        the prediction. The same account confirms it. Raises NotFound, NotStored, NotReady.
         """
         return self.change(lambda: self.order.in_order(partial(self._correct, seq, account)))
 
@@ -3328,21 +3480,21 @@ def bookings(
     with keeper.books.lock:
         keeper.books.require(company)
     seqs, end = keeper.books.history.page(limit, company, **asked)
-    return _standing(keeper, seqs), end
+    return standings(keeper, seqs), end
 
 
 def booking(keeper: Bookkeeper, seq: int) -> dict:
     """What one booking is by now. Raises NotFound, NotStored."""
-    for standing in _standing(keeper, np.array([seq])):
+    for standing in standings(keeper, [seq]):
         return standing
     raise NotFound(f"there is no booking {seq}")
 
 
-def _standing(keeper: Bookkeeper, seqs: np.ndarray) -> list[dict]:
+def standings(keeper: Bookkeeper, seqs: Sequence[int] | np.ndarray) -> list[dict]:
     """What bookings are by now, without those that were forgotten meanwhile."""
     history = keeper.books.history
     with keeper.books.lock:
-        rows = history.at(seqs)
+        rows = history.at(np.asarray(seqs, dtype=np.int64))
         corrected = [seq in keeper.books.corrected for seq in rows["seq"].tolist()]
         accounts = [*history.accounts, None]
     called = _account_names(keeper, rows)
@@ -3472,6 +3624,8 @@ PAGE_END: Schema = {
     "pattern": r"^[0-9]{1,20}(\.[0-9]{1,20})?(e-[0-9]{1,3})?:[0-9]{1,18}$",
     "title": "what the page before says is `next`",
 }
+
+A_PAGE = FROM_ONE | {"maximum": MAX_PAGE, "default": 50}
 
 
 def extra(name: str) -> ModuleType:
@@ -3665,21 +3819,26 @@ def create_app(
             "reviewed": YES_OR_NO,
             "below": FRACTION,
             "order": {"type": "string", "enum": ["newest", "confidence"], "default": "newest"},
-            "limit": FROM_ONE | {"maximum": MAX_PAGE, "default": 50},
+            "limit": A_PAGE,
             "before": PAGE_END,
         },
         of="company",
     )
     def get_bookings(company, reviewed, below, order, limit, before) -> dict:
-        sure, _, seq = (before or "").partition(":")
         asked = {
             "reviewed": reviewed and reviewed == "yes",
             "below": below,
             "by_confidence": order == "confidence",
-            "before": (float(sure), int(seq)) if before else None,
+            "before": _page_end(before),
         }
         found, end = bookings(keeper, limit, company, **asked)
         return {"bookings": found, "next": end and "{}:{}".format(*end)}
+
+    @app.get("/suspects")
+    @takes({"company": TEXT, "limit": A_PAGE, "before": PAGE_END}, of="company")
+    def get_suspects(company: str | None, limit: int, before: str | None) -> dict:
+        found, end = extra("suspects").suspects(keeper, limit, company, _page_end(before))
+        return {"suspects": found, "next": end and "{}:{}".format(*end)}
 
     @app.get("/bookings/<seq>")
     @takes({"seq": WHOLE_NUMBER}, of="booking")
@@ -3838,6 +3997,12 @@ def _sent(name: str) -> str | None:
     if text is None and name in request.query:
         raise BadRequest(f"{name} must be UTF-8, percent-encoded")
     return text
+
+
+def _page_end(text: str | None) -> tuple[float, int] | None:
+    """The share and the seq in what fits PAGE_END."""
+    share, _, seq = (text or "").partition(":")
+    return (float(share), int(seq)) if text else None
 
 
 def _correction(target: str, content: object) -> tuple[int, str]:
@@ -4129,6 +4294,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, paths, says in (
         ("check", ("LOG",), "print each problem of a log; the exit status is 0 if it has none"),
+        ("suspects", ("LOG",), "print which bookings of a log look wrong, as CSV"),
         (
             *("relearn", ("OLD", "NEW")),
             "book anew what is whole of a log of any version, under its numbers, keys and "
