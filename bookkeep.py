@@ -1004,7 +1004,9 @@ class NaiveBayes:
             more.append(found.document[i] * accounts + alive.nonzero()[0])
         unknown = once[left[once] == 0]
         kinds = len(KINDS)
-        lost = np.bincount(found.document[unknown] * kinds + found.kind[unknown], minlength=n * kinds)
+        lost = np.bincount(
+            found.document[unknown] * kinds + found.kind[unknown], minlength=n * kinds
+        )
         smoothing = np.zeros((n, 1 + kinds))
         occupied = counts.occupied - lost.reshape(n, kinds)
         smoothing[:, 1:] = self.alpha * np.maximum(occupied, 1)

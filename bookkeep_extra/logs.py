@@ -30,6 +30,7 @@ from bookkeep import (
     scan,
     score_weight,
 )
+from bookkeep_extra.suspects import print_suspects
 from bookkeep_extra.tokens import print_token
 
 logger = logging.getLogger("bookkeep")
@@ -187,5 +188,6 @@ COMMANDS = {
     "relearn": lambda options: relearn(
         options.OLD, options.NEW, Books(options.context, options.target)
     ),
+    "suspects": lambda options: print_suspects(options.LOG),
     "token": print_token,
 }
