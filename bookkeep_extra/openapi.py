@@ -13,6 +13,7 @@ from bottle import Route
 
 import bookkeep
 from bookkeep import BOOKED_BY, MAX_SHORT, MAX_VALUE, NAME, TARGET, Schema
+from bookkeep_extra.suspects import LIKE
 
 # ---------------------------------------------------------------------------------------- Schemas
 
@@ -85,6 +86,18 @@ MORE = {
 BY_WHOM = {BOOKED_BY: (WHO, "who booked it, a person if it is not said", "check")}
 ACCOUNT = {TARGET: (BRIEF, "the account that it is booked to", "6300")}
 SEQ = {"seq": (bookkeep.WHOLE_NUMBER, "the booking's number", 1203)}
+STANDING = SEQ | {
+    "sample": (_of("Booked"), "as it was sent, but as it is booked now"),
+    "account": (FILLED, "the account", "6300"),
+    "name": (_or_null(FILLED), "the latest name of the account, if any", "Office costs"),
+    "predicted": (_or_null(FILLED), "the account that was predicted, if any", "7140"),
+    "predicted_name": (_or_null(FILLED), "the latest name of that, if any", "Travel"),
+    "confidence": (_or_null(SHARE), "how sure that was", 0.62),
+    "rank": (_or_null(FROM_ONE), "the place of its account among all", 2),
+    "reviewed": (YES, "whether a person has looked at it", True),
+    "booked_by": (WHO, "who booked it", "person"),
+    "corrected": (_or_null(_of("Change")), "whether it was booked anew"),
+}
 MEANS = {
     "precision": (SHARE, "the mean of all accounts' precision", 0.51),
     "recall": (SHARE, "the mean of all accounts' recall", 0.52),
@@ -229,19 +242,21 @@ SCHEMAS = {
         bookings=(_list("Standing", maxItems=bookkeep.MAX_PAGE), "the page"),
         next=(_or_null(FILLED), "`before` of the next page, null if this is the last", "0.62:1495"),
     ),
-    "Standing": _record(
-        "a booking as it stands now",
-        **SEQ,
-        sample=(_of("Booked"), "as it was sent, but as it is booked now"),
-        account=(FILLED, "the account", "6300"),
-        name=(_or_null(FILLED), "the latest name of the account, if any", "Office costs"),
-        predicted=(_or_null(FILLED), "the account that was predicted, if any", "7140"),
-        predicted_name=(_or_null(FILLED), "the latest name of that, if any", "Travel"),
-        confidence=(_or_null(SHARE), "how sure that was", 0.62),
-        rank=(_or_null(FROM_ONE), "the place of its account among all", 2),
-        reviewed=(YES, "whether a person has looked at it", True),
-        booked_by=(WHO, "who booked it", "person"),
-        corrected=(_or_null(_of("Change")), "whether it was booked anew"),
+    "Standing": _record("a booking as it stands now", **STANDING),
+    "Suspects": _record(
+        "a page of bookings that look wrong, the most probable first",
+        suspects=(_list("Suspect", maxItems=bookkeep.MAX_PAGE), "the page"),
+        next=(_or_null(FILLED), "`before` of the next page, null if this is the last", "0.62:1495"),
+    ),
+    "Suspect": _record(
+        "a booking that looks wrong, as it stands now",
+        **STANDING,
+        likely=(FILLED, "the account that it rather belongs to", "7140"),
+        probability=(SHARE, "how probable it is that its account is wrong", 0.93),
+        like=(_or_null(_one_of(LIKE)), "what the `others` have in common with it", "text"),
+        others=(COUNT, "the company's other bookings that are like it", 14),
+        on_account=(COUNT, "how many of these are on its account", 1),
+        on_likely=(COUNT, "how many of these are on the likely one", 13),
     ),
     "Booked": _record(
         "a line of a bank statement, as it is booked now; without the name of another account",
@@ -306,6 +321,7 @@ OPERATIONS = {  # each route's tag, id, answer and own refusals; summary
     "GET /report/{n}": ("quality report Report 404 503", "more of that"),
     "GET /bookings": ("bookings bookings Bookings 404 507", "bookings as they stand now, in pages"),
     "GET /bookings/{seq}": ("bookings booking Standing 404 507", "one of them"),
+    "GET /suspects": ("bookings suspects Suspects 404 503 507", "bookings that look wrong"),
     "GET /samples": ("bookings samples Lines", "lines of the log"),
     "GET /overview": ("quality overview Overview 404 503", "what the page shows"),
     "GET /metrics": ("service prometheus Text", "figures for Prometheus"),

@@ -1,18 +1,18 @@
 """Which bookings look wrong: what others like it, and the model without it, say of each.
 
-For a booking, ask a model that has learned all others for the most probable other account, and its
-log-odds over the account that it is booked to. Look at the company's other bookings with the same
-first two words (t of them, x on the other account), and with the same sum; and at how many of the
-account's other bookings the model would have booked elsewhere, too (u of n). Then
+Of a booking, a model that has learned all others says which other account is the most probable, and
+its log-odds over the account that it is booked to. Of the company's other bookings with the same
+first two words, and of those with the same sum, there are t, of which x are on that other account,
+o on the booking's own. Of the n others on its own, the model would have booked u elsewhere. Then
 
-    log-odds of an error = -7.3 + 1.05 sqrt(max(0, log-odds)) - [any others]
-                           + 0.6 (d(words) + d(sum) - log((u + 1/2) / (n + 1)))
-    d = log((x + 1/2) / (t - x + 1/2))
+    log-odds of an error = -7.2 + sqrt(max(0, log-odds)) - 0.8 [are there any others like it?]
+                           + 0.6 (d(first two words) + d(sum) - log((u + 1/2) / (n + 1)))
+    d = log((x + 1/2) / (t - x + o + 1/2)), 0 if there are none
 
-The four numbers were fitted, by logistic regression, to three real sets with 1 % wrong accounts, half
-of them drawn from the company's own bookings, half from the model's next likeliest. So the odds are
-for 1 % of errors. They are multiplied by (changed + 5) / (expected + 5): of what persons had booked
-and looked at again, how many they changed, and how many this had expected.
+The numbers were fitted, by logistic regression, to three real sets with 1 % wrong accounts: in one
+half drawn from the company's own bookings, in the other from the model's next likeliest. So these
+odds are for 1 % of errors. They are multiplied by (changed + 5) / (expected + 5): of what persons
+had booked and looked at again, how many they changed, and how many were expected.
 """
 
 import csv
@@ -32,7 +32,6 @@ from bookkeep import (
     PLACE,
     ROUND,
     TARGET,
-    Batch,
     Bookkeeper,
     Books,
     Damage,
@@ -46,29 +45,14 @@ from bookkeep import (
 )
 from bookkeep_extra.files import guarded
 
-COUNTS = ("Others", "OnAccount", "OnLikely")
-RECENT = 10_000  # bookings, the last, that are looked at
+RECENT = 10_000  # bookings, the last, that an answer looks at
 LEAST = 0.05  # the probability from which on a booking is shown
-LOOKED = 5  # bookings that were looked at, and were as expected, to start with
-LIKE = {  # what others have in common with a booking, from most to least
+LOOKED = 5  # bookings that persons looked at, as expected, to start with
+LIKE = {  # what others may have in common with a booking, from most to least
     "text": KINDS.index("whole text"),
     "first two words": KINDS.index("first two words in this company"),
     "sum": KINDS.index("sum in this company"),
 }
-
-
-class Doubt(NamedTuple):
-    """What there is to say against a booking."""
-
-    seq: int
-    sample: Sample  # as it was sent
-    account: str  # that it was booked to
-    now: str  # that it is booked to
-    likely: str  # the most probable other one
-    margin: float  # its log-odds, 0 if nothing else is booked to the account
-    is_open: bool  # has a person booked it, and nobody looked at it again?
-    is_seen: bool  # has a person booked it, and somebody looked at it again?
-    like: dict[str, tuple]  # of LIKE, what others must have
 
 
 class Suspect(NamedTuple):
@@ -77,99 +61,90 @@ class Suspect(NamedTuple):
     seq: int
     sample: Sample
     account: str
-    likely: str
+    likely: str  # the most probable other one
     probability: float  # that it is wrong
-    like: str | None  # what `others` have in common with it, of LIKE
+    like: str | None  # what the company's others have in common with it, of LIKE
     others: int  # of the company's bookings
     on_account: int  # of these
     on_likely: int
 
 
+class Doubt(NamedTuple):
+    """What the model says against a booking."""
+
+    seq: int
+    sample: Sample
+    account: str  # that it was booked to first
+    now: str  # that it is booked to
+    is_looked_at: bool  # has a person corrected or confirmed it?
+    likely: str | None
+    margin: float  # the log-odds of that
+    keys: dict[str, tuple]  # what others like it have, too, by LIKE
+
+
 def find(books: Books, records: Iterable[dict]) -> list[Suspect]:
     """Those of these bookings that are suspects, the most probable first; of equals, the newest.
 
-    The others are only compared with these. Raises NotReady if nothing is learned.
+    Each is compared with the others of these. Raises NotReady if nothing is learned.
     """
     doubts = [doubt for chunk in chunks(records, ROUND) for doubt in _doubts(books, chunk)]
-    sizes: Counter[tuple] = Counter()  # of bookings with the same in common, on an account and all
-    learned: Counter[tuple] = Counter()  # by company and account
-    odd: Counter[tuple] = Counter()  # those of them that the model would have booked elsewhere
-    for doubt in doubts:
-        whose = doubt.sample["CompanyId"], doubt.now
-        learned[whose] += 1
-        odd[whose] += doubt.margin > 0 and doubt.account == doubt.now
-        for key in doubt.like.values():
-            sizes[key] += 1
-            sizes[key, doubt.now] += 1
+    counts: Counter[tuple] = Counter()  # of bookings by key, and by key and account
+    odd: Counter[tuple] = Counter()  # by company and account: booked elsewhere by the model
+    for each in doubts:
+        for key in (each.sample["CompanyId"], *each.keys.values()):
+            counts[key] += 1
+            counts[key, each.now] += 1
+        odd[each.sample["CompanyId"], each.now] += each.now == each.account and each.margin > 0
     weighed = []
     expected = changed = LOOKED
-    for doubt in doubts:
-        stays, moved = doubt.account == doubt.now, doubt.likely == doubt.now
-        whose = doubt.sample["CompanyId"], doubt.account
-        n, u = learned[whose] - stays, odd[whose] - (stays and doubt.margin > 0)
+    for each in doubts:
+        stays = each.account == each.now
+
+        def others(key: object, account: str, each: Doubt = each) -> int:
+            return counts[key, account] - (account == each.now)
+
+        whose = each.sample["CompanyId"], each.account
+        u, n = odd[whose] - (stays and each.margin > 0), others(*whose)
         like = {
-            name: (
-                sizes[key] - 1,
-                sizes[key, doubt.account] - stays,
-                sizes[key, doubt.likely] - moved,
-            )
-            for name, key in doubt.like.items()
-            if sizes[key] > 1
+            name: (counts[key] - 1, others(key, each.account), others(key, each.likely))
+            for name, key in each.keys.items()
+            if counts[key] > 1
         }
-        log_odds = 1.05 * math.sqrt(max(0, doubt.margin)) - 7.3 - bool(like)
+        log_odds = math.sqrt(max(0, each.margin)) - 7.2 - 0.8 * bool(like)
         log_odds -= 0.6 * math.log((u + 0.5) / (n + 1))
-        for name in {"first two words", "sum"} & {*like}:
-            others, _, on_likely = like[name]
-            log_odds += 0.6 * math.log((on_likely + 0.5) / (others - on_likely + 0.5))
+        for t, o, x in (like[name] for name in ("first two words", "sum") if name in like):
+            log_odds += 0.6 * math.log((x + 0.5) / (t - x + o + 0.5))
         odds = math.exp(log_odds)
-        if doubt.is_seen:
+        if score_weight(each.sample) and each.is_looked_at:
             expected += odds / (1 + odds)
             changed += not stays
-        elif doubt.is_open:
-            weighed.append((odds, doubt, next(iter(like.items()), (None, (0, 0, 0)))))
+        elif score_weight(each.sample) and each.likely is not None:
+            weighed.append((odds, each, *next(iter(like.items()), (None, (0, 0, 0)))))
     found = []
-    for odds, doubt, (name, counts) in weighed:
-        odds *= changed / expected
-        probability = round(odds / (1 + odds), 4)
+    for odds, (seq, sample, account, _, _, likely, *_), name, said in weighed:
+        probability = round(1 - 1 / (1 + odds * changed / expected), 4)
         if probability >= LEAST:
-            seen = doubt.seq, doubt.sample, doubt.account, doubt.likely
-            found.append(Suspect(*seen, probability, name, *counts))
+            found.append(Suspect(seq, sample, account, likely, probability, name, *said))
     return sorted(found, key=lambda each: (-each.probability, -each.seq))
 
 
 def _doubts(books: Books, records: Sequence[dict]) -> Iterator[Doubt]:
-    """What there is to say against those of these bookings that are learned."""
-    documents = [books.tokens(record["sample"]) for record in records]
+    """What the model says against those of these bookings that it has learned."""
+    known = {record["seq"]: books.tokens(record["sample"]) for record in records}
     with books.at_rest() as model:
+        there = {*books.history.at(np.array([*known]))["seq"].tolist()}  # not forgotten meanwhile
+        records = [r for r in records if r["seq"] in there and books.lesson(r).weight]
         if model.n_classes < 2:
             return
-        there = {*books.history.at(np.array([record["seq"] for record in records]))["seq"].tolist()}
-        learned = [
-            (record, document, lesson)
-            for record, document in zip(records, documents, strict=True)
-            if record["seq"] in there and (lesson := books.lesson(record)).weight
-        ]
-        looked = {record["seq"] for record, *_ in learned} & {*books.corrected}
-        labels = [record["sample"][books.target] for record, *_ in learned]
-        each, documents, lessons = (
-            map(list, zip(*learned, strict=True)) if learned else ([], [], [])
-        )
-        made = model.doubt(documents, labels, lessons)
-    for record, document, account, lesson, (likely, margin) in zip(
-        each, documents, labels, lessons, made, strict=True
-    ):
+        looked_at = [record["seq"] in books.corrected for record in records]
+        lessons = [*map(books.lesson, records)]
+        accounts = [record["sample"][books.target] for record in records]
+        made = model.doubt([known[record["seq"]] for record in records], accounts, lessons)
+    for i, (record, said) in enumerate(zip(records, made, strict=True)):
         seq, sample = record["seq"], record["sample"]
-        by_kind = {token >> KIND_SHIFT: token for token in reversed(document)}
-        company = sample["CompanyId"]
-        like = {name: (company, by_kind[k]) for name, k in LIKE.items() if k in by_kind}
-        persons, seen = score_weight(sample) > 0, seq in looked
-        is_open = persons and not seen and likely is not None
-        yield Doubt(
-            *(seq, sample, account, lesson.account, likely, margin),
-            is_open=is_open,
-            is_seen=persons and seen,
-            like=like,
-        )
+        by_kind = {token >> KIND_SHIFT: token for token in reversed(known[seq])}
+        keys = {n: (sample["CompanyId"], by_kind[k]) for n, k in LIKE.items() if k in by_kind}
+        yield Doubt(seq, sample, accounts[i], lessons[i].account, looked_at[i], *said, keys)
 
 
 def suspects(
@@ -178,54 +153,45 @@ def suspects(
     company: str | None = None,
     before: tuple[float, int] | None = None,
 ) -> tuple[list[dict], tuple[float, int] | None]:
-    """At most so many suspects as they stand, among the last RECENT bookings, of a company or all.
+    """At most so many suspects of the last RECENT bookings, of a company or all, as they stand.
 
-    They follow the page that ended with this probability and seq; and with which this one ends,
+    They follow the page that ended with this probability and seq. And with which this one ends,
     None if nothing follows. Raises NotFound, NotReady, NotStored.
     """
-    books = keeper.books
-    with books.lock:
-        books.require(company)
-        seqs = books.history.of(company)["seq"][-RECENT:].tolist()
-    records = (keeper.record(seq) for seq in seqs)
-    found = find(books, (record for record in records if "sample" in record))
-    most, last = before or (1, sys.maxsize)
-    rest = [each for each in found if (-each.probability, -each.seq) > (-most, -last)]
-    page = {each.seq: each for each in rest[:limit]}
-    made = [
-        standing
-        | {"likely": each.likely, "probability": each.probability, "like": each.like}
-        | {"others": each.others, "on_account": each.on_account, "on_likely": each.on_likely}
-        for standing in standings(keeper, [*page])
-        for each in [page[standing["seq"]]]
-    ]
-    end = rest[limit - 1] if len(rest) > limit else None
-    return made, end and (end.probability, end.seq)
+    with keeper.books.lock:
+        keeper.books.require(company)
+        seqs = keeper.books.history.of(company)["seq"][-RECENT:].tolist()
+    records = map(keeper.record, seqs)
+    found = find(keeper.books, (record for record in records if "sample" in record))
+    share, last = before or (1, sys.maxsize)
+    found = [each for each in found if (-each.probability, -each.seq) > (-share, -last)]
+    page = {each.seq: each._asdict() for each in found[:limit]}
+    end = (found[limit - 1].probability, found[limit - 1].seq) if len(found) > limit else None
+    return [page[now["seq"]] | now for now in standings(keeper, [*page])], end
 
 
 def print_suspects(path: Path) -> int:
     """Prints the suspects of a log as CSV; the exit status. Raises LogError, OSError."""
     bookings: dict[int, dict] = {}
-    books = None
+    books = Books()
     for batch in scan(path):
-        if not isinstance(batch, Batch):
+        if isinstance(batch, Damage):
             raise batch.error(path)
+        records = [record for record in batch.records if len(record) > len(PLACE)]
+        if records and not bookings:
+            learned = features_of(records[0])
+            books = Books(learned.get("context", ()), learned.get("target", TARGET))
         for line, record in enumerate(batch.records, batch.line):
-            if len(record) <= len(PLACE):
-                continue
-            features = features_of(record)
-            books = books or Books(features.get("context", ()), features.get("target", TARGET))
             if reason := otherwise(record, books.features):
                 raise Damage(line, reason, otherwise=True).error(path)
-            if "sample" in record:
-                bookings[record["seq"]] = record
-        if books:
-            books.apply(batch.records, lambda record: bookings[record["corrects"]])
-    rows = csv.writer(sys.stdout, quoting=csv.QUOTE_ALL, lineterminator="\n")
-    target = books.target if books else TARGET
-    rows.writerow(["Probability", "Seq", *FEATURES, target, "Likely", "Like", *COUNTS])
-    for each in find(books, bookings.values()) if books else ():
-        texts = [*(each.sample[key] for key in FEATURES), each.account, each.likely]
-        counts = each.others, each.on_account, each.on_likely
-        rows.writerow([each.probability, each.seq, *map(guarded, texts), each.like, *counts])
+        bookings.update((record["seq"], record) for record in records if "sample" in record)
+        books.apply(records, lambda correction: bookings[correction["corrects"]])
+    rows = csv.writer(sys.stdout, quoting=csv.QUOTE_ALL)
+    counts = ("Like", "Others", "OnAccount", "OnLikely")
+    rows.writerow(["Seq", *FEATURES, books.target, "Likely", "Probability", *counts])
+    for seq, sample, account, likely, *numbers in (
+        find(books, bookings.values()) if bookings else ()
+    ):
+        texts = [*map(sample.__getitem__, FEATURES), account, likely]
+        rows.writerow([seq, *map(guarded, texts), *numbers])
     return 0
