@@ -64,7 +64,7 @@ class Suspect(NamedTuple):
     likely: str  # the most probable other one
     probability: float  # that it is wrong
     like: str | None  # what the company's others have in common with it, of LIKE
-    others: int  # of the company's bookings
+    alike: int  # of the company's other bookings
     on_account: int  # of these
     on_likely: int
 
@@ -187,7 +187,7 @@ def print_suspects(path: Path) -> int:
         bookings.update((record["seq"], record) for record in records if "sample" in record)
         books.apply(records, lambda correction: bookings[correction["corrects"]])
     rows = csv.writer(sys.stdout, quoting=csv.QUOTE_ALL)
-    counts = ("Like", "Others", "OnAccount", "OnLikely")
+    counts = ("Like", "Alike", "OnAccount", "OnLikely")
     rows.writerow(["Seq", *FEATURES, books.target, "Likely", "Probability", *counts])
     for seq, sample, account, likely, *numbers in (
         find(books, bookings.values()) if bookings else ()
