@@ -685,6 +685,52 @@ def test_the_buttons_do_what_the_keys_do(desk, visit):
 
 
 @IN_A_BROWSER
+def test_what_looks_wrong_is_confirmed_or_changed_by_the_same_keys(desk, visit):
+    right = {"office rent": ("6300", "Office costs"), "train to": ("7140", "Travel")}
+    booked = [
+        booking("acme", f"{text} {n}", str(n), account, AccountName=name)
+        for n in range(1, 40)
+        for text, (account, name) in right.items()
+    ]
+    wrong = {60: ("7140", "Travel"), 71: ("6300", "Office costs")}
+    for seq, (account, name) in wrong.items():
+        booked[seq - 40] |= {"AccountNumber": account, "AccountName": name}
+    assert desk.post("/sample", booked)[0] == 200
+    found = desk.get("/suspects")[1]["suspects"]
+    assert {each["seq"] for each in found[:2]} == {*wrong}
+    page = visit(desk)
+    page.select_option("#reviewed", "wrong")
+    rows = page.locator("#list [data-seq]")
+    expect(rows).to_have_count(len(found))
+    expect(page.locator("#list tbody th")).to_have_text("Looks wrong, the most probable first")
+    first, second = found[:2]
+    assert chosen(page) == first["seq"]
+    expect(rows.first).to_contain_text(shown(first["probability"]))
+    expect(page.locator("#doubt")).to_contain_text(f"rather {first['likely']}")
+    others = f"Of {first['alike']} other bookings with this {first['like']}, {first['on_likely']} "
+    expect(page.locator("#doubt")).to_contain_text(others)
+    page.keyboard.press("w")
+    expect(page.locator("#explanation li").first).to_be_visible()
+    page.keyboard.press("c")
+    says(page, f"Confirmed {first['account']}.")
+    assert chosen(page) == second["seq"]
+    page.keyboard.press("a")
+    expect(page.locator("#account-list li").first).to_contain_text(second["likely"])
+    page.keyboard.press("Enter")
+    says(page, f"Booked to {second['likely']}, no longer to {second['account']}.")
+    expected = [(first["seq"], first["account"]), (second["seq"], second["likely"])]
+    assert corrections_of(desk) == expected
+    left = {each["seq"] for each in desk.get("/suspects")[1]["suspects"]}
+    page.reload()
+    page.select_option("#reviewed", "wrong")
+    expect(rows).to_have_count(len(left))
+    assert not left & {seq for seq, _ in expected}
+    page.select_option("#reviewed", "no")
+    expect(page.locator("#how-sure")).to_have_text("Confidence")
+    expect(page.locator("#doubt")).to_be_hidden()
+
+
+@IN_A_BROWSER
 def test_the_list_is_filtered_by_company_confidence_and_order(desk, visit):
     desk.post("/sample", [booking("acme", "unlike all", account="1")])
     page = visit(desk)

@@ -397,11 +397,18 @@ const FIRST = 10; // bookings of the list
 const MORE = 25;
 
 // What the list shows: {filters, phases, seqs, before, samples, ...}. The service is asked for one
-// phase after the other (reviewed "no", then "yes"); `phases` are those that are not at their end,
+// phase after the other (reviewed "no", then "yes"; or "wrong"); `phases` are not at their end yet,
 // `before` says where the next page starts, `samples` how many bookings there were at its start.
 // It is `used` once somebody works with it.
 let queue;
 let selected; // a seq
+const doubts = new Map(); // seq -> what is said against a booking of the list, if it looks wrong
+
+const HEADINGS = {
+  no: "Booked unseen, not looked at yet",
+  yes: "Booked or seen by a person",
+  wrong: "Looks wrong, the most probable first",
+};
 
 const changeOf = (seq) => session.findLast((change) => change.seq === seq);
 const rowOf = (seq) => $("list").querySelector(`[data-seq="${seq}"]`);
@@ -410,6 +417,25 @@ const buttonOf = (seq) => rowOf(seq)?.querySelector("button");
 function say(text, isError = false) {
   setText($("review-status"), text);
   $("review-status").classList.toggle("error", isError);
+}
+
+// Why a booking looks wrong, in words.
+function doubtText({ sample, account }, { likely, probability, like, alike, ...on }) {
+  const rather = [
+    `With ${percent(probability, 0)}; rather `,
+    ...accountText(sample.CompanyId, likely),
+  ];
+  if (!like) return [...rather, ". No other booking is like it."];
+  const others = `${count(alike)} other booking${alike === 1 ? "" : "s"} with this ${like}`;
+  const onLikely = `${count(on.on_likely)} ${on.on_likely === 1 ? "is" : "are"} on `;
+  const onIts = `, ${count(on.on_account)} on `;
+  return [
+    ...rather,
+    `. Of ${others}, ${onLikely}`,
+    userText(likely, 40),
+    onIts,
+    userText(account, 40),
+  ];
 }
 
 // What was done with a booking, to stand behind its account.
@@ -428,8 +454,10 @@ function statusText({ seq, account, reviewed, corrected, booked_by: by }) {
 function bookingRow(booking) {
   const { seq, sample, account, predicted, confidence } = booking;
   const isChanged = Boolean(changeOf(seq));
+  const doubt = doubts.get(seq);
   let suggested = ["–"];
   if (isChanged) suggested = statusText(booking);
+  else if (doubt) suggested = accountText(sample.CompanyId, doubt.likely);
   else if (predicted === account) suggested = [muted("the same")];
   else if (predicted) suggested = accountText(sample.CompanyId, predicted);
   const button = element(
@@ -445,7 +473,7 @@ function bookingRow(booking) {
     numberCell(span("clip", userText(sample.BankEntryAmount))),
     cell(span("clip", ...accountText(sample.CompanyId, account))),
     cell(span("clip", ...suggested)),
-    numberCell(percent(confidence)),
+    numberCell(percent(doubt?.probability ?? confidence)),
   );
   made.dataset.seq = seq;
   made.classList.toggle("changed", isChanged);
@@ -496,6 +524,9 @@ function showSelected() {
   ];
   $("amount").after(...said.flatMap(asTerms));
   $("booked").replaceChildren(...accountText(whose, account), ...statusText(booking));
+  const doubt = doubts.get(selected);
+  for (const node of $("facts").querySelectorAll(".doubt")) node.hidden = !doubt;
+  if (doubt) $("doubt").replaceChildren(...doubtText(booking, doubt));
   if (predicted === null) return setText($("suggested"), "nothing");
   const suggested = predicted === account ? ["the same"] : accountText(whose, predicted);
   $("suggested").replaceChildren(...suggested, `, ${sureness(confidence)}`);
@@ -511,6 +542,11 @@ function explain() {
 function loadQueue() {
   const filters = { company: shownCompany, below: $("below").value, order: $("order").value };
   const phases = $("reviewed").value.split(" ");
+  const isOfWrong = phases[0] === "wrong";
+  for (const id of ["below", "order"]) $(id).disabled = isOfWrong;
+  setText($("instead"), isOfWrong ? "Rather" : "Suggested");
+  setText($("how-sure"), isOfWrong ? "Wrong" : "Confidence");
+  doubts.clear();
   queue = { filters, phases, seqs: [], samples: health.samples };
   return loadMore(FIRST);
 }
@@ -526,13 +562,16 @@ async function loadMore(missing = MORE) {
     while (asked.phases.length && missing > 0) {
       const [phase] = asked.phases;
       const { filters, before } = asked;
-      const query = asQuery({ ...filters, reviewed: phase, limit: missing, before });
-      const page = await ask(`bookings?${query}`);
+      const { company } = filters;
+      const page = await (phase === "wrong"
+        ? ask(`suspects?${asQuery({ company, limit: missing, before })}`)
+        : ask(`bookings?${asQuery({ ...filters, reviewed: phase, limit: missing, before })}`));
       if (asked !== queue) return; // the filters are others by now
       asked.before = page.next;
       if (!page.next) asked.phases.shift();
       const isNew = ({ seq }) => !changeOf(seq) && !asked.seqs.includes(seq);
-      const found = page.bookings.map(note).filter(isNew);
+      for (const each of page.suspects ?? []) doubts.set(each.seq, each);
+      const found = (page.bookings ?? page.suspects).map(note).filter(isNew);
       if (found.length && asked.heading !== phase) {
         asked.heading = phase;
         rows.push(headingRow(phase, filters.company ? 6 : 7));
@@ -554,14 +593,16 @@ async function loadMore(missing = MORE) {
   $("list").classList.toggle("one-company", Boolean(asked.filters.company));
   $("list").hidden = isEmpty;
   $("more").hidden = isEmpty || !asked.phases.length;
-  const why = asked.error ? asSentence(asked.error) : "There is nothing to review.";
+  const nothing =
+    $("reviewed").value === "wrong" ? "Nothing looks wrong." : "There is nothing to review.";
+  const why = asked.error ? asSentence(asked.error) : nothing;
   setText($("empty"), isEmpty ? why : "");
   if (isFirst && !asked.seqs.includes(selected)) select(asked.seqs[0]);
 }
 
 function headingRow(phase, colSpan) {
-  const text = phase === "no" ? "Booked unseen, not looked at yet" : "Booked or seen by a person";
-  return row(element("th", { scope: "rowgroup", role: "rowheader", colSpan }, text));
+  const heading = { scope: "rowgroup", role: "rowheader", colSpan };
+  return row(element("th", heading, HEADINGS[phase]));
 }
 
 // Loads the list anew once there are other bookings, unless somebody works with it.
@@ -647,7 +688,7 @@ function takeBack(change) {
     if (from !== to) return `Back to ${from}.`;
     return wasUnseen
       ? `Back on the desk, but learned as ${to} until it is booked to another account.`
-      : "Back on the desk.";
+      : "Back on the desk, but it stays confirmed and looks wrong no more.";
   });
 }
 
@@ -695,13 +736,14 @@ const chooser = new Completion("account", "Accounts", {
     const byTimes = [...accounts.keys()].sort(
       (a, b) => accounts.get(b).times - accounts.get(a).times,
     );
-    const all = [...new Set([predicted ?? account, account, ...byTimes])];
+    const likely = doubts.get(selected)?.likely ?? predicted ?? account;
+    const all = [...new Set([likely, predicted ?? account, account, ...byTimes])];
     const found = fitting(all, text, (each) => [each, accountName(company, each) ?? ""]);
     const choices = found.map((each) => {
       let hint;
       if (each === account) hint = "now";
       else if (each === predicted) hint = sureness(confidence);
-      else hint = count(accounts.get(each).times);
+      else hint = count(accounts.get(each)?.times ?? 0);
       return [each, span("", ...accountText(company, each)), muted(hint)];
     });
     const typed = text.trim();
