@@ -421,21 +421,12 @@ function say(text, isError = false) {
 
 // Why a booking looks wrong, in words.
 function doubtText({ sample, account }, { likely, probability, like, alike, ...on }) {
-  const rather = [
-    `With ${percent(probability, 0)}; rather `,
-    ...accountText(sample.CompanyId, likely),
-  ];
-  if (!like) return [...rather, ". No other booking is like it."];
+  const rather = accountText(sample.CompanyId, likely);
+  const words = ["It looks wrong, with ", percent(probability), ". Rather ", ...rather, ": "];
+  if (!like) return [...words, "no other booking is like it, but its words are that account’s."];
   const others = `${count(alike)} other booking${alike === 1 ? "" : "s"} with this ${like}`;
-  const onLikely = `${count(on.on_likely)} ${on.on_likely === 1 ? "is" : "are"} on `;
-  const onIts = `, ${count(on.on_account)} on `;
-  return [
-    ...rather,
-    `. Of ${others}, ${onLikely}`,
-    userText(likely, 40),
-    onIts,
-    userText(account, 40),
-  ];
+  words.push(`of ${others}, ${count(on.on_likely)} on `, userText(likely, 40));
+  return [...words, `, ${count(on.on_account)} on `, userText(account, 40), "."];
 }
 
 // What was done with a booking, to stand behind its account.
@@ -525,7 +516,7 @@ function showSelected() {
   $("amount").after(...said.flatMap(asTerms));
   $("booked").replaceChildren(...accountText(whose, account), ...statusText(booking));
   const doubt = doubts.get(selected);
-  for (const node of $("facts").querySelectorAll(".doubt")) node.hidden = !doubt;
+  $("doubt").hidden = !doubt;
   if (doubt) $("doubt").replaceChildren(...doubtText(booking, doubt));
   if (predicted === null) return setText($("suggested"), "nothing");
   const suggested = predicted === account ? ["the same"] : accountText(whose, predicted);
