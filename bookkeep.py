@@ -1210,7 +1210,6 @@ class NaiveBayes:
             )
         return made
 
-<<<<<<< HEAD
     def _margins(self, scores: Scores, best: np.ndarray) -> list[float | None]:
         """How far each document's best is ahead of its other candidates, None if it has none.
 
@@ -1231,7 +1230,7 @@ class NaiveBayes:
         margins = CALMING * np.logaddexp(0, (lead - second) / CALMING - others)
         margins[alone] = np.nan
         return [None if margin != margin else margin for margin in margins.round(4).tolist()]
-=======
+
     def doubt(
         self, documents: Sequence[Sequence[int]], labels: Sequence[str], own: Sequence[Lesson]
     ) -> list[tuple[str | None, float]]:
@@ -1254,7 +1253,6 @@ class NaiveBayes:
             names = map(self.names.__getitem__, scores.account[best].tolist())
             made += zip(np.where(alone, None, [*names]).tolist(), lead.tolist(), strict=True)
         return made
->>>>>>> d1e3e0f (Score documents as if they had not been learned, exactly; keep confirmations in the log)
 
     def specificity(self, documents: Documents) -> np.ndarray:
         """(n,) how much was known of each document, of SPECIFICITY."""
