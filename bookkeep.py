@@ -531,9 +531,9 @@ class Counts:
         """The evidence of wide rows for accounts."""
         return self.cells[self._cells(rows, accounts), 2]
 
-    def wide_sums(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """The units that wide rows have in columns."""
-        return self.cells[self._cells(rows, columns >> 1), columns & 1]
+    def units(self, rows: np.ndarray, accounts: np.ndarray) -> np.ndarray:
+        """(..., 2) the sums, N and M, of wide rows for accounts."""
+        return self.cells[self._cells(rows, accounts), :2]
 
     def _cells(self, rows: np.ndarray, accounts: np.ndarray) -> np.ndarray:
         """Where wide rows' accounts are in the cells: below PAGE if they have no page."""
@@ -804,22 +804,6 @@ class Scores(NamedTuple):
     found: LookedUp | None  # None for a single document that is only predicted
 
 
-class Without(NamedTuple):
-    """What is otherwise for n documents of m tokens without what each of them taught."""
-
-    entry: np.ndarray  # (e,) of those that narrow rows have for them
-    change: np.ndarray  # (e,) of its evidence
-    gone: np.ndarray  # entries that are none
-    values: np.ndarray  # (m,) of the tokens' rows, 0 if they are unknown
-    more: np.ndarray  # pairs of candidates, of rows that are narrow
-    own: np.ndarray  # (n,) the pairs of the accounts that they are booked to
-    dead: np.ndarray  # those of accounts that have nothing else
-    sums: np.ndarray  # (n, 1 + kinds) what goes from the sums of their own accounts
-    smoothing: np.ndarray  # (n, 1 + kinds)
-    pair: np.ndarray  # (w,) of which wide rows say something else
-    said: np.ndarray  # (w,) how much more, in units of EVIDENCE
-
-
 class NaiveBayes:
     """Multinomial Naive Bayes, for and against, over documents of tokens of several kinds.
 
@@ -865,7 +849,7 @@ class NaiveBayes:
         self._shares = np.array([1, *[-0.5] * len(KINDS)]) / EVIDENCE  # of logs in a score
         self.accounts = _numbers()  # account -> number
         self.names: list[str] = []  # (A,) the accounts by number
-        self.token_counts = Counts(self._evidence)  # N(t, a) and M(t, a)
+        self.token_counts = Counts(self.evidence)  # N(t, a) and M(t, a)
         self.sums = np.zeros((0, 1 + len(KINDS)))  # (A and room, 1 + kinds) N(a), T_k(a)
         self.n_classes = 0  # accounts it can predict: those that are not wholly unlearned
 
@@ -879,44 +863,25 @@ class NaiveBayes:
         """How many tokens it knows."""
         return int(self.token_counts.occupied.sum())
 
-    def joint_log_likelihood(
-        self, documents: Documents, labels: Sequence[str] = (), own: Sequence[Lesson] = ()
-    ) -> Scores:
-        """The scores of all candidates. There must be a model, that is an account.
-
-        `own` are lessons that the documents have taught. Then each document's scores are, bit for
-        bit, those of a model that has learned all but this one. There must be another account.
-        """
+    def joint_log_likelihood(self, documents: Documents, labels: Sequence[str] = ()) -> Scores:
+        """The scores of all candidates. There must be a model, that is an account."""
         found, accounts = self._look_up(documents), len(self.names)
         counts, n = self.token_counts, len(found.start)
 
         # What narrow rows say: their accounts are the candidates.
         sizes, account, evidence = counts.met(found.row)
         pairs = (found.document * accounts).repeat(sizes) + account
-        values = counts.rows.values.take(found.row)
-        dead = pairs[:0]
-        if own:
-            without = self._without(found, sizes, own)
-            dead, values = without.dead, without.values
-            evidence[without.entry] += without.change
-            pairs[without.gone] = -1
-            alive = ((pairs >= 0) & ~np.isin(pairs, dead)).nonzero()[0]
-            pairs, evidence, account = pairs[alive], evidence[alive], account[alive]
         if self.n_classes < accounts:  # an account wholly unlearned is no candidate
             alive = (self.class_counts[account] > 0).nonzero()[0]
             pairs, evidence = pairs[alive], evidence[alive]
         pairs, score = _summed(pairs, evidence, n * accounts)
-        if own and len(without.more):
-            more = np.setdiff1d(without.more, np.append(pairs, dead))
-            pairs, score = _inserted(pairs, score, more)
         lonely = np.bincount(pairs // accounts, minlength=n) == 0
         if lonely.any():
             everyone = np.add.outer(lonely.nonzero()[0] * accounts, self.class_counts.nonzero()[0])
-            pairs, score = _inserted(pairs, score, np.setdiff1d(everyone, dead))
+            pairs, score = _inserted(pairs, score, everyone.ravel())
         numbers = np.fromiter(map(self.accounts.get, labels, repeat(-1)), dtype=np.int64)
         known = ((numbers >= 0) & (self.sums[numbers, 0] > 0)).nonzero()[0]
         label = known * accounts + numbers[known]
-        label = label[~np.isin(label, dead)]
         alien = pairs.take(pairs.searchsorted(label), mode="clip") != label
         if alien.any():
             pairs, score = _inserted(pairs, score, label[alien])
@@ -924,20 +889,13 @@ class NaiveBayes:
         start = _run_starts(document)
 
         # The prior and the normalisers.
+        values = counts.rows.values.take(found.row)
         known = values.nonzero()[0]
         columns = self.sums.shape[1]
         cell = (found.document * columns + found.kind + 1).take(known)
         lengths = np.bincount(cell, minlength=n * columns).reshape(n, columns).astype(np.float64)
         lengths[:, 0] = 1
-        if own:
-            sums = self.sums.take(account, axis=0)
-            at = pairs.searchsorted(without.own)
-            here = pairs.take(at, mode="clip") == without.own
-            sums[at[here]] -= without.sums[here]
-            logs = self._log_counts(sums, without.smoothing[document])
-            score += np.einsum("pk,pk->p", logs, lengths.take(document, axis=0))
-        else:
-            score += self._prior(lengths, pairs)
+        score += self._prior(lengths, pairs)
 
         # What wide rows say of the candidates.
         wide = (values >= WIDE).nonzero()[0]
@@ -947,88 +905,8 @@ class NaiveBayes:
             at = _ranges(start.take(of), sizes)
             said = counts.asked(found.row.take(wide).repeat(sizes), account.take(at))
             score += np.bincount(at, said, minlength=len(score))
-        if own:
-            at = pairs.searchsorted(without.pair)
-            here = pairs.take(at, mode="clip") == without.pair
-            np.add.at(score, at[here], without.said[here])
         score *= EVIDENCE
         return Scores(document, account, score, start, pairs.searchsorted(label), alien, found)
-
-    def _without(self, found: LookedUp, sizes: np.ndarray, lessons: Sequence[Lesson]) -> "Without":
-        """What is otherwise for each of these documents without what it taught itself.
-
-        `sizes` are how many entries its tokens have in narrow rows.
-        """
-        counts, accounts, n = self.token_counts, len(self.names), len(lessons)
-        # What they taught: in which column, how many units.
-        size = np.array([1 + len(lesson.against) for lesson in lessons])
-        first = size.cumsum() - size
-        names = chain.from_iterable((each.account, *each.against) for each in lessons)
-        column = 2 * np.fromiter(map(self.accounts.__getitem__, names), dtype=np.int64) + 1
-        column[first] -= 1
-        own_account = column[first] >> 1
-        weight = np.array([lesson.weight for lesson in lessons])
-        units = np.full(len(column), GRAIN)
-        units[first] = np.rint(GRAIN * weight)
-
-        # Each token meets each of these; a token that occurs twice was learned twice.
-        cell = found.document * len(counts.rows.keys) + found.row
-        _, once, same, times = np.unique(
-            cell, return_index=True, return_inverse=True, return_counts=True
-        )
-        per = size.take(found.document)
-        token = np.arange(len(per)).repeat(per)
-        which = _ranges(first.take(found.document), per)
-        column, taken = column.take(which), units.take(which) * times.take(same).take(token)
-        row, kind = found.row.take(token), found.kind.take(token)
-        wide = counts.is_wide(found.row)
-        _, at = counts.spans(found.row)
-        entries = counts.entries.take(at)
-        owner = np.arange(len(sizes)).repeat(sizes)
-        entry = (owner << 24 | entries >> 40).searchsorted(token << 24 | column)
-        is_wide = wide.take(token)
-        had = entries.take(entry, mode="clip") & UNITS
-        had[is_wide] = counts.wide_sums(row[is_wide], column[is_wide])
-        side = column & 1
-        change = self._evidence(kind, side, had - taken) - self._evidence(kind, side, had)
-        gone = had == taken
-
-        # Tokens that become unknown, and rows that become narrow.
-        left = counts.sizes(found.row) - np.bincount(token[gone], minlength=len(per))
-        values = np.where(left > 0, counts.rows.values.take(found.row), 0)
-        more = [np.zeros(0, dtype=np.int64)]
-        for i in (wide & (left <= RARE)).nonzero()[0].tolist():
-            sums = counts.wide_sums(found.row[i : i + 1], np.arange(2 * accounts))
-            sums[column[gone & (token == i)]] = 0
-            alive = sums.reshape(-1, 2).any(axis=1) & (self.class_counts > 0)
-            more.append(found.document[i] * accounts + alive.nonzero()[0])
-        unknown = once[left[once] == 0]
-        kinds = len(KINDS)
-        lost = np.bincount(
-            found.document[unknown] * kinds + found.kind[unknown], minlength=n * kinds
-        )
-        smoothing = np.zeros((n, 1 + kinds))
-        occupied = counts.occupied - lost.reshape(n, kinds)
-        smoothing[:, 1:] = self.alpha * np.maximum(occupied, 1)
-        lengths = np.bincount(found.document * kinds + found.kind, minlength=n * kinds)
-        sums = np.ones((n, 1 + kinds))
-        sums[:, 1:] = lengths.reshape(n, kinds)
-        sums *= weight[:, np.newaxis]
-        dead = self.class_counts[own_account] == weight
-        own = np.arange(n) * accounts + own_account
-        return Without(
-            entry=entry[~is_wide],
-            change=change[~is_wide],
-            gone=entry[gone & ~is_wide],
-            values=values,
-            more=np.unique(np.concatenate(more)),
-            own=own,
-            dead=own[dead],
-            sums=sums,
-            smoothing=smoothing,
-            pair=(found.document.take(token) * accounts + (column >> 1))[is_wide],
-            said=change[is_wide],
-        )
 
     def _score_one(self, document: Sequence[int]) -> Scores:
         """As joint_log_likelihood, of one document: the same in fewer steps."""
@@ -1065,28 +943,37 @@ class NaiveBayes:
         accounts = len(self.names)
         self._asked += len(pairs)
         if self._logs is None and self._asked >= accounts:
-            self._logs = self._log_counts(self.sums[:accounts])
+            self._logs = self.log_counts(self.sums[:accounts])
         if self._logs is not None and len(lengths) * accounts <= 32 * len(pairs):
             return (lengths @ self._logs.T).take(pairs)
         document, account = np.divmod(pairs, accounts)
         if self._logs is None:
-            logs = self._log_counts(self.sums.take(account, axis=0))
+            logs = self.log_counts(self.sums.take(account, axis=0))
         else:
             logs = self._logs.take(account, axis=0)
         return np.einsum("pk,pk->p", logs, lengths.take(document, axis=0))
 
-    def _evidence(self, kind: np.ndarray, against: np.ndarray, units: np.ndarray) -> np.ndarray:
+    def evidence(self, kind: np.ndarray, against: np.ndarray, units: np.ndarray) -> np.ndarray:
         """What sums for or against an account say, in units of EVIDENCE."""
         which = 2 * kind + against
         said = root_log(units * self._per_unit.take(which))
         said *= self._factors.take(which)
         return np.rint(said, said)
 
-    def _log_counts(self, sums: np.ndarray, smoothing: np.ndarray | None = None) -> np.ndarray:
-        """(p, 1 + kinds) log N(a), and - 1/2 log (T_k(a) + alpha V_k), in units of EVIDENCE."""
+    def log_counts(self, sums: np.ndarray, smoothing: np.ndarray | None = None) -> np.ndarray:
+        """(p, 1 + kinds) log N(a), and - 1/2 log (T_k(a) + alpha V_k), in units of EVIDENCE.
+
+        The `smoothing`, of each kind or of each of p and each kind, is that of what is known now.
+        """
         smoothing = self._smoothing if smoothing is None else smoothing
         with np.errstate(divide="ignore"):  # an account wholly unlearned: log 0
             return np.rint(np.log(sums + smoothing) * self._shares)
+
+    def smoothing_of(self, occupied: np.ndarray) -> np.ndarray:
+        """(..., 1 + kinds) 0 and alpha V_k, where so many tokens of each kind are known."""
+        # A kind without known tokens has no use for its log, which must be finite.
+        known = self.alpha * np.maximum(occupied, 1)
+        return np.concatenate([np.zeros_like(known[..., :1]), known], axis=-1)
 
     def _look_up(
         self, documents: Documents, rows_of: Callable[[np.ndarray], np.ndarray] | None = None
@@ -1107,7 +994,7 @@ class NaiveBayes:
         """
         found, accounts = self._look_up([document]), np.asarray(accounts)
         counts = self.token_counts
-        logs = self._log_counts(self.sums[accounts]).T
+        logs = self.log_counts(self.sums[accounts]).T
         terms = np.zeros((len(document), len(accounts)))
         known = (counts.rows.values[found.row] > 0).nonzero()[0]
         terms[known] = logs[1 + found.kind[known]]
@@ -1230,29 +1117,6 @@ class NaiveBayes:
         margins = CALMING * np.logaddexp(0, (lead - second) / CALMING - others)
         margins[alone] = np.nan
         return [None if margin != margin else margin for margin in margins.round(4).tolist()]
-
-    def doubt(
-        self, documents: Sequence[Sequence[int]], labels: Sequence[str], own: Sequence[Lesson]
-    ) -> list[tuple[str | None, float]]:
-        """What a model would say that has learned all but this one of these documents.
-
-        Of each: the most probable account other than its label, None if no other is a candidate,
-        and its log-odds over the label, 0 if that is unknown then. `own` are the lessons that they
-        have taught. There must be two accounts.
-        """
-        made: list[tuple[str | None, float]] = []
-        for start in range(0, len(documents), ROUND):
-            part = slice(start, start + ROUND)
-            scores = self.joint_log_likelihood(documents[part], labels[part], own[part])
-            others, lead = scores.score.copy(), np.zeros(len(scores.start))
-            others[scores.label] = -np.inf
-            best = self._best(scores._replace(score=others))
-            document = scores.document[scores.label]
-            lead[document] = others[best[document]] - scores.score[scores.label]
-            alone = others[best] == -np.inf
-            names = map(self.names.__getitem__, scores.account[best].tolist())
-            made += zip(np.where(alone, None, [*names]).tolist(), lead.tolist(), strict=True)
-        return made
 
     def specificity(self, documents: Documents) -> np.ndarray:
         """(n,) how much was known of each document, of SPECIFICITY."""
@@ -1377,10 +1241,9 @@ class NaiveBayes:
     def _count(self) -> None:
         """Has what follows from the sums."""
         self.n_classes = int(np.count_nonzero(self.class_counts))
-        # A kind without known tokens has no use for its log, which must be finite.
         self._logs: np.ndarray | None = None  # _log_counts of all accounts, once it pays
         self._asked = 0  # for how many pairs they have been asked for
-        self._smoothing = np.append(0, self.alpha * np.maximum(self.token_counts.occupied, 1))
+        self._smoothing = self.smoothing_of(self.token_counts.occupied)
 
 
 def root_log(x: np.ndarray) -> np.ndarray:
@@ -2820,13 +2683,12 @@ class Books:
         A person's that is confirmed counts what it did: nothing is learned anew. None if a person
         has said so already.
         """
-        before = self.lesson(booking)
-        if account != before.account or not before.weight:
-            [before] = self.model.weigh([self.tokens(booking["sample"])], [account])
+        lesson = self.lesson(booking)
+        if account != lesson.account or not lesson.weight:
+            [lesson] = self.model.weigh([self.tokens(booking["sample"])], [account])
         elif booking["seq"] in self.corrected:
             return None
-        _, weight, against = before
-        counts = {"weight": weight, "against": against, **self.features}
+        counts = {"weight": lesson.weight, "against": lesson.against, **self.features}
         return {"corrects": booking["seq"], self.target: account, **counts}
 
     def correct(self, corrections: Sequence[tuple[dict, dict]]) -> None:

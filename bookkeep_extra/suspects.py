@@ -44,6 +44,7 @@ from bookkeep import (
     standings,
 )
 from bookkeep_extra.files import guarded
+from bookkeep_extra.unlearned import doubts
 
 RECENT = 10_000  # bookings, the last, that an answer looks at
 LEAST = 0.05  # the probability from which on a booking is shown
@@ -87,17 +88,17 @@ def find(books: Books, records: Iterable[dict]) -> list[Suspect]:
 
     Each is compared with the others of these. Raises NotReady if nothing is learned.
     """
-    doubts = [doubt for chunk in chunks(records, ROUND) for doubt in _doubts(books, chunk)]
+    found_odd = [doubt for chunk in chunks(records, 4 * ROUND) for doubt in _doubts(books, chunk)]
     counts: Counter[tuple] = Counter()  # of bookings by key, and by key and account
     odd: Counter[tuple] = Counter()  # by company and account: booked elsewhere by the model
-    for each in doubts:
+    for each in found_odd:
         for key in (each.sample["CompanyId"], *each.keys.values()):
             counts[key] += 1
             counts[key, each.now] += 1
         odd[each.sample["CompanyId"], each.now] += each.now == each.account and each.margin > 0
     weighed = []
     expected = changed = LOOKED
-    for each in doubts:
+    for each in found_odd:
         stays = each.account == each.now
 
         def others(key: object, account: str, each: Doubt = each) -> int:
@@ -139,7 +140,7 @@ def _doubts(books: Books, records: Sequence[dict]) -> Iterator[Doubt]:
         looked_at = [record["seq"] in books.corrected for record in records]
         lessons = [*map(books.lesson, records)]
         accounts = [record["sample"][books.target] for record in records]
-        made = model.doubt([known[record["seq"]] for record in records], accounts, lessons)
+        made = doubts(model, [known[record["seq"]] for record in records], accounts, lessons)
     for i, (record, said) in enumerate(zip(records, made, strict=True)):
         seq, sample = record["seq"], record["sample"]
         by_kind = {token >> KIND_SHIFT: token for token in reversed(known[seq])}

@@ -4,12 +4,12 @@ import csv
 import io
 import random
 
-import numpy as np
 import pytest
 
 import bookkeep
 from bookkeep import NaiveBayes, NotFound
 from bookkeep_extra import suspects
+from bookkeep_extra.unlearned import doubts, scores_without
 from conftest import SERVICE, assert_same, booking, bookkeeping, learn, run
 
 WORDS = ("rent", "fuel", "paper", "coffee", "phone", "train")
@@ -57,20 +57,18 @@ def test_a_booking_is_scored_exactly_as_if_it_had_never_been_learned(rare, monke
     own = [lessons[i] for i in range(len(documents))]
     # What is asked about is mostly what it is booked to, but what it was before it was corrected.
     asked = [label if i % 7 else labels[i - 1] for i, label in enumerate(labels)]
-    at_once = model.joint_log_likelihood(documents, asked, own)
-    doubts = model.doubt(documents, asked, own)
-    ends = np.append(at_once.start, len(at_once.score))
-    labelled = {at_once.document[p].item(): [p] for p in at_once.label.tolist()}
+    whose, account, score, is_label = scores_without(model, documents, asked, own)
+    doubted = doubts(model, documents, asked, own)
     for i, (document, lesson) in enumerate(zip(documents, own, strict=True)):
         model.learn([document], [lesson], sign=-1)
         alone = model.joint_log_likelihood([document], [asked[i]])
         model.learn([document], [lesson])
-        part = slice(ends[i], ends[i + 1])
-        assert at_once.account[part].tolist() == alone.account.tolist()
-        assert at_once.score[part].tolist() == alone.score.tolist()
-        assert [p - ends[i] for p in labelled.get(i, [])] == alone.label.tolist()
+        mine = whose == i
+        assert account[mine].tolist() == alone.account.tolist()
+        assert score[mine].tolist() == alone.score.tolist()
+        assert is_label[mine].nonzero()[0].tolist() == alone.label.tolist()
         others = [score for p, score in enumerate(alone.score) if p not in alone.label]
-        likely, margin = doubts[i]
+        likely, margin = doubted[i]
         if others and len(alone.label):
             assert margin == max(others) - alone.score[alone.label[0]]
         assert (likely is None) == (not others)

@@ -1,0 +1,144 @@
+"""What a model would say of bookings that it has learned, had it learned all but the one."""
+
+from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
+
+import bookkeep
+from bookkeep import EVIDENCE, GRAIN, KIND_SHIFT, KINDS, ROUND, UNITS, Lesson, NaiveBayes
+
+Tokens = Sequence[Sequence[int]]
+
+
+def doubts(
+    model: NaiveBayes, documents: Tokens, labels: Sequence[str], lessons: Sequence[Lesson]
+) -> list[tuple[str | None, float]]:
+    """Of each document, what a model says that has learned all but this one.
+
+    That is the most probable account other than its label, None if no other is a candidate, and its
+    log-odds over the label, 0 if the label is unknown then. `lessons` are what the documents have
+    taught.
+    """
+    by_name = np.argsort(np.argsort(model.names))
+    made: list[tuple[str | None, float]] = []
+    for start in range(0, len(documents), ROUND):
+        part = slice(start, start + ROUND)
+        of, account, score, is_label = scores_without(
+            model, documents[part], labels[part], lessons[part]
+        )
+        # The best first, of equals the first by name, and the labels last.
+        order = np.lexsort((by_name[account], -score, is_label, of))
+        best = order[np.searchsorted(of, np.arange(of[-1] + 1))]
+        own = np.full(len(best), np.nan)
+        own[of[is_label]] = score[is_label]
+        margins = np.nan_to_num(score[best] - own).tolist()
+        names = [model.names[number] for number in account[best].tolist()]
+        for likely, margin, alone in zip(names, margins, is_label[best].tolist(), strict=True):
+            made.append((None, 0.0) if alone else (likely, margin))
+    return made
+
+
+def scores_without(
+    model: NaiveBayes, documents: Tokens, labels: Sequence[str], lessons: Sequence[Lesson]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(p,) document, account, score, and whether it is the label's, of all candidates and labels.
+
+    They are, bit for bit, those of `joint_log_likelihood` after the one document is unlearned.
+    """
+    counts, accounts, n = model.token_counts, len(model.names), len(documents)
+    number = model.accounts.__getitem__
+    tokens = np.fromiter(chain.from_iterable(documents), dtype=np.int64)
+    document = np.arange(n).repeat([*map(len, documents)])
+    row, kind = counts.rows.find(tokens), tokens >> KIND_SHIFT
+    # A token that occurs twice in a document was learned twice.
+    _, once, of, times = np.unique(
+        document * len(counts.rows.keys) + row,
+        return_index=True,
+        return_inverse=True,
+        return_counts=True,
+    )
+    times = times[of]
+
+    # What each document taught: cells of a document and a column, in order, and their units.
+    booked = np.array([number(lesson.account) for lesson in lessons])
+    weight = np.array([lesson.weight for lesson in lessons])
+    taught = {(i, 2 * booked[i]): round(GRAIN * weight[i]) for i in range(n)}
+    taught |= {(i, 2 * number(rival) + 1): GRAIN for i in range(n) for rival in lessons[i].against}
+    cells = sorted(taught)
+    units_taught = np.array([taught[cell] for cell in cells])
+    of_document, columns_taught = np.array(cells).T
+    cells = of_document * 2 * accounts + columns_taught
+
+    def without(token: np.ndarray, column: np.ndarray, units: np.ndarray) -> np.ndarray:
+        """What is left of sums of these tokens in these columns."""
+        cell = document[token] * 2 * accounts + column
+        at = np.minimum(cells.searchsorted(cell), len(cells) - 1)
+        return units - np.where(cells[at] == cell, units_taught[at], 0) * times[token]
+
+    # What narrow rows are left with.
+    sizes, at = counts.spans(row)
+    token = np.arange(len(row)).repeat(sizes)
+    column = counts.entries[at] >> 40
+    units = without(token, column, counts.entries[at] & UNITS)
+    left = counts.sizes(row) - np.bincount(token[units == 0], minlength=len(row))
+    there = units > 0
+    token, column, units = token[there], column[there], units[there]
+    said = model.evidence(kind[token], column & 1, units)
+
+    # How many sums wide rows are left with. If these are few, their accounts are candidates, too.
+    wide = counts.is_wide(row).nonzero()[0]
+    own, which = (document[wide][:, np.newaxis] == of_document).nonzero()
+    column_own = columns_taught[which]
+    had = counts.units(row[wide[own]], column_own >> 1)[np.arange(len(own)), column_own & 1]
+    gone = without(wide[own], column_own, had) == 0
+    np.subtract.at(left, wide[own[gone]], 1)
+    # The candidates, but no account that has learned nothing else; and the labels.
+    each = np.arange(n)
+    alive = np.tile(model.class_counts > 0, (n, 1))
+    alive[each, booked] &= model.class_counts[booked] != weight
+    there = np.zeros((n, accounts), dtype=bool)
+    there[document[token], column >> 1] = True
+    for i in wide[left[wide] <= bookkeep.RARE].tolist():
+        sums = counts.units(row[i], np.arange(accounts))
+        sums = without(np.full(2 * accounts, i), np.arange(2 * accounts), sums.ravel())
+        there[document[i]] |= sums.reshape(-1, 2).any(axis=1)
+    there &= alive
+    there[~there.any(axis=1)] = True
+    there &= alive
+    label = np.array([model.accounts.get(label, -1) for label in labels])
+    there[each, label] |= alive[each, label] & (label >= 0)
+    of, account = there.nonzero()
+    place = np.full((n, accounts), -1)
+    place[of, account] = np.arange(len(of))
+
+    # What narrow rows say of them, and wide rows.
+    at = place[document[token], column >> 1]
+    score = np.bincount(at[at >= 0], said[at >= 0], minlength=len(of))
+    many = there.sum(axis=1)[document[wide]]
+    first = of.searchsorted(document[wide])  # of the pairs of its document
+    asked, at = wide.repeat(many), (first - many.cumsum() + many).repeat(many)
+    at += np.arange(len(at))
+    units = counts.units(row[asked], account[at])
+    for side in (0, 1):
+        kept = without(asked, 2 * account[at] + side, units[:, side])
+        score += np.bincount(at, model.evidence(kind[asked], side, kept), minlength=len(of))
+
+    # The prior and the normalisers: without what it taught, and without tokens unknown then.
+    known, kinds = left > 0, len(KINDS)
+    shape = n, kinds
+
+    def by_kind(some: np.ndarray) -> np.ndarray:
+        cell = document[some] * kinds + kind[some]
+        return np.bincount(cell, minlength=n * kinds).reshape(shape)
+
+    lengths = np.column_stack([np.ones(n), by_kind(known)])
+    lost = by_kind(once[~known[once]])
+    smoothing = model.smoothing_of(counts.occupied - lost)
+    sums = model.sums.take(account, axis=0)
+    at = place[each, booked]
+    all_of_them = np.column_stack([np.ones(n), by_kind(np.arange(len(row)))])
+    sums[at[at >= 0]] -= (weight[:, np.newaxis] * all_of_them)[at >= 0]
+    logs = model.log_counts(sums, smoothing[of])
+    score += np.einsum("pk,pk->p", logs, lengths.take(of, axis=0))
+    return of, account, score * EVIDENCE, account == label[of]
