@@ -514,7 +514,7 @@ def ask_in_turn(ask, rng):
     for turn in range(24):
         if turn in (6, 12, 20):
             seq = rng.choice([seq for seq, entry in enumerate(log) if "CompanyId" in entry])
-            correction = {"AccountNumber": f"new{turn}"}  # a correction to the same is not stored
+            correction = {"AccountNumber": f"new{turn}"}
             answer = ask("POST", "/correct", {"seq": seq, **correction})
             log = [*log, {"corrects": seq, **correction}]
         elif turn in (10, 15):
