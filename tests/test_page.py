@@ -378,6 +378,7 @@ def test_the_page_says_what_a_confidence_rests_on(serve, visit):
     own = f"suggestions of 6300 {evidence}"
     new = f"suggestions of any account {evidence} and nothing of the company known"
     everybodys = f"suggestions of any account {evidence} and the first two words known"
+    as_roots = "were right, where n of one company count as √n"
 
     def book(company, **more):
         service.post("/sample", [booking(company, "rent May", account="6300", **more)])
@@ -396,7 +397,7 @@ def test_the_page_says_what_a_confidence_rests_on(serve, visit):
     book(HOSTILE)
     says(
         "newer",
-        f"The only one of all companies’ {new} was right.",
+        f"Of all companies’ {new}, 1 of 1 {as_roots}.",
     )
     says(
         *("acme", f"There are none yet of acme’s own {own}."),
@@ -405,18 +406,17 @@ def test_the_page_says_what_a_confidence_rests_on(serve, visit):
     book("acme")
     says(
         *("acme", f"The only one of acme’s own {own} was right."),
-        f"The only one of all companies’ {everybodys} was right.",
+        f"Of all companies’ {everybodys}, 1 of 1 {as_roots}.",
     )
     says(
         *(HOSTILE, f"The only one of {HOSTILE}’s own {own} was right."),
-        f"The only one of all companies’ {everybodys} was right.",
+        f"Of all companies’ {everybodys}, 1 of 1 {as_roots}.",
     )
     book("acme", BookedBy="check")
     expect(page.locator("#samples")).to_have_text("4")
     says(
         *("acme", f"Of acme’s own 2 {own}, 2 were right."),
-        f"Of all companies’ 2 {everybodys}, 2 were right.",
-        "Many alike ones of one company count as few of these.",
+        f"Of all companies’ {everybodys}, 1 of 1 {as_roots}.",
     )
 
 

@@ -1076,7 +1076,7 @@ def test_the_recipes_do_what_they_say(serve, tmp_path):
         assert '"\'+47 ""never;\'=1+1",' in file.readlines()[-1]
     assert runs(3, "DESK.csv") == f"{rest} sent\n"
     assert read_lines(tmp_path / "log.jsonl")[-1]["sample"]["BankEntryText"] == '+47 "never;=1+1'
-    assert service.get("/health")[1]["checks"] == rest - 1 > 5  # and the one never seen
+    assert service.get("/health")[1]["checks"] in range(6, rest)  # the others are not sure enough
     commands = f'python() {{ "{sys.executable}" "$@"; }}\n{commands}'
     subprocess.run(["bash", "-ec", commands], cwd=tmp_path, check=True, capture_output=True)
     with open(tmp_path / "SUGGESTED.csv", encoding="utf-8") as file:

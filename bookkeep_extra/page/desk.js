@@ -252,12 +252,12 @@ function evidenceText(company, account, { known, own, all }, isNew) {
   const alike = "with about as much evidence";
   const companys = element("span", {}, userText(company, 40), "’s own");
   const ofAccount = ["of ", userText(account, 40), ` ${alike}`];
-  const ofAny = [`of any account ${alike} and ${known} known`];
-  return [
-    ...(isNew ? [] : [...tally(companys, ofAccount, own), " "]),
-    ...tally("all companies’", ofAny, all),
-    all.suggestions > 1 ? " Many alike ones of one company count as few of these." : "",
-  ];
+  const ofAny = `all companies’ suggestions of any account ${alike} and ${known} known`;
+  const ofAll = all.suggestions
+    ? `Of ${ofAny}, ${count(all.right)} of ${count(all.suggestions)} were right, ` +
+      "where n of one company count as √n."
+    : `There are none yet of ${ofAny}.`;
+  return [...(isNew ? [] : [...tally(companys, ofAccount, own), " "]), ofAll];
 }
 
 function tally(whose, which, { suggestions, right }) {
