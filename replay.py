@@ -192,6 +192,11 @@ class Client:
         """
         return self.ask("GET", _query(f"/report/{n}", {"company": company, "book_from": book_from}))
 
+    def suspects(self, company: str | None = None, limit: int = 50) -> list[dict]:
+        """Bookings that look wrong, of all companies or one, the most probable first."""
+        query = {"company": company, "limit": limit}
+        return self.ask("GET", _query("/suspects", query))["suspects"]
+
     def health(self) -> dict:
         """How much has been learned, and whether bookings can be stored."""
         health = self.ask("GET", "/health")
@@ -389,6 +394,8 @@ def _progress(total: int | None, how_good: Callable[[], str]) -> Iterator[Callab
 
 LAST = 1000  # predictions that the report is about, or half of them if it is a small file
 WINDOWS = (100, LAST, 10_000)  # the n of the /metrics/<n> in it
+SUSPECTS = 10  # bookings that look wrong, in the report
+MAX_PAGE = 500  # bookings in one answer
 
 
 def replay(client: Client, options: argparse.Namespace, name: str, rows: Iterator[Sample]) -> dict:
@@ -421,7 +428,7 @@ def replay(client: Client, options: argparse.Namespace, name: str, rows: Iterato
         "samples_per_second": round(run.sent / seconds),
         "accounts": None,
         "metrics": {},
-        **dict.fromkeys(("report", "unseen", "booked_unseen", "prediction")),
+        **dict.fromkeys(("report", "unseen", "booked_unseen", "suspects", "prediction")),
         "interrupted": interrupted,
         "resumable": run.resumable,
     }
@@ -497,7 +504,22 @@ class Run:
             "report": report,
             "unseen": best_level(report["confidence"]),
             "booked_unseen": self.integrator and self.integrator.report(),
+            "suspects": self.suspects(),
         }
+
+    def suspects(self) -> list[dict]:
+        """What looks wrong most, of bookings that are alike only one; none if nothing can say."""
+        try:
+            found = self.client.suspects(limit=MAX_PAGE)
+        except ServiceError as error:
+            if error.status == 404:  # bookkeep_extra is missing
+                return []
+            raise
+        alike = {}
+        for each in found:
+            sample = each["sample"]
+            alike.setdefault((sample["CompanyId"], sample["BankEntryText"], each["account"]), each)
+        return [*alike.values()][:SUSPECTS]
 
     def prediction(self, row: Sample | None) -> dict | None:
         """What the service suggests for a row that it has not been sent, if there is one."""
@@ -611,6 +633,8 @@ def in_words(report: dict) -> str:
         paragraphs.append(_quality(report["report"], report["unseen"], report["accounts"]))
     else:
         paragraphs.append(["How good it is was not measured yet: there were too few bookings"])
+    if report["suspects"]:
+        paragraphs.append(_suspects(report["suspects"]))
     if report["prediction"]:
         paragraphs.append(_prediction(report["prediction"]))
     if last := report["metrics"].get(str(LAST)):
@@ -657,6 +681,20 @@ def _booked_unseen(found: dict) -> Iterator[str]:
         yield f"  right of those: {about}, the service says; {truth}, in truth"
     about, truth = _percent(said["overall"], 1), _percent(true["overall"], 1)
     yield f"  right of all: {about}, the service says; {truth}, in truth"
+
+
+def _suspects(found: Sequence[dict]) -> Iterator[str]:
+    """The bookings that look wrong most, and why."""
+    yield "What looks wrong most, of the last bookings:"
+    for each in found:
+        sample, account, likely = each["sample"], each["account"], each["likely"]
+        on = f"{each['on_likely']:,} on {likely}, {each['on_account']:,} on {account}"
+        others = f": of {each['alike']:,} others with this {each['like']}, {on}"
+        yield (
+            f'  {_percent(each["probability"])} "{sample["BankEntryText"]}" of '
+            f"{sample['CompanyId']}, {sample['BankEntryAmount']}, is on {account}, rather "
+            f"{likely}{others if each['like'] else ''}"
+        )
 
 
 def _prediction(found: dict) -> Iterator[str]:

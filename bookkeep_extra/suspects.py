@@ -18,7 +18,7 @@ had booked and looked at again, how many they changed, and how many were expecte
 import csv
 import math
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -49,6 +49,7 @@ from bookkeep_extra.unlearned import doubts
 RECENT = 10_000  # bookings, the last, that an answer looks at
 LEAST = 0.05  # the probability from which on a booking is shown
 LOOKED = 5  # bookings that persons looked at, as expected, to start with
+ALL = ""  # in place of an account: all
 LIKE = {  # what others may have in common with a booking, from most to least
     "text": KINDS.index("whole text"),
     "first two words": KINDS.index("first two words in this company"),
@@ -88,28 +89,26 @@ def find(books: Books, records: Iterable[dict]) -> list[Suspect]:
 
     Each is compared with the others of these. Raises NotReady if nothing is learned.
     """
-    found_odd = [doubt for chunk in chunks(records, 4 * ROUND) for doubt in _doubts(books, chunk)]
-    counts: Counter[tuple] = Counter()  # of bookings by key, and by key and account
+    asked = [doubt for chunk in chunks(records, 4 * ROUND) for doubt in _doubts(books, chunk)]
+    groups: defaultdict[object, Counter] = defaultdict(Counter)  # key -> account, ALL -> bookings
     odd: Counter[tuple] = Counter()  # by company and account: booked elsewhere by the model
-    for each in found_odd:
+    for each in asked:
         for key in (each.sample["CompanyId"], *each.keys.values()):
-            counts[key] += 1
-            counts[key, each.now] += 1
-        odd[each.sample["CompanyId"], each.now] += each.now == each.account and each.margin > 0
+            group = groups[key]
+            group[ALL] += 1
+            group[each.now] += 1
+        if each.margin > 0 and each.now == each.account:
+            odd[each.sample["CompanyId"], each.now] += 1
     weighed = []
     expected = changed = LOOKED
-    for each in found_odd:
-        stays = each.account == each.now
-
-        def others(key: object, account: str, each: Doubt = each) -> int:
-            return counts[key, account] - (account == each.now)
-
-        whose = each.sample["CompanyId"], each.account
-        u, n = odd[whose] - (stays and each.margin > 0), others(*whose)
+    for each in asked:
+        company, account, likely = each.sample["CompanyId"], each.account, each.likely
+        stays, moved = account == each.now, likely == each.now
+        u, n = odd[company, account] - (stays and each.margin > 0), groups[company][account] - stays
         like = {
-            name: (counts[key] - 1, others(key, each.account), others(key, each.likely))
-            for name, key in each.keys.items()
-            if counts[key] > 1
+            name: (group[ALL] - 1, group[account] - stays, group[likely] - moved)
+            for name, group in ((name, groups[key]) for name, key in each.keys.items())
+            if group[ALL] > 1
         }
         log_odds = math.sqrt(max(0, each.margin)) - 7.2 - 0.8 * bool(like)
         log_odds -= 0.6 * math.log((u + 0.5) / (n + 1))
@@ -119,7 +118,7 @@ def find(books: Books, records: Iterable[dict]) -> list[Suspect]:
         if score_weight(each.sample) and each.is_looked_at:
             expected += odds / (1 + odds)
             changed += not stays
-        elif score_weight(each.sample) and each.likely is not None:
+        elif score_weight(each.sample) and likely is not None:
             weighed.append((odds, each, *next(iter(like.items()), (None, (0, 0, 0)))))
     found = []
     for odds, (seq, sample, account, _, _, likely, *_), name, said in weighed:
@@ -177,6 +176,8 @@ def print_suspects(path: Path) -> int:
     books = Books()
     for batch in scan(path):
         if isinstance(batch, Damage):
+            if batch.unfinished:  # a service may be writing it
+                break
             raise batch.error(path)
         records = [record for record in batch.records if len(record) > len(PLACE)]
         if records and not bookings:

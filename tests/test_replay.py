@@ -522,6 +522,10 @@ def test_the_demo_in_one_command(serve, small, tmp_path):
     assert (200, report["report"]) == service.get("/report/750")  # of a small file, half
     assert report["accounts"] == service.get("/health")[1]["accounts"]
     assert report["unseen"] in report["report"]["confidence"]
+    found = service.get("/suspects?limit=500")[1]["suspects"]
+    assert report["suspects"][0] == found[0]
+    shown = [each["sample"]["BankEntryText"] for each in report["suspects"]]
+    assert len(shown) == min(10, len({each["sample"]["BankEntryText"] for each in found}))
     assert (200, [prediction["predicted"]]) == service.post("/predict", asked)
     [suggested] = service.post("/suggest?top=1", asked)[1]["suggestions"]
     assert prediction["confidence"] == suggested["confidence"]
@@ -680,7 +684,7 @@ def test_a_report_says_what_is_not_there_yet_and_what_to_try_next():
         **{"samples": 6, "stored_before": 2, "seconds": 1.0, "samples_per_second": 6},
         **{"stored_as": [8, 9], "how": " --company acme --map text=T"},
         **{"accounts": 3, "metrics": {"1000": {"precision": 0.1, "recall": 0.1}}, "report": last},
-        **{"unseen": level, "booked_unseen": None, "prediction": None},
+        **{"unseen": level, "booked_unseen": None, "suspects": [], "prediction": None},
         **{"interrupted": False, "resumable": True, "log": "x/log"},
     }
     words = replay.in_words(report)
@@ -689,6 +693,14 @@ def test_a_report_says_what_is_not_there_yet_and_what_to_try_next():
     assert "the same command with --stay" in words
     assert "python bookkeep.py --log x/log" in words
     assert "replay.py NEW.csv --suggest --company acme --map text=T > SUGGESTED.csv" in words
+    odd = {"sample": booking("a", "rent"), "account": "7", "likely": "6", "probability": 0.934}
+    suspects = [
+        odd | {"like": "text", "alike": 1400, "on_likely": 1300, "on_account": 2},
+        odd | {"like": None, "alike": 0, "on_likely": 0, "on_account": 0},
+    ]
+    words = replay.in_words(report | {"suspects": suspects})
+    says = '\n  93 % "rent" of a, > -1000, is on 7, rather 6'
+    assert f"{says}: of 1,400 others with this text, 1,300 on 6, 2 on 7{says}\n" in words
     interrupted = replay.in_words(report | {"interrupted": True})
     assert interrupted.endswith("Interrupted; the same command goes on with --log x/log")
     early = replay.in_words(report | {"report": None, "unseen": None})
