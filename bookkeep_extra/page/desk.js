@@ -537,6 +537,11 @@ function loadQueue() {
   for (const id of ["below", "order"]) $(id).disabled = isOfWrong;
   setText($("instead"), isOfWrong ? "Rather" : "Suggested");
   setText($("how-sure"), isOfWrong ? "Wrong" : "Confidence");
+  if (isOfWrong && !doubts.size) {
+    // It takes a second or two: meanwhile other bookings must not stand there.
+    $("list").hidden = true;
+    setText($("empty"), "Looking for what looks wrong …");
+  }
   doubts.clear();
   queue = { filters, phases, seqs: [], samples: health.samples };
   return loadMore(FIRST);
