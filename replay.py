@@ -691,7 +691,7 @@ def _suspects(found: Sequence[dict]) -> Iterator[str]:
         on = f"{each['on_likely']:,} on {likely}, {each['on_account']:,} on {account}"
         others = f": of {each['alike']:,} others with this {each['like']}, {on}"
         yield (
-            f'  {_percent(each["probability"])} "{sample["BankEntryText"]}" of '
+            f'  {_percent(min(each["probability"], 0.99))} "{sample["BankEntryText"]}" of '
             f"{sample['CompanyId']}, {sample['BankEntryAmount']}, is on {account}, rather "
             f"{likely}{others if each['like'] else ''}"
         )
