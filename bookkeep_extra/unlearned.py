@@ -20,22 +20,25 @@ def doubts(
     log-odds over the label, 0 if the label is unknown then. `lessons` are what the documents have
     taught.
     """
-    by_name = np.argsort(np.argsort(model.names))
     made: list[tuple[str | None, float]] = []
     for start in range(0, len(documents), ROUND):
         part = slice(start, start + ROUND)
         of, account, score, is_label = scores_without(
             model, documents[part], labels[part], lessons[part]
         )
-        # The best first, of equals the first by name, and the labels last.
-        order = np.lexsort((by_name[account], -score, is_label, of))
-        best = order[np.searchsorted(of, np.arange(of[-1] + 1))]
-        own = np.full(len(best), np.nan)
+        start = of.searchsorted(np.arange(of[-1] + 1))
+        others = np.where(is_label, -np.inf, score)
+        highest = np.maximum.reduceat(others, start)
+        best = (others == highest[of]).nonzero()[0].tolist()
+        if len(best) > len(start):  # of equals, the first by name
+            best.sort(key=lambda pair: model.names[account[pair]], reverse=True)
+            best = sorted({of[pair]: pair for pair in best}.values())  # the last of each
+        own = np.full(len(start), np.nan)
         own[of[is_label]] = score[is_label]
-        margins = np.nan_to_num(score[best] - own).tolist()
-        names = [model.names[number] for number in account[best].tolist()]
-        for likely, margin, alone in zip(names, margins, is_label[best].tolist(), strict=True):
-            made.append((None, 0.0) if alone else (likely, margin))
+        margins = np.nan_to_num(highest - own).tolist()
+        for pair, margin in zip(best, margins, strict=True):
+            alone = is_label[pair]
+            made.append((None, 0.0) if alone else (model.names[account[pair]], margin))
     return made
 
 

@@ -49,6 +49,9 @@ def test_a_booking_is_scored_exactly_as_if_it_had_never_been_learned(rare, monke
         amount = str(rng.randrange(-50, 50))
         documents.append(bookkeep.tokens(booking(company, text, amount), ()))
         labels.append(f"{int(rng.expovariate(0.2))}{rng.choice(['', company])}")  # some only once
+    for account in "rqp":  # of each, the others are equally likely
+        documents.append(bookkeep.tokens(booking("new", "k l", "7"), ()))
+        labels.append(account)
     model = NaiveBayes()
     for start in range(0, len(documents), 50):
         batch = slice(start, start + 50)
@@ -58,6 +61,7 @@ def test_a_booking_is_scored_exactly_as_if_it_had_never_been_learned(rare, monke
     # What is asked about is mostly what it is booked to, but what it was before it was corrected.
     asked = [label if i % 7 else labels[i - 1] for i, label in enumerate(labels)]
     whose, account, score, is_label = scores_without(model, documents, asked, own)
+    ties = 0
     doubted = doubts(model, documents, asked, own)
     for i, (document, lesson) in enumerate(zip(documents, own, strict=True)):
         model.learn([document], [lesson], sign=-1)
@@ -67,12 +71,16 @@ def test_a_booking_is_scored_exactly_as_if_it_had_never_been_learned(rare, monke
         assert account[mine].tolist() == alone.account.tolist()
         assert score[mine].tolist() == alone.score.tolist()
         assert is_label[mine].nonzero()[0].tolist() == alone.label.tolist()
-        others = [score for p, score in enumerate(alone.score) if p not in alone.label]
+        pairs = [p for p in range(len(alone.score)) if p not in alone.label]
+        others = [alone.score[p] for p in pairs]
+        names = [model.names[alone.account[p]] for p in pairs if alone.score[p] == max(others)]
         likely, margin = doubted[i]
         if others and len(alone.label):
             assert margin == max(others) - alone.score[alone.label[0]]
-        assert (likely is None) == (not others)
+        assert likely == min(names, default=None)
+        ties += len(names) > 1
         assert likely != asked[i]
+    assert ties
 
 
 def test_what_was_booked_wrong_comes_first_with_the_numbers_that_say_so(keeper):
