@@ -547,8 +547,8 @@ def has_ended(trace):
 def test_a_power_failure_at_any_moment_loses_nothing_that_was_answered(
     serve, tmp_path, monkeypatch, tracing
 ):
-    """Up to 240 states that one may leave, half of them inside a forgetting, of a traced service;
-    and 60 of a start that ends the forgetting. All of them with BOOKKEEP_ROUNDS.
+    """Up to 120 states that one may leave, half of them inside a forgetting, of a traced service;
+    and 30 of a start that ends the forgetting. All of them with BOOKKEEP_ROUNDS.
     """
     trace, log = tmp_path / "trace", tmp_path / "disk" / "log.jsonl"
     rng = seeded()
@@ -576,7 +576,7 @@ def test_a_power_failure_at_any_moment_loses_nothing_that_was_answered(
     outside = [failure for failure in failures if not failure[1].get("log.jsonl.forgetting")]
     print(len(outside), "states, and inside a forgetting", len(inside))
     for all_of_them in (inside, outside):
-        some = len(all_of_them) if LONG else min(120, len(all_of_them))
+        some = len(all_of_them) if LONG else min(60, len(all_of_them))
         for failure in rng.sample(all_of_them, some):
             require(*failure)
 
@@ -589,7 +589,7 @@ def test_a_power_failure_at_any_moment_loses_nothing_that_was_answered(
         wait_until(lambda trace=trace: has_ended(trace))
         again = [left for _, left in power_failures(trace, log, rng, state)]
         print(len(again), "states of a start")
-        for left in again if LONG else rng.sample(again, min(60, len(again))):
+        for left in again if LONG else rng.sample(again, min(30, len(again))):
             require(answered, left)
     print(outcomes)
 
