@@ -520,7 +520,7 @@ class Counts:
         """(m,) how many entries each row has, 0 for a wide one; (e,) where they all are."""
         values = self.rows.values.take(rows)
         sizes = np.where(values < WIDE, values & SIZE, 0)
-        return sizes, _ranges(values >> 24, sizes)
+        return sizes, ranges(values >> 24, sizes)
 
     def met(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What narrow rows say: (m,) how many entries each has, (e,) their accounts, evidence."""
@@ -594,7 +594,7 @@ class Counts:
         starts[moved] = self.end + room.cumsum() - room
         self.end += int(room.sum())
         self.rows.values[rows] = np.where(sizes > 0, starts << 24 | sizes, 0)
-        at = _ranges(starts, sizes)
+        at = ranges(starts, sizes)
         self.entries[at] = columns << 40 | units
         kind = (self.rows.keys.take(rows) >> KIND_SHIFT).take(owner)
         self.evidence[at] = self._evidence_of(kind, columns & 1, units)
@@ -608,7 +608,7 @@ class Counts:
         room = _room(sizes)
         starts = 1 + room.cumsum() - room
         self.rows.values[rows] = starts << 24 | sizes
-        new, self.end = _ranges(starts, sizes), 1 + int(room.sum())
+        new, self.end = ranges(starts, sizes), 1 + int(room.sum())
         slots = (self.end + more) * 4 // 3
         entries, evidence = np.zeros(slots, dtype=np.int64), np.zeros(slots)
         entries[new], evidence[new] = self.entries[old], self.evidence[old]
@@ -736,7 +736,7 @@ def _inserted(
     return np.insert(keys, at, more), np.insert(values, at, 0)
 
 
-def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """The numbers in ranges of these sizes from these starts on.
 
     starts [5, 8], sizes [2, 1] -> [5, 6, 8]
@@ -865,7 +865,7 @@ class NaiveBayes:
 
     def joint_log_likelihood(self, documents: Documents, labels: Sequence[str] = ()) -> Scores:
         """The scores of all candidates. There must be a model, that is an account."""
-        found, accounts = self._look_up(documents), len(self.names)
+        found, accounts = self.look_up(documents), len(self.names)
         counts, n = self.token_counts, len(found.start)
 
         # What narrow rows say: their accounts are the candidates.
@@ -902,7 +902,7 @@ class NaiveBayes:
         if len(wide):
             of = found.document.take(wide)
             sizes = np.bincount(document).take(of)
-            at = _ranges(start.take(of), sizes)
+            at = ranges(start.take(of), sizes)
             said = counts.asked(found.row.take(wide).repeat(sizes), account.take(at))
             score += np.bincount(at, said, minlength=len(score))
         score *= EVIDENCE
@@ -975,9 +975,10 @@ class NaiveBayes:
         known = self.alpha * np.maximum(occupied, 1)
         return np.concatenate([np.zeros_like(known[..., :1]), known], axis=-1)
 
-    def _look_up(
+    def look_up(
         self, documents: Documents, rows_of: Callable[[np.ndarray], np.ndarray] | None = None
     ) -> LookedUp:
+        """The documents' tokens and their rows, which `rows_of` may give, also to new ones."""
         if isinstance(documents, LookedUp):
             return documents
         tokens = np.fromiter(chain.from_iterable(documents), dtype=np.int64)
@@ -992,7 +993,7 @@ class NaiveBayes:
         The difference between two accounts' terms is a list of log-odds that add up to the
         difference of their scores. The terms of an unknown token are 0.
         """
-        found, accounts = self._look_up([document]), np.asarray(accounts)
+        found, accounts = self.look_up([document]), np.asarray(accounts)
         counts = self.token_counts
         logs = self.log_counts(self.sums[accounts]).T
         terms = np.zeros((len(document), len(accounts)))
@@ -1011,7 +1012,7 @@ class NaiveBayes:
         return [
             self.names[account]
             for _, scores in self._scores(documents)
-            for account in scores.account[self._best(scores)].tolist()
+            for account in scores.account[self.best(scores)].tolist()
         ]
 
     def _scores(
@@ -1028,7 +1029,7 @@ class NaiveBayes:
             part = slice(start, start + ROUND)
             yield part, self.joint_log_likelihood(documents[part], labels[part])
 
-    def _best(self, scores: Scores) -> np.ndarray:
+    def best(self, scores: Scores) -> np.ndarray:
         """(n,) the pair of each document's highest score; of equals, the first by name."""
         highest = np.maximum.reduceat(scores.score, scores.start)
         best = (scores.score == highest.take(scores.document)).nonzero()[0]
@@ -1062,7 +1063,7 @@ class NaiveBayes:
         """As `top`, and what `assess` makes of the first ones."""
         scored = [*self._scores(documents)]
         found = self.top(documents, most, scored)
-        margins = chain.from_iterable(self._margins(each, self._best(each)) for _, each in scored)
+        margins = chain.from_iterable(self._margins(each, self.best(each)) for _, each in scored)
         known = self.specificity(documents).tolist()
         return found, [
             Assessment(self.names[best[0][1]], margin, None, specificity)
@@ -1082,7 +1083,7 @@ class NaiveBayes:
         for part, scores in scored or self._scores(documents, labels):
             seen = scores.score.copy()
             seen[scores.label[scores.alien]] = -np.inf
-            best = self._best(scores._replace(score=seen))
+            best = self.best(scores._replace(score=seen))
             label = np.full(len(best), -1)  # the pairs of labels that are candidates
             known = scores.label[~scores.alien]
             label[scores.document[known]] = known
@@ -1120,7 +1121,7 @@ class NaiveBayes:
 
     def specificity(self, documents: Documents) -> np.ndarray:
         """(n,) how much was known of each document, of SPECIFICITY."""
-        found = self._look_up(documents)
+        found = self.look_up(documents)
         known = self.token_counts.rows.values[found.row] > 0
         return np.maximum.reduceat(known * SPECIFICITY_BY_KIND[found.kind], found.start)
 
@@ -1168,7 +1169,7 @@ class NaiveBayes:
         """
         if not lessons:
             return
-        found = self._look_up(documents, self.token_counts.rows.insert)
+        found = self.look_up(documents, self.token_counts.rows.insert)
         against = [lesson.against for lesson in lessons]
         names = chain((lesson.account for lesson in lessons), *against)
         account = np.fromiter(map(self.accounts.__getitem__, names), dtype=np.int64)
@@ -1188,7 +1189,7 @@ class NaiveBayes:
         np.add.at(self.sums, cell, weight.take(found.document))
 
         sizes = np.bincount(found.document, minlength=len(lessons)).take(document)
-        token = _ranges(found.start.take(document), sizes)
+        token = ranges(found.start.take(document), sizes)
         self.token_counts.add(found.row.take(token), column.repeat(sizes), units.repeat(sizes))
         self._count()
 
@@ -1209,14 +1210,14 @@ class NaiveBayes:
         for start in range(0, len(documents), 2 * ROUND):
             pause()
             part = slice(start, start + 2 * ROUND)
-            found = self._look_up(documents[part], insert)
+            found = self.look_up(documents[part], insert)
             scored = [*self._scores(found, labels[part])] if self.n_classes else []
             assessments += self.assess(found, labels[part], scored)
         parts = rounds(len(documents))
         for part in parts:
             if len(parts) > 1:  # what was found and scored is no longer so
                 pause()
-                found, scored = self._look_up(documents[part], insert), ()
+                found, scored = self.look_up(documents[part], insert), ()
             lessons = self.weigh(found, labels[part], scored)
             with changing():  # for him who takes them, too: should he fail, it is half a change
                 self.learn(found, lessons)
@@ -2838,6 +2839,13 @@ def otherwise(record: dict, features: dict) -> str | None:
     return f"it was learned with the context {context}, the target {learned.get('target', TARGET)}"
 
 
+def require_features(records: Sequence[dict], first: int, features: dict, path: Path) -> None:
+    """Raises LogError if one of these lines of a log, from the first on, is to be learned anew."""
+    for line, record in enumerate(records, start=first):
+        if reason := otherwise(record, features):
+            raise Damage(line, reason, otherwise=True).error(path)
+
+
 # ------------------------------------------------------------------------------------- Bookkeeper
 
 UNSAVED = 10_000  # lines of the log that its snapshot may lack; a sixteenth while it grows
@@ -3091,9 +3099,7 @@ class Bookkeeper:
 
     def _learn_back(self, records: list[dict]) -> None:
         first = records[0]["seq"] + 1
-        for line, record in enumerate(records, start=first):
-            if reason := otherwise(record, self.books.features):
-                raise Damage(line, reason, otherwise=True).error(self.log.path)
+        require_features(records, first, self.books.features, self.log.path)
         try:
             self.books.apply(records, self._corrected)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:

@@ -38,7 +38,7 @@ from bookkeep import (
     Sample,
     chunks,
     features_of,
-    otherwise,
+    require_features,
     scan,
     score_weight,
     standings,
@@ -183,9 +183,7 @@ def print_suspects(path: Path) -> int:
         if records and not bookings:
             learned = features_of(records[0])
             books = Books(learned.get("context", ()), learned.get("target", TARGET))
-        for line, record in enumerate(batch.records, batch.line):
-            if reason := otherwise(record, books.features):
-                raise Damage(line, reason, otherwise=True).error(path)
+        require_features(batch.records, batch.line, books.features, path)
         bookings.update((record["seq"], record) for record in records if "sample" in record)
         books.apply(records, lambda correction: bookings[correction["corrects"]])
     rows = csv.writer(sys.stdout, quoting=csv.QUOTE_ALL)

@@ -35,9 +35,8 @@ def print_token(options: argparse.Namespace) -> int:
             f"give the service's own token, in BOOKKEEP_TOKEN or with --token-file; it must have "
             f"{LEAST} characters or more, as who has one made from it can try to guess it"
         )
-    company = os.fsencode(options.company).decode(
-        errors="surrogateescape"
-    )  # whatever the locale is
+    # The same whatever the locale is.
+    company = os.fsencode(options.company).decode(errors="surrogateescape")
     check_sample({"CompanyId": company}, ("CompanyId",))
     access = Access(company, not options.read_only)
     print(company_token(token, access, int(time.time()) + options.days * 86_400))

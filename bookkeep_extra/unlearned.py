@@ -1,12 +1,11 @@
 """What a model would say of bookings that it has learned, had it learned all but the one."""
 
 from collections.abc import Sequence
-from itertools import chain
 
 import numpy as np
 
 import bookkeep
-from bookkeep import EVIDENCE, GRAIN, KIND_SHIFT, KINDS, ROUND, UNITS, Lesson, NaiveBayes
+from bookkeep import EVIDENCE, GRAIN, KINDS, ROUND, UNITS, Lesson, NaiveBayes, Scores, ranges
 
 Tokens = Sequence[Sequence[int]]
 
@@ -23,37 +22,28 @@ def doubts(
     made: list[tuple[str | None, float]] = []
     for start in range(0, len(documents), ROUND):
         part = slice(start, start + ROUND)
-        of, account, score, is_label = scores_without(
-            model, documents[part], labels[part], lessons[part]
-        )
-        start = of.searchsorted(np.arange(of[-1] + 1))
-        others = np.where(is_label, -np.inf, score)
-        highest = np.maximum.reduceat(others, start)
-        best = (others == highest[of]).nonzero()[0].tolist()
-        if len(best) > len(start):  # of equals, the first by name
-            best.sort(key=lambda pair: model.names[account[pair]], reverse=True)
-            best = sorted({of[pair]: pair for pair in best}.values())  # the last of each
-        own = np.full(len(start), np.nan)
-        own[of[is_label]] = score[is_label]
-        margins = np.nan_to_num(highest - own).tolist()
+        scores = scores_without(model, documents[part], labels[part], lessons[part])
+        others, own = scores.score.copy(), np.full(len(scores.start), np.nan)
+        own[scores.document[scores.label]] = scores.score[scores.label]
+        others[scores.label] = -np.inf
+        best = model.best(scores._replace(score=others))
+        margins = np.nan_to_num(others[best] - own).tolist()
         for pair, margin in zip(best, margins, strict=True):
-            alone = is_label[pair]
-            made.append((None, 0.0) if alone else (model.names[account[pair]], margin))
+            alone = others[pair] == -np.inf
+            made.append((None, 0.0) if alone else (model.names[scores.account[pair]], margin))
     return made
 
 
 def scores_without(
     model: NaiveBayes, documents: Tokens, labels: Sequence[str], lessons: Sequence[Lesson]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(p,) document, account, score, and whether it is the label's, of all candidates and labels.
+) -> Scores:
+    """The scores of all candidates and labels; which labels are no candidates, it does not say.
 
     They are, bit for bit, those of `joint_log_likelihood` after the one document is unlearned.
     """
     counts, accounts, n = model.token_counts, len(model.names), len(documents)
     number = model.accounts.__getitem__
-    tokens = np.fromiter(chain.from_iterable(documents), dtype=np.int64)
-    document = np.arange(n).repeat([*map(len, documents)])
-    row, kind = counts.rows.find(tokens), tokens >> KIND_SHIFT
+    _, document, kind, row = found = model.look_up(documents)
     # A token that occurs twice in a document was learned twice.
     _, once, of, times = np.unique(
         document * len(counts.rows.keys) + row,
@@ -96,6 +86,7 @@ def scores_without(
     had = counts.units(row[wide[own]], column_own >> 1)[np.arange(len(own)), column_own & 1]
     gone = without(wide[own], column_own, had) == 0
     np.subtract.at(left, wide[own[gone]], 1)
+
     # The candidates, but no account that has learned nothing else; and the labels.
     each = np.arange(n)
     alive = np.tile(model.class_counts > 0, (n, 1))
@@ -120,8 +111,7 @@ def scores_without(
     score = np.bincount(at[at >= 0], said[at >= 0], minlength=len(of))
     many = there.sum(axis=1)[document[wide]]
     first = of.searchsorted(document[wide])  # of the pairs of its document
-    asked, at = wide.repeat(many), (first - many.cumsum() + many).repeat(many)
-    at += np.arange(len(at))
+    asked, at = wide.repeat(many), ranges(first, many)
     units = counts.units(row[asked], account[at])
     for side in (0, 1):
         kept = without(asked, 2 * account[at] + side, units[:, side])
@@ -129,11 +119,10 @@ def scores_without(
 
     # The prior and the normalisers: without what it taught, and without tokens unknown then.
     known, kinds = left > 0, len(KINDS)
-    shape = n, kinds
 
     def by_kind(some: np.ndarray) -> np.ndarray:
         cell = document[some] * kinds + kind[some]
-        return np.bincount(cell, minlength=n * kinds).reshape(shape)
+        return np.bincount(cell, minlength=n * kinds).reshape(n, kinds)
 
     lengths = np.column_stack([np.ones(n), by_kind(known)])
     lost = by_kind(once[~known[once]])
@@ -144,4 +133,5 @@ def scores_without(
     sums[at[at >= 0]] -= (weight[:, np.newaxis] * all_of_them)[at >= 0]
     logs = model.log_counts(sums, smoothing[of])
     score += np.einsum("pk,pk->p", logs, lengths.take(of, axis=0))
-    return of, account, score * EVIDENCE, account == label[of]
+    labelled = (account == label[of]).nonzero()[0]
+    return Scores(of, account, score * EVIDENCE, of.searchsorted(each), labelled, label[:0], found)

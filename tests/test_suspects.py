@@ -4,6 +4,7 @@ import csv
 import io
 import random
 
+import numpy as np
 import pytest
 
 import bookkeep
@@ -60,16 +61,17 @@ def test_a_booking_is_scored_exactly_as_if_it_had_never_been_learned(rare, monke
     own = [lessons[i] for i in range(len(documents))]
     # What is asked about is mostly what it is booked to, but what it was before it was corrected.
     asked = [label if i % 7 else labels[i - 1] for i, label in enumerate(labels)]
-    whose, account, score, is_label = scores_without(model, documents, asked, own)
+    at_once = scores_without(model, documents, asked, own)
+    is_label = np.isin(np.arange(len(at_once.score)), at_once.label)
     ties = 0
     doubted = doubts(model, documents, asked, own)
     for i, (document, lesson) in enumerate(zip(documents, own, strict=True)):
         model.learn([document], [lesson], sign=-1)
         alone = model.joint_log_likelihood([document], [asked[i]])
         model.learn([document], [lesson])
-        mine = whose == i
-        assert account[mine].tolist() == alone.account.tolist()
-        assert score[mine].tolist() == alone.score.tolist()
+        mine = at_once.document == i
+        assert at_once.account[mine].tolist() == alone.account.tolist()
+        assert at_once.score[mine].tolist() == alone.score.tolist()
         assert is_label[mine].nonzero()[0].tolist() == alone.label.tolist()
         pairs = [p for p in range(len(alone.score)) if p not in alone.label]
         others = [alone.score[p] for p in pairs]
