@@ -77,12 +77,13 @@ FEATURES = ("CompanyId", "BankEntryText", "BankEntryAmount")
 TARGET = "AccountNumber"
 NAME = "AccountName"  # optional: what the company calls the account
 BOOKED_BY = "BookedBy"  # optional: who booked it, a person if it is not said
+ID = "Id"  # optional: what the caller calls the booking, which a company has but once
 CHECKS = 16  # of the suggestions that could be booked unseen, one in so many is to be checked
 SCORE_WEIGHTS = {"person": 1, "check": CHECKS, "suggestion": 0}  # what its prediction counts
 
 MAX_CONTEXT = 8  # keys beside the text that are features
 OF_A_RECORD = (  # keys that stand beside the target in a log, or in an answer
-    *("seq", "batch", "left", "crc", "sample", "corrects", "weight", "against"),
+    *("seq", "batch", "left", "crc", "sample", "corrects", "now", "weight", "against"),
     *("target", "context", "before"),
 )
 
@@ -171,6 +172,8 @@ def check_samples(
             check_sample(sample, required)
             if booked:
                 score_weight(sample)
+            if booked and ID in sample:
+                check_sample(sample, (ID,))
         except BadRequest as error:
             raise BadRequest(f"sample {number}: {error}") from None
     return content
@@ -205,7 +208,7 @@ def check_sample(sample: object, required: Sequence[str]) -> None:
 
 def check_features(context: Sequence[str], target: str) -> None:
     """Raises BadRequest unless these keys can be features, and that one the target."""
-    taken = {*FEATURES, "BankEntryDate", "Id", BOOKED_BY}
+    taken = {*FEATURES, "BankEntryDate", ID, BOOKED_BY}
     if target in {*taken, *OF_A_RECORD} or not re.fullmatch(r"[\w-]{1,100}", target):
         raise BadRequest(f"{_shown(target)} cannot be the target")
     if len(context) > MAX_CONTEXT or len({*context}) < len(context):
@@ -1140,7 +1143,7 @@ class NaiveBayes:
         rivals.
         """
         if not self.n_classes:
-            return [Lesson(label, 1.0) for label in labels]
+            return [Lesson(label, 1.0, []) for label in labels]
         weights, rivals = np.zeros(len(labels)), [[] for _ in labels]
         for part, scores in scored or self._scores(documents, labels):
             score = scores.score / SOFTENING
@@ -2320,7 +2323,7 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 # --------------------------------------------------------------------------------------- Snapshot
 
-FORMAT = 7  # of snapshots
+FORMAT = 8  # of snapshots
 
 
 class Snapshot:
@@ -2408,6 +2411,23 @@ class BookRequest(NamedTuple):
     samples: Sequence[Sample]
     key: str | None = None
 
+    @property
+    def without_id(self) -> list[Sample]:
+        """Those of its samples that have no id: only its key says whether they were booked."""
+        return [sample for sample in self.samples if ID not in sample]
+
+    @property
+    def by_id(self) -> dict[tuple[str, str], Sample]:
+        """The others by company and id. The last one of an id counts."""
+        return {
+            (sample["CompanyId"], sample[ID]): sample for sample in self.samples if ID in sample
+        }
+
+    @property
+    def names(self) -> set[Hashable]:
+        """What no other request of its group may have: its key, and its bookings' ids."""
+        return {*self.by_id, *([] if self.key is None else [self.key])}
+
 
 class Change(NamedTuple):
     """Another change, and what who asked for it waits for."""
@@ -2415,7 +2435,7 @@ class Change(NamedTuple):
     done: Future
     make: Callable[[], object]
     samples: Sequence[Sample] = ()
-    key: str | None = None
+    names = frozenset()
 
 
 class Writer(threading.Thread):
@@ -2439,7 +2459,7 @@ class Writer(threading.Thread):
         self._arrival = threading.Condition()  # of something that waits, or of the end
         self._last_group = 0  # requests in it
         self._closed = False
-        self.failed = 0  # groups and changes that could not be stored
+        self.begun = self.failed = 0  # groups and changes; those that could not be stored
 
     def submit(self, work: BookRequest | Change) -> object:
         """What came of it, once it is done.
@@ -2484,6 +2504,7 @@ class Writer(threading.Thread):
             self._at_long = True
 
     def _do(self, group: list[BookRequest] | list[Change]) -> None:
+        self.begun += 1
         try:
             if isinstance(group[0], Change):
                 group[0].done.set_result(group[0].make())
@@ -2512,17 +2533,16 @@ class Writer(threading.Thread):
             return group
 
     def _short_group(self, most: int) -> list[BookRequest] | list[Change]:
-        """A change, or requests to book of different keys, of so many samples at most."""
-        group, keys, size = [], set(), 0
+        """A change, or requests to book that share no name, of so many samples at most."""
+        group, names, size = [], set(), 0
         while self._queue:
             work = self._queue[0]
             size += len(work.samples)
-            alone = isinstance(work, Change) or size > most or work.key in keys
+            alone = isinstance(work, Change) or size > most or not names.isdisjoint(work.names)
             if group and (alone or isinstance(group[0], Change)):
                 break
             group.append(self._queue.popleft())
-            if work.key is not None:
-                keys.add(work.key)
+            names |= work.names
         return group
 
     def refusal(self, error: Exception) -> Exception:
@@ -2549,6 +2569,60 @@ class Standing(NamedTuple):
 
     lesson: Lesson
     lines: list[int]  # the seqs of its corrections
+    sample: Sample | None = None  # that was sent in the place of the first one, if any was
+
+
+class Ids:
+    """Which booking it is that a company has under an id of its own: 16 bytes for each.
+
+    The latest, one in 64, wait in a dict until they are put among the others. An id is a hash, so
+    a booking that is found may be another's.
+    """
+
+    def __init__(self) -> None:
+        none = np.zeros(0, dtype=np.int64)
+        self._sorted = none, none  # (n,) hashes; (n,) seqs, of equal hashes the latest first
+        self._latest: dict[int, int] = {}
+
+    def add(self, seq: int, company: str, id: str) -> None:
+        """Has a booking found by this id from now on."""
+        self._latest[self._hash(company, id)] = seq
+        if len(self._latest) > 1000 + len(self._sorted[0]) // 64:
+            self._sort()
+
+    def find(self, company: str, id: str) -> int | None:
+        """The seq of the booking that may have this id; None if there is none."""
+        wanted = self._hash(company, id)
+        latest, (hashes, seqs) = self._latest, self._sorted  # in that order: they may be moving
+        if wanted in latest:
+            return latest[wanted]
+        at = hashes.searchsorted(wanted)
+        return int(seqs[at]) if at < len(hashes) and hashes[at] == wanted else None
+
+    def forget(self, seqs: np.ndarray) -> None:
+        """Drops the ids of these bookings."""
+        self._sort()
+        kept = ~np.isin(self._sorted[1], seqs)
+        self._sorted = self._sorted[0][kept], self._sorted[1][kept]
+
+    def state(self) -> Arrays:
+        """All of it; arrays that are its own."""
+        self._sort()
+        return dict(zip(("id_hashes", "id_seqs"), self._sorted, strict=True))
+
+    def restore(self, state: Arrays) -> None:
+        """Takes over all of another."""
+        self._sorted = state["id_hashes"], state["id_seqs"]
+
+    def _sort(self) -> None:
+        new = np.array(sorted(self._latest.items()), dtype=np.int64).reshape(-1, 2).T
+        at = self._sorted[0].searchsorted(new[0])
+        self._sorted = tuple(map(np.insert, self._sorted, (at, at), new))
+        self._latest = {}
+
+    @staticmethod
+    def _hash(company: str, id: str) -> int:
+        return digest(_encode([company, id]))
 
 
 class Books:
@@ -2572,6 +2646,7 @@ class Books:
         self.features = {} if usual else {"target": target, "context": [*context]}
         self.model, self.calibration, self.history = NaiveBayes(), Calibration(), History(target)
         self.corrected: dict[int, Standing] = {}  # seq -> how it stands by now
+        self.ids = Ids()
         self.counters: Counter[str] = Counter()  # since the start, for an operator
         self.last_batch = 0  # the seq that the last batch of bookings starts with
         self.lock = threading.Lock()
@@ -2647,6 +2722,9 @@ class Books:
                 if record["batch"] != records[-1]["batch"]:
                     break
                 self.last_batch = record["seq"]
+            for record in records:
+                if ID in record["sample"]:
+                    self.ids.add(record["seq"], *map(record["sample"].get, ("CompanyId", ID)))
 
     def undo(self, records: Iterable[dict], rows: np.ndarray) -> None:
         """Takes back what was drafted, or such a part of it."""
@@ -2659,7 +2737,7 @@ class Books:
         """Unlearns bookings, as they stand."""
         learned = (record for record in records if self.lesson(record).weight)
         for chunk in chunks(learned, CHUNK):
-            documents = [self.tokens(record["sample"]) for record in chunk]
+            documents = [self.tokens(self.sample(record)) for record in chunk]
             with self.changing():
                 self.model.learn(documents, [*map(self.lesson, chunk)], sign=-1)
 
@@ -2678,43 +2756,65 @@ class Books:
         self.enter(bookings, rows)
         self.correct([(booking_of(record), record) for record in records if "corrects" in record])
 
-    def correction(self, booking: dict, account: str) -> dict | None:
+    def change(self, booking: dict, sample: Sample) -> tuple[str, Sample | None] | None:
+        """What a sample changes of the booking that has its id: the account, and all, if it moved.
+
+        It has moved if its text, amount or context is another. None if nothing changes: what nobody
+        has looked at changes nothing, nor does a copy that doesn't say who has.
+        """
+        before, lesson, account = self.sample(booking), self.lesson(booking), sample[self.target]
+        moved = any(before.get(key) != sample.get(key) for key in (*FEATURES, *self.context))
+        confirms = BOOKED_BY in sample and not lesson.weight
+        if score_weight(sample) and (moved or confirms or account != lesson.account):
+            return account, sample if moved else None
+        return None
+
+    def correction(self, booking: dict, account: str, now: Sample | None = None) -> dict | None:
         """A record of a booking that is booked to another account, or confirmed.
 
-        A person's that is confirmed counts what it did: nothing is learned anew. None if a person
-        has said so already.
+        Its sample may be another `now`: then it is weighed as if the one before had never been. A
+        person's that is confirmed counts what it did: nothing is learned anew. None if a person has
+        said so already.
         """
-        lesson = self.lesson(booking)
-        if account != lesson.account or not lesson.weight:
-            [lesson] = self.model.weigh([self.tokens(booking["sample"])], [account])
+        lesson, document = self.lesson(booking), self.tokens(self.sample(booking))
+        made = {"corrects": booking["seq"], self.target: account}
+        if now:
+            made["now"], before = now, lesson
+            with self.changing():
+                self.model.learn([document], [before], sign=-1)
+                [lesson] = self.model.weigh([self.tokens(now)], [account])
+                self.model.learn([document], [before])
+        elif account != lesson.account or not lesson.weight:
+            [lesson] = self.model.weigh([document], [account])
         elif booking["seq"] in self.corrected:
             return None
-        counts = {"weight": lesson.weight, "against": lesson.against, **self.features}
-        return {"corrects": booking["seq"], self.target: account, **counts}
+        return made | {"weight": lesson.weight, "against": lesson.against, **self.features}
 
     def correct(self, corrections: Sequence[tuple[dict, dict]]) -> None:
         """Unlearns bookings, and learns them as they were corrected, one after the other."""
         if not corrections:
             return
-        documents = [self.tokens(booking["sample"]) for booking, _ in corrections]
-        before = []
+        gone, come = [], []  # what is unlearned and learned: documents and their lessons
         with self.changing():
             seqs = np.unique([booking["seq"] for booking, _ in corrections])
             at = self.history.find(seqs)
             self.calibration.add(self.history.rows[at], sign=-1)
             for booking, correction in corrections:
                 seq, account = booking["seq"], correction[self.target]
-                before.append(self.lesson(booking))
-                lines = self.corrected[seq].lines if seq in self.corrected else []
+                _, lines, sample = self.corrected.get(seq, Standing(None, []))
+                gone.append((self.tokens(self.sample(booking)), self.lesson(booking)))
                 self.corrected[seq] = Standing(
-                    self._lesson(correction), [*lines, correction["seq"]]
+                    self._lesson(correction),
+                    [*lines, correction["seq"]],
+                    correction.get("now", sample),
                 )
+                come.append((self.tokens(self.sample(booking)), self.lesson(booking)))
                 as_sent = account == booking["sample"][self.target]
                 self.history.correct(seq, account, in_ranks(booking["rank"] if as_sent else None))
             self.calibration.add(self.history.rows[at])
             # First what is added, so that no sum is below 0 meanwhile.
-            self.model.learn(documents, [self._lesson(correction) for _, correction in corrections])
-            self.model.learn(documents, before, sign=-1)
+            self.model.learn(*zip(*come, strict=True))
+            self.model.learn(*zip(*gone, strict=True), sign=-1)
             self.counters["corrections"] += len(corrections)
 
     def drop(self, seqs: np.ndarray) -> int:
@@ -2722,8 +2822,14 @@ class Books:
         with self.changing():
             rows = self.history.forget(seqs)
             self.calibration.add(rows, sign=-1)
+            self.ids.forget(seqs)
             self.counters["forgotten"] += len(rows)
         return len(rows)
+
+    def sample(self, booking: dict) -> Sample:
+        """What a booking is of by now."""
+        standing = self.corrected.get(booking.get("seq", -1))
+        return (standing and standing.sample) or booking["sample"]
 
     def lesson(self, booking: dict) -> Lesson:
         """To which account a booking is booked by now, and what it counts."""
@@ -2753,7 +2859,7 @@ class Books:
 
     def state(self) -> Arrays:
         """All of it; arrays that are those at work."""
-        parts = (self.model, self.calibration, self.history)
+        parts = (self.model, self.calibration, self.history, self.ids)
         own = {
             "corrected": _packed([*self.corrected.items()]),
             "features": _packed([self.target, *self.context]),
@@ -2766,11 +2872,11 @@ class Books:
 
     def restore(self, state: Arrays) -> None:
         """Takes over all of it."""
-        for part in (self.model, self.calibration, self.history):
+        for part in (self.model, self.calibration, self.history, self.ids):
             part.restore(state)
         self.corrected = {
-            seq: Standing(Lesson(*lesson), lines)
-            for seq, (lesson, lines) in _unpacked(state["corrected"])
+            seq: Standing(Lesson(*lesson), *others)
+            for seq, (lesson, *others) in _unpacked(state["corrected"])
         }
 
     @contextmanager
@@ -2855,6 +2961,15 @@ class Conflict(Exception):
     """Other bookings were sent under the key of a batch."""
 
 
+class Plan(NamedTuple):
+    """What is to be made of a request's samples; what else it has, is known."""
+
+    new: list[Sample]
+    changed: list[tuple[dict, str, Sample | None]]  # as Books.correction takes it
+    key: str | None  # of the batch that comes of it
+    repeated: range | None  # where those without an id are, if their key is known
+
+
 class Alone:
     """Says in which order lines come into a log: here, as they are appended, by one process.
 
@@ -2924,11 +3039,12 @@ class Bookkeeper:
         self.writer.start()
 
     def book(self, samples: list[Sample], key: str | None = None) -> range:
-        """The samples' sequence numbers, once they are on disk and learned.
+        """The numbers of the lines that the samples took, once they are on disk and learned.
 
-        A batch whose key is known is not booked again: it has the numbers that it got before.
-        Raises Conflict if that was another batch, NotStored if the samples could not be written,
-        Busy if too many wait, NotReady if the bookkeeper is closed.
+        A batch whose key is known is not booked again: it has the numbers that it got before. Nor
+        is a sample whose company has a booking with its id: what it says otherwise corrects that.
+        Raises Conflict if the key is that of another batch, NotStored if the samples could not be
+        written, Busy if too many wait, NotReady if the bookkeeper is closed.
         """
         return self.writer.submit(BookRequest(Future(), samples, key))
 
@@ -2991,17 +3107,34 @@ class Bookkeeper:
         except (OSError, ValueError) as error:
             raise NotStored(f"line {seq + 1} of the log could not be read ({error})") from None
 
+    def find(self, company: str, id: str) -> dict | None:
+        """The record of the booking that a company has under this id, if any. Raises NotStored."""
+        seq = self.books.ids.find(company, id)
+        booking = {} if seq is None else self.record(seq)
+        sample = booking.get("sample", {})
+        return booking if (sample.get("CompanyId"), sample.get(ID)) == (company, id) else None
+
+    def seq_of(self, company: str, id: str) -> int:
+        """The number of the booking that it finds. Raises NotFound, NotStored."""
+        if booking := self.find(company, id):
+            return booking["seq"]
+        raise NotFound(f"no company of that name has a booking with this {ID}")
+
     def repeated(self, samples: Sequence[Sample], key: str | None) -> range | None:
-        """The numbers that this very batch got, if its key is known. Raises Conflict, NotStored."""
+        """The numbers that these samples without an id got, if their key is known.
+
+        Raises Conflict, NotStored.
+        """
         try:
-            records = None if key is None else self.log.find(key)
+            records = self.log.find(key) if key is not None and samples else None
         except (OSError, ValueError) as error:
             raise NotStored(f"the log could not be read ({error}); try later") from None
         if records is None:
             return None
-        if not all("sample" in record for record in records):
+        if any(len(record) == len(PLACE) for record in records):
             raise Conflict("these were forgotten; take a new Idempotency-Key to book them again")
-        if [record["sample"] for record in records] != samples:
+        stored = (record["sample"] for record in records if "sample" in record)
+        if [sample for sample in stored if ID not in sample] != samples:
             raise Conflict("this Idempotency-Key was used for other bookings; take a new one")
         return range(records[0]["seq"], records[-1]["seq"] + 1)
 
@@ -3023,41 +3156,67 @@ class Bookkeeper:
         self.order.in_order(partial(self._store, group))
 
     def _store(self, group: list[BookRequest]) -> None:
-        """Answers requests of different keys, but those that are answered by now."""
-        group = [each for each in group if not (each.done.done() or self._is_repeated(each))]
-        if not group:
+        """Answers requests that share no name, but those that are answered by now."""
+        begun = self.writer.begun
+        planned = [(each, plan) for each in group if (plan := self._planned(each))]
+        if not planned:
             return
-        samples = [sample for each in group for sample in each.samples]
-        records, rows = self.books.draft(samples, self.writer.pause)
+        records, rows = self.books.draft(
+            [sample for _, plan in planned for sample in plan.new], self.writer.pause
+        )
         try:
-            # Another list may have come under the key of a long one by now.
-            known = self.repeated(group[0].samples, group[0].key)
-            if known is None:
-                rest = iter(records)
-                batches = [(each.key, [*islice(rest, len(each.samples))]) for each in group]
-                records = self.order.append(self.log, batches)
+            # In a pause, others may have booked the same, or changed what this is to change.
+            is_old = self.writer.begun > begun and any(self._plan(r) != p for r, p in planned)
+            if not is_old:
+                drafted, batches, changed = iter(records), [], []
+                for _, plan in planned:
+                    corrections = [self.books.correction(*change) for change in plan.changed]
+                    changed += [booking for booking, *_ in plan.changed]
+                    batches.append((plan.key, [*islice(drafted, len(plan.new)), *corrections]))
+                made = self.order.append(self.log, batches)
         except BaseException:
             self.books.undo(records, rows)
             raise
-        if known is not None:
+        if is_old:
             self.books.undo(records, rows)
-            group[0].done.set_result(known)
-            return
-        self.books.enter(records, rows)
-        end = len(self.log) - len(records)
-        for each in group:
-            first, end = end, end + len(each.samples)
+            return self._store(group)
+        self.books.enter([record for record in made if "sample" in record], rows)
+        corrections = [record for record in made if "corrects" in record]
+        for part in chunks(zip(changed, corrections, strict=True), CHUNK):
+            self.books.correct(part)
+        end = len(self.log) - len(made)
+        for (each, _), (_, lines) in zip(planned, batches, strict=True):
+            first, end = end, end + len(lines)
             each.done.set_result(range(first, end))
 
-    def _is_repeated(self, request: BookRequest) -> bool:
-        """Whether its key is known, or cannot be looked up; then it is answered."""
+    def _planned(self, request: BookRequest) -> Plan | None:
+        """What is to be made of its samples; None if it is answered, or nothing is to be made."""
+        if request.done.done():
+            return None
         try:
-            if (known := self.repeated(request.samples, request.key)) is None:
-                return False
-            request.done.set_result(known)
+            plan = self._plan(request)
         except (Conflict, NotStored) as error:
             request.done.set_exception(error)
-        return True
+            return None
+        if plan.new or plan.changed:
+            return plan
+        end = len(self.log)
+        request.done.set_result(plan.repeated or range(end, end))
+        return None
+
+    def _plan(self, request: BookRequest) -> Plan:
+        """What is to be made of its samples. Raises Conflict, NotStored."""
+        without = request.without_id
+        repeated = self.repeated(without, request.key)
+        plan = Plan([], [], request.key if without and repeated is None else None, repeated)
+        if repeated is None:
+            plan.new.extend(without)
+        for (company, id), sample in request.by_id.items():
+            if (booking := self.find(company, id)) is None:
+                plan.new.append(sample)
+            elif change := self.books.change(booking, sample):
+                plan.changed.append((booking, *change))
+        return plan
 
     def _correct(self, seq: int, account: str) -> str:
         booking = self.booking(seq)
@@ -3372,15 +3531,14 @@ def standings(keeper: Bookkeeper, seqs: Sequence[int] | np.ndarray) -> list[dict
         record = keeper.record(row["seq"])
         if "sample" not in record:
             continue
-        sample, account = record["sample"], accounts[booked]
+        sample, account = keeper.books.sample(record), accounts[booked]
         booked_by = sample.get(BOOKED_BY, "person")
         # Once a person has looked at what was booked unseen, it is the person's.
         if row["reviewed"] and booked_by == "suggestion":
             booked_by = "person"
             sample = sample | {BOOKED_BY: booked_by}
         target = keeper.books.target
-        before = sample[target]
-        if before != account:
+        if sample[target] != account:
             sample = sample | {target: account}
             if target == TARGET:
                 sample.pop(NAME, None)  # which is the other account's
@@ -3396,7 +3554,7 @@ def standings(keeper: Bookkeeper, seqs: Sequence[int] | np.ndarray) -> list[dict
                 "rank": 1 if booked == predicted else int(row["rank"]) or None,
                 "reviewed": bool(row["reviewed"]),
                 "booked_by": booked_by,
-                "corrected": {"from": before} if anew else None,
+                "corrected": {"from": record["sample"][target]} if anew else None,
             }
         )
     return found
@@ -3566,6 +3724,8 @@ def confine(keeper: Bookkeeper, company: str, of: str, asked: dict, content: obj
     if of == "samples":
         samples = content if isinstance(content, list) else [content]
         own = all(sample["CompanyId"] == company for sample in samples)
+    elif of == "booking" and ID in (content or ()):
+        own = content["CompanyId"] == company
     elif of == "booking":
         own = keeper.books.history.has(company, (content or asked).get("seq", -1))
     else:
@@ -3620,7 +3780,12 @@ def create_app(
     def post_sample(samples: list[Sample], key: str | None) -> dict:
         stored = keeper.book(samples, key)
         first, last = (stored[0], stored[-1]) if stored else (None, None)
-        return {"received": len(stored), "total": stored.stop, "first": first, "last": last}
+        answer = {"received": len(samples), "total": stored.stop, "first": first, "last": last}
+        if any(ID in sample for sample in samples):
+            n = len(keeper.books.history.at(np.array(stored)))
+            known = len(samples) - len(stored)
+            answer |= {"booked": n, "known": known, "corrected": len(stored) - n}
+        return answer
 
     @app.post("/predict")
     @takes(body=asked, of="samples")
@@ -3650,8 +3815,9 @@ def create_app(
 
     @app.post("/correct")
     @takes(body=partial(_correction, target), of="booking")
-    def post_correct(correction: tuple[int, str]) -> dict:
-        seq, account = correction
+    def post_correct(correction: dict) -> dict:
+        seq, account = correction.get("seq"), correction[target]
+        seq = keeper.seq_of(correction["CompanyId"], correction[ID]) if seq is None else int(seq)
         return {"seq": seq, target: account, "before": keeper.correct(seq, account)}
 
     @app.delete("/company")  # clients take .. and the like out of a path
@@ -3684,6 +3850,7 @@ def create_app(
     @takes(
         {
             "company": TEXT,
+            ID: TEXT,
             "reviewed": YES_OR_NO,
             "below": FRACTION,
             "order": {"type": "string", "enum": ["newest", "confidence"], "default": "newest"},
@@ -3692,7 +3859,9 @@ def create_app(
         },
         of="company",
     )
-    def get_bookings(company, reviewed, below, order, limit, before) -> dict:
+    def get_bookings(company, id, reviewed, below, order, limit, before) -> dict:
+        if id is not None:
+            return {"bookings": [booking(keeper, keeper.seq_of(company, id))], "next": None}
         asked = {
             "reviewed": reviewed and reviewed == "yes",
             "below": below,
@@ -3873,15 +4042,18 @@ def _page_end(text: str | None) -> tuple[float, int] | None:
     return (float(share), int(seq)) if text else None
 
 
-def _correction(target: str, content: object) -> tuple[int, str]:
-    """The booking's number and its account. Raises BadRequest."""
-    if not isinstance(content, dict) or content.keys() != {"seq", target}:
-        raise BadRequest(f'send {{"seq": 1203, "{target}": "6700"}}, and nothing else')
-    check_sample({target: content[target]}, (target,))
-    seq = content["seq"]
+def _correction(target: str, content: object) -> dict:
+    """The booking's number, or its company and id; and its account. Raises BadRequest."""
+    keys = content.keys() if isinstance(content, dict) else ()
+    if keys not in ({"seq", target}, {"CompanyId", ID, target}):
+        with_id = f'{{"CompanyId": "acme", "{ID}": "17", "{target}": "6700"}}'
+        raise BadRequest(f'send {{"seq": 1203, "{target}": "6700"}} or {with_id}, and nothing else')
+    texts = {key: text for key, text in content.items() if key != "seq"}
+    check_sample(texts, [*texts])
+    seq = content.get("seq", 0.0)
     if not isinstance(seq, float) or not (seq.is_integer() and 0 <= seq <= MAX_NUMBER):
         raise BadRequest(f"seq must be a whole number from 0 to {MAX_NUMBER}")
-    return int(seq), content[target]
+    return content
 
 
 def _error_in_json(error: HTTPError) -> str:

@@ -143,9 +143,11 @@ class Client:
     def sample(self, bookings: Sequence[Sample], key: str | None = None) -> dict:
         """Stores bookings, which are then learned: {"received", "total", "first", "last"}.
 
-        Under a key of yours, such as the name of the file that they are from, they are booked once,
-        however often you send them: also if your own program was killed in between. Without one,
-        only this call's own attempts are one booking.
+        A booking with an `Id` of yours is booked once, however often you send it, and is then as
+        you send it last: the answer has "booked", "known" and "corrected", too. So are those
+        without one under a key of yours, such as the name of the file that they are from: also if
+        your own program was killed in between. Without either, only this call's own attempts are
+        one booking.
         """
         return self.ask("POST", "/sample", bookings, key or uuid.uuid4().hex)
 
@@ -166,12 +168,17 @@ class Client:
         size = max(1, MAX_SUGGESTED // max(1, top)) if reasons else LARGE
         return self._of_each(_query("/suggest", given), samples, size)
 
-    def correct(self, seq: int, account: str) -> dict:
-        """Books the booking with this seq to another account, or confirms its own.
+    def correct(self, booking: int | tuple[str, str], account: str) -> dict:
+        """Books a booking to another account, or confirms its own.
 
-        Gives {"seq", "AccountNumber", "before"}.
+        It is named by its seq, or by its company and `Id`. Gives {"seq", "AccountNumber",
+        "before"}.
         """
-        return self.ask("POST", "/correct", {"seq": seq, TARGET: account})
+        if isinstance(booking, int):
+            which = {"seq": booking}
+        else:
+            which = dict(zip(("CompanyId", "Id"), booking, strict=True))
+        return self.ask("POST", "/correct", {**which, TARGET: account})
 
     def forget(self, company: str) -> int:
         """Forgets a company, and says how many bookings it had. This cannot be undone.
@@ -424,6 +431,8 @@ def replay(client: Client, options: argparse.Namespace, name: str, rows: Iterato
         "samples": run.sent,
         "stored_before": run.stored_before,
         "stored_as": run.stored_as,
+        "known": run.known,
+        "corrected": run.corrected,
         "seconds": round(seconds, 3),
         "samples_per_second": round(run.sent / seconds),
         "accounts": None,
@@ -454,6 +463,7 @@ class Run:
         self.resumable = options.book_from is None and not options.again
         self.name = name if self.resumable else uuid.uuid4().hex
         self.sent = self.stored_before = 0
+        self.known = self.corrected = 0  # of those with an id
         self.stored_as: list[int] = []  # the first and the last seq of what had been stored before
         self.account_names: dict[tuple[str, str], str | None] = {}  # by company and account
         book_from = options.book_from
@@ -470,7 +480,9 @@ class Run:
                     batch = self.integrator.book(batch)
                 answer = self.client.sample(batch, f"replay {self.name} row {self.sent}")
                 self.sent += len(batch)
-                if answer["first"] < self.before["lines"]:
+                self.known += answer.get("known", 0)
+                self.corrected += answer.get("corrected", 0)
+                if answer["first"] is not None and answer["first"] < self.before["lines"]:
                     self.stored_before += len(batch)
                     first, *_ = self.stored_as or [answer["first"]]
                     self.stored_as = [first, answer["last"]]
@@ -626,6 +638,11 @@ def in_words(report: dict) -> str:
         all_of = "all" if n == report["samples"] else f"{n:,}"
         there = f"{all_of} of them are there already, as bookings {first:,} to {last:,}"
         sent.append(f"{there}: they were not booked twice, which --again does")
+    if known := report["known"] + report["corrected"]:
+        sent.append(
+            f"{known:,} were known by their Id, and not booked twice; changed of them: "
+            f"{report['corrected']:,}"
+        )
     paragraphs: list[Iterable[str]] = [sent]
     if report["booked_unseen"]:
         paragraphs.append(_booked_unseen(report["booked_unseen"]))

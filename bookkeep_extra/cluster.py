@@ -389,7 +389,8 @@ class Node(bookkeep.Alone):
 
     def book(self, samples: list[Sample], key: str | None = None) -> range:
         """As Bookkeeper's, by the node that writes; what has a known key without the stream."""
-        if (known := self.keeper.repeated(samples, key)) is not None:
+        with_id = any(bookkeep.ID in sample for sample in samples)
+        if not with_id and (known := self.keeper.repeated(samples, key)) is not None:
             return known
         return range(*self._ask("book", samples, key))
 

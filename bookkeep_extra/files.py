@@ -42,6 +42,7 @@ FIELDS = {  # the keys of a sample that mean something, by their names for --map
     "date": "BankEntryDate",
     "name": "AccountName",
     "by": BOOKED_BY,
+    "id": "Id",
     "out": "",  # the amount in two columns, money out and in; or a column with its sign
     "in": "",
     "sign": "",
@@ -994,9 +995,12 @@ class Table:
             if sample["BankEntryDate"] not in self._dates:
                 raise Odd(f"has the date {sample['BankEntryDate']}, which cannot be read")
             sample["BankEntryDate"] = self._dates[sample["BankEntryDate"]]
-        if not sample.get(BOOKED_BY):
-            sample.pop(BOOKED_BY, None)
-        elif self._booked and sample[BOOKED_BY] not in WHO:
+        if len(sample.get("Id", "")) > 100:
+            raise Odd("has an id of more than 100 characters")
+        for optional in (BOOKED_BY, "Id"):
+            if not sample.get(optional):
+                sample.pop(optional, None)
+        if BOOKED_BY in sample and self._booked and sample[BOOKED_BY] not in WHO:
             how = f"{BOOKED_BY} must be one of {', '.join(WHO)}, and not {sample[BOOKED_BY]}"
             raise Failed(f"{self.name}: {how}; --map by=COLUMN names another column for it")
         return sample

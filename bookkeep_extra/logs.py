@@ -100,7 +100,7 @@ def _relearn_batch(batch: Batch, log: Log, books: Books) -> Iterator[Damage]:
     log.write(log.place([(None, [{}] * (first - len(log)))]), durable=False)
     records: list[dict] = [{} for _ in batch.records]
     bookings: dict[int, Sample] = {}  # in the batch
-    corrected = None  # a correction is a batch of its own
+    corrected: dict[int, dict] = {}  # the bookings that its corrections are of
     for i, record in enumerate(batch.records):
         try:
             if "sample" in record:
@@ -110,22 +110,26 @@ def _relearn_batch(batch: Batch, log: Log, books: Books) -> Iterator[Damage]:
             elif "corrects" in record:
                 if books.target not in record:
                     raise ValueError(f"it corrects another key than {books.target}")
-                account = record[books.target]
-                check_sample({books.target: account}, (books.target,))
-                corrected = log.record(record["corrects"])
-                if "sample" not in corrected:
+                check_sample({books.target: record[books.target]}, (books.target,))
+                if "now" in record:
+                    check_sample(record["now"], (*FEATURES, books.target))
+                booking = log.record(record["corrects"])
+                if "sample" not in booking:
                     raise ValueError("it corrects no booking before it")
-                records[i] = books.correction(corrected, account) or {}
+                corrected[i] = booking
         except (BadRequest, KeyError, TypeError, ValueError) as error:
             yield Damage(batch.line + i, str(error))
     drafted, rows = books.draft([*bookings.values()])
     for i, record in zip(bookings, drafted, strict=True):
         records[i] = record
+    for i, booking in corrected.items():
+        account, now = map(batch.records[i].get, (books.target, "now"))
+        records[i] = books.correction(booking, account, now) or {}
     [placed] = log.place([(None if isinstance(key, int) else key, records)])
     log.write([placed], durable=False)
     books.enter([placed.records[i] for i in bookings], rows)
-    if "corrects" in placed.records[0]:
-        books.correct([(corrected, placed.records[0])])
+    made = ((booking, placed.records[i]) for i, booking in corrected.items())
+    books.correct([(booking, record) for booking, record in made if "corrects" in record])
 
 
 def check_records(
@@ -152,6 +156,8 @@ def check_records(
 
 def _check_correction(record: dict, target: str) -> None:
     check_sample({target: record[target]}, (target,))
+    if "now" in record:
+        check_sample(record["now"], (*FEATURES, target))
     if type(record["corrects"]) is not int or not 0 <= record["corrects"] < record["seq"]:
         raise ValueError("it corrects no booking before it")
     _check_counts(record["weight"], record["against"])

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from bottle import Route
 
 import bookkeep
-from bookkeep import BOOKED_BY, MAX_SHORT, MAX_VALUE, NAME, TARGET, Schema
+from bookkeep import BOOKED_BY, ID, MAX_SHORT, MAX_VALUE, NAME, TARGET, Schema
 from bookkeep_extra.suspects import LIKE
 
 # ---------------------------------------------------------------------------------------- Schemas
@@ -69,8 +69,9 @@ RANKS = bookkeep.Calibration.RANKS
 WHO = _one_of(bookkeep.SCORE_WEIGHTS)
 
 # Fields that several records have
+COMPANY = {"CompanyId": (BRIEF, "whose booking it is", "acme")}
 STATEMENT = {
-    "CompanyId": (BRIEF, "whose booking it is", "acme"),
+    **COMPANY,
     "BankEntryText": (FILLED, "what the bank statement says", "Office rent June"),
     "BankEntryAmount": (
         BRIEF,
@@ -83,7 +84,8 @@ MORE = {
     "BankEntryDate": (TEXT, "the day, which is stored, but says nothing", "2016-02-29"),
     NAME: (TEXT, "the account's name, for people", "Office costs"),
 }
-BY_WHOM = {BOOKED_BY: (WHO, "who booked it, a person if it is not said", "check")}
+OWN_ID = {ID: (BRIEF, "what the company calls the booking: it is booked once, then changed", "17")}
+BY_WHOM = {BOOKED_BY: (WHO, "who booked it, a person if it is not said", "check"), **OWN_ID}
 ACCOUNT = {TARGET: (BRIEF, "the account that it is booked to", "6300")}
 SEQ = {"seq": (bookkeep.WHOLE_NUMBER, "the booking's number", 1203)}
 STANDING = SEQ | {
@@ -123,10 +125,14 @@ SCHEMAS = {
     ),
     "Stored": _record(
         "these bookings are on disk, and learned",
+        "booked known corrected",
         received=(COUNT, "bookings in the list", 2),
         total=(COUNT, "lines that the log had with them", 15002),
-        first=(_or_null(COUNT), "the seq of the first one, null for an empty list", 15000),
-        last=(_or_null(COUNT), "the seq of the last one, null for an empty list", 15001),
+        first=(_or_null(COUNT), "the seq of the first line, null if it took none", 15000),
+        last=(_or_null(COUNT), "the seq of the last line, null if it took none", 15001),
+        booked=(COUNT, f"if any has an {ID}: bookings that are new", 1),
+        known=(COUNT, "bookings that say nothing new", 0),
+        corrected=(COUNT, "bookings that were changed, or confirmed", 1),
     ),
     "Accounts": {
         **{"type": "array", "items": FILLED | {"examples": ["6300"]}},
@@ -176,6 +182,7 @@ SCHEMAS = {
         right=(COUNT, "how many of them were right", 37),
     ),
     "Correction": _record("a booking, and its right account", **SEQ | ACCOUNT),
+    "CorrectionById": _record("the same, of a company's id", **COMPANY | OWN_ID | ACCOUNT),
     "Corrected": _record(
         "it is booked so, and learned",
         **SEQ | ACCOUNT,
@@ -337,6 +344,7 @@ PARAMETERS = {  # what each says, an example
     "book_from": ("the confidence from which on you book unseen", 0.95),
     "reasons": (f"with them, an answer has at most {bookkeep.MAX_SUGGESTED} suggestions", "no"),
     "id": ("a company, by its CompanyId", "acme"),
+    ID: ("only the booking that the company calls so", "17"),
     "company": ("a company, by its CompanyId", "acme"),
     "n": ("over how many predictions, the last", 1000),
     "seq": ("the booking's number", 1203),
@@ -373,7 +381,7 @@ def describe(
         "sample": _list("Booking", maxItems=max_batch),
         "predict": samples,
         "suggest": samples,
-        "correct": _of("Correction"),
+        "correct": {"anyOf": [_of("Correction"), _of("CorrectionById")]},
     }
     paths: defaultdict[str, dict] = defaultdict(dict)
     for route in routes:

@@ -140,6 +140,10 @@ def bodies(schema, example, components):
         record = components["schemas"][schema["$ref"].rpartition("/")[2]]
         more = record["additionalProperties"] or {"type": "string"}
         takes_more = bool(record["additionalProperties"])
+        if not {*record["required"]} <= {*example}:  # it is one of another record
+            example = {
+                name: record["properties"][name]["examples"][0] for name in record["required"]
+            }
         for name, field in {**record["properties"], "other": more}.items():
             for value, fits in values(field):
                 yield example | {name: value}, fits and (takes_more or name != "other")

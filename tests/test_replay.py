@@ -121,6 +121,11 @@ def test_the_client_says_what_the_service_says(serve):
     assert one == service.get("/report/100?company=company1&book_from=0.7")[1]
     corrected = client.correct(3, "77")
     assert (corrected["seq"], corrected["AccountNumber"]) == (3, "77")
+    export = [booking("B") | {"Id": "17"}]
+    answers = [client.sample(export) for _ in range(2)]
+    assert [answer["known"] for answer in answers] == [0, 1]
+    assert client.correct(("B", "17"), "78")["seq"] == answers[0]["first"]
+    assert client.forget("B") == 1
     odd = "Smørrebrød & Sons/../#1?"
     client.sample([booking(company=odd)])
     assert client.forget(odd) == 1
@@ -682,7 +687,7 @@ def test_a_report_says_what_is_not_there_yet_and_what_to_try_next():
     last = {"support": 5, "accuracy": 0.2, "precision": 0.1, "recall": 0.1}
     report = {
         **{"samples": 6, "stored_before": 2, "seconds": 1.0, "samples_per_second": 6},
-        **{"stored_as": [8, 9], "how": " --company acme --map text=T"},
+        **{"stored_as": [8, 9], "known": 0, "corrected": 0, "how": " --company acme --map text=T"},
         **{"accounts": 3, "metrics": {"1000": {"precision": 0.1, "recall": 0.1}}, "report": last},
         **{"unseen": level, "booked_unseen": None, "suspects": [], "prediction": None},
         **{"interrupted": False, "resumable": True, "log": "x/log"},
@@ -855,6 +860,27 @@ def test_rows_that_are_there_already_are_not_booked_twice_unless_that_is_asked_f
     third = json.loads(main(*command, "--samples=900", "--again")[1])
     assert (third["stored_before"], third["resumable"]) == (0, False)
     assert service.samples() == 507 + 1800
+
+
+def test_an_export_that_overlaps_is_booked_once_by_its_ids(main, serve, tmp_path):
+    service, path = serve(), tmp_path / "rows.csv"
+    rows = [row | {"Voucher": f"v{i}" if i % 10 else ""} for i, row in enumerate(bookings(100))]
+    command = (path, f"--url=http://127.0.0.1:{service.port}", "--map=id=Voucher", "--order=file")
+    # One in ten has none: it is booked once for each file, by the file's own keys.
+    for first, last, known, booked in ((0, 60, 0, 60), (30, 90, 27, 33), (30, 90, 27, 0)):
+        write_csv(path, rows[first:last])
+        before = service.samples()
+        status, out, said = main(*command, "--batch=20", "--json")
+        assert status == 0, said
+        assert service.samples() == before + booked
+        assert json.loads(out)["known"] >= known
+    rows[51]["AccountNumber"] = "changed"
+    write_csv(path, rows[51:54])
+    status, out, said = main(*command)
+    assert "\n3 were known by their Id, and not booked twice; changed of them: 1\n" in out
+    [found] = service.get(f"/bookings?company={rows[51]['CompanyId']}&Id=v51")[1]["bookings"]
+    assert found["account"] == "changed"
+    assert found["sample"].keys() == {*booking(), "Id"}
 
 
 def test_a_replay_outlives_a_restart_of_the_service(serve, small, tmp_path):
