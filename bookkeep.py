@@ -2982,7 +2982,7 @@ class Alone:
 
     def append(self, log: Log, batches: Sequence[tuple[str | None, Sequence[dict]]]) -> list[dict]:
         """Appends to the log, as Log.append says, behind all that others have appended."""
-        return log.append(batches)
+        return log.append(batches) if batches else []
 
     def require_ready(self) -> None:
         """Raises NotReady if nothing can be appended."""
@@ -3200,6 +3200,8 @@ class Bookkeeper:
             return None
         if plan.new or plan.changed:
             return plan
+        if request.by_id:  # appending nothing shows whether others have changed them
+            self.order.append(self.log, [])
         end = len(self.log)
         request.done.set_result(plan.repeated or range(end, end))
         return None

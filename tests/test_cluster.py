@@ -247,21 +247,21 @@ def each_by_itself():
 
 
 @contextmanager
-def changed_late(node, seq, account):
-    """Corrects a booking by a node, with what is done inside before; gives what came of it."""
+def changed_late(node, change):
+    """Has a node make a change, with what is done inside before; gives what came of it."""
     came, submit, submitted = [], node.writer.submit, threading.Event()
 
     def note(work):
         submitted.set()
         return submit(work)
 
-    def correct():
+    def make():
         try:
-            came.append(node.correct(seq, account))
+            came.append(change())
         except NotFound as error:
             came.append(type(error))
 
-    thread = threading.Thread(target=correct)
+    thread = threading.Thread(target=make)
     with each_by_itself(), behind(node), pytest.MonkeyPatch.context() as patch:
         patch.setattr(node.writer, "submit", note)
         thread.start()
@@ -671,7 +671,7 @@ def test_what_is_ordered_to_be_forgotten_cannot_be_corrected(joined):
     a, b = joined("a"), joined("b")
     a.book([booking(company="secret"), booking()])
     assert equal([a, b])
-    with changed_late(b, 0, "9999") as came:
+    with changed_late(b, lambda: b.correct(0, "9999")) as came:
         assert a.forget("secret") == 1
     assert came == [NotFound]
     wait_until(lambda: equal([a, b]))
@@ -685,10 +685,28 @@ def test_a_correction_is_compared_with_what_others_have_booked_last(joined):
     a, b = joined("a"), joined("b")
     a.book([booking(account="1")])
     assert equal([a, b])
-    with changed_late(b, 0, "1") as came:
+    with changed_late(b, lambda: b.correct(0, "1")) as came:
         assert a.correct(0, "2") == "1"
     assert came == ["2"]
     assert equal([a, b])
+
+
+def test_what_has_an_id_is_compared_with_what_others_have_booked_last(joined):
+    a, b = joined("a"), joined("b")
+    sample = booking(account="1") | {"Id": "17"}
+    assert a.book([sample]) == range(1)
+    assert equal([a, b])
+    assert b.book([sample]) == range(1, 1)
+    with changed_late(b, lambda: b.book([sample])) as came:
+        assert a.book([sample | {"AccountNumber": "2"}]) == range(1, 2)
+    assert came == [range(2, 3)]  # it is booked to 2 by then, so this corrects it
+    moved = sample | {"BankEntryText": "another"}
+    assert b.book([moved, sample | {"Id": "18"}]) == range(3, 5)
+    assert equal([a, b])
+    a.change(lambda: None)  # it has learned what it has
+    assert_same(a, b)
+    assert a.books.sample(a.booking(0)) == moved
+    assert a.seq_of("A", "18") == 3
 
 
 def test_another_log_is_refused_and_kept(joined, tmp_path):

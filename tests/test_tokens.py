@@ -132,6 +132,21 @@ def test_all_operations_but_two_are_for_a_company_itself(app, keeper, may_change
     assert len(keeper.books.history.of(OWN)) == (0 if may_change else len(own))  # it forgot itself
 
 
+def test_an_id_finds_nothing_of_another_company(app, keeper):
+    asks, content = Asker(app, token()), {"AccountNumber": "3000", "Id": "17"}
+    keeper.book([booking(OTHER, account="zeta") | {"Id": "17"}])
+    before = standing(app, OTHER)
+    for status, company in ((404, OTHER), (404, "nobody"), (404, OWN)):
+        query = urlencode({"company": company, "Id": "17"})
+        assert asks("POST", "/correct", content | {"CompanyId": company})[0] == status
+        assert asks.get(f"/bookings?{query}") == asks.get("/bookings?Id=17") == status
+    assert asks("POST", "/sample", [booking(OWN, account="3000") | {"Id": "17"}])[0] == 200
+    assert asks("POST", "/correct", content | {"CompanyId": OWN})[0] == 200
+    [found] = asks.get("/bookings?Id=17")["bookings"]
+    assert found["sample"]["CompanyId"] == OWN
+    assert standing(app, OTHER) == before
+
+
 def test_what_a_company_is_told_does_not_change_as_others_book(app, keeper):
     asks = Asker(app, token())
     paths = (
