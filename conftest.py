@@ -42,10 +42,10 @@ from bookkeep import (
     NotReady,
     chunks,
     precision_recall,
-    report,
     scan,
     suggest,
 )
+from bookkeep_extra.views import report
 
 settings.register_profile("quick", max_examples=50, deadline=None)
 settings.load_profile("quick")

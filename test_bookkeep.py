@@ -74,7 +74,7 @@ from bookkeep import (
     precision_recall,
     tokens,
 )
-from bookkeep_extra import logs, prometheus
+from bookkeep_extra import logs, prometheus, views
 from bookkeep_extra.logs import check_records
 from conftest import (
     EVERY_BIN,
@@ -779,7 +779,7 @@ def test_what_was_unlearned_leaves_no_trace_and_can_be_learned_again(kept, passi
 
 def test_without_a_model_there_is_no_prediction_and_full_weight():
     assert NaiveBayes().assess([[1]], ["1"]) == [(None, None, None, 0)]
-    assert NaiveBayes().weigh([[1]], ["1"]) == [Lesson("1", 1.0)]
+    assert NaiveBayes().weigh([[1]], ["1"]) == [Lesson("1", 1.0, [])]
 
 
 @given(LEARNED, LEARNED, DOCUMENTS, RARE)
@@ -859,8 +859,8 @@ def test_precision_and_recall_equal_scikit_learns(rows):
     rows = [{"booked": str(b), "predicted": str(p), "score_weight": w} for b, p, w in rows]
     each = [row | {"score_weight": 1} for row in rows for _ in range(row["score_weight"])]
     once, weighted = add_rows(History(), each), add_rows(History(), rows)
-    assert bookkeep.figures(weighted) == bookkeep.figures(once)
-    [level], [other] = (bookkeep.by_confidence(of, [0.5]) for of in (weighted, once))
+    assert views.figures(weighted) == views.figures(once)
+    [level], [other] = (views.by_confidence(of, [0.5]) for of in (weighted, once))
     assert (level["share"], level["accuracy"]) == (1, other["accuracy"])
     assert level["checks"] == np.count_nonzero(weights > 1)
 
@@ -868,7 +868,7 @@ def test_precision_and_recall_equal_scikit_learns(rows):
 @pytest.mark.parametrize("level", [0.05, 0.1, 0.9, 0.95, 0.99])
 def test_who_is_just_sure_enough_is_sure_enough(level):
     rows = add_rows(History(), [{"confidence": level}])
-    assert bookkeep.by_confidence(rows, [level])[0]["share"] == 1
+    assert views.by_confidence(rows, [level])[0]["share"] == 1
 
 
 def test_accuracy_by_confidence():
@@ -876,7 +876,7 @@ def test_accuracy_by_confidence():
     rows = [{"predicted": p, "confidence": c, "score_weight": weight} for p, c, weight in found]
     rows = bookkeep.scored(add_rows(History(), rows))
     names = ("at_least", "share", "accuracy", "checks")
-    levels = bookkeep.by_confidence(rows, [0.0, 0.5, 0.92, 0.99])
+    levels = views.by_confidence(rows, [0.0, 0.5, 0.92, 0.99])
     assert [tuple(level[name] for name in names) for level in levels] == [
         (0.0, 1.0, 18 / 19, 1),
         (0.5, 18 / 19, 17 / 18, 1),
@@ -887,7 +887,7 @@ def test_accuracy_by_confidence():
 
 def test_an_accuracys_standard_error():
     def error_of(*rows):
-        [level] = bookkeep.by_confidence(add_rows(History(), rows), [0])
+        [level] = views.by_confidence(add_rows(History(), rows), [0])
         return level["error"]
 
     hits, misses, check = [{}] * 300, [{"predicted": "2"}] * 100, {"score_weight": 16}
@@ -1102,11 +1102,11 @@ def test_pages_of_a_history_have_all_that_match_once(bookings):
     add_rows(history, rows)
 
     def pages(limit, *asked):
-        page, before = history.page(limit, *asked)
+        page, before = views.page(history, limit, *asked)
         while before is not None:
             assert len(page) == limit
             yield from page.tolist()
-            page, before = history.page(limit, *asked, before)
+            page, before = views.page(history, limit, *asked, before)
         yield from page.tolist()
 
     asked = itertools.product([None, "A"], [None, True, False], [None, 0.3], [False, True])
@@ -1124,7 +1124,7 @@ def test_pages_of_a_history_have_all_that_match_once(bookings):
                 matching = sorted(matching, key=lambda row: -row["seq"])[:most]
                 matching = sorted(matching, key=lambda row: row["confidence"])
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(bookkeep, "LEAST_SURE", most)
+                patch.setattr(views, "LEAST_SURE", most)
                 found = [*pages(limit, company, reviewed, below, by_confidence)]
             assert found == [row["seq"] for row in matching]
 
@@ -1143,11 +1143,11 @@ def test_a_history_knows_who_named_an_account_last():
     pairs = [("A", "1"), ("B", "1"), ("A", "2"), ("B", "2"), ("A", "1")]
     companies = np.array([history.companies[company] for company, _ in pairs])
     accounts = np.array([history.accounts[account] for _, account in pairs])
-    assert history.last_named(companies, accounts).tolist() == [8, 4, 2, -1, 8]
+    assert views.last_named(history, companies, accounts).tolist() == [8, 4, 2, -1, 8]
     add_rows(history, [{"seq": 11 + i, "company": "C"} for i in range(40_000)])
-    assert history.last_named(companies, accounts).tolist() == [8, 4, 2, -1, 8]
+    assert views.last_named(history, companies, accounts).tolist() == [8, 4, 2, -1, 8]
     history.forget(np.array([0, 2, 6, 8]))
-    assert history.last_named(companies, accounts).tolist() == [-1, 4, -1, -1, -1]
+    assert views.last_named(history, companies, accounts).tolist() == [-1, 4, -1, -1, -1]
 
 
 def test_a_history_can_be_read_while_bookings_come():
@@ -1166,10 +1166,10 @@ def test_a_history_can_be_read_while_bookings_come():
         growing.last(99)["seq"],
         growing.last(99, "A")["seq"],
         growing.at(np.arange(99))["seq"],
-        growing.page(99, "A", True, 0.9, True)[0][::-1],
+        views.page(growing, 99, "A", True, 0.9, True)[0][::-1],
     ):
         assert found.tolist()[:20] == [*range(20)]
-    assert growing.last_named(history.rows[:1]["company"], account[0]).tolist() == [-1]
+    assert views.last_named(growing, history.rows[:1]["company"], account[0]).tolist() == [-1]
 
 
 # -------------------------------------------------------------------------------------------- Log
@@ -2311,14 +2311,14 @@ def test_what_was_booked_unseen_proves_nothing(keeper):
     pair = [bookkeep.suggest(books, asked, 3) for books in (keeper.books, before)]
     for now, then in zip(*pair, strict=True):  # what is to be checked depends on how many there are
         assert now | {"check": 0} == then | {"check": 0}
-    then, now = (bookkeep.report(books, 1000) for books in (before, keeper.books))
+    then, now = (views.report(books, 1000) for books in (before, keeper.books))
     assert now == then | {"unseen": 51}
     # A person looks at two of them: from then on they are learned, but never scored.
     assert keeper.correct(first, "7") == unseen[0]["AccountNumber"]
     assert keeper.correct(new, "new") == "new"
     assert keeper.books.predict([booking()]) == ["new"]
     assert suggested(keeper, unseen[0])["suggestions"][0]["account"] == "7"
-    assert bookkeep.report(keeper.books, 1000) == then | {"unseen": 49}
+    assert views.report(keeper.books, 1000) == then | {"unseen": 49}
     assert_true_to_log(keeper)
     assert keeper.correct(new, "new") == "new"  # which has been looked at by now
     assert len(lines_of(keeper)) == 453
@@ -2689,7 +2689,7 @@ def test_a_company_that_is_forgotten_leaves_its_places_and_no_word(keeper):
     assert_true_to_log(keeper)
     for gone in (
         partial(keeper.forget, "company1"),
-        partial(bookkeep.report, keeper.books, 10, "company1"),
+        partial(views.report, keeper.books, 10, "company1"),
         partial(keeper.correct, mine[1], "1"),
     ):
         with pytest.raises(NotFound):
@@ -2903,9 +2903,9 @@ def test_only_who_has_looked_changes_what_has_an_id(keeper):
     [seq] = lines(unseen)
     assert lines(unseen) == lines(unseen | {"AccountNumber": "2"}) == []
     assert lines(numbered("1", account="1")) == []  # which may be but a copy
-    assert not bookkeep.booking(keeper, seq)["reviewed"]
+    assert not views.booking(keeper, seq)["reviewed"]
     assert lines(by("person", numbered("1", account="1"))) == [1]
-    assert bookkeep.booking(keeper, seq)["reviewed"]
+    assert views.booking(keeper, seq)["reviewed"]
     assert keeper.books.predict([booking()]) == ["1"]
     assert lines(by("person", numbered("1", account="1"))) == []
     assert lines(unseen | {"BankEntryText": "x"}) == []
@@ -3001,7 +3001,7 @@ def test_any_lists_with_ids_leave_each_booking_as_it_was_sent_last(tmp_path_fact
                     keeper.close()
                     keeper = Bookkeeper(Log(path), unsaved=1)
         found = {}
-        for each in bookkeep.bookings(keeper, 100)[0]:
+        for each in views.bookings(keeper, 100)[0]:
             sample = each["sample"]
             now = [sample[key] for key in (*FEATURES[1:], "AccountNumber")]
             found[sample["CompanyId"], sample["Id"]] = now, each["reviewed"]
@@ -3042,7 +3042,7 @@ def test_one_may_switch_on_from_where_few_are_wrong_for_certain():
         return add_rows(History(), [{"seq": i} | row for i, row in enumerate(made)])
 
     def level(*found, wrong=0.02):
-        on = bookkeep.switch_on(rows(*found), wrong)
+        on = views.switch_on(rows(*found), wrong)
         return on and on["at_least"]
 
     assert level((0.995, 148, 0, 1)) is None
@@ -3053,7 +3053,7 @@ def test_one_may_switch_on_from_where_few_are_wrong_for_certain():
     assert level((0.995, 60, 0, 1), (0.7, 89, 0, 1)) == 0.7
     assert level((0.995, 149, 0, 16)) == 0.99
     assert level((0.995, 9, 0, 16), (0.995, 139, 0, 1)) is None  # it is as if there were fewer
-    assert bookkeep.switch_on(rows((0.95, 300, 0, 1), (0.3, 100, 60, 1)), 0.05) == {
+    assert views.switch_on(rows((0.95, 300, 0, 1), (0.3, 100, 60, 1)), 0.05) == {
         "at_least": 0.95,
         "share": 0.75,
         "wrong": 0.05,
@@ -3066,14 +3066,14 @@ def test_one_may_switch_on_from_where_few_are_wrong_for_certain():
 
 
 def test_the_learning_curve_has_at_most_129_points_of_a_window_each(keeper, monkeypatch):
-    monkeypatch.setattr(bookkeep, "WINDOW", 8)
-    assert bookkeep.overview(keeper)["curve"] == []
+    monkeypatch.setattr(views, "WINDOW", 8)
+    assert views.overview(keeper)["curve"] == []
     for batch in batches_of(bookings(1000), 100):
         keeper.book(batch)
     keeper.correct(555, "corrected")
     lines = lines_of(keeper)
     lines[555]["sample"]["AccountNumber"] = "corrected"
-    curve = bookkeep.overview(keeper)["curve"]
+    curve = views.overview(keeper)["curve"]
     assert [point["bookings"] for point in curve] == [*range(24, 1000, 8), 1000]
     for point in curve[1:]:
         window = lines[point["bookings"] - 8 : point["bookings"]]
@@ -3095,8 +3095,8 @@ def test_what_is_forgotten_while_it_is_asked_for_is_left_out(keeper, monkeypatch
         return record(log, seq)
 
     monkeypatch.setattr(Log, "record", forgotten_first)
-    found, _ = bookkeep.bookings(keeper, 100)
-    assert found == bookkeep.bookings(keeper, 100)[0]
+    found, _ = views.bookings(keeper, 100)
+    assert found == views.bookings(keeper, 100)[0]
     assert len(found) == bookkeep.health(keeper)["samples"] < 100
 
 
@@ -4496,7 +4496,7 @@ def test_alone_in_a_folder_it_books_predicts_measures_and_recovers(serve, tmp_pa
     assert service.get("/metrics/9") == (200, {"precision": 1, "recall": 1})
     assert service.post("/correct", {"seq": 0, "AccountNumber": "1"})[0] == 200
     assert service.delete("/company/A") == (200, {"company": "A", "forgotten": 2})
-    for path in ("/", "/openapi.json"):
+    for path in ("/", "/openapi.json", "/report/9", "/bookings", "/suspects"):
         status, answer = service.get(path)
         assert (status, "bookkeep_extra" in answer["error"]) == (404, True)
     assert service.get("/metrics")[0] == 404
@@ -4717,7 +4717,7 @@ def test_what_is_whole_of_a_damaged_log_is_relearned(path, capsys):
         batch = [booking(account="3", Note=f"3{i}") for i in range(3)]
         assert keeper.book(batch, "key3") == range(12, 15)
         assert keeper.correct(4, "2") == "corrected"
-        assert bookkeep.booking(keeper, 27)["booked_by"] == "person"
+        assert views.booking(keeper, 27)["booked_by"] == "person"
         for seq in (0, 6, 17, 29):
             with pytest.raises(NotFound):
                 keeper.correct(seq, "2")

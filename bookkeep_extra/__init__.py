@@ -1,1 +1,1 @@
-"""What the service can do without: its page, the description of its API, and the cluster."""
+"""What the service can do without: reports, its page, its API's description, the cluster, ..."""

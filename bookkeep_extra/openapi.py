@@ -14,6 +14,7 @@ from bottle import Route
 import bookkeep
 from bookkeep import BOOKED_BY, ID, MAX_SHORT, MAX_VALUE, NAME, TARGET, Schema
 from bookkeep_extra.suspects import LIKE
+from bookkeep_extra.views import LEAST_SURE
 
 # ---------------------------------------------------------------------------------------- Schemas
 
@@ -350,7 +351,7 @@ PARAMETERS = {  # what each says, an example
     "seq": ("the booking's number", 1203),
     "reviewed": ("only what somebody, or nobody, saw", "no"),
     "below": ("only those predicted with less confidence", 0.9),
-    "order": (f"newest, or least sure, of which the last {bookkeep.LEAST_SURE} count", "newest"),
+    "order": (f"newest, or least sure, of which the last {LEAST_SURE} count", "newest"),
     "limit": ("how many, at most", 20),
     "before": ("next of the page before", "0.62:14950"),
     "from": ("the seq of the first line", 15000),

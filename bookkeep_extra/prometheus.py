@@ -13,14 +13,13 @@ from bottle import Bottle, request, response
 from bookkeep import (
     Bookkeeper,
     __version__,
-    by_confidence,
     checks,
     described_path,
-    figures,
     scored,
     takes,
     unseen,
 )
+from bookkeep_extra.views import by_confidence, figures
 
 RECENT = 10_000  # bookings, the last, that the window is looked for in
 WINDOW = 1000  # predictions that figures are over, the last that are scored

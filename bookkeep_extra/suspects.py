@@ -41,10 +41,10 @@ from bookkeep import (
     require_features,
     scan,
     score_weight,
-    standings,
 )
 from bookkeep_extra.files import guarded
 from bookkeep_extra.unlearned import doubts
+from bookkeep_extra.views import standings
 
 RECENT = 10_000  # bookings, the last, that an answer looks at
 LEAST = 0.05  # the probability from which on a booking is shown

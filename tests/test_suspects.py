@@ -9,7 +9,7 @@ import pytest
 
 import bookkeep
 from bookkeep import NaiveBayes, NotFound
-from bookkeep_extra import suspects
+from bookkeep_extra import suspects, views
 from bookkeep_extra.unlearned import doubts, scores_without
 from conftest import SERVICE, assert_same, booking, bookkeeping, learn, run
 
@@ -140,7 +140,7 @@ def test_what_a_person_confirmed_or_changed_looks_wrong_no_more(path):
     with bookkeeping(path) as keeper:
         assert [each["seq"] for each in found_in(keeper)] == first
         assert_same(keeper, told)
-        assert bookkeep.booking(keeper, 40)["corrected"] == {"from": account}
+        assert views.booking(keeper, 40)["corrected"] == {"from": account}
         keeper.forget("A")
         assert found_in(keeper) == []
 
