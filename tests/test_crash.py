@@ -26,6 +26,7 @@ from pathlib import Path
 import pytest
 
 from bookkeep import CHUNK, Books, chunks
+from bookkeep_extra import views
 from conftest import (
     HERE,
     assert_same,
@@ -104,6 +105,47 @@ def stream(service, batches, answered):
             status, _, answer = service.ask("POST", "/sample", batch, headers=headers)
             assert status == 200
             answered[key] = answer
+
+
+def test_kills_at_any_moment_double_nothing_that_has_an_id(serve, tmp_path):
+    """Three send lists of their own ids again and again, from the one that was not answered on."""
+    rng, log = seeded(), tmp_path / "log.jsonl"
+    lists = [
+        [
+            [
+                booking(f"company{n}", f"text{rng.randrange(3)}", account=f"{rng.randrange(3)}")
+                | {"Id": f"{rng.randrange(20)}"}
+                for _ in range(rng.choice([1, 3, 30]))
+            ]
+            for _ in range(25)
+        ]
+        for n in range(3)
+    ]
+    answered = [0, 0, 0]
+
+    def send(n):
+        with suppress(OSError, HTTPException):
+            while answered[n] < len(lists[n]):
+                assert service.post("/sample", lists[n][answered[n]])[0] == 200
+                answered[n] += 1
+
+    while min(answered) < 25:
+        service = serve(log=log, unsaved=rng.choice([100, 10_000]))
+        threads = [threading.Thread(target=send, args=[n]) for n in range(3)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.1 + rng.random() * 0.3)
+        service.stop(signal.SIGKILL)
+        for thread in threads:
+            thread.join()
+    last = {
+        (each["CompanyId"], each["Id"]): each for sent in lists for part in sent for each in part
+    }
+    with bookkeeping(log) as keeper:
+        assert_same(keeper, books_of(log))
+        found = [each["sample"] for each in views.bookings(keeper, 100)[0]]
+    assert {(each["CompanyId"], each["Id"]): each for each in found} == last
+    assert len(found) == len(last)
 
 
 # Faults
