@@ -2420,6 +2420,8 @@ SENSELESS_CORRECTION = [
     ({"corrects": 0.0}, "it corrects no booking before it"),
     ({"corrects": -1}, "it corrects no booking before it"),
     ({"AccountNumber": ""}, "AccountNumber is empty"),
+    ({"now": {"CompanyId": "A"}}, "BankEntryText is missing"),
+    ({"now": "rent"}, "must be an object of strings"),
     ({"weight": 2}, "no booking can have that weight"),
 ]
 
@@ -2951,6 +2953,24 @@ def test_what_cannot_be_stored_leaves_no_id_and_no_change(path):
         assert_same(keeper, before)
         assert [keeper.find("A", id) is None for id in "123"] == [False, False, True]
         assert len(keeper.book([numbered("1", text="x"), numbered("3")])) == 2
+
+
+def test_a_log_with_ids_is_learned_anew_with_all_that_was_changed(path, capsys):
+    new = path.with_name("new.jsonl")
+    export = [numbered(f"{i}", text=f"shop{i % 3}", account=f"{i % 3}") for i in range(30)]
+    with bookkeeping(path) as keeper:
+        keeper.book([*export, booking()])
+        moved = [numbered(f"{i}", text="new", account="9") for i in range(0, 30, 7)]
+        keeper.book([*moved, numbered("3", text="shop0", account="8"), numbered("new")])
+        keeper.correct(keeper.seq_of("A", "5"), "7")
+        before = [views.booking(keeper, seq) for seq in (0, 3, 5, 7, 30, 31)]
+    assert logs.check(path) == logs.relearn(path, new, Books()) == 0
+    with bookkeeping(new) as keeper:
+        assert_true_to_log(keeper)
+        anew = [views.booking(keeper, seq) for seq in (0, 3, 5, 7, 30, 31)]
+        for name in ("seq", "sample", "account", "reviewed", "corrected"):
+            assert [each[name] for each in anew] == [each[name] for each in before]
+        assert not keeper.book([*moved, *export[1:3]])
 
 
 @given(st.data())
