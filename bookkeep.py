@@ -84,7 +84,7 @@ SCORE_WEIGHTS = {"person": 1, "check": CHECKS, "suggestion": 0}  # what its pred
 MAX_CONTEXT = 8  # keys beside the text that are features
 OF_A_RECORD = (  # keys that stand beside the target in a log, or in an answer
     *("seq", "batch", "left", "crc", "sample", "corrects", "now", "weight", "against"),
-    *("target", "context", "before"),
+    *("target", "context", "isolated", "before"),
 )
 
 MAX_BATCH = 10_000  # samples in one body
@@ -681,12 +681,13 @@ class Counts:
         self.spare, self.occupied = state["spare"].tolist(), state["occupied"]
 
 
-def _packed(content: object) -> np.ndarray:
+def packed(content: object) -> np.ndarray:
     """Its JSON, as an array of bytes."""
     return np.frombuffer(json.dumps(content).encode(), dtype=np.uint8)
 
 
-def _unpacked(array: np.ndarray) -> object:
+def unpacked(array: np.ndarray) -> object:
+    """What was packed."""
     return json.loads(array.tobytes())
 
 
@@ -1229,14 +1230,14 @@ class NaiveBayes:
     def state(self) -> Arrays:
         """All that it has counted; arrays that are its own."""
         return {
-            "account_names": _packed(self.names),
+            "account_names": packed(self.names),
             "sums": self.sums[: len(self.names)],
             **self.token_counts.state(),
         }
 
     def restore(self, state: Arrays) -> None:
         """Takes over what a model had counted."""
-        self.names = _unpacked(state["account_names"])
+        self.names = unpacked(state["account_names"])
         self.accounts = _numbers({name: number for number, name in enumerate(self.names)})
         self.sums = state["sums"]
         self.token_counts.restore(state)
@@ -1333,11 +1334,11 @@ class History:
 
     def state(self) -> Arrays:
         """The whole table; arrays that are its own."""
-        return {"history": self.rows, "history_names": _packed([self.accounts, self.companies])}
+        return {"history": self.rows, "history_names": packed([self.accounts, self.companies])}
 
     def restore(self, state: Arrays) -> None:
         """Takes over the table of another."""
-        self.accounts, self.companies = map(_numbers, _unpacked(state["history_names"]))
+        self.accounts, self.companies = map(_numbers, unpacked(state["history_names"]))
         self.rows = self._table = state["history"]
         companies, sizes = np.unique(self.rows["company"], return_counts=True)
         self._sizes.update(dict(zip(companies.tolist(), sizes.tolist(), strict=True)))
@@ -1398,9 +1399,9 @@ class History:
         rows["bin"] = Calibration.bins([each.margin or 0 for each in made])
         return rows
 
-    def size(self, company: str) -> int:
-        """How many bookings the company has."""
-        return self._sizes[self.companies.get(company)]
+    def size(self, company: str | None) -> int:
+        """How many bookings the company has, or all of them."""
+        return len(self.rows) if company is None else self._sizes[self.companies.get(company)]
 
     def last(self, n: int, company: str | None = None) -> np.ndarray:
         """The last n rows that are scored, or fewer if there are fewer; of one company."""
@@ -1483,7 +1484,8 @@ class Calibration:
     BINS = 28  # four for each doubling of 1 + margin
     NEAR = 2  # how far a bin is away that counts among a company's own
     RANKS = 20  # suggestions that get a confidence
-    DOUBT = 2  # wrong ones that are added to those of all companies
+    DOUBT = 2  # suggestions that are added to those of all companies
+    TRUST: float | np.ndarray = 0.0  # the share of them that is right, maybe by the bin: none
     BACK = 3  # suggestions that g counts in p0
     OWN = 100  # suggestions that p0 counts in p1, and p1 in p2
 
@@ -1621,7 +1623,8 @@ class Calibration:
             everybodys = self._everybodys.reshape(-1, self.COLUMNS, 2)[: self.RANKED] / GRAIN
             counted, right = everybodys.sum(axis=0).T
             there = counted > 0
-            g = _monotone(right, counted + self.DOUBT * there)
+            doubt = self.DOUBT * there
+            g = _monotone(right + doubt * self.TRUST, counted + doubt)
             counted, right = everybodys[specificity].T
             back = self.BACK * there
             self._shares[specificity] = _monotone(right + back * g, counted + back)
@@ -1746,11 +1749,11 @@ class Log:
     def state(self) -> Arrays:
         """Where its lines are."""
         keys = [[key, lines.start, lines.stop] for key, lines in self._keys.items()]
-        return {"line_starts": np.array(self._starts), "keys": _packed([self.size, keys])}
+        return {"line_starts": np.array(self._starts), "keys": packed([self.size, keys])}
 
     def restore(self, state: Arrays) -> None:
         """Takes over where lines are, so that only later ones are read; nothing, if it raises."""
-        size, keys = _unpacked(state["keys"])
+        size, keys = unpacked(state["keys"])
         keys = OrderedDict((key, range(start, stop)) for key, start, stop in keys)
         self._starts, self.size = array("q", state["line_starts"].tobytes()), size
         self._keys = keys
@@ -2204,7 +2207,7 @@ class Snapshot:
     def save(self, state: Arrays) -> None:
         """Puts the state in the place of an earlier one, in one step, or logs why it cannot."""
         try:
-            size, _ = _unpacked(state["keys"])
+            size, _ = unpacked(state["keys"])
             origin = np.array([size, self.log.checksum(size), *self._version()])
             # If it is not on disk at a power failure, the log is.
             with new_file(self.path, durable=False) as file:
@@ -2506,9 +2509,11 @@ class Books:
         usual = not context and target == TARGET
         # What each record says of them, so that no log is read with others.
         self.features = {} if usual else {"target": target, "context": [*context]}
+        self.company: str | None = None  # whose books these are, if not all companies'
         self.model, self.calibration, self.history = NaiveBayes(), Calibration(), History(target)
-        self.corrected: dict[int, Standing] = {}  # seq -> how it stands by now
         self.ids = Ids()
+        self.in_snapshot: tuple = (self.model, self.calibration, self.history, self.ids)
+        self.corrected: dict[int, Standing] = {}  # seq -> how it stands by now
         self.counters: Counter[str] = Counter()  # since the start, for an operator
         self.last_batch = 0  # the seq that the last batch of bookings starts with
         self.lock = threading.Lock()
@@ -2536,7 +2541,7 @@ class Books:
         records: list[dict] = [{} for _ in samples]
         drafted = [self.history.rows[:0]]
         try:
-            for part in parts(len(samples), len(self.history.rows)):
+            for part in parts(len(samples), self.history.size(self.company)):
                 self._draft(samples[part], records[part], pause)
                 with self.changing():
                     rows = self.history.draft(records[part])
@@ -2606,6 +2611,11 @@ class Books:
     def apply(self, records: Sequence[dict], booking_of: Callable[[dict], dict]) -> None:
         """Learns what the log says next. `booking_of` gives the booking of a correction."""
         bookings = [record for record in records if "sample" in record]
+        self.enter(bookings, self.learn(bookings))
+        self.correct([(booking_of(record), record) for record in records if "corrects" in record])
+
+    def learn(self, bookings: Sequence[dict]) -> np.ndarray:
+        """Learns bookings as a log's records say, counts them in what is measured; their rows."""
         documents = [self.tokens(record["sample"]) for record in bookings]
         learned = [i for i, record in enumerate(bookings) if "weight" in record]
         with self.changing():
@@ -2615,8 +2625,7 @@ class Books:
             rows = self.history.draft(bookings)
             rows["confidence"] = [record["confidence"] or 0 for record in bookings]
             self.calibration.add(rows)
-        self.enter(bookings, rows)
-        self.correct([(booking_of(record), record) for record in records if "corrects" in record])
+        return rows
 
     def change(self, booking: dict, sample: Sample) -> tuple[str, Sample | None] | None:
         """What a sample changes of the booking that has its id: the account, and all, if it moved.
@@ -2721,24 +2730,20 @@ class Books:
 
     def state(self) -> Arrays:
         """All of it; arrays that are those at work."""
-        parts = (self.model, self.calibration, self.history, self.ids)
-        own = {
-            "corrected": _packed([*self.corrected.items()]),
-            "features": _packed([self.target, *self.context]),
-        }
-        return dict(chain(*(part.state().items() for part in parts), own.items()))
+        own = {"corrected": packed([*self.corrected.items()]), "features": packed(self.features)}
+        return dict(chain(*(part.state().items() for part in self.in_snapshot), own.items()))
 
     def fits(self, state: Arrays) -> bool:
-        """Is it of the same context and target?"""
-        return _unpacked(state["features"]) == [self.target, *self.context]
+        """Is it of the same features?"""
+        return unpacked(state["features"]) == self.features
 
     def restore(self, state: Arrays) -> None:
         """Takes over all of it."""
-        for part in (self.model, self.calibration, self.history, self.ids):
+        for part in self.in_snapshot:
             part.restore(state)
-        self.corrected = {
+        self.corrected |= {
             seq: Standing(Lesson(*lesson), *others)
-            for seq, (lesson, *others) in _unpacked(state["corrected"])
+            for seq, (lesson, *others) in unpacked(state["corrected"])
         }
 
     @contextmanager
@@ -2752,11 +2757,22 @@ class Books:
     def predict(self, samples: Iterable[Sample]) -> list[str]:
         """The most probable account of each sample. Raises NotReady while there is no model."""
         accounts: list[str] = []
-        for chunk in chunks(map(self.tokens, samples), CHUNK):
-            with self.at_rest() as model:
-                accounts += model.predict(chunk)
+        for books, chunk in self.asked(samples, CHUNK):
+            documents = [*map(self.tokens, chunk)]
+            with books.at_rest() as model:
+                accounts += model.predict(documents)
                 self.counters["predictions"] += len(chunk)
         return accounts
+
+    def asked(
+        self, samples: Iterable[Sample], most: int
+    ) -> Iterator[tuple["Books", Sequence[Sample]]]:
+        """The samples in chunks of at most so many, in order, with the books that know of them."""
+        return zip(repeat(self), chunks(samples, most))
+
+    def apart(self, records: Iterable[dict]) -> Iterable[tuple["Books", Iterable[dict]]]:
+        """Bookings that may be compared with each other, with the books that know of them."""
+        return [(self, records)]
 
     def confidences(
         self, samples: Sequence[Sample], made: Iterable[Assessment]
@@ -2792,7 +2808,7 @@ def _record(sample: Sample, assessment: Assessment, **counts: object) -> dict:
 
 def features_of(record: dict) -> dict:
     """What a record says of the keys that it was learned from, as Books.features does."""
-    return {key: record[key] for key in ("target", "context") if key in record}
+    return {key: record[key] for key in ("target", "context", "isolated") if key in record}
 
 
 def otherwise(record: dict, features: dict) -> str | None:
@@ -2804,7 +2820,9 @@ def otherwise(record: dict, features: dict) -> str | None:
     if learned == features or len(record) <= len(PLACE):  # it was emptied
         return None
     context = ",".join(learned.get("context", ())) or "none"
-    return f"it was learned with the context {context}, the target {learned.get('target', TARGET)}"
+    target = learned.get("target", TARGET)
+    alone = ", each company isolated" if "isolated" in learned else ""
+    return f"it was learned with the context {context}, the target {target}{alone}"
 
 
 def require_features(records: Sequence[dict], first: int, features: dict, path: Path) -> None:
@@ -3145,7 +3163,7 @@ class Bookkeeper:
 
     def _restore(self, state: Arrays) -> None:
         """Takes over all that was made of the log; or nothing, if it raises."""
-        books = Books(self.books.context, self.books.target)
+        books = type(self.books)(self.books.context, self.books.target)
         if not books.fits(state):
             return  # the log says so, too, unless all of it is forgotten
         books.restore(state)
@@ -3203,16 +3221,16 @@ def suggest(
     """
     answers: list[dict[str, object]] = []
     # Reasons take long, and others wait for the model, too.
-    for chunk in chunks(samples, 1 if with_reasons else CHUNK):
+    for own, chunk in books.asked(samples, 1 if with_reasons else CHUNK):
         documents = [*map(books.tokens, chunk)]
-        with books.at_rest() as model:
+        with own.at_rest() as model:
             best, made = model.suggest(documents, max(top, 2))
             scores = [[score for score, _ in row] for row in best]
             numbers = [[number for _, number in row] for row in best]
             pairs = zip(documents, numbers, strict=True)
             terms = [model.terms(*pair) if with_reasons else None for pair in pairs]
             accounts = [[model.names[number] for number in row] for row in numbers]
-            sure, evidence = books.confidences(chunk, made)
+            sure, evidence = own.confidences(chunk, made)
             sizes = [books.history.size(sample["CompanyId"]) for sample in chunk]
             books.counters["predictions"] += len(chunk)
         for i, sample in enumerate(chunk):
@@ -3996,7 +4014,7 @@ def serve(options: argparse.Namespace) -> None:
     server = Server(starting_app(log), listener, options.threads, options.max_body, welcomes)
     started = time.monotonic()
     open_books: Callable = Bookkeeper
-    books = Books(options.context, options.target)
+    books = books_for(options.context, options.target, options.isolate)
     if options.stream:
         try:
             open_books = partial(extra("cluster").Node, options.stream)
@@ -4019,6 +4037,11 @@ def serve(options: argparse.Namespace) -> None:
     server.answer()
     keeper.close()
     logger.info("stopped")
+
+
+def books_for(context: Sequence[str] = (), target: str = TARGET, isolated: bool = False) -> Books:
+    """New books that learn from these features. Raises ImportError if they need what is missing."""
+    return (extra("isolated").Isolated if isolated else Books)(context, target)
 
 
 def _in_background(work: Callable[[], T]) -> "Future[T]":
@@ -4105,6 +4128,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     keys = "keys of a sample that are features, too, with commas between: Department,Project"
     option("context", keys, lambda text: text.split(","), [], metavar="KEY,KEY")
     option("target", "the key to predict", str, TARGET, metavar="KEY")
+    apart = "have no company learn of another: docs/how-it-works.md"
+    option("isolate", apart, _yes_or_no, False, action="store_true")
     option(
         "name", "names that a proxy calls it by, with commas between", _names, [], metavar="HOST"
     )

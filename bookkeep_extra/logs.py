@@ -22,6 +22,7 @@ from bookkeep import (
     Log,
     LogError,
     Sample,
+    books_for,
     check_sample,
     features_of,
     fsync_folder,
@@ -192,7 +193,7 @@ def _check_counts(weight: float, against: list[str]) -> None:
 COMMANDS = {
     "check": lambda options: check(options.LOG),
     "relearn": lambda options: relearn(
-        options.OLD, options.NEW, Books(options.context, options.target)
+        options.OLD, options.NEW, books_for(options.context, options.target, options.isolate)
     ),
     "suspects": lambda options: print_suspects(options.LOG),
     "token": print_token,

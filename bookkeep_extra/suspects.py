@@ -20,6 +20,7 @@ import math
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,11 +32,11 @@ from bookkeep import (
     KINDS,
     PLACE,
     ROUND,
-    TARGET,
     Bookkeeper,
     Books,
     Damage,
     Sample,
+    books_for,
     chunks,
     features_of,
     require_features,
@@ -89,6 +90,11 @@ def find(books: Books, records: Iterable[dict]) -> list[Suspect]:
 
     Each is compared with the others of these. Raises NotReady if nothing is learned.
     """
+    found = chain.from_iterable(_find(own, some) for own, some in books.apart(records))
+    return sorted(found, key=lambda each: (-each.probability, -each.seq))
+
+
+def _find(books: Books, records: Iterable[dict]) -> Iterator[Suspect]:
     asked = [doubt for chunk in chunks(records, 4 * ROUND) for doubt in _doubts(books, chunk)]
     groups: defaultdict[object, Counter] = defaultdict(Counter)  # key -> account, ALL -> bookings
     odd: Counter[tuple] = Counter()  # by company and account: booked elsewhere by the model
@@ -120,12 +126,10 @@ def find(books: Books, records: Iterable[dict]) -> list[Suspect]:
             changed += not stays
         elif score_weight(each.sample) and likely is not None:
             weighed.append((odds, each, *next(iter(like.items()), (None, (0, 0, 0)))))
-    found = []
     for odds, (seq, sample, account, _, _, likely, *_), name, said in weighed:
         probability = round(1 - 1 / (1 + odds * changed / expected), 4)
         if probability >= LEAST:
-            found.append(Suspect(seq, sample, account, likely, probability, name, *said))
-    return sorted(found, key=lambda each: (-each.probability, -each.seq))
+            yield Suspect(seq, sample, account, likely, probability, name, *said)
 
 
 def _doubts(books: Books, records: Sequence[dict]) -> Iterator[Doubt]:
@@ -181,8 +185,7 @@ def print_suspects(path: Path) -> int:
             raise batch.error(path)
         records = [record for record in batch.records if len(record) > len(PLACE)]
         if records and not bookings:
-            learned = features_of(records[0])
-            books = Books(learned.get("context", ()), learned.get("target", TARGET))
+            books = books_for(**features_of(records[0]))
         require_features(batch.records, batch.line, books.features, path)
         bookings.update((record["seq"], record) for record in records if "sample" in record)
         books.apply(records, lambda correction: bookings[correction["corrects"]])
