@@ -1328,9 +1328,8 @@ class History:
         self.accounts = _numbers()
         self.companies = _numbers()
         self._sizes: Counter[int] = Counter()  # company -> how many bookings
-        self._table = np.zeros(1024, dtype=self.ROW)
         # All of them: an array that stays as it is, but for corrections, whatever comes later.
-        self.rows = self._table[:0]
+        self.rows = self._table = np.zeros(0, dtype=self.ROW)
 
     def state(self) -> Arrays:
         """The whole table; arrays that are its own."""
