@@ -2502,6 +2502,8 @@ class Books:
     been, but was checked, counts for all the others that nobody looked at.
     """
 
+    AT_ONCE = 1 << 12  # records that a start has learned
+
     def __init__(self, context: Sequence[str] = (), target: str = TARGET) -> None:
         """`context` are keys of a sample that are features, too; `target` is the one to predict."""
         self.context, self.target = tuple(context), target
@@ -3129,7 +3131,7 @@ class Bookkeeper:
         reported = time.monotonic()
         gc.disable()  # no cycles are made, and to look for them takes a tenth of the time
         try:
-            for records in chunks(self.log.read(), 4096):
+            for records in chunks(self.log.read(), self.books.AT_ONCE):
                 self._learn_back(records)
                 if time.monotonic() - reported > 3:
                     reported = time.monotonic()

@@ -476,7 +476,7 @@ class Run:
             for batch in batches(itertools.islice(rows, most), largest, seed):
                 for row in batch:
                     self.account_names[row["CompanyId"], row[TARGET]] = row.get("AccountName")
-                if self.integrator and (self.sent or self.before["accounts"]):  # there is a model
+                if self.integrator:
                     batch = self.integrator.book(batch)
                 answer = self.client.sample(batch, f"replay {self.name} row {self.sent}")
                 self.sent += len(batch)
@@ -496,12 +496,7 @@ class Run:
 
     def last(self, n: int) -> dict | None:
         """What the service reports of its last n predictions; None if there are none yet."""
-        try:
-            return self.client.report(n)
-        except ServiceError as error:
-            if error.status == 503:
-                return None
-            raise
+        return or_none(lambda: self.client.report(n))
 
     def figures(self) -> dict:
         """What the service says of its last predictions."""
@@ -538,7 +533,10 @@ class Run:
         if row is None or not self.sent:
             return None
         sample = without_account(row)
-        suggestion = self.client.suggest(sample, top=1)["suggestions"][0]
+        answer = or_none(lambda: self.client.suggest(sample, top=1))
+        if answer is None:
+            return None
+        [suggestion] = answer["suggestions"]
         account = suggestion["account"]
         return {
             "sample": sample,
@@ -564,9 +562,11 @@ class Integrator:
         self.outcomes: list[tuple[float, bool, str]] = []
 
     def book(self, rows: Sequence[Sample]) -> list[Sample]:
-        """The rows as they are to be booked."""
+        """The rows as they are to be booked: as they are where there is no model yet."""
         asked = [without_account(row) for row in rows]
-        answers = self.client.suggest(asked, 1, self.book_from, reasons=False)
+        answers = or_none(lambda: self.client.suggest(asked, 1, self.book_from, reasons=False))
+        if answers is None:
+            return [*rows]
         booked = []
         for row, sample, answer in zip(rows, asked, answers, strict=True):
             [suggestion] = answer["suggestions"]
@@ -601,6 +601,16 @@ class Integrator:
                 "overall": sum(right for _, right, _ in half) / len(half),
             },
         }
+
+
+def or_none(ask: Callable[[], T]) -> T | None:
+    """What comes of it; None while the service has nothing to answer with."""
+    try:
+        return ask()
+    except ServiceError as error:
+        if error.status == 503:
+            return None
+        raise
 
 
 def without_account(row: Sample) -> Sample:

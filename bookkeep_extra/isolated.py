@@ -56,6 +56,8 @@ class OwnBooks(Books):
 class Isolated(Books):
     """Books of many companies, each with a model and a calibration that no other has a part in."""
 
+    AT_ONCE = 1 << 15  # more: each company's are learned by themselves
+
     def __init__(self, context: Sequence[str] = (), target: str = TARGET) -> None:
         """As Books."""
         super().__init__(context, target)
