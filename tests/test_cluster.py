@@ -39,8 +39,10 @@ from bookkeep import (
     NotReady,
     health,
     require_ready,
+    suggest,
 )
 from bookkeep_extra import cluster
+from bookkeep_extra.isolated import Isolated
 from bookkeep_extra.logs import check_records
 from bookkeep_extra.prometheus import gauges
 from conftest import (
@@ -707,6 +709,21 @@ def test_what_has_an_id_is_compared_with_what_others_have_booked_last(joined):
     assert_same(a, b)
     assert a.books.sample(a.booking(0)) == moved
     assert a.seq_of("A", "18") == 3
+
+
+def test_nodes_learn_each_company_apart(joined):
+    a, b = (joined(name, books=Isolated()) for name in "ab")
+    a.book(bookings(200))
+    first, *_ = b.book([booking("new", account="1"), booking("gone"), booking("new")])
+    assert b.correct(first, "2") == "1"
+    assert a.forget("gone") == 1
+    wait_until(lambda: equal([a, b]) and "gone" not in b.books.companies)
+    assert {*a.books.companies} == {*b.books.companies} == {*b.books.history.companies}
+    for node in (a, b):
+        with pytest.raises(NotReady, match="sample 0: there is no model of its company"):
+            node.books.predict([booking("gone")])
+    asked = [*bookings(30, seed=1), booking("new")]
+    assert suggest(a.books, asked, 3) == suggest(b.books, asked, 3)
 
 
 def test_another_log_is_refused_and_kept(joined, tmp_path):

@@ -12,6 +12,7 @@ from conftest import SERVICE, booking, bookings, bookkeeping, by, changed, learn
 
 PLACE = ("seq", "batch", "left", "crc", "corrects")  # what counts all companies' lines
 ASKED = bookings(8, seed=3)
+ASKED_OF_A = [sample | {"CompanyId": "a"} for sample in ASKED]
 
 
 def isolated(path, context=(), **options):
@@ -77,6 +78,21 @@ def test_what_a_company_is_told_is_the_same_whatever_others_book(path, seed):
         for about in expected | step:
             assert step.get(about) == expected.get(about), about
     assert any(each.get("suspects") and each.get("report") for each in alone)
+
+
+def test_a_company_alone_is_told_the_same_accounts_either_way(path):
+    rows = [sample | {"CompanyId": "a"} for sample in bookings(300)]
+    wrong = {5, 111, 222}
+    rows = [row | {"AccountNumber": "9"} if i in wrong else row for i, row in enumerate(rows)]
+    said = []
+    for books in (Books(), Isolated()):
+        with bookkeeping(path.with_name(type(books).__name__), books=books) as keeper:
+            for start in range(0, 300, 60):
+                keeper.book(rows[start : start + 60])
+            found, _ = suspects.suspects(keeper, 50)
+            said.append([books.predict(ASKED_OF_A), *(each | {"confidence": 0} for each in found)])
+    assert said[0] == said[1]
+    assert wrong & {each["seq"] for each in found}
 
 
 def test_without_it_a_company_is_told_of_others(path):
