@@ -196,17 +196,15 @@ class Together:
         """What the models and the calibrations have counted: of each array, all in one."""
         companies = self._books.companies
         states = [own.model.state() | own.calibration.state() for own in companies.values()]
+        names = [*states[0]] if states else []
         shapes = [[array.shape for array in state.values()] for state in states]
-        together = {"isolated": packed([[*companies], shapes])}
-        for name in states[0] if states else ():
-            together[name] = np.concatenate([state[name].ravel() for state in states])
-        return together
+        return {"isolated": packed([[*companies], names, shapes])} | {
+            name: np.concatenate([state[name].ravel() for state in states]) for name in names
+        }
 
     def restore(self, state: Arrays) -> None:
         """Takes over what other companies' had counted."""
-        companies, shapes = unpacked(state["isolated"])
-        new = OwnBooks(self._books, "")
-        names = [*new.model.state(), *new.calibration.state()]
+        companies, names, shapes = unpacked(state["isolated"])
         ends = dict.fromkeys(names, 0)
         for company, each in zip(companies, shapes, strict=True):
             own, parts = self._books.of(company), {}
