@@ -29,8 +29,8 @@ from bookkeep import (
 class OwnCalibration(Calibration):
     """What a suggestion is worth, with the record of one company alone.
 
-    While that is short, it trusts the model, half as sure as this is of itself, and the company's
-    own suggestions of an account count sooner. The numbers were chosen on three real sets.
+    While that is short, it trusts the model, as sure as this would be at half the margin, and the
+    company's own suggestions of an account count sooner. Numbers were chosen on three real sets.
     """
 
     OWN = 30
