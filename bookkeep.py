@@ -2502,7 +2502,7 @@ class Books:
     been, but was checked, counts for all the others that nobody looked at.
     """
 
-    AT_ONCE = 1 << 12  # records that a start has learned
+    AT_ONCE = 1 << 12  # records that a start learns at a time
 
     def __init__(self, context: Sequence[str] = (), target: str = TARGET) -> None:
         """`context` are keys of a sample that are features, too; `target` is the one to predict."""
@@ -2765,9 +2765,7 @@ class Books:
                 self.counters["predictions"] += len(chunk)
         return accounts
 
-    def asked(
-        self, samples: Iterable[Sample], most: int
-    ) -> Iterator[tuple["Books", Sequence[Sample]]]:
+    def asked(self, samples: Iterable[Sample], most: int) -> Iterator[tuple["Books", list[Sample]]]:
         """The samples in chunks of at most so many, in order, with the books that know of them."""
         return zip(repeat(self), chunks(samples, most))
 

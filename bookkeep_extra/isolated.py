@@ -44,8 +44,9 @@ class OwnBooks(Books):
     def __init__(self, of: "Isolated", company: str) -> None:
         super().__init__(of.context, of.target)
         self.company, self.calibration = company, OwnCalibration()
-        self.features, self.history, self.corrected = of.features, of.history, of.corrected
-        self.ids, self.counters, self.lock, self.changing = of.ids, of.counters, of.lock, of.changing
+        self.features, self.lock, self.changing = of.features, of.lock, of.changing
+        self.history, self.corrected, self.ids = of.history, of.corrected, of.ids
+        self.counters = of.counters
         self.changes = 0  # that are made in them just now
 
     def is_empty(self) -> bool:
@@ -147,9 +148,7 @@ class Isolated(Books):
             for number in np.unique(rows["company"]).tolist()
         )
 
-    def asked(
-        self, samples: Iterable[Sample], most: int
-    ) -> Iterator[tuple[Books, Sequence[Sample]]]:
+    def asked(self, samples: Iterable[Sample], most: int) -> Iterator[tuple[Books, list[Sample]]]:
         """As Books. Raises NotReady if there is no model of one of the companies."""
         known = []
         for i, sample in enumerate(samples):

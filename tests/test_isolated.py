@@ -5,8 +5,8 @@ from contextlib import closing
 
 import pytest
 
-from bookkeep import Bookkeeper, Books, Log, LogError, NotFound, NotReady, report, suggest
-from bookkeep_extra import logs, suspects
+from bookkeep import Bookkeeper, Books, Log, LogError, NotFound, NotReady, suggest
+from bookkeep_extra import logs, suspects, views
 from bookkeep_extra.isolated import Isolated
 from conftest import SERVICE, booking, bookings, bookkeeping, by, changed, learn, run, scanned
 
@@ -31,38 +31,37 @@ def told(keeper, company):
         said["suggestions"] = suggest(books, asked, 3, 0.5)
         found, _ = suspects.suspects(keeper, 50, company)
         said["suspects"] = [{k: v for k, v in each.items() if k != "seq"} for each in found]
-        said["report"] = report(books, 1000, company)
+        said["report"] = views.report(books, 1000, company)
     except (NotFound, NotReady) as error:
         said["refused"] = str(error)
     return said
 
 
-def walk(keeper, companies, seed, steps=12):
+def walk(keeper, companies, seed, steps=12, forgetting=0.08):
     """Books, corrects and forgets at random for these companies; what `a` is told now and then.
 
     What is done for a company is the same whichever others there are.
     """
     dice = {company: random.Random(f"{seed} {company}") for company in companies}
-    booked = {company: [] for company in companies}
     said = []
     for step in range(1, steps + 1):
         lists = {}
         for company, rng in dice.items():
-            if booked[company] and rng.random() < 0.08:
+            booked = keeper.books.history.of(company)["seq"].tolist()
+            if booked and rng.random() < forgetting:
                 keeper.forget(company)
-                booked[company] = []
-            elif booked[company] and rng.random() < 0.4:
-                keeper.correct(rng.choice(booked[company]), str(rng.randrange(3000, 3008)))
+            elif booked and rng.random() < 0.4:
+                keeper.correct(rng.choice(booked), str(rng.randrange(3000, 3008)))
             lists[company] = [
                 by(rng.choice(["person", "person", "check", "suggestion"]), sample)
                 | {"CompanyId": company}
+                | ({"Id": str(rng.randrange(20))} if rng.random() < 0.3 else {})
                 for sample in bookings(rng.choice([0, 1, 7, 30, 150]), rng.random())
             ]
         owners = [company for company, samples in lists.items() for _ in samples]
         random.Random(seed).shuffle(owners)
         rest = {company: iter(samples) for company, samples in lists.items()}
-        for company, seq in zip(owners, keeper.book([next(rest[c]) for c in owners]), strict=True):
-            booked[company].append(seq)
+        keeper.book([next(rest[company]) for company in owners])
         if step % 3 == 0:
             said.append(told(keeper, "a"))
     return said
@@ -78,6 +77,7 @@ def test_what_a_company_is_told_is_the_same_whatever_others_book(path, seed):
         for about in expected | step:
             assert step.get(about) == expected.get(about), about
     assert any(each.get("suspects") and each.get("report") for each in alone)
+    assert any("now" in record for each in alone for record in each["records"])
 
 
 def test_a_company_alone_is_told_the_same_accounts_either_way(path):
@@ -107,7 +107,7 @@ def test_without_it_a_company_is_told_of_others(path):
 @pytest.mark.parametrize("unsaved", [1, 10**9], ids=["with a snapshot", "without"])
 def test_a_start_goes_on_where_it_was(path, unsaved):
     with isolated(path, unsaved=unsaved) as keeper:
-        walk(keeper, "abc", 1, steps=6)
+        walk(keeper, "abc", 1, steps=6, forgetting=0)
         keeper.book([booking("new"), by("suggestion", company="unseen")])
         before = {company: told(keeper, company) for company in ["new", "unseen", *"abc"]}
         companies = [*keeper.books.companies]
@@ -116,7 +116,7 @@ def test_a_start_goes_on_where_it_was(path, unsaved):
         assert {company: told(keeper, company) for company in before} == before
         assert sorted(keeper.books.companies) == sorted(companies)
         assert keeper.correct(len(keeper.log) - 1, "7") in ("3115", "7")
-        later = [walk(keeper, "a", 2, steps=3), keeper.books.model.n_tokens]
+        later = [walk(keeper, "a", 2, steps=3, forgetting=0), keeper.books.model.n_tokens]
     with isolated(path, unsaved=unsaved) as keeper:
         assert told(keeper, "a") == later[0][-1]
         assert keeper.books.model.n_tokens == later[1]
@@ -186,7 +186,7 @@ def test_a_log_that_was_learned_otherwise_is_refused_until_it_is_relearned(path,
         expected, new = path.with_name("expected"), path.with_name("new")
         for log, books in ((path, kind()), (expected, wanted())):
             with bookkeeping(log, unsaved=unsaved, books=books) as keeper:
-                walk(keeper, "ab", 5, steps=4)
+                walk(keeper, "ab", 5, steps=4, forgetting=0)
                 keeper.book([booking()], "a key")
         with closing(Log(path)) as log, pytest.raises(LogError) as raised:
             Bookkeeper(log, unsaved, wanted())
