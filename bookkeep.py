@@ -2011,14 +2011,11 @@ class Damage(NamedTuple):
         )
 
 
-Line = tuple[int, bytes, dict | ValueError | None]
-
-
 def scan(path: Path, start: int = 0, before: int = 0) -> Iterator[Batch | Damage]:
     """What is in the log, in order; after a damage, the batches that are surely whole.
 
     It starts at a byte behind which the whole batches before it have so many lines. All that
-    follows the last whole batch is one damage.
+    follows the last whole batch is one damage, if a crash may have left it.
     """
     with open(path, "rb") as lines:
         if start:  # else it may be a pipe
@@ -2028,70 +2025,51 @@ def scan(path: Path, start: int = 0, before: int = 0) -> Iterator[Batch | Damage
 
 def batches_of(lines: Iterable[bytes], before: int) -> Iterator[Batch | Damage]:
     """What lines hold of which a log has so many before them; as `scan`."""
-    last, size, head = before, 0, b""  # lines up to the last whole batch; what follows it
-    damages: list[Damage] = []
-    unfinished = True
-    for number, line, found in _batches(_parsed(lines, before), before):
-        if isinstance(found, Batch):
-            yield from damages
-            yield found
-            last, size, damages, unfinished = number, 0, [], True
-            continue
-        if found:
-            damages.append(Damage(found.line, found.reason))
-            unfinished &= found.unfinished
-        head = head or line[: len(HEAD)]
-        size += len(line)
-    if not last and any(got not in (due, 0) for got, due in zip(head, HEAD, strict=False)):
-        yield Damage(1, "this is no log")
-    elif size and unfinished:  # a power failure leaves holes in what is not on disk yet
-        yield Damage(last + 1, f"the batch is unfinished; a start cuts off {size} bytes", True)
-    else:
-        yield from damages
-
-
-def _batches(lines: Iterable[Line], before: int) -> Iterator[tuple]:
-    """Each line with its number, and the batch that it ends or what is wrong with it."""
     seq, left, name = before - 1, 0, None  # of the line before
-    batch: Batch | None = Batch([], [], 0)  # the unfinished one, None if lines of it are missing
-    unreadable = 0  # lines before it
-    for (number, line, record), (_, _, after) in pairwise(lines):
-        if isinstance(record, ValueError):
-            yield number, line, None if unreadable else Damage(number, str(record), True)
+    batch: Batch | None = None  # the unfinished one; None if lines of it are missing
+    unreadable = 0  # lines since the line before
+    last, end = before, before  # the last whole batch's last line, and the seq behind it
+    size, damages = 0, []  # bytes of what follows it; what is wrong with that
+    torn = True  # may a crash have left it? A power failure leaves holes, but moves nothing
+    for number, line in enumerate(lines, start=before + 1):
+        size += len(line)
+        if number == 1:
+            torn = all(got in (due, 0) for got, due in zip(line, HEAD, strict=False))
+        try:
+            record = _parse(line)
+        except ValueError as error:
+            if not unreadable:
+                reason = str(error) if torn or number > 1 else "no log starts like this"
+                damages.append(Damage(number, reason))
             unreadable += 1
             continue
         missing = record["seq"] - seq - 1
-        if missing < 0 or (missing and isinstance(after, dict) and after["seq"] == seq + 1):
-            yield number, line, Damage(number, f"booking {record['seq']} does not belong here")
-            continue
+        goes_on = (missing, record["batch"], record["left"]) == (0, name, left - 1)
         if missing > unreadable:
             reason = f"{missing - unreadable} bookings are missing before it"
-            yield number, b"", Damage(number, reason, True)
+            damages.append(Damage(number, reason))
+        elif missing < 0 or not (missing or goes_on or left == 0):
+            damages.append(Damage(number, f"booking {record['seq']} does not belong here"))
+            torn = False
+        if record["seq"] < end:
+            continue
         # A batch starts where the one before ends, and one without a key says where it starts.
-        if left == missing or record["batch"] == record["seq"]:
-            if left > missing:
-                yield number, b"", Damage(number, "the batch before it is unfinished", True)
+        if left == missing or record["seq"] in (end, record["batch"]):
             batch = Batch([], [], number)
-        elif missing:
-            batch = None
-        elif (name, left - 1) != (record["batch"], record["left"]):
-            yield number, b"", Damage(number, "it does not belong to the batch before it")
+        elif not goes_on:
             batch = None
         seq, left, name, unreadable = record["seq"], record["left"], record["batch"], 0
-        if batch is not None:
+        if batch:
             batch.records.append(record)
             batch.lines.append(line)
-        yield number, line, batch if left == 0 else None
-
-
-def _parsed(lines: Iterable[bytes], before: int) -> Iterator[Line]:
-    """The lines, as bytes and as records, or what is wrong with them; and then no line."""
-    for number, line in enumerate(lines, start=before + 1):
-        try:
-            yield number, line, _parse(line)
-        except ValueError as error:
-            yield number, line, error
-    yield 0, b"", None
+            if left == 0:
+                yield from damages
+                yield batch
+                last, end, size, damages, torn = number, seq + 1, 0, [], True
+    if size and torn:
+        reason = f"the batch is unfinished; a start cuts off {size} bytes"
+        damages = [Damage(last + 1, reason, unfinished=True)]
+    yield from damages
 
 
 _encode = json.JSONEncoder(ensure_ascii=False).encode

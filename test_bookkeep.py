@@ -1314,7 +1314,7 @@ def test_a_new_log_with_a_hole_is_one_and_any_other_file_is_left_alone(path):
         assert read(path) == []
     for other in (b"a,b\n1,2\n" * 99, b"\n", b"PK\3\4", line[1:]):
         path.write_bytes(other)
-        with pytest.raises(LogError, match="line 1: this is no log"):
+        with pytest.raises(LogError, match="line 1: no log starts like this"):
             read(path)
         assert path.read_bytes() == other
 
@@ -4652,7 +4652,7 @@ def test_what_keeps_it_from_starting_is_said_in_one_line(path, tmp_path, failed)
         assert failed(f"--log={log}", "--port=0").startswith(f"cannot open {log}: {why}")
     path.write_bytes(b"nonsense\n" + path.read_bytes())
     before = path.read_bytes()
-    assert "is damaged, line 1: the checksum does not fit; " in refused(path)
+    assert "is damaged, line 1: no log starts like this; " in refused(path)
     assert path.read_bytes() == before
 
 
@@ -4815,7 +4815,7 @@ def test_a_check_says_once_what_is_no_log_and_relearn_overwrites_nothing(path, c
     written(path, [])
     assert checked(path, capsys) == []
     path.write_bytes(b"a,b\n" * 1000)
-    assert checked(path, capsys) == ["line 1: this is no log"]
+    assert checked(path, capsys) == ["line 1: no log starts like this"]
     for name in ("there", "link"):
         new = path.with_name(name)
         new.symlink_to("nowhere") if name == "link" else new.write_text("precious")
