@@ -1481,67 +1481,63 @@ class Calibration:
     """
 
     BINS = 28  # four for each doubling of 1 + margin
-    NEAR = 2  # how far a bin is away that counts among a company's own
+    AROUND = np.arange(-2, 3)  # how far bins are away that count among a company's own
     RANKS = 20  # suggestions that get a confidence
     DOUBT = 2  # suggestions that are added to those of all companies
     TRUST: float | np.ndarray = 0.0  # the share of them that is right, maybe by the bin: none
     BACK = 3  # suggestions that g counts in p0
     OWN = 100  # suggestions that p0 counts in p1, and p1 in p2
 
-    # A company has cells: levels, with a column for each bin, and NEAR more on each side, or rank.
+    # What is counted has a cell: of a company, a level, which is a specificity or one of these, and
+    # a bin. There are more columns than bins: what is near the first or the last one is empty.
     COLUMNS = 32
-    RANKED = len(SPECIFICITY)  # the level of what was predicted wrong; before it, specificities
-    CHECKED = RANKED + 1  # from here on the same, but of checks alone
+    RANKED = len(SPECIFICITY)  # of what was predicted wrong, by rank in place of bin
+    CHECKED = RANKED + 1  # from here on the levels before, but of checks alone
     DRAWN = 2 * CHECKED  # of what was checked or booked unseen; the right ones are the checks
     ACCOUNT = DRAWN + 2  # from here on, of accounts predicted; -1 is none
-    EVERYBODYS = CHECKED * COLUMNS  # cells: those of the levels before CHECKED
-    COMPANY = 1 << 36  # of one company
+    COMPANY = 1 << 36  # cells of one company
 
     def __init__(self) -> None:
-        # (EVERYBODYS, 2) what these cells of all companies count: all, right
-        self._everybodys = np.zeros((self.EVERYBODYS, 2), dtype=np.int64)
-        self._own = Table(2)  # of each cell
-        self._shares: dict[int, np.ndarray] = {}  # specificity -> (COLUMNS,) p0, until it changes
+        self._own = Table(2)  # of each cell: all, right
+        # (levels before CHECKED, COLUMNS, 2) what these cells of all companies count together
+        self._everybodys = np.zeros((self.CHECKED, self.COLUMNS, 2), dtype=np.int64)
+        self._shares: np.ndarray | None = None  # (specificities, COLUMNS) p0, until it changes
 
     def add(self, rows: np.ndarray, sign: int = 1) -> None:
         """Counts those rows of a History that were predicted; with sign = -1 takes them away."""
         rows = rows[rows["predicted"] >= 0]
-        level, bin, rank = rows["specificity"], rows["bin"], rows["rank"]
+        company, known, bin = rows["company"], rows["specificity"], rows["bin"]
         hit, seen, check = right(rows), rows["score_weight"] > 0, rows["score_weight"] > 1
-        wrong, drawn = seen & ~hit, check | ~seen
-        entries = [  # the level and bin of each row, whether it counts, and whether as a right one
-            (level, bin, seen, hit),
-            (self.RANKED, rank, wrong, False),
-            (self.ACCOUNT + rows["predicted"], bin, seen, hit),
-        ]
-        if drawn.any():
-            entries += [
-                (self.CHECKED + level, bin, check, hit),
-                (self.DRAWN, 0, drawn, check),
-            ]
-        table = np.empty((4, len(entries), len(rows)), dtype=np.int64)
-        for i, entry in enumerate(entries):
-            for column, values in zip(table, entry, strict=True):
-                column[i] = values
-        cells, counted = self._cells(rows["company"], *table[:2]), table[2] > 0
-        changed = cells[:2][counted[:2]]
-        if drawn.any():  # what a company's checks stand for changes in all of its cells
-            first = np.unique(cells[-1][drawn]) & -self.COMPANY
-            changed = np.append(changed, np.add.outer(first, np.arange(self.EVERYBODYS)))
-        changed = np.unique(changed)
-        at = self._own.insert(_spread(cells[counted]))  # first, for the table may grow
+        drawn = check | ~seen
+        cells, hits = [], []
+        for those, level, column, good in (  # which rows count, where, and which as right ones
+            (seen, known, bin, hit),
+            (seen & ~hit, self.RANKED, rows["rank"], hit),
+            (seen, self.ACCOUNT + rows["predicted"], bin, hit),
+            (check, self.CHECKED + known, bin, hit),
+            (drawn, self.DRAWN, 0, check),
+        ):
+            cells.append(self._cells(company, level, column)[those])
+            hits.append(good[those])
+        # What a company's checks stand for changes in all of its cells.
+        of = np.unique(company[drawn])[:, np.newaxis]
+        of_drawn = self._cells(of, 0, np.arange(self.CHECKED * self.COLUMNS)).ravel()
+        changed = np.unique(np.concatenate([*cells[:2], of_drawn]))
+        cells, hits = np.concatenate(cells), np.concatenate(hits)
+        at = self._own.insert(_spread(cells))  # first, for the table may grow
         checked = changed + self.CHECKED * self.COLUMNS
-        drawn = changed & -self.COMPANY | self.DRAWN * self.COLUMNS + self.NEAR
+        drawn = changed & -self.COMPANY | self.DRAWN * self.COLUMNS
         slots = self._own.find(_spread(np.concatenate([changed, checked, drawn])))
         before = self._counts(slots)
-        np.add.at(self._own.values, at, sign * table[2:, counted].T)
-        np.add.at(self._everybodys, changed % self.COMPANY, self._counts(slots) - before)
-        self._shares = {}
+        np.add.at(self._own.values, at, sign * np.column_stack([np.ones_like(cells), hits]))
+        everybodys = self._everybodys.reshape(-1, 2)  # a view
+        np.add.at(everybodys, changed % self.COMPANY, self._counts(slots) - before)
+        self._shares = None
 
     def _cells(self, company: np.ndarray, level: np.ndarray, bin: np.ndarray) -> np.ndarray:
-        """Numbers of cells, of broadcast arrays of companies, -1 for none, levels and bins."""
-        first = (company.astype(np.int64) + 1) * self.COMPANY
-        return first + level * self.COLUMNS + self.NEAR + bin
+        """Numbers of cells, of arrays or numbers; the company -1 is none, or stands for all."""
+        first = np.multiply(company + 1, self.COMPANY, dtype=np.int64)
+        return first + np.multiply(level, self.COLUMNS, dtype=np.int64) + bin
 
     def _counts(self, slots: np.ndarray) -> np.ndarray:
         """(n, 2) what cells count among everybody's, in units of 1 / GRAIN: all, right.
@@ -1557,7 +1553,7 @@ class Calibration:
         """(n, 2, 2) the company's own, by specificity and by account: all, right."""
         levels = np.column_stack([rows["specificity"], self.ACCOUNT + rows["predicted"]])
         cells = self._cells(rows["company"][:, np.newaxis], levels, rows["bin"][:, np.newaxis])
-        near = np.add.outer(cells, np.arange(-self.NEAR, self.NEAR + 1))
+        near = np.add.outer(cells, self.AROUND)
         found = self._own.values[self._own.find(_spread(near.ravel()))]
         return found.reshape(*near.shape, 2).sum(axis=2)
 
@@ -1568,7 +1564,7 @@ class Calibration:
 
     def restore(self, state: Arrays) -> None:
         """Takes over what another had counted."""
-        self._everybodys, self._shares = state["everybodys"], {}
+        self._everybodys, self._shares = state["everybodys"], None
         self._own = Table.of(state["own_cells"], state["own"])
 
     def confidence(self, rows: np.ndarray) -> np.ndarray:
@@ -1577,8 +1573,9 @@ class Calibration:
         What matters are their bin, specificity, company and account predicted, where -1 stands for
         one that no row has.
         """
-        families = zip(rows["specificity"].tolist(), rows["bin"].tolist(), strict=True)
-        share = np.array([self._share(known)[self.NEAR + bin] for known, bin in families])
+        if self._shares is None:
+            self._shares = self._everybodys_shares()
+        share = self._shares[rows["specificity"], rows["bin"]]
         for suggestions, hits in self._own_of(rows).transpose(1, 2, 0):
             share = (hits + self.OWN * share) / (suggestions + self.OWN)
         return share
@@ -1592,15 +1589,13 @@ class Calibration:
 
         These share what it leaves as the ranks of wrongly predicted accounts have been.
         """
-        first = self.RANKED * self.COLUMNS + self.NEAR
-        ranks = self._everybodys[first : first + self.RANKS + 1, 0] / GRAIN  # 0: beyond
+        ranks = self._everybodys[self.RANKED, : self.RANKS + 1, 0] / GRAIN  # 0: beyond
         others = np.multiply.outer(1 - confidence, ranks[2:]) / (ranks.sum() + self.DOUBT)
         return np.minimum.accumulate(np.column_stack([confidence, others]), axis=1)
 
     def evidence_counts(self, rows: np.ndarray) -> list[dict[str, dict[str, int]]]:
         """What the confidences of n suggestions rest on, with about as much evidence."""
-        first = rows["specificity"] * np.int64(self.COLUMNS) + rows["bin"]
-        near = np.add.outer(first, np.arange(2 * self.NEAR + 1))
+        near = rows["specificity"][:, np.newaxis], np.add.outer(rows["bin"], self.AROUND)
         everybodys = self._everybodys[near].sum(axis=1) // GRAIN
         own = self._own_of(rows)[:, 1]
         tallies = ("own", own.tolist()), ("all", everybodys.tolist())
@@ -1616,18 +1611,16 @@ class Calibration:
         doublings = np.log2(1 + np.asarray(margins, dtype=np.float64))
         return np.minimum(4 * doublings, cls.BINS - 1).astype(np.int64)
 
-    def _share(self, specificity: int) -> np.ndarray:
-        """(COLUMNS,) p0 of suggestions with as much known."""
-        if specificity not in self._shares:
-            everybodys = self._everybodys.reshape(-1, self.COLUMNS, 2)[: self.RANKED] / GRAIN
-            counted, right = everybodys.sum(axis=0).T
-            there = counted > 0
-            doubt = self.DOUBT * there
-            g = _monotone(right + doubt * self.TRUST, counted + doubt)
-            counted, right = everybodys[specificity].T
-            back = self.BACK * there
-            self._shares[specificity] = _monotone(right + back * g, counted + back)
-        return self._shares[specificity]
+    def _everybodys_shares(self) -> np.ndarray:
+        """(specificities, COLUMNS) p0 of suggestions."""
+        cells = self._everybodys[: self.RANKED] / GRAIN
+        counted, right = cells.sum(axis=0).T
+        there = counted > 0
+        doubt = self.DOUBT * there
+        g = _monotone(right + doubt * self.TRUST, counted + doubt)
+        counted, right = np.moveaxis(cells, 2, 0)
+        back = self.BACK * there
+        return _monotone(right + back * g, counted + back)
 
 
 def _spread(cells: np.ndarray) -> np.ndarray:
@@ -1638,17 +1631,17 @@ def _spread(cells: np.ndarray) -> np.ndarray:
 
 
 def _monotone(right: np.ndarray, counted: np.ndarray) -> np.ndarray:
-    """(n,) the share of bins that was right, monotone; an empty bin's is that of the one before.
+    """(..., n) the shares of bins that were right, monotone; an empty one has that before it.
 
     It is the least of those from a bin on, from the bin before which that is the largest: what
     pooling adjacent violators gives.
     """
-    sums = np.zeros((2, len(right) + 1))
-    np.cumsum([right, counted], axis=1, out=sums[:, 1:])
-    hits, sizes = sums[:, np.newaxis, 1:] - sums[:, :-1, np.newaxis]  # from a bin to another
+    sums = np.zeros((2, *right.shape[:-1], right.shape[-1] + 1))
+    np.cumsum([right, counted], axis=-1, out=sums[..., 1:])
+    hits, sizes = sums[..., np.newaxis, 1:] - sums[..., :-1, np.newaxis]  # from a bin to another
     shares = hits / np.maximum(sizes, 1)  # of none, 0
-    least = np.minimum.accumulate(shares[:, ::-1], axis=1)[:, ::-1]
-    return np.maximum.accumulate(least, axis=0).diagonal()
+    least = np.minimum.accumulate(shares[..., ::-1], axis=-1)[..., ::-1]
+    return np.maximum.accumulate(least, axis=-2).diagonal(axis1=-2, axis2=-1)
 
 
 def checks(rows: np.ndarray) -> int:
