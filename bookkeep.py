@@ -1042,32 +1042,21 @@ class NaiveBayes:
             best = np.array(best)[_run_starts(scores.document[best])]
         return best
 
-    def top(
-        self,
-        documents: Sequence[Sequence[int]],
-        most: int,
-        scored: Sequence[tuple[slice, Scores]] = (),
-    ) -> list[list[tuple[float, int]]]:
+    def suggest(
+        self, documents: Sequence[Sequence[int]], most: int
+    ) -> tuple[list[list[tuple[float, int]]], list[Assessment]]:
         """The score and the account of each document's candidates, best first; of equals, by name.
 
-        They are at most so many.
+        They are at most so many. And what `assess` makes of the first ones.
         """
-        found = []
-        for _, scores in scored or self._scores(documents):
+        found, margins = [], []
+        for _, scores in self._scores(documents):
             for start, end in pairwise([*scores.start.tolist(), len(scores.score)]):
                 each = (values[start:end].tolist() for values in (scores.score, scores.account))
                 pairs = zip(*each, strict=True)
                 best = sorted(pairs, key=lambda pair: (-pair[0], self.names[pair[1]]))
                 found.append(best[:most])
-        return found
-
-    def suggest(
-        self, documents: Sequence[Sequence[int]], most: int
-    ) -> tuple[list[list[tuple[float, int]]], list[Assessment]]:
-        """As `top`, and what `assess` makes of the first ones."""
-        scored = [*self._scores(documents)]
-        found = self.top(documents, most, scored)
-        margins = chain.from_iterable(self._margins(each, self.best(each)) for _, each in scored)
+            margins += self._margins(scores, self.best(scores))
         known = self.specificity(documents).tolist()
         return found, [
             Assessment(self.names[best[0][1]], margin, None, specificity)
@@ -1350,7 +1339,6 @@ class History:
         rows = np.zeros(len(records), dtype=self.ROW)
         company, account = self.companies.__getitem__, self.accounts.__getitem__
         named = self.target == TARGET  # else a name is not that of what is predicted
-        ranks = range(Calibration.RANKS + 1)
         known = ["company", "booked", "named", "predicted", "specificity", "rank", "score_weight"]
         rows[known] = [
             (
@@ -1359,7 +1347,7 @@ class History:
                 account(sample[TARGET]) if named and sample.get(NAME) else -1,
                 -1 if r["predicted"] is None else account(r["predicted"]),
                 r["known"],
-                r["rank"] if r["rank"] in ranks else 0,
+                in_ranks(r["rank"]),
                 SCORE_WEIGHTS[sample.get(BOOKED_BY, "person")],
             )
             for r in records

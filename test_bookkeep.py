@@ -543,7 +543,8 @@ def said(model, documents=EACH_TOKEN, labels="1234"):
         name: row for name, row in zip(model.names, model.sums.tolist(), strict=False) if row[0]
     }
     assert len(sums) == model.n_classes
-    top = [[(model.names[i], score) for score, i in best] for best in model.top(documents, 3)]
+    found, _ = model.suggest(documents, 3)
+    top = [[(model.names[i], score) for score, i in best] for best in found]
     made = model.predict(documents), model.assess(documents, labels), model.weigh(documents, labels)
     return model.n_tokens, sums, top, scores_of(model, documents), made
 
@@ -754,7 +755,7 @@ def test_any_batching_and_any_order_give_the_same_bits(bookings, asked, sizes, r
             assert model.weigh([document], [label]) == [lesson]
             best = sorted(scores, key=lambda name: (-scores[name], name))
             for k in (1, 2, 9):
-                [top] = model.top([document], k)
+                [top] = model.suggest([document], k)[0]
                 assert [(model.names[i], score) for score, i in top] == [
                     (name, scores[name]) for name in best[:k]
                 ]
@@ -789,7 +790,7 @@ def test_terms_are_log_odds_that_add_up_to_the_difference_of_scores(kept, passin
         for sign in (1, -1):
             learn_all(model, passing, sign)
         document = [*document, UNKNOWN, document[0]]
-        scores, accounts = zip(*model.top([document], 9)[0], strict=True)
+        scores, accounts = zip(*model.suggest([document], 9)[0][0], strict=True)
         terms = model.terms(document, accounts)
         assert terms.shape == (len(accounts), 1 + len(document))
         assert not terms[:, -2].any()
