@@ -2227,12 +2227,13 @@ class NotStored(Exception):
     """The log failed. Unless the message says otherwise, nothing has changed; send it again."""
 
 
-class BookRequest(NamedTuple):
-    """Samples on their way into the log, and what their sender waits for."""
+class Work(NamedTuple):
+    """Samples on their way into the log, or another change; what who asked for it waits for."""
 
     done: Future
-    samples: Sequence[Sample]
+    samples: Sequence[Sample] = ()
     key: str | None = None
+    change: Callable[[], object] | None = None
 
     @property
     def without_id(self) -> list[Sample]:
@@ -2252,15 +2253,6 @@ class BookRequest(NamedTuple):
         return {*self.by_id, *([] if self.key is None else [self.key])}
 
 
-class Change(NamedTuple):
-    """Another change, and what who asked for it waits for."""
-
-    done: Future
-    make: Callable[[], object]
-    samples: Sequence[Sample] = ()
-    names = frozenset()
-
-
 class Writer(threading.Thread):
     """The thread that makes one change after the other, and is the only one to make any.
 
@@ -2268,23 +2260,21 @@ class Writer(threading.Thread):
     long list is handed on alone, and what is short needs not wait for the end of it.
     """
 
-    def __init__(
-        self, book: Callable[[list[BookRequest]], None], after: Callable[[], None]
-    ) -> None:
+    def __init__(self, book: Callable[[list[Work]], None], after: Callable[[], None]) -> None:
         """`book` answers a group of requests, and calls `pause` while it works on a long list;
         `after` is called after each group and change, but those that are done in a pause.
         """
         super().__init__(name="writer", daemon=True)
         self._book, self._after = book, after
-        self._queue: deque[BookRequest | Change] = deque()
-        self._long: deque[BookRequest] = deque()  # the long lists
+        self._queue: deque[Work] = deque()
+        self._long: deque[Work] = deque()  # the long lists
         self._at_long = False  # is one of them being booked, and nothing else?
         self._arrival = threading.Condition()  # of something that waits, or of the end
         self._last_group = 0  # requests in it
         self._closed = False
         self.begun = self.failed = 0  # groups and changes; those that could not be stored
 
-    def submit(self, work: BookRequest | Change) -> object:
+    def submit(self, work: Work) -> object:
         """What came of it, once it is done.
 
         Raises what it raises, Busy if too many wait, NotReady if no more are taken.
@@ -2326,11 +2316,11 @@ class Writer(threading.Thread):
             self._do(group)
             self._at_long = True
 
-    def _do(self, group: list[BookRequest] | list[Change]) -> None:
+    def _do(self, group: list[Work]) -> None:
         self.begun += 1
         try:
-            if isinstance(group[0], Change):
-                group[0].done.set_result(group[0].make())
+            if group[0].change:
+                group[0].done.set_result(group[0].change())
             else:
                 self._book(group)
         except Exception as error:
@@ -2339,7 +2329,7 @@ class Writer(threading.Thread):
                 if not work.done.done():
                     work.done.set_exception(refusal)
 
-    def _next_group(self) -> list[BookRequest] | list[Change]:
+    def _next_group(self) -> list[Work]:
         """A long list, or a short group; nothing if there will be no more."""
         with self._arrival:
             while not (self._queue or self._long or self._closed):
@@ -2355,14 +2345,14 @@ class Writer(threading.Thread):
             self._last_group = len(group)
             return group
 
-    def _short_group(self, most: int) -> list[BookRequest] | list[Change]:
+    def _short_group(self, most: int) -> list[Work]:
         """A change, or requests to book that share no name, of so many samples at most."""
         group, names, size = [], set(), 0
         while self._queue:
             work = self._queue[0]
             size += len(work.samples)
-            alone = isinstance(work, Change) or size > most or not names.isdisjoint(work.names)
-            if group and (alone or isinstance(group[0], Change)):
+            alone = work.change or size > most or not names.isdisjoint(work.names)
+            if group and (alone or group[0].change):
                 break
             group.append(self._queue.popleft())
             names |= work.names
@@ -2884,7 +2874,7 @@ class Bookkeeper:
         Raises Conflict if the key is that of another batch, NotStored if the samples could not be
         written, Busy if too many wait, NotReady if the bookkeeper is closed.
         """
-        return self.writer.submit(BookRequest(Future(), samples, key))
+        return self.writer.submit(Work(Future(), samples, key))
 
     def correct(self, seq: int, account: str) -> str:
         """Books a booking to another account, and says to which it was booked before.
@@ -2930,7 +2920,7 @@ class Bookkeeper:
                 raise NotReady(RESTART)
             return make()
 
-        return self.writer.submit(Change(Future(), made))
+        return self.writer.submit(Work(Future(), change=made))
 
     def booking(self, seq: int) -> dict:
         """The record of a booking. Raises NotFound, NotStored."""
@@ -2988,12 +2978,12 @@ class Bookkeeper:
 
     # What the writer's thread does
 
-    def _book(self, group: list[BookRequest]) -> None:
+    def _book(self, group: list[Work]) -> None:
         if self.books.broken:
             raise NotReady(RESTART)
         self.order.in_order(partial(self._store, group))
 
-    def _store(self, group: list[BookRequest]) -> None:
+    def _store(self, group: list[Work]) -> None:
         """Answers requests that share no name, but those that are answered by now."""
         begun = self.writer.begun
         planned = [(each, plan) for each in group if (plan := self._planned(each))]
@@ -3027,7 +3017,7 @@ class Bookkeeper:
             first, end = end, end + len(lines)
             each.done.set_result(range(first, end))
 
-    def _planned(self, request: BookRequest) -> Plan | None:
+    def _planned(self, request: Work) -> Plan | None:
         """What is to be made of its samples; None if it is answered, or nothing is to be made."""
         if request.done.done():
             return None
@@ -3044,7 +3034,7 @@ class Bookkeeper:
         request.done.set_result(plan.repeated or range(end, end))
         return None
 
-    def _plan(self, request: BookRequest) -> Plan:
+    def _plan(self, request: Work) -> Plan:
         """What is to be made of its samples. Raises Conflict, NotStored."""
         without = request.without_id
         repeated = self.repeated(without, request.key)

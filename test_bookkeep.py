@@ -51,11 +51,9 @@ from bookkeep import (
     Alone,
     BadRequest,
     Bookkeeper,
-    BookRequest,
     Books,
     Busy,
     Calibration,
-    Change,
     Conflict,
     Counts,
     Export,
@@ -69,6 +67,7 @@ from bookkeep import (
     NotFound,
     NotReady,
     NotStored,
+    Work,
     Writer,
     create_app,
     precision_recall,
@@ -1936,14 +1935,14 @@ def submit(writer, *works):
 
 
 def asking(n=1, key=None):
-    return BookRequest(Future(), [booking()] * n, key)
+    return Work(Future(), [booking()] * n, key)
 
 
 def test_what_waits_is_grouped_by_size_and_key_and_changes_take_their_turn(writing):
     writer, done, go_on = writing
     threading.Thread(target=writer.submit, args=[asking()]).start()
     wait_until(lambda: done)
-    change = Change(Future(), lambda: done.append("change") or 5, [booking()])
+    change = Work(Future(), [booking()], change=lambda: done.append("change") or 5)
     works = [asking() for _ in range(20)] + [asking(key=key) for key in "aba"]
     fitting = GROUP // LONG
     works += [change, asking(2), asking(LONG + 1), *(asking(LONG) for _ in range(fitting + 1))]
@@ -1973,7 +1972,7 @@ def test_what_is_short_waits_for_a_part_of_a_long_list_only():
     writer.start()
     threading.Thread(target=writer.submit, args=[asking(LONG + 1, "long")]).start()
     wait_until(lambda: done)
-    change = Change(Future(), lambda: done.append("change"), [booking()])
+    change = Work(Future(), [booking()], change=lambda: done.append("change"))
     works = [asking(3), asking(LONG - 3), asking(4), change, asking(LONG + 2, "last")]
     answers = submit(writer, *works)
     go_on.set()
@@ -1991,7 +1990,7 @@ def test_no_more_wait_than_may_and_a_change_always_may(writing, monkeypatch):
     [alone] = submit(writer, asking(20))  # has more than may wait, but is the only one
     with pytest.raises(Busy, match="in a second"):
         writer.submit(asking())
-    change = Change(Future(), lambda: 5)
+    change = Work(Future(), change=lambda: 5)
     threading.Thread(target=writer.submit, args=[change]).start()
     go_on.set()
     assert (alone.result(30), change.done.result(30)) == (None, 5)
