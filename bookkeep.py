@@ -1666,7 +1666,6 @@ def unseen(rows: np.ndarray) -> int:
 # power failure left half overwritten still has its place, which is the same before and after.
 
 PLACE = ("seq", "batch", "left")  # what the log puts before a record
-HEAD = b'{"seq": 0, '  # what a log starts with
 UNSURE = "it may hold this all the same, so that only a key makes it safe to send it again"
 MAX_KEYS = 100_000  # keys of batches that are remembered, the last ones: about 30 MB
 
@@ -2014,8 +2013,8 @@ def batches_of(lines: Iterable[bytes], before: int) -> Iterator[Batch | Damage]:
     torn = True  # may a crash have left it? A power failure leaves holes, but moves nothing
     for number, line in enumerate(lines, start=before + 1):
         size += len(line)
-        if number == 1:
-            torn = all(got in (due, 0) for got, due in zip(line, HEAD, strict=False))
+        if number == 1:  # what all logs start with, or a hole
+            torn = all(got in (due, 0) for got, due in zip(line, b'{"seq": 0, ', strict=False))
         try:
             record = _parse(line)
         except ValueError as error:
@@ -2210,7 +2209,6 @@ class Snapshot:
 
 LONG = 128  # samples beyond which a list is a long one
 GROUP = 1000  # samples that a group of requests may have
-GROUP_WAIT = 0.001  # seconds that requests may wait for as many as were answered together last
 BACKLOG = 50_000  # samples that may wait, unless they are one request
 RESTART = "nothing can be booked until the service is started again"
 
@@ -2324,10 +2322,14 @@ class Writer(threading.Thread):
             else:
                 self._book(group)
         except Exception as error:
-            refusal = self.refusal(error)
+            if isinstance(error, OSError):
+                error = NotStored(f"the log could not be written ({error.strerror}); try later")
+            if isinstance(error, NotStored):
+                self.failed += 1
+                logger.error("%s", error)
             for work in group:
                 if not work.done.done():
-                    work.done.set_exception(refusal)
+                    work.done.set_exception(error)
 
     def _next_group(self) -> list[Work]:
         """A long list, or a short group; nothing if there will be no more."""
@@ -2337,7 +2339,7 @@ class Writer(threading.Thread):
             if self._long:  # first, for nothing short has to wait for it
                 return [self._long.popleft()]
             # Who was answered together soon sends again: a moment's wait makes larger groups.
-            end = time.monotonic() + GROUP_WAIT
+            end = time.monotonic() + 0.001
             while len(self._queue) < self._last_group and not self._closed:
                 if not self._arrival.wait(end - time.monotonic()):
                     break
@@ -2357,15 +2359,6 @@ class Writer(threading.Thread):
             group.append(self._queue.popleft())
             names |= work.names
         return group
-
-    def refusal(self, error: Exception) -> Exception:
-        """What to raise to a caller for what was raised; says it in the service's log, too."""
-        if isinstance(error, OSError):
-            error = NotStored(f"the log could not be written ({error.strerror}); try later")
-        if isinstance(error, NotStored):
-            self.failed += 1
-            logger.error("%s", error)
-        return error
 
 
 # ------------------------------------------------------------------------------------------ Books
