@@ -1867,12 +1867,10 @@ class Log:
         self.forgetting = True
         fsync_folder(path.parent)
 
-    def empty(self, seq: int, start: int | None = None, size: int = 0) -> None:
+    def empty(self, seq: int) -> None:
         """Overwrites a line with its place and blanks. Raises OSError, or ValueError."""
         with self._lock:
-            start = self.start(seq) if start is None else start
-            size = size or self.start(seq + 1) - start
-            write_at(self._file, start, emptied(os.pread(self._file, size, start), seq))
+            write_at(self._file, self.start(seq), emptied(self.lines(seq, seq + 1), seq))
 
     def sync(self) -> None:
         """Has all that was written on disk. Raises OSError."""
@@ -1893,7 +1891,7 @@ class Log:
             for seq, start, size in noted:  # nothing is overwritten before all is seen
                 emptied(os.pread(self._file, size, start), seq)
             for seq, start, size in noted:
-                self.empty(seq, start, size)
+                write_at(self._file, start, emptied(os.pread(self._file, size, start), seq))
             self.sync()
         except FileNotFoundError:
             return
@@ -3751,7 +3749,7 @@ STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 class Request(HTTPRequestParser):
     """A request while it is received: a stranger's long body is not, the app answers 401."""
 
-    def __init__(self, adj: Adjustments, welcomes: Callable[[str], object]) -> None:
+    def __init__(self, welcomes: Callable[[str], object], adj: Adjustments) -> None:
         super().__init__(adj)
         self._welcomes = welcomes
 
@@ -3812,8 +3810,7 @@ class Server:
         )
 
         class Channel(HTTPChannel):
-            def parser_class(self, adj: Adjustments) -> Request:
-                return Request(adj, welcomes)
+            parser_class = partial(Request, welcomes)
 
             def service(self) -> None:
                 with self.requests_lock:
