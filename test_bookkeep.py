@@ -1287,6 +1287,16 @@ def test_any_byte_flipped_before_the_last_batch_is_found(path):
             read(path)
 
 
+@pytest.mark.parametrize("name", [None, "mine"])
+@pytest.mark.parametrize(("at", "lost"), [(2, []), (3, [2, 3])])
+def test_a_line_that_stands_too_early_costs_only_the_batch_that_it_is_in(path, at, lost, name):
+    lines = written(path, [[{"x": i}, {"x": i}] for i in range(5)], name)
+    path.write_bytes(b"".join([*lines[:at], lines[8], *lines[at:]]))
+    assert [r["seq"] for r in scanned(path)] == [seq for seq in range(10) if seq not in lost]
+    with pytest.raises(LogError, match=f"is damaged, line {at + 1}: "):
+        read(path)
+
+
 def test_holes_in_the_last_append_are_cut_off_and_kept(path, caplog):
     lines = written(path, [[{"x": 1}], [{"x": "x" * 230}] * 9])
     whole, end = lines[0], b"".join(lines[1:])
