@@ -1328,8 +1328,7 @@ class History:
         """Takes over the table of another."""
         self.accounts, self.companies = map(_numbers, unpacked(state["history_names"]))
         self.rows = self._table = state["history"]
-        companies, sizes = np.unique(self.rows["company"], return_counts=True)
-        self._sizes.update(dict(zip(companies.tolist(), sizes.tolist(), strict=True)))
+        self._sizes = Counter(self.rows["company"].tolist())
 
     def draft(self, records: Sequence[dict]) -> np.ndarray:
         """(n,) rows for records of bookings, which count for their companies from now on.
@@ -1778,10 +1777,7 @@ class Log:
         """
         placed = self.place(batches)
         self.write(placed)
-        records: list[dict] = []
-        for batch in placed:
-            records += batch.records
-        return records
+        return [record for batch in placed for record in batch.records]
 
     def place(self, batches: Iterable[tuple[str | None, Sequence[dict]]]) -> list["Batch"]:
         """The batches as they would stand behind all others."""
