@@ -2047,7 +2047,6 @@ def batches_of(lines: Iterable[bytes], before: int) -> Iterator[Batch | Damage]:
 
 
 _encode = json.JSONEncoder(ensure_ascii=False).encode
-_decode_line = json.JSONDecoder().decode
 
 
 def _sealed(text: bytes, size: int = 0) -> bytes:
@@ -2065,7 +2064,7 @@ def _unsealed(line: bytes) -> bytes:
 
 def _parse(line: bytes) -> dict:
     """The record on the line. Raises ValueError unless the line is as it was written."""
-    record = _decode_line(_unsealed(line).decode() + "}")
+    record = json.loads(_unsealed(line).decode() + "}")
     seq, batch, left = map(record.get, PLACE)
     if not (isinstance(seq, int) and isinstance(batch, int | str) and isinstance(left, int)):
         raise ValueError("it has no place in the log")
@@ -3737,8 +3736,6 @@ def _error_in_json(error: HTTPError) -> str:
 
 # ----------------------------------------------------------------------------------------- Server
 
-STRANGERS = 1 << 16  # bytes of a body that is waited for even from somebody without the token
-GRACE = 4  # seconds that requests have to arrive, and answers to be read, when the service stops
 STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
@@ -3759,7 +3756,7 @@ class Request(HTTPRequestParser):
             raise ParsingError("send Content-Length or Transfer-Encoding, not both")
         if header_plus.lower().count(b"\nidempotency-key:") > 1:
             raise ParsingError("send one Idempotency-Key")
-        is_long = self.chunked or self.content_length > STRANGERS
+        is_long = self.chunked or self.content_length > 1 << 16
         if is_long and not self._welcomes(self.headers.get("AUTHORIZATION", "")):
             self.body_rcv, self.content_length, self.expect_continue = None, 0, False
             self.headers["CONNECTION"] = "close"
@@ -3863,7 +3860,7 @@ class Server:
         self._server.del_channel()  # no further connections
         self._server.socket.close()
         self._turn(0)  # what has arrived by now is under way
-        end = time.monotonic() + GRACE
+        end = time.monotonic() + 4  # for requests to arrive, and answers to be read
         while channels := [*self._server.active_channels.values()]:
             late = time.monotonic() > end
             for channel in channels:
