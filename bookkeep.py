@@ -1999,9 +1999,9 @@ def scan(path: Path, start: int = 0, before: int = 0) -> Iterator[Batch | Damage
 
 def batches_of(lines: Iterable[bytes], before: int) -> Iterator[Batch | Damage]:
     """What lines hold of which a log has so many before them; as `scan`."""
-    seq, left, name = before - 1, 0, None  # of the line before
+    seq, left, name = before - 1, 0, None  # of the last line that could be read
+    unreadable = 0  # lines behind it
     batch: Batch | None = None  # the unfinished one; None if lines of it are missing
-    unreadable = 0  # lines since the line before
     last, end = before, before  # the last whole batch's last line, and the seq behind it
     size, damages = 0, []  # bytes of what follows it; what is wrong with that
     torn = True  # may a crash have left it? A power failure leaves holes, but moves nothing
