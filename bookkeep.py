@@ -1042,32 +1042,21 @@ class NaiveBayes:
             best = np.array(best)[_run_starts(scores.document[best])]
         return best
 
-    def top(
-        self,
-        documents: Sequence[Sequence[int]],
-        most: int,
-        scored: Sequence[tuple[slice, Scores]] = (),
-    ) -> list[list[tuple[float, int]]]:
+    def suggest(
+        self, documents: Sequence[Sequence[int]], most: int
+    ) -> tuple[list[list[tuple[float, int]]], list[Assessment]]:
         """The score and the account of each document's candidates, best first; of equals, by name.
 
-        They are at most so many.
+        They are at most so many. And what `assess` makes of the first ones.
         """
-        found = []
-        for _, scores in scored or self._scores(documents):
+        found, margins = [], []
+        for _, scores in self._scores(documents):
             for start, end in pairwise([*scores.start.tolist(), len(scores.score)]):
                 each = (values[start:end].tolist() for values in (scores.score, scores.account))
                 pairs = zip(*each, strict=True)
                 best = sorted(pairs, key=lambda pair: (-pair[0], self.names[pair[1]]))
                 found.append(best[:most])
-        return found
-
-    def suggest(
-        self, documents: Sequence[Sequence[int]], most: int
-    ) -> tuple[list[list[tuple[float, int]]], list[Assessment]]:
-        """As `top`, and what `assess` makes of the first ones."""
-        scored = [*self._scores(documents)]
-        found = self.top(documents, most, scored)
-        margins = chain.from_iterable(self._margins(each, self.best(each)) for _, each in scored)
+            margins += self._margins(scores, self.best(scores))
         known = self.specificity(documents).tolist()
         return found, [
             Assessment(self.names[best[0][1]], margin, None, specificity)
@@ -1339,8 +1328,7 @@ class History:
         """Takes over the table of another."""
         self.accounts, self.companies = map(_numbers, unpacked(state["history_names"]))
         self.rows = self._table = state["history"]
-        companies, sizes = np.unique(self.rows["company"], return_counts=True)
-        self._sizes.update(dict(zip(companies.tolist(), sizes.tolist(), strict=True)))
+        self._sizes = Counter(self.rows["company"].tolist())
 
     def draft(self, records: Sequence[dict]) -> np.ndarray:
         """(n,) rows for records of bookings, which count for their companies from now on.
@@ -1350,7 +1338,6 @@ class History:
         rows = np.zeros(len(records), dtype=self.ROW)
         company, account = self.companies.__getitem__, self.accounts.__getitem__
         named = self.target == TARGET  # else a name is not that of what is predicted
-        ranks = range(Calibration.RANKS + 1)
         known = ["company", "booked", "named", "predicted", "specificity", "rank", "score_weight"]
         rows[known] = [
             (
@@ -1359,7 +1346,7 @@ class History:
                 account(sample[TARGET]) if named and sample.get(NAME) else -1,
                 -1 if r["predicted"] is None else account(r["predicted"]),
                 r["known"],
-                r["rank"] if r["rank"] in ranks else 0,
+                in_ranks(r["rank"]),
                 SCORE_WEIGHTS[sample.get(BOOKED_BY, "person")],
             )
             for r in records
@@ -1481,67 +1468,63 @@ class Calibration:
     """
 
     BINS = 28  # four for each doubling of 1 + margin
-    NEAR = 2  # how far a bin is away that counts among a company's own
+    AROUND = np.arange(-2, 3)  # how far bins are away that count among a company's own
     RANKS = 20  # suggestions that get a confidence
     DOUBT = 2  # suggestions that are added to those of all companies
     TRUST: float | np.ndarray = 0.0  # the share of them that is right, maybe by the bin: none
     BACK = 3  # suggestions that g counts in p0
     OWN = 100  # suggestions that p0 counts in p1, and p1 in p2
 
-    # A company has cells: levels, with a column for each bin, and NEAR more on each side, or rank.
+    # What is counted has a cell: of a company, a level, which is a specificity or one of these, and
+    # a bin. There are more columns than bins: what is near the first or the last one is empty.
     COLUMNS = 32
-    RANKED = len(SPECIFICITY)  # the level of what was predicted wrong; before it, specificities
-    CHECKED = RANKED + 1  # from here on the same, but of checks alone
+    RANKED = len(SPECIFICITY)  # of what was predicted wrong, by rank in place of bin
+    CHECKED = RANKED + 1  # from here on the levels before, but of checks alone
     DRAWN = 2 * CHECKED  # of what was checked or booked unseen; the right ones are the checks
     ACCOUNT = DRAWN + 2  # from here on, of accounts predicted; -1 is none
-    EVERYBODYS = CHECKED * COLUMNS  # cells: those of the levels before CHECKED
-    COMPANY = 1 << 36  # of one company
+    COMPANY = 1 << 36  # cells of one company
 
     def __init__(self) -> None:
-        # (EVERYBODYS, 2) what these cells of all companies count: all, right
-        self._everybodys = np.zeros((self.EVERYBODYS, 2), dtype=np.int64)
-        self._own = Table(2)  # of each cell
-        self._shares: dict[int, np.ndarray] = {}  # specificity -> (COLUMNS,) p0, until it changes
+        self._own = Table(2)  # of each cell: all, right
+        # (levels before CHECKED, COLUMNS, 2) what these cells of all companies count together
+        self._everybodys = np.zeros((self.CHECKED, self.COLUMNS, 2), dtype=np.int64)
+        self._shares: np.ndarray | None = None  # (specificities, COLUMNS) p0, until it changes
 
     def add(self, rows: np.ndarray, sign: int = 1) -> None:
         """Counts those rows of a History that were predicted; with sign = -1 takes them away."""
         rows = rows[rows["predicted"] >= 0]
-        level, bin, rank = rows["specificity"], rows["bin"], rows["rank"]
+        company, known, bin = rows["company"], rows["specificity"], rows["bin"]
         hit, seen, check = right(rows), rows["score_weight"] > 0, rows["score_weight"] > 1
-        wrong, drawn = seen & ~hit, check | ~seen
-        entries = [  # the level and bin of each row, whether it counts, and whether as a right one
-            (level, bin, seen, hit),
-            (self.RANKED, rank, wrong, False),
-            (self.ACCOUNT + rows["predicted"], bin, seen, hit),
-        ]
-        if drawn.any():
-            entries += [
-                (self.CHECKED + level, bin, check, hit),
-                (self.DRAWN, 0, drawn, check),
-            ]
-        table = np.empty((4, len(entries), len(rows)), dtype=np.int64)
-        for i, entry in enumerate(entries):
-            for column, values in zip(table, entry, strict=True):
-                column[i] = values
-        cells, counted = self._cells(rows["company"], *table[:2]), table[2] > 0
-        changed = cells[:2][counted[:2]]
-        if drawn.any():  # what a company's checks stand for changes in all of its cells
-            first = np.unique(cells[-1][drawn]) & -self.COMPANY
-            changed = np.append(changed, np.add.outer(first, np.arange(self.EVERYBODYS)))
-        changed = np.unique(changed)
-        at = self._own.insert(_spread(cells[counted]))  # first, for the table may grow
+        drawn = check | ~seen
+        cells, hits = [], []
+        for those, level, column, good in (  # which rows count, where, and which as right ones
+            (seen, known, bin, hit),
+            (seen & ~hit, self.RANKED, rows["rank"], hit),
+            (seen, self.ACCOUNT + rows["predicted"], bin, hit),
+            (check, self.CHECKED + known, bin, hit),
+            (drawn, self.DRAWN, 0, check),
+        ):
+            cells.append(self._cells(company, level, column)[those])
+            hits.append(good[those])
+        # What a company's checks stand for changes in all of its cells.
+        of = np.unique(company[drawn])[:, np.newaxis]
+        of_drawn = self._cells(of, 0, np.arange(self.CHECKED * self.COLUMNS)).ravel()
+        changed = np.unique(np.concatenate([*cells[:2], of_drawn]))
+        cells, hits = np.concatenate(cells), np.concatenate(hits)
+        at = self._own.insert(_spread(cells))  # first, for the table may grow
         checked = changed + self.CHECKED * self.COLUMNS
-        drawn = changed & -self.COMPANY | self.DRAWN * self.COLUMNS + self.NEAR
+        drawn = changed & -self.COMPANY | self.DRAWN * self.COLUMNS
         slots = self._own.find(_spread(np.concatenate([changed, checked, drawn])))
         before = self._counts(slots)
-        np.add.at(self._own.values, at, sign * table[2:, counted].T)
-        np.add.at(self._everybodys, changed % self.COMPANY, self._counts(slots) - before)
-        self._shares = {}
+        np.add.at(self._own.values, at, sign * np.column_stack([np.ones_like(cells), hits]))
+        everybodys = self._everybodys.reshape(-1, 2)  # a view
+        np.add.at(everybodys, changed % self.COMPANY, self._counts(slots) - before)
+        self._shares = None
 
     def _cells(self, company: np.ndarray, level: np.ndarray, bin: np.ndarray) -> np.ndarray:
-        """Numbers of cells, of broadcast arrays of companies, -1 for none, levels and bins."""
-        first = (company.astype(np.int64) + 1) * self.COMPANY
-        return first + level * self.COLUMNS + self.NEAR + bin
+        """Numbers of cells, of arrays or numbers; the company -1 is none, or stands for all."""
+        first = np.multiply(company + 1, self.COMPANY, dtype=np.int64)
+        return first + np.multiply(level, self.COLUMNS, dtype=np.int64) + bin
 
     def _counts(self, slots: np.ndarray) -> np.ndarray:
         """(n, 2) what cells count among everybody's, in units of 1 / GRAIN: all, right.
@@ -1557,7 +1540,7 @@ class Calibration:
         """(n, 2, 2) the company's own, by specificity and by account: all, right."""
         levels = np.column_stack([rows["specificity"], self.ACCOUNT + rows["predicted"]])
         cells = self._cells(rows["company"][:, np.newaxis], levels, rows["bin"][:, np.newaxis])
-        near = np.add.outer(cells, np.arange(-self.NEAR, self.NEAR + 1))
+        near = np.add.outer(cells, self.AROUND)
         found = self._own.values[self._own.find(_spread(near.ravel()))]
         return found.reshape(*near.shape, 2).sum(axis=2)
 
@@ -1568,7 +1551,7 @@ class Calibration:
 
     def restore(self, state: Arrays) -> None:
         """Takes over what another had counted."""
-        self._everybodys, self._shares = state["everybodys"], {}
+        self._everybodys, self._shares = state["everybodys"], None
         self._own = Table.of(state["own_cells"], state["own"])
 
     def confidence(self, rows: np.ndarray) -> np.ndarray:
@@ -1577,8 +1560,9 @@ class Calibration:
         What matters are their bin, specificity, company and account predicted, where -1 stands for
         one that no row has.
         """
-        families = zip(rows["specificity"].tolist(), rows["bin"].tolist(), strict=True)
-        share = np.array([self._share(known)[self.NEAR + bin] for known, bin in families])
+        if self._shares is None:
+            self._shares = self._everybodys_shares()
+        share = self._shares[rows["specificity"], rows["bin"]]
         for suggestions, hits in self._own_of(rows).transpose(1, 2, 0):
             share = (hits + self.OWN * share) / (suggestions + self.OWN)
         return share
@@ -1592,15 +1576,13 @@ class Calibration:
 
         These share what it leaves as the ranks of wrongly predicted accounts have been.
         """
-        first = self.RANKED * self.COLUMNS + self.NEAR
-        ranks = self._everybodys[first : first + self.RANKS + 1, 0] / GRAIN  # 0: beyond
+        ranks = self._everybodys[self.RANKED, : self.RANKS + 1, 0] / GRAIN  # 0: beyond
         others = np.multiply.outer(1 - confidence, ranks[2:]) / (ranks.sum() + self.DOUBT)
         return np.minimum.accumulate(np.column_stack([confidence, others]), axis=1)
 
     def evidence_counts(self, rows: np.ndarray) -> list[dict[str, dict[str, int]]]:
         """What the confidences of n suggestions rest on, with about as much evidence."""
-        first = rows["specificity"] * np.int64(self.COLUMNS) + rows["bin"]
-        near = np.add.outer(first, np.arange(2 * self.NEAR + 1))
+        near = rows["specificity"][:, np.newaxis], np.add.outer(rows["bin"], self.AROUND)
         everybodys = self._everybodys[near].sum(axis=1) // GRAIN
         own = self._own_of(rows)[:, 1]
         tallies = ("own", own.tolist()), ("all", everybodys.tolist())
@@ -1616,18 +1598,16 @@ class Calibration:
         doublings = np.log2(1 + np.asarray(margins, dtype=np.float64))
         return np.minimum(4 * doublings, cls.BINS - 1).astype(np.int64)
 
-    def _share(self, specificity: int) -> np.ndarray:
-        """(COLUMNS,) p0 of suggestions with as much known."""
-        if specificity not in self._shares:
-            everybodys = self._everybodys.reshape(-1, self.COLUMNS, 2)[: self.RANKED] / GRAIN
-            counted, right = everybodys.sum(axis=0).T
-            there = counted > 0
-            doubt = self.DOUBT * there
-            g = _monotone(right + doubt * self.TRUST, counted + doubt)
-            counted, right = everybodys[specificity].T
-            back = self.BACK * there
-            self._shares[specificity] = _monotone(right + back * g, counted + back)
-        return self._shares[specificity]
+    def _everybodys_shares(self) -> np.ndarray:
+        """(specificities, COLUMNS) p0 of suggestions."""
+        cells = self._everybodys[: self.RANKED] / GRAIN
+        counted, right = cells.sum(axis=0).T
+        there = counted > 0
+        doubt = self.DOUBT * there
+        g = _monotone(right + doubt * self.TRUST, counted + doubt)
+        counted, right = np.moveaxis(cells, 2, 0)
+        back = self.BACK * there
+        return _monotone(right + back * g, counted + back)
 
 
 def _spread(cells: np.ndarray) -> np.ndarray:
@@ -1638,17 +1618,17 @@ def _spread(cells: np.ndarray) -> np.ndarray:
 
 
 def _monotone(right: np.ndarray, counted: np.ndarray) -> np.ndarray:
-    """(n,) the share of bins that was right, monotone; an empty bin's is that of the one before.
+    """(..., n) the shares of bins that were right, monotone; an empty one has that before it.
 
     It is the least of those from a bin on, from the bin before which that is the largest: what
     pooling adjacent violators gives.
     """
-    sums = np.zeros((2, len(right) + 1))
-    np.cumsum([right, counted], axis=1, out=sums[:, 1:])
-    hits, sizes = sums[:, np.newaxis, 1:] - sums[:, :-1, np.newaxis]  # from a bin to another
+    sums = np.zeros((2, *right.shape[:-1], right.shape[-1] + 1))
+    np.cumsum([right, counted], axis=-1, out=sums[..., 1:])
+    hits, sizes = sums[..., np.newaxis, 1:] - sums[..., :-1, np.newaxis]  # from a bin to another
     shares = hits / np.maximum(sizes, 1)  # of none, 0
-    least = np.minimum.accumulate(shares[:, ::-1], axis=1)[:, ::-1]
-    return np.maximum.accumulate(least, axis=0).diagonal()
+    least = np.minimum.accumulate(shares[..., ::-1], axis=-1)[..., ::-1]
+    return np.maximum.accumulate(least, axis=-2).diagonal(axis1=-2, axis2=-1)
 
 
 def checks(rows: np.ndarray) -> int:
@@ -1685,7 +1665,6 @@ def unseen(rows: np.ndarray) -> int:
 # power failure left half overwritten still has its place, which is the same before and after.
 
 PLACE = ("seq", "batch", "left")  # what the log puts before a record
-HEAD = b'{"seq": 0, '  # what a log starts with
 UNSURE = "it may hold this all the same, so that only a key makes it safe to send it again"
 MAX_KEYS = 100_000  # keys of batches that are remembered, the last ones: about 30 MB
 
@@ -1798,10 +1777,7 @@ class Log:
         """
         placed = self.place(batches)
         self.write(placed)
-        records: list[dict] = []
-        for batch in placed:
-            records += batch.records
-        return records
+        return [record for batch in placed for record in batch.records]
 
     def place(self, batches: Iterable[tuple[str | None, Sequence[dict]]]) -> list["Batch"]:
         """The batches as they would stand behind all others."""
@@ -1887,12 +1863,10 @@ class Log:
         self.forgetting = True
         fsync_folder(path.parent)
 
-    def empty(self, seq: int, start: int | None = None, size: int = 0) -> None:
+    def empty(self, seq: int) -> None:
         """Overwrites a line with its place and blanks. Raises OSError, or ValueError."""
         with self._lock:
-            start = self.start(seq) if start is None else start
-            size = size or self.start(seq + 1) - start
-            write_at(self._file, start, emptied(os.pread(self._file, size, start), seq))
+            write_at(self._file, self.start(seq), emptied(self.lines(seq, seq + 1), seq))
 
     def sync(self) -> None:
         """Has all that was written on disk. Raises OSError."""
@@ -1913,7 +1887,7 @@ class Log:
             for seq, start, size in noted:  # nothing is overwritten before all is seen
                 emptied(os.pread(self._file, size, start), seq)
             for seq, start, size in noted:
-                self.empty(seq, start, size)
+                write_at(self._file, start, emptied(os.pread(self._file, size, start), seq))
             self.sync()
         except FileNotFoundError:
             return
@@ -2011,14 +1985,11 @@ class Damage(NamedTuple):
         )
 
 
-Line = tuple[int, bytes, dict | ValueError | None]
-
-
 def scan(path: Path, start: int = 0, before: int = 0) -> Iterator[Batch | Damage]:
     """What is in the log, in order; after a damage, the batches that are surely whole.
 
     It starts at a byte behind which the whole batches before it have so many lines. All that
-    follows the last whole batch is one damage.
+    follows the last whole batch is one damage, if a crash may have left it.
     """
     with open(path, "rb") as lines:
         if start:  # else it may be a pipe
@@ -2028,74 +1999,54 @@ def scan(path: Path, start: int = 0, before: int = 0) -> Iterator[Batch | Damage
 
 def batches_of(lines: Iterable[bytes], before: int) -> Iterator[Batch | Damage]:
     """What lines hold of which a log has so many before them; as `scan`."""
-    last, size, head = before, 0, b""  # lines up to the last whole batch; what follows it
-    damages: list[Damage] = []
-    unfinished = True
-    for number, line, found in _batches(_parsed(lines, before), before):
-        if isinstance(found, Batch):
-            yield from damages
-            yield found
-            last, size, damages, unfinished = number, 0, [], True
-            continue
-        if found:
-            damages.append(Damage(found.line, found.reason))
-            unfinished &= found.unfinished
-        head = head or line[: len(HEAD)]
+    seq, left, name = before - 1, 0, None  # of the last line that could be read
+    unreadable = 0  # lines behind it
+    batch: Batch | None = None  # the unfinished one; None if lines of it are missing
+    last, end = before, before  # the last whole batch's last line, and the seq behind it
+    size, damages = 0, []  # bytes of what follows it; what is wrong with that
+    torn = True  # may a crash have left it? A power failure leaves holes, but moves nothing
+    for number, line in enumerate(lines, start=before + 1):
         size += len(line)
-    if not last and any(got not in (due, 0) for got, due in zip(head, HEAD, strict=False)):
-        yield Damage(1, "this is no log")
-    elif size and unfinished:  # a power failure leaves holes in what is not on disk yet
-        yield Damage(last + 1, f"the batch is unfinished; a start cuts off {size} bytes", True)
-    else:
-        yield from damages
-
-
-def _batches(lines: Iterable[Line], before: int) -> Iterator[tuple]:
-    """Each line with its number, and the batch that it ends or what is wrong with it."""
-    seq, left, name = before - 1, 0, None  # of the line before
-    batch: Batch | None = Batch([], [], 0)  # the unfinished one, None if lines of it are missing
-    unreadable = 0  # lines before it
-    for (number, line, record), (_, _, after) in pairwise(lines):
-        if isinstance(record, ValueError):
-            yield number, line, None if unreadable else Damage(number, str(record), True)
+        if number == 1:  # what all logs start with, or a hole
+            torn = all(got in (due, 0) for got, due in zip(line, b'{"seq": 0, ', strict=False))
+        try:
+            record = _parse(line)
+        except ValueError as error:
+            if not unreadable:
+                reason = str(error) if torn or number > 1 else "no log starts like this"
+                damages.append(Damage(number, reason))
             unreadable += 1
             continue
         missing = record["seq"] - seq - 1
-        if missing < 0 or (missing and isinstance(after, dict) and after["seq"] == seq + 1):
-            yield number, line, Damage(number, f"booking {record['seq']} does not belong here")
-            continue
+        goes_on = (missing, record["batch"], record["left"]) == (0, name, left - 1)
         if missing > unreadable:
             reason = f"{missing - unreadable} bookings are missing before it"
-            yield number, b"", Damage(number, reason, True)
+            damages.append(Damage(number, reason))
+        elif missing < 0 or not (missing or goes_on or left == 0):
+            damages.append(Damage(number, f"booking {record['seq']} does not belong here"))
+            torn = False
+        if record["seq"] < end:
+            continue
         # A batch starts where the one before ends, and one without a key says where it starts.
-        if left == missing or record["batch"] == record["seq"]:
-            if left > missing:
-                yield number, b"", Damage(number, "the batch before it is unfinished", True)
+        if left == missing or record["seq"] in (end, record["batch"]):
             batch = Batch([], [], number)
-        elif missing:
-            batch = None
-        elif (name, left - 1) != (record["batch"], record["left"]):
-            yield number, b"", Damage(number, "it does not belong to the batch before it")
+        elif not goes_on:
             batch = None
         seq, left, name, unreadable = record["seq"], record["left"], record["batch"], 0
-        if batch is not None:
+        if batch:
             batch.records.append(record)
             batch.lines.append(line)
-        yield number, line, batch if left == 0 else None
-
-
-def _parsed(lines: Iterable[bytes], before: int) -> Iterator[Line]:
-    """The lines, as bytes and as records, or what is wrong with them; and then no line."""
-    for number, line in enumerate(lines, start=before + 1):
-        try:
-            yield number, line, _parse(line)
-        except ValueError as error:
-            yield number, line, error
-    yield 0, b"", None
+            if left == 0:
+                yield from damages
+                yield batch
+                last, end, size, damages, torn = number, seq + 1, 0, [], True
+    if size and torn:
+        reason = f"the batch is unfinished; a start cuts off {size} bytes"
+        damages = [Damage(last + 1, reason, unfinished=True)]
+    yield from damages
 
 
 _encode = json.JSONEncoder(ensure_ascii=False).encode
-_decode_line = json.JSONDecoder().decode
 
 
 def _sealed(text: bytes, size: int = 0) -> bytes:
@@ -2113,7 +2064,7 @@ def _unsealed(line: bytes) -> bytes:
 
 def _parse(line: bytes) -> dict:
     """The record on the line. Raises ValueError unless the line is as it was written."""
-    record = _decode_line(_unsealed(line).decode() + "}")
+    record = json.loads(_unsealed(line).decode() + "}")
     seq, batch, left = map(record.get, PLACE)
     if not (isinstance(seq, int) and isinstance(batch, int | str) and isinstance(left, int)):
         raise ValueError("it has no place in the log")
@@ -2251,7 +2202,6 @@ class Snapshot:
 
 LONG = 128  # samples beyond which a list is a long one
 GROUP = 1000  # samples that a group of requests may have
-GROUP_WAIT = 0.001  # seconds that requests may wait for as many as were answered together last
 BACKLOG = 50_000  # samples that may wait, unless they are one request
 RESTART = "nothing can be booked until the service is started again"
 
@@ -2268,12 +2218,13 @@ class NotStored(Exception):
     """The log failed. Unless the message says otherwise, nothing has changed; send it again."""
 
 
-class BookRequest(NamedTuple):
-    """Samples on their way into the log, and what their sender waits for."""
+class Work(NamedTuple):
+    """Samples on their way into the log, or another change; what who asked for it waits for."""
 
     done: Future
-    samples: Sequence[Sample]
+    samples: Sequence[Sample] = ()
     key: str | None = None
+    change: Callable[[], object] | None = None
 
     @property
     def without_id(self) -> list[Sample]:
@@ -2293,15 +2244,6 @@ class BookRequest(NamedTuple):
         return {*self.by_id, *([] if self.key is None else [self.key])}
 
 
-class Change(NamedTuple):
-    """Another change, and what who asked for it waits for."""
-
-    done: Future
-    make: Callable[[], object]
-    samples: Sequence[Sample] = ()
-    names = frozenset()
-
-
 class Writer(threading.Thread):
     """The thread that makes one change after the other, and is the only one to make any.
 
@@ -2309,23 +2251,21 @@ class Writer(threading.Thread):
     long list is handed on alone, and what is short needs not wait for the end of it.
     """
 
-    def __init__(
-        self, book: Callable[[list[BookRequest]], None], after: Callable[[], None]
-    ) -> None:
+    def __init__(self, book: Callable[[list[Work]], None], after: Callable[[], None]) -> None:
         """`book` answers a group of requests, and calls `pause` while it works on a long list;
         `after` is called after each group and change, but those that are done in a pause.
         """
         super().__init__(name="writer", daemon=True)
         self._book, self._after = book, after
-        self._queue: deque[BookRequest | Change] = deque()
-        self._long: deque[BookRequest] = deque()  # the long lists
+        self._queue: deque[Work] = deque()
+        self._long: deque[Work] = deque()  # the long lists
         self._at_long = False  # is one of them being booked, and nothing else?
         self._arrival = threading.Condition()  # of something that waits, or of the end
         self._last_group = 0  # requests in it
         self._closed = False
         self.begun = self.failed = 0  # groups and changes; those that could not be stored
 
-    def submit(self, work: BookRequest | Change) -> object:
+    def submit(self, work: Work) -> object:
         """What came of it, once it is done.
 
         Raises what it raises, Busy if too many wait, NotReady if no more are taken.
@@ -2367,20 +2307,24 @@ class Writer(threading.Thread):
             self._do(group)
             self._at_long = True
 
-    def _do(self, group: list[BookRequest] | list[Change]) -> None:
+    def _do(self, group: list[Work]) -> None:
         self.begun += 1
         try:
-            if isinstance(group[0], Change):
-                group[0].done.set_result(group[0].make())
+            if group[0].change:
+                group[0].done.set_result(group[0].change())
             else:
                 self._book(group)
         except Exception as error:
-            refusal = self.refusal(error)
+            if isinstance(error, OSError):
+                error = NotStored(f"the log could not be written ({error.strerror}); try later")
+            if isinstance(error, NotStored):
+                self.failed += 1
+                logger.error("%s", error)
             for work in group:
                 if not work.done.done():
-                    work.done.set_exception(refusal)
+                    work.done.set_exception(error)
 
-    def _next_group(self) -> list[BookRequest] | list[Change]:
+    def _next_group(self) -> list[Work]:
         """A long list, or a short group; nothing if there will be no more."""
         with self._arrival:
             while not (self._queue or self._long or self._closed):
@@ -2388,7 +2332,7 @@ class Writer(threading.Thread):
             if self._long:  # first, for nothing short has to wait for it
                 return [self._long.popleft()]
             # Who was answered together soon sends again: a moment's wait makes larger groups.
-            end = time.monotonic() + GROUP_WAIT
+            end = time.monotonic() + 0.001
             while len(self._queue) < self._last_group and not self._closed:
                 if not self._arrival.wait(end - time.monotonic()):
                     break
@@ -2396,27 +2340,18 @@ class Writer(threading.Thread):
             self._last_group = len(group)
             return group
 
-    def _short_group(self, most: int) -> list[BookRequest] | list[Change]:
+    def _short_group(self, most: int) -> list[Work]:
         """A change, or requests to book that share no name, of so many samples at most."""
         group, names, size = [], set(), 0
         while self._queue:
             work = self._queue[0]
             size += len(work.samples)
-            alone = isinstance(work, Change) or size > most or not names.isdisjoint(work.names)
-            if group and (alone or isinstance(group[0], Change)):
+            alone = work.change or size > most or not names.isdisjoint(work.names)
+            if group and (alone or group[0].change):
                 break
             group.append(self._queue.popleft())
             names |= work.names
         return group
-
-    def refusal(self, error: Exception) -> Exception:
-        """What to raise to a caller for what was raised; says it in the service's log, too."""
-        if isinstance(error, OSError):
-            error = NotStored(f"the log could not be written ({error.strerror}); try later")
-        if isinstance(error, NotStored):
-            self.failed += 1
-            logger.error("%s", error)
-        return error
 
 
 # ------------------------------------------------------------------------------------------ Books
@@ -2925,7 +2860,7 @@ class Bookkeeper:
         Raises Conflict if the key is that of another batch, NotStored if the samples could not be
         written, Busy if too many wait, NotReady if the bookkeeper is closed.
         """
-        return self.writer.submit(BookRequest(Future(), samples, key))
+        return self.writer.submit(Work(Future(), samples, key))
 
     def correct(self, seq: int, account: str) -> str:
         """Books a booking to another account, and says to which it was booked before.
@@ -2971,7 +2906,7 @@ class Bookkeeper:
                 raise NotReady(RESTART)
             return make()
 
-        return self.writer.submit(Change(Future(), made))
+        return self.writer.submit(Work(Future(), change=made))
 
     def booking(self, seq: int) -> dict:
         """The record of a booking. Raises NotFound, NotStored."""
@@ -3029,12 +2964,12 @@ class Bookkeeper:
 
     # What the writer's thread does
 
-    def _book(self, group: list[BookRequest]) -> None:
+    def _book(self, group: list[Work]) -> None:
         if self.books.broken:
             raise NotReady(RESTART)
         self.order.in_order(partial(self._store, group))
 
-    def _store(self, group: list[BookRequest]) -> None:
+    def _store(self, group: list[Work]) -> None:
         """Answers requests that share no name, but those that are answered by now."""
         begun = self.writer.begun
         planned = [(each, plan) for each in group if (plan := self._planned(each))]
@@ -3068,7 +3003,7 @@ class Bookkeeper:
             first, end = end, end + len(lines)
             each.done.set_result(range(first, end))
 
-    def _planned(self, request: BookRequest) -> Plan | None:
+    def _planned(self, request: Work) -> Plan | None:
         """What is to be made of its samples; None if it is answered, or nothing is to be made."""
         if request.done.done():
             return None
@@ -3085,7 +3020,7 @@ class Bookkeeper:
         request.done.set_result(plan.repeated or range(end, end))
         return None
 
-    def _plan(self, request: BookRequest) -> Plan:
+    def _plan(self, request: Work) -> Plan:
         """What is to be made of its samples. Raises Conflict, NotStored."""
         without = request.without_id
         repeated = self.repeated(without, request.key)
@@ -3801,15 +3736,13 @@ def _error_in_json(error: HTTPError) -> str:
 
 # ----------------------------------------------------------------------------------------- Server
 
-STRANGERS = 1 << 16  # bytes of a body that is waited for even from somebody without the token
-GRACE = 4  # seconds that requests have to arrive, and answers to be read, when the service stops
 STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
 class Request(HTTPRequestParser):
     """A request while it is received: a stranger's long body is not, the app answers 401."""
 
-    def __init__(self, adj: Adjustments, welcomes: Callable[[str], object]) -> None:
+    def __init__(self, welcomes: Callable[[str], object], adj: Adjustments) -> None:
         super().__init__(adj)
         self._welcomes = welcomes
 
@@ -3823,7 +3756,7 @@ class Request(HTTPRequestParser):
             raise ParsingError("send Content-Length or Transfer-Encoding, not both")
         if header_plus.lower().count(b"\nidempotency-key:") > 1:
             raise ParsingError("send one Idempotency-Key")
-        is_long = self.chunked or self.content_length > STRANGERS
+        is_long = self.chunked or self.content_length > 1 << 16
         if is_long and not self._welcomes(self.headers.get("AUTHORIZATION", "")):
             self.body_rcv, self.content_length, self.expect_continue = None, 0, False
             self.headers["CONNECTION"] = "close"
@@ -3870,8 +3803,7 @@ class Server:
         )
 
         class Channel(HTTPChannel):
-            def parser_class(self, adj: Adjustments) -> Request:
-                return Request(adj, welcomes)
+            parser_class = partial(Request, welcomes)
 
             def service(self) -> None:
                 with self.requests_lock:
@@ -3928,7 +3860,7 @@ class Server:
         self._server.del_channel()  # no further connections
         self._server.socket.close()
         self._turn(0)  # what has arrived by now is under way
-        end = time.monotonic() + GRACE
+        end = time.monotonic() + 4  # for requests to arrive, and answers to be read
         while channels := [*self._server.active_channels.values()]:
             late = time.monotonic() > end
             for channel in channels:

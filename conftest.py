@@ -233,7 +233,7 @@ def answers(books, asked=()):
         "evidence": calibration.evidence_counts(np.concatenate([EVERY_BIN, history.rows])),
     }
     if names:
-        top = model.top(documents, len(names))
+        top, _ = model.suggest(documents, len(names))
         said["scores"] = [[(model.names[i], score) for score, i in each] for each in top]
     with suppress(NotReady):  # where nothing was learned, or nothing predicted
         said["suggestions"] = suggest(books, asked, 3)

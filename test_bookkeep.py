@@ -51,11 +51,9 @@ from bookkeep import (
     Alone,
     BadRequest,
     Bookkeeper,
-    BookRequest,
     Books,
     Busy,
     Calibration,
-    Change,
     Conflict,
     Counts,
     Export,
@@ -69,6 +67,7 @@ from bookkeep import (
     NotFound,
     NotReady,
     NotStored,
+    Work,
     Writer,
     create_app,
     precision_recall,
@@ -543,7 +542,8 @@ def said(model, documents=EACH_TOKEN, labels="1234"):
         name: row for name, row in zip(model.names, model.sums.tolist(), strict=False) if row[0]
     }
     assert len(sums) == model.n_classes
-    top = [[(model.names[i], score) for score, i in best] for best in model.top(documents, 3)]
+    found, _ = model.suggest(documents, 3)
+    top = [[(model.names[i], score) for score, i in best] for best in found]
     made = model.predict(documents), model.assess(documents, labels), model.weigh(documents, labels)
     return model.n_tokens, sums, top, scores_of(model, documents), made
 
@@ -754,7 +754,7 @@ def test_any_batching_and_any_order_give_the_same_bits(bookings, asked, sizes, r
             assert model.weigh([document], [label]) == [lesson]
             best = sorted(scores, key=lambda name: (-scores[name], name))
             for k in (1, 2, 9):
-                [top] = model.top([document], k)
+                [top] = model.suggest([document], k)[0]
                 assert [(model.names[i], score) for score, i in top] == [
                     (name, scores[name]) for name in best[:k]
                 ]
@@ -789,7 +789,7 @@ def test_terms_are_log_odds_that_add_up_to_the_difference_of_scores(kept, passin
         for sign in (1, -1):
             learn_all(model, passing, sign)
         document = [*document, UNKNOWN, document[0]]
-        scores, accounts = zip(*model.top([document], 9)[0], strict=True)
+        scores, accounts = zip(*model.suggest([document], 9)[0][0], strict=True)
         terms = model.terms(document, accounts)
         assert terms.shape == (len(accounts), 1 + len(document))
         assert not terms[:, -2].any()
@@ -1287,6 +1287,16 @@ def test_any_byte_flipped_before_the_last_batch_is_found(path):
             read(path)
 
 
+@pytest.mark.parametrize("name", [None, "mine"])
+@pytest.mark.parametrize(("at", "lost"), [(2, []), (3, [2, 3])])
+def test_a_line_that_stands_too_early_costs_only_the_batch_that_it_is_in(path, at, lost, name):
+    lines = written(path, [[{"x": i}, {"x": i}] for i in range(5)], name)
+    path.write_bytes(b"".join([*lines[:at], lines[8], *lines[at:]]))
+    assert [r["seq"] for r in scanned(path)] == [seq for seq in range(10) if seq not in lost]
+    with pytest.raises(LogError, match=f"is damaged, line {at + 1}: "):
+        read(path)
+
+
 def test_holes_in_the_last_append_are_cut_off_and_kept(path, caplog):
     lines = written(path, [[{"x": 1}], [{"x": "x" * 230}] * 9])
     whole, end = lines[0], b"".join(lines[1:])
@@ -1314,7 +1324,7 @@ def test_a_new_log_with_a_hole_is_one_and_any_other_file_is_left_alone(path):
         assert read(path) == []
     for other in (b"a,b\n1,2\n" * 99, b"\n", b"PK\3\4", line[1:]):
         path.write_bytes(other)
-        with pytest.raises(LogError, match="line 1: this is no log"):
+        with pytest.raises(LogError, match="line 1: no log starts like this"):
             read(path)
         assert path.read_bytes() == other
 
@@ -1935,14 +1945,14 @@ def submit(writer, *works):
 
 
 def asking(n=1, key=None):
-    return BookRequest(Future(), [booking()] * n, key)
+    return Work(Future(), [booking()] * n, key)
 
 
 def test_what_waits_is_grouped_by_size_and_key_and_changes_take_their_turn(writing):
     writer, done, go_on = writing
     threading.Thread(target=writer.submit, args=[asking()]).start()
     wait_until(lambda: done)
-    change = Change(Future(), lambda: done.append("change") or 5, [booking()])
+    change = Work(Future(), [booking()], change=lambda: done.append("change") or 5)
     works = [asking() for _ in range(20)] + [asking(key=key) for key in "aba"]
     fitting = GROUP // LONG
     works += [change, asking(2), asking(LONG + 1), *(asking(LONG) for _ in range(fitting + 1))]
@@ -1972,7 +1982,7 @@ def test_what_is_short_waits_for_a_part_of_a_long_list_only():
     writer.start()
     threading.Thread(target=writer.submit, args=[asking(LONG + 1, "long")]).start()
     wait_until(lambda: done)
-    change = Change(Future(), lambda: done.append("change"), [booking()])
+    change = Work(Future(), [booking()], change=lambda: done.append("change"))
     works = [asking(3), asking(LONG - 3), asking(4), change, asking(LONG + 2, "last")]
     answers = submit(writer, *works)
     go_on.set()
@@ -1990,7 +2000,7 @@ def test_no_more_wait_than_may_and_a_change_always_may(writing, monkeypatch):
     [alone] = submit(writer, asking(20))  # has more than may wait, but is the only one
     with pytest.raises(Busy, match="in a second"):
         writer.submit(asking())
-    change = Change(Future(), lambda: 5)
+    change = Work(Future(), change=lambda: 5)
     threading.Thread(target=writer.submit, args=[change]).start()
     go_on.set()
     assert (alone.result(30), change.done.result(30)) == (None, 5)
@@ -4652,7 +4662,7 @@ def test_what_keeps_it_from_starting_is_said_in_one_line(path, tmp_path, failed)
         assert failed(f"--log={log}", "--port=0").startswith(f"cannot open {log}: {why}")
     path.write_bytes(b"nonsense\n" + path.read_bytes())
     before = path.read_bytes()
-    assert "is damaged, line 1: the checksum does not fit; " in refused(path)
+    assert "is damaged, line 1: no log starts like this; " in refused(path)
     assert path.read_bytes() == before
 
 
@@ -4815,7 +4825,7 @@ def test_a_check_says_once_what_is_no_log_and_relearn_overwrites_nothing(path, c
     written(path, [])
     assert checked(path, capsys) == []
     path.write_bytes(b"a,b\n" * 1000)
-    assert checked(path, capsys) == ["line 1: this is no log"]
+    assert checked(path, capsys) == ["line 1: no log starts like this"]
     for name in ("there", "link"):
         new = path.with_name(name)
         new.symlink_to("nowhere") if name == "link" else new.write_text("precious")

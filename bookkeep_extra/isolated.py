@@ -34,8 +34,8 @@ class OwnCalibration(Calibration):
     """
 
     OWN = 30
-    _MARGINS = 2 ** ((np.arange(Calibration.COLUMNS) - Calibration.NEAR + 0.5) / 4) - 1
-    TRUST = 1 - np.exp(-np.maximum(_MARGINS, 0) / 4)
+    _MARGINS = 2 ** ((np.arange(Calibration.COLUMNS) + 0.5) / 4) - 1
+    TRUST = 1 - np.exp(-_MARGINS / 4)
 
 
 class OwnBooks(Books):
