@@ -2940,7 +2940,7 @@ class Bookkeeper:
         Raises Conflict, NotStored.
         """
         try:
-            records = self.log.find(key) if key is not None and samples else None
+            records = None if key is None else self.log.find(key)
         except (OSError, ValueError) as error:
             raise NotStored(f"the log could not be read ({error}); try later") from None
         if records is None:
@@ -3023,8 +3023,9 @@ class Bookkeeper:
     def _plan(self, request: Work) -> Plan:
         """What is to be made of its samples. Raises Conflict, NotStored."""
         without = request.without_id
-        repeated = self.repeated(without, request.key)
-        plan = Plan([], [], request.key if without and repeated is None else None, repeated)
+        key = request.key if without or not request.samples else None  # ids need none
+        repeated = self.repeated(without, key)
+        plan = Plan([], [], key if repeated is None else None, repeated)
         if repeated is None:
             plan.new.extend(without)
         for (company, id), sample in request.by_id.items():
