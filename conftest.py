@@ -50,6 +50,14 @@ from bookkeep_extra.views import report
 settings.register_profile("quick", max_examples=50, deadline=None)
 settings.load_profile("quick")
 
+
+def pytest_collection_modifyitems(items):
+    """Has one process run all of a file that makes something once for all of its tests."""
+    for item in items:
+        if item.path.name in ("test_cluster.py", "test_data.py", "test_page.py"):
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
 HERE = Path(__file__).parent
 SERVICE = HERE / "bookkeep.py"
 SYNTHETIC = HERE / "data" / "bank_expenses_synthetic.csv.zip"
