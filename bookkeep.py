@@ -2576,26 +2576,35 @@ class Books:
             return account, sample if moved else None
         return None
 
-    def correction(self, booking: dict, account: str, now: Sample | None = None) -> dict | None:
-        """A record of a booking that is booked to another account, or confirmed.
+    def corrections(self, changes: Sequence[tuple[dict, str, Sample | None]]) -> list[dict | None]:
+        """Records of bookings that are booked to another account, or confirmed.
 
-        Its sample may be another `now`: then it is weighed as if the one before had never been. A
-        person's that is confirmed counts what it did: nothing is learned anew. None if a person has
-        said so already.
+        A booking that moved comes with what it is now: all of these are weighed as if what they
+        were before had never been. A person's that is confirmed counts what it did: nothing is
+        learned anew. None if a person has said so already.
         """
-        lesson, document = self.lesson(booking), self.tokens(self.sample(booking))
-        made = {"corrects": booking["seq"], self.target: account}
-        if now:
-            made["now"], before = now, lesson
+        made: list[dict | None] = []
+        for part in chunks(changes, ROUND):
+            lessons = [self.lesson(booking) for booking, _, _ in part]
+            before = [self.tokens(self.sample(booking)) for booking, _, _ in part]
+            moved = [i for i, (_, _, now) in enumerate(part) if now]
+            documents = before.copy()
+            for i in moved:
+                documents[i] = self.tokens(part[i][2])
             with self.changing():
-                self.model.learn([document], [before], sign=-1)
-                [lesson] = self.model.weigh([self.tokens(now)], [account])
-                self.model.learn([document], [before])
-        elif account != lesson.account or not lesson.weight:
-            [lesson] = self.model.weigh([document], [account])
-        elif booking["seq"] in self.corrected:
-            return None
-        return made | {"weight": lesson.weight, "against": lesson.against, **self.features}
+                self.model.learn(_at(before, moved), _at(lessons, moved), sign=-1)
+                weighed = self.model.weigh(documents, [account for _, account, _ in part])
+                self.model.learn(_at(before, moved), _at(lessons, moved))
+            for (booking, account, now), old, lesson in zip(part, lessons, weighed, strict=True):
+                confirms = not now and account == old.account and old.weight
+                if confirms and booking["seq"] in self.corrected:
+                    made.append(None)
+                    continue
+                says = {"corrects": booking["seq"], self.target: account}
+                lesson = old if confirms else lesson
+                counts = {"weight": lesson.weight, "against": lesson.against, **self.features}
+                made.append(says | ({"now": now} if now else {}) | counts)
+        return made
 
     def correct(self, corrections: Sequence[tuple[dict, dict]]) -> None:
         """Unlearns bookings, and learns them as they were corrected, one after the other."""
@@ -2779,7 +2788,7 @@ class Plan(NamedTuple):
     """What is to be made of a request's samples; what else it has, is known."""
 
     new: list[Sample]
-    changed: list[tuple[dict, str, Sample | None]]  # as Books.correction takes it
+    changed: list[tuple[dict, str, Sample | None]]  # as Books.corrections takes them
     key: str | None  # of the batch that comes of it
     repeated: range | None  # where those without an id are, if their key is known
 
@@ -2984,8 +2993,8 @@ class Bookkeeper:
             if not is_old:
                 drafted, batches, changed = iter(records), [], []
                 for _, plan in planned:
-                    corrections = [self.books.correction(*change) for change in plan.changed]
                     changed += [booking for booking, *_ in plan.changed]
+                    corrections = self.books.corrections(plan.changed)
                     batches.append((plan.key, [*islice(drafted, len(plan.new)), *corrections]))
                 made = self.order.append(self.log, batches)
         except BaseException:
@@ -3038,7 +3047,8 @@ class Bookkeeper:
     def _correct(self, seq: int, account: str) -> str:
         booking = self.booking(seq)
         before = self.books.lesson(booking).account
-        if correction := self.books.correction(booking, account):
+        [correction] = self.books.corrections([(booking, account, None)])
+        if correction:
             [correction] = self.order.append(self.log, [(None, [correction])])
             self.books.correct([(booking, correction)])
         return before

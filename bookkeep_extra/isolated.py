@@ -130,9 +130,13 @@ class Isolated(Books):
             rows[those] = own.learn([bookings[i] for i in those])
         return rows
 
-    def correction(self, booking: dict, account: str, now: Sample | None = None) -> dict | None:
+    def corrections(self, changes: Sequence[tuple[dict, str, Sample | None]]) -> list[dict | None]:
         """As Books."""
-        return self.companies[booking["sample"]["CompanyId"]].correction(booking, account, now)
+        made: list[dict | None] = [None] * len(changes)
+        for own, those in self._changing_each(booking["sample"] for booking, _, _ in changes):
+            for i, record in zip(those, own.corrections([changes[i] for i in those]), strict=True):
+                made[i] = record
+        return made
 
     def correct(self, corrections: Sequence[tuple[dict, dict]]) -> None:
         """As Books."""

@@ -123,9 +123,10 @@ def _relearn_batch(batch: Batch, log: Log, books: Books) -> Iterator[Damage]:
     drafted, rows = books.draft([*bookings.values()])
     for i, record in zip(bookings, drafted, strict=True):
         records[i] = record
-    for i, booking in corrected.items():
-        account, now = map(batch.records[i].get, (books.target, "now"))
-        records[i] = books.correction(booking, account, now) or {}
+    says = (map(batch.records[i].get, (books.target, "now")) for i in corrected)
+    changes = [(booking, *says) for booking, says in zip(corrected.values(), says, strict=True)]
+    for i, correction in zip(corrected, books.corrections(changes), strict=True):
+        records[i] = correction or {}
     [placed] = log.place([(None if isinstance(key, int) else key, records)])
     log.write([placed], durable=False)
     books.enter([placed.records[i] for i in bookings], rows)
