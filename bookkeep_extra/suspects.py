@@ -1,24 +1,26 @@
 """Which bookings look wrong: what others like it, and the model without it, say of each.
 
-Of a booking, a model that has learned all others says which other account is the most probable, and
-its log-odds over the account that it is booked to. Of the company's other bookings with the same
-first two words, and of those with the same sum, there are t, of which x are on that other account,
-o on the booking's own. Of the n others on its own, the model would have booked u elsewhere. Then
+Of a booking, a model that has learned all others says which other account is the most probable. If
+it is more probable than the booking's own, the booking is doubted, by a margin: the log-odds of the
+two. Of the company's other bookings with the same first word and amount, and of those with the same
+sum, there are t, of which x are on that likely account, o on the booking's own. Of the n others on
+its own, u are doubted, too. Of the two before and after it with the same first two words, b are on
+its own: what is booked in a row is a habit. Then
 
-    log-odds of an error = -7.2 + sqrt(max(0, log-odds)) - 0.8 [are there any others like it?]
-                           + 0.6 (d(first two words) + d(sum) - log((u + 1/2) / (n + 1)))
-    d = log((x + 1/2) / (t - x + o + 1/2)), 0 if there are none
+    log-odds of an error = -7.1 + 0.8 sqrt(margin) - 1.3 b
+                           + 0.6 (d(first word and amount) + d(sum) - log((u + 1/2) / (n + 1)))
+    d = log(x + 1/2) - 1/2 log(o + 1/2) - 1/2 log(t - x + 1/2), which is 0 if there are none
 
 The numbers were fitted, by logistic regression, to three real sets with 1 % wrong accounts: in one
 half drawn from the company's own bookings, in the other from the model's next likeliest. So these
-odds are for 1 % of errors. They are multiplied by (changed + 5) / (expected + 5): of what persons
-had booked and looked at again, how many they changed, and how many were expected.
+odds are for 1 % of errors. They are multiplied by (changed + 5) / (expected + 5): of the doubted
+that persons had booked and looked at again, how many they changed, and how many were expected.
 """
 
 import csv
 import math
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -50,11 +52,12 @@ from bookkeep_extra.views import standings
 RECENT = 10_000  # bookings, the last, that an answer looks at
 LEAST = 0.05  # the probability from which on a booking is shown
 LOOKED = 5  # bookings that persons looked at, as expected, to start with
-ALL = ""  # in place of an account: all
-LIKE = {  # what others may have in common with a booking, from most to least
+WORD = "first word and amount"
+LIKE = {  # what others may have in common with a booking, but for the last from most to least
     "text": KINDS.index("whole text"),
     "first two words": KINDS.index("first two words in this company"),
     "sum": KINDS.index("sum in this company"),
+    WORD: KINDS.index("first word with this amount in this company"),
 }
 
 
@@ -73,7 +76,7 @@ class Suspect(NamedTuple):
 
 
 class Doubt(NamedTuple):
-    """What the model says against a booking."""
+    """What the model says of a booking."""
 
     seq: int
     sample: Sample
@@ -96,59 +99,85 @@ def find(books: Books, records: Iterable[dict]) -> list[Suspect]:
 
 def _find(books: Books, records: Iterable[dict]) -> Iterator[Suspect]:
     asked = [doubt for chunk in chunks(records, 4 * ROUND) for doubt in _doubts(books, chunk)]
-    groups: defaultdict[object, Counter] = defaultdict(Counter)  # key -> account, ALL -> bookings
-    odd: Counter[tuple] = Counter()  # by company and account: booked elsewhere by the model
+    habits, weighed = Habits(asked), []
+    changed = expected = LOOKED
     for each in asked:
-        for key in (each.sample["CompanyId"], *each.keys.values()):
-            group = groups[key]
-            group[ALL] += 1
-            group[each.now] += 1
-        if each.margin > 0 and each.now == each.account:
-            odd[each.sample["CompanyId"], each.now] += 1
-    weighed = []
-    expected = changed = LOOKED
-    for each in asked:
-        company, account, likely = each.sample["CompanyId"], each.account, each.likely
-        stays, moved = account == each.now, likely == each.now
-        u, n = odd[company, account] - (stays and each.margin > 0), groups[company][account] - stays
-        like = {
-            name: (group[ALL] - 1, group[account] - stays, group[likely] - moved)
-            for name, group in ((name, groups[key]) for name, key in each.keys.items())
-            if group[ALL] > 1
-        }
-        log_odds = math.sqrt(max(0, each.margin)) - 7.2 - 0.8 * bool(like)
-        log_odds -= 0.6 * math.log((u + 0.5) / (n + 1))
-        for t, o, x in (like[name] for name in ("first two words", "sum") if name in like):
-            log_odds += 0.6 * math.log((x + 0.5) / (t - x + o + 0.5))
-        odds = math.exp(log_odds)
-        if score_weight(each.sample) and each.is_looked_at:
-            expected += odds / (1 + odds)
-            changed += not stays
-        elif score_weight(each.sample) and likely is not None:
-            weighed.append((odds, each, *next(iter(like.items()), (None, (0, 0, 0)))))
-    for odds, (seq, sample, account, _, _, likely, *_), name, said in weighed:
+        if each.margin > 0 and score_weight(each.sample):
+            odds = habits.odds(each)
+            if each.is_looked_at:
+                changed += each.now != each.account
+                expected += odds / (1 + odds)
+            else:
+                weighed.append((odds, each))
+    for odds, each in weighed:
         probability = round(1 - 1 / (1 + odds * changed / expected), 4)
         if probability >= LEAST:
-            yield Suspect(seq, sample, account, likely, probability, name, *said)
+            told = {
+                name: habits.others(each, key) for name, key in each.keys.items() if name != WORD
+            }
+            like, said = next((item for item in told.items() if item[1][0]), (None, (0, 0, 0)))
+            seq, sample, account, _, _, likely, *_ = each
+            yield Suspect(seq, sample, account, likely, probability, like, *said)
 
 
 def _doubts(books: Books, records: Sequence[dict]) -> Iterator[Doubt]:
-    """What the model says against those of these bookings that it has learned."""
-    known = {record["seq"]: books.tokens(record["sample"]) for record in records}
+    """What the model says of those of these bookings that it has learned."""
     with books.at_rest() as model:
-        there = {*books.history.at(np.array([*known]))["seq"].tolist()}  # not forgotten meanwhile
+        seqs = np.array([record["seq"] for record in records])
+        there = {*books.history.at(seqs)["seq"].tolist()}  # not forgotten meanwhile
         records = [r for r in records if r["seq"] in there and books.lesson(r).weight]
         if model.n_classes < 2:
             return
         looked_at = [record["seq"] in books.corrected for record in records]
-        lessons = [*map(books.lesson, records)]
-        accounts = [record["sample"][books.target] for record in records]
-        made = doubts(model, [known[record["seq"]] for record in records], accounts, lessons)
-    for i, (record, said) in enumerate(zip(records, made, strict=True)):
-        seq, sample = record["seq"], record["sample"]
-        by_kind = {token >> KIND_SHIFT: token for token in reversed(known[seq])}
+        lessons, samples = [*map(books.lesson, records)], [*map(books.sample, records)]
+        accounts = [sample[books.target] for sample in samples]
+        documents = [*map(books.tokens, samples)]
+        made = doubts(model, documents, accounts, lessons)
+    for i, (sample, said) in enumerate(zip(samples, made, strict=True)):
+        by_kind = {token >> KIND_SHIFT: token for token in reversed(documents[i])}
         keys = {n: (sample["CompanyId"], by_kind[k]) for n, k in LIKE.items() if k in by_kind}
-        yield Doubt(seq, sample, accounts[i], lessons[i].account, looked_at[i], *said, keys)
+        known = records[i]["seq"], sample, accounts[i], lessons[i].account, looked_at[i]
+        yield Doubt(*known, *said, keys)
+
+
+class Habits:
+    """How bookings that have something in common are booked."""
+
+    def __init__(self, asked: Iterable[Doubt]) -> None:
+        self.booked: Counter[object] = Counter()  # by key, by key and account
+        self.beside: Counter[int] = Counter()  # by seq: neighbours that are booked like it
+        last: dict[object, Doubt] = {}
+        for each in asked:
+            company, words = each.sample["CompanyId"], each.keys.get("first two words", each.seq)
+            keys = [(company,), *each.keys.values()]
+            if each.margin > 0 and each.now == each.account:
+                keys.append((company, "doubted"))
+            self.booked.update(keys)
+            self.booked.update((key, each.now) for key in keys)
+            if before := last.get(words):
+                self.beside[each.seq] += before.now == each.account
+                self.beside[before.seq] += each.now == before.account
+            last[words] = each
+
+    def others(self, each: Doubt, key: tuple) -> tuple[int, int, int]:
+        """How many other bookings have a key, and how many of them are on its two accounts."""
+        on_account = self.booked[key, each.account] - (each.now == each.account)
+        on_likely = self.booked[key, each.likely] - (each.now == each.likely)
+        return self.booked[key] - 1, on_account, on_likely
+
+    def odds(self, each: Doubt) -> float:
+        """The odds that a doubted booking is wrong, if 1 % are."""
+        company = each.sample["CompanyId"]
+        (_, n, _), (_, u, _) = (
+            self.others(each, key) for key in ((company,), (company, "doubted"))
+        )
+        log_odds = -7.1 + 0.8 * math.sqrt(each.margin) - 1.3 * self.beside[each.seq]
+        log_odds -= 0.6 * math.log((u + 0.5) / (n + 1))
+        for name in (WORD, "sum"):
+            if name in each.keys:
+                t, o, x = self.others(each, each.keys[name])
+                log_odds += 0.6 * math.log((x + 0.5) / math.sqrt((o + 0.5) * (t - x + 0.5)))
+        return math.exp(log_odds)
 
 
 def suspects(

@@ -41,97 +41,108 @@ def scores_without(
 
     They are, bit for bit, those of `joint_log_likelihood` after the one document is unlearned.
     """
-    counts, accounts, n = model.token_counts, len(model.names), len(documents)
-    number = model.accounts.__getitem__
-    _, document, kind, row = found = model.look_up(documents)
-    # A token that occurs twice in a document was learned twice.
-    _, once, of, times = np.unique(
-        document * len(counts.rows.keys) + row,
-        return_index=True,
-        return_inverse=True,
-        return_counts=True,
-    )
-    times = times[of]
+    rest = Unlearned(model, documents, lessons)
+    numbers = np.array([model.accounts.get(label, -1) for label in labels])
+    document, account = rest.candidates(numbers).nonzero()
+    score = rest.evidence(document, account) + rest.prior(document, account)
+    start = document.searchsorted(np.arange(len(labels)))
+    label = (account == numbers[document]).nonzero()[0]
+    return Scores(document, account, score * EVIDENCE, start, label, label[:0], rest.found)
 
-    # What each document taught: cells of a document and a column, in order, and their units.
-    booked = np.array([number(lesson.account) for lesson in lessons])
-    weight = np.array([lesson.weight for lesson in lessons])
-    taught = {(i, 2 * booked[i]): round(GRAIN * weight[i]) for i in range(n)}
-    taught |= {(i, 2 * number(rival) + 1): GRAIN for i in range(n) for rival in lessons[i].against}
-    cells = sorted(taught)
-    units_taught = np.array([taught[cell] for cell in cells])
-    of_document, columns_taught = np.array(cells).T
-    cells = of_document * 2 * accounts + columns_taught
 
-    def without(token: np.ndarray, column: np.ndarray, units: np.ndarray) -> np.ndarray:
-        """What is left of sums of these tokens in these columns."""
-        cell = document[token] * 2 * accounts + column
-        at = np.minimum(cells.searchsorted(cell), len(cells) - 1)
-        return units - np.where(cells[at] == cell, units_taught[at], 0) * times[token]
+class Unlearned:
+    """A model, as each of n documents finds it that has taught it: without what this one taught.
 
-    # What narrow rows are left with.
-    sizes, at = counts.spans(row)
-    token = np.arange(len(row)).repeat(sizes)
-    column = counts.entries[at] >> 40
-    units = without(token, column, counts.entries[at] & UNITS)
-    left = counts.sizes(row) - np.bincount(token[units == 0], minlength=len(row))
-    there = units > 0
-    token, column, units = token[there], column[there], units[there]
-    said = model.evidence(kind[token], column & 1, units)
+    Nothing is changed: it is taken out of the sums that are read.
+    """
 
-    # How many sums wide rows are left with. If these are few, their accounts are candidates, too.
-    wide = counts.is_wide(row).nonzero()[0]
-    own, which = (document[wide][:, np.newaxis] == of_document).nonzero()
-    column_own = columns_taught[which]
-    had = counts.units(row[wide[own]], column_own >> 1)[np.arange(len(own)), column_own & 1]
-    gone = without(wide[own], column_own, had) == 0
-    np.subtract.at(left, wide[own[gone]], 1)
+    def __init__(self, model: NaiveBayes, documents: Tokens, lessons: Sequence[Lesson]) -> None:
+        self.model, self.counts = model, model.token_counts
+        self.shape = n, accounts = len(lessons), len(model.names)
+        _, self.document, self.kind, self.row = self.found = model.look_up(documents)
+        self.wide = self.counts.is_wide(self.row).nonzero()[0]
+        token = self.document * len(self.counts.rows.keys) + self.row
+        _, of, times = np.unique(token, return_inverse=True, return_counts=True)
+        self.times = times[of]  # that each token is in its document, and was learned
+        self.weight = np.array([lesson.weight for lesson in lessons])
+        self.booked = np.array([model.accounts[lesson.account] for lesson in lessons])
+        self.taught = np.zeros((n, accounts, 2), dtype=np.int64)  # units for, and against
+        self.taught[np.arange(n), self.booked, 0] = np.rint(GRAIN * self.weight)
+        for i, lesson in enumerate(lessons):
+            self.taught[i, [model.accounts[rival] for rival in lesson.against], 1] = GRAIN
 
-    # The candidates, but no account that has learned nothing else; and the labels.
-    each = np.arange(n)
-    alive = np.tile(model.class_counts > 0, (n, 1))
-    alive[each, booked] &= model.class_counts[booked] != weight
-    there = np.zeros((n, accounts), dtype=bool)
-    there[document[token], column >> 1] = True
-    for i in wide[left[wide] <= bookkeep.RARE].tolist():
-        sums = counts.units(row[i], np.arange(accounts))
-        sums = without(np.full(2 * accounts, i), np.arange(2 * accounts), sums.ravel())
-        there[document[i]] |= sums.reshape(-1, 2).any(axis=1)
-    there &= alive
-    there[~there.any(axis=1)] = True
-    there &= alive
-    label = np.array([model.accounts.get(label, -1) for label in labels])
-    there[each, label] |= alive[each, label] & (label >= 0)
-    of, account = there.nonzero()
-    place = np.full((n, accounts), -1)
-    place[of, account] = np.arange(len(of))
+        # Most sums in narrow rows say what they said; of what was taught, there is less, or none.
+        sizes, at = self.counts.spans(self.row)
+        token = np.arange(len(of)).repeat(sizes)
+        cell = self.document.take(token) * (2 * accounts) + (self.counts.entries.take(at) >> 40)
+        said, taught = self.counts.evidence.take(at), self.taught.take(cell)
+        own = taught.nonzero()[0]
+        token, units = token[own], self.counts.entries[at[own]] & UNITS
+        units -= taught[own] * self.times[token]
+        said[own] = model.evidence(self.kind[token], cell[own] & 1, units)
+        gone = units == 0
+        self.pair, self.said = np.delete(cell >> 1, own[gone]), np.delete(said, own[gone])
+        self.left = self.counts.sizes(self.row) - np.bincount(token[gone], minlength=len(of))
 
-    # What narrow rows say of them, and wide rows.
-    at = place[document[token], column >> 1]
-    score = np.bincount(at[at >= 0], said[at >= 0], minlength=len(of))
-    many = there.sum(axis=1)[document[wide]]
-    first = of.searchsorted(document[wide])  # of the pairs of its document
-    asked, at = wide.repeat(many), ranges(first, many)
-    units = counts.units(row[asked], account[at])
-    for side in (0, 1):
-        kept = without(asked, 2 * account[at] + side, units[:, side])
-        score += np.bincount(at, model.evidence(kind[asked], side, kept), minlength=len(of))
+    def candidates(self, labels: np.ndarray) -> np.ndarray:
+        """(n, A) is it a candidate, or the label and known?"""
+        n, accounts = self.shape
+        found = np.zeros(n * accounts, dtype=bool)
+        found[self.pair] = True
+        found = found.reshape(self.shape)
+        few = self.left[self.wide] <= bookkeep.RARE + 1 + bookkeep.RIVALS
+        for i in self.wide[few].tolist():  # which are narrow rows without it, maybe
+            sums = self.wide_sums(np.array([i]), np.arange(accounts))
+            if np.count_nonzero(sums) <= bookkeep.RARE:
+                found[self.document[i]] |= sums.any(axis=1)
+        each, learned = np.arange(n), self.model.class_counts
+        alive = np.tile(learned > 0, (n, 1))
+        alive[each, self.booked] = learned[self.booked] > self.weight
+        found &= alive
+        found |= alive & ~found.any(axis=1, keepdims=True)
+        found[each, labels] |= alive[each, labels] & (labels >= 0)
+        return found
 
-    # The prior and the normalisers: without what it taught, and without tokens unknown then.
-    known, kinds = left > 0, len(KINDS)
+    def wide_sums(self, token: np.ndarray, account: np.ndarray) -> np.ndarray:
+        """(k, 2) what k tokens of wide rows are left with, for accounts and against."""
+        taught = self.taught[self.document[token], account] * self.times[token, np.newaxis]
+        return self.counts.units(self.row[token], account) - taught
 
-    def by_kind(some: np.ndarray) -> np.ndarray:
-        cell = document[some] * kinds + kind[some]
-        return np.bincount(cell, minlength=n * kinds).reshape(n, kinds)
+    def evidence(self, document: np.ndarray, account: np.ndarray) -> np.ndarray:
+        """(p,) what the tokens say of these pairs, in units of EVIDENCE."""
+        n, accounts = self.shape
+        said = np.bincount(self.pair, self.said, minlength=n * accounts)
+        of = self.document[self.wide]
+        many = np.bincount(document, minlength=n)[of]
+        token, at = self.wide.repeat(many), ranges(document.searchsorted(of), many)
+        more = self.counts.asked(self.row[token], account[at])
+        own = (self.taught[..., 0] | self.taught[..., 1])[document, account][at].nonzero()[0]
+        sums, kind = self.wide_sums(token[own], account[at[own]]), self.kind[token[own], np.newaxis]
+        more[own] = self.model.evidence(kind, np.arange(2), sums).sum(axis=1)
+        return said[document * accounts + account] + np.bincount(at, more, minlength=len(account))
 
-    lengths = np.column_stack([np.ones(n), by_kind(known)])
-    lost = by_kind(once[~known[once]])
-    smoothing = model.smoothing_of(counts.occupied - lost)
-    sums = model.sums.take(account, axis=0)
-    at = place[each, booked]
-    all_of_them = np.column_stack([np.ones(n), by_kind(np.arange(len(row)))])
-    sums[at[at >= 0]] -= (weight[:, np.newaxis] * all_of_them)[at >= 0]
-    logs = model.log_counts(sums, smoothing[of])
-    score += np.einsum("pk,pk->p", logs, lengths.take(of, axis=0))
-    labelled = (account == label[of]).nonzero()[0]
-    return Scores(of, account, score * EVIDENCE, of.searchsorted(each), labelled, label[:0], found)
+    def prior(self, document: np.ndarray, account: np.ndarray) -> np.ndarray:
+        """(p,) what classes and their sizes say of these pairs, in units of EVIDENCE."""
+        lengths, model = self.lengths(self.left > 0), self.model
+        lost = np.rint(self.lengths((self.left == 0) / self.times)) * (lengths > 0)
+        used = np.bincount(account).nonzero()[0]
+        prior = np.zeros((len(lengths), len(used)))
+        for gone in np.unique(lost):
+            smoothing = model.smoothing_of(self.counts.occupied - gone)
+            logs = model.log_counts(model.sums[used], smoothing)
+            prior += (lengths * (lost == gone)) @ logs.T
+        prior = prior[document, used.searchsorted(account)]
+        own = (account == self.booked[document]).nonzero()[0]
+        of = document[own]
+        taught = self.weight[:, np.newaxis] * self.lengths(self.left >= 0)
+        smoothing = model.smoothing_of(self.counts.occupied - lost[of, 1:])
+        logs = model.log_counts(model.sums[account[own]] - taught[of], smoothing)
+        prior[own] = np.einsum("pk,pk->p", logs, lengths[of])
+        return prior
+
+    def lengths(self, counted: np.ndarray) -> np.ndarray:
+        """(n, 1 + kinds) 1, and what a document's tokens of each kind count."""
+        n, kinds = self.shape[0], len(KINDS)
+        cell = self.document * kinds + self.kind
+        of_kinds = np.bincount(cell, counted, minlength=n * kinds).reshape(n, kinds)
+        return np.column_stack([np.ones(n), of_kinds])
