@@ -52,12 +52,11 @@ from bookkeep_extra.views import standings
 RECENT = 10_000  # bookings, the last, that an answer looks at
 LEAST = 0.05  # the probability from which on a booking is shown
 LOOKED = 5  # bookings that persons looked at, as expected, to start with
-WORD = "first word and amount"
-LIKE = {  # what others may have in common with a booking, but for the last from most to least
+LIKE = {  # what others may have in common with a booking, from most to least
     "text": KINDS.index("whole text"),
     "first two words": KINDS.index("first two words in this company"),
+    "first word and amount": KINDS.index("first word with this amount in this company"),
     "sum": KINDS.index("sum in this company"),
-    WORD: KINDS.index("first word with this amount in this company"),
 }
 
 
@@ -83,7 +82,7 @@ class Doubt(NamedTuple):
     account: str  # that it was booked to first
     now: str  # that it is booked to
     is_looked_at: bool  # has a person corrected or confirmed it?
-    likely: str | None
+    likely: str  # the most probable other one
     margin: float  # the log-odds of that
     keys: dict[str, tuple]  # what others like it have, too, by LIKE
 
@@ -99,25 +98,18 @@ def find(books: Books, records: Iterable[dict]) -> list[Suspect]:
 
 def _find(books: Books, records: Iterable[dict]) -> Iterator[Suspect]:
     asked = [doubt for chunk in chunks(records, 4 * ROUND) for doubt in _doubts(books, chunk)]
-    habits, weighed = Habits(asked), []
-    changed = expected = LOOKED
-    for each in asked:
-        if each.margin > 0 and score_weight(each.sample):
-            odds = habits.odds(each)
-            if each.is_looked_at:
-                changed += each.now != each.account
-                expected += odds / (1 + odds)
-            else:
-                weighed.append((odds, each))
-    for odds, each in weighed:
-        probability = round(1 - 1 / (1 + odds * changed / expected), 4)
-        if probability >= LEAST:
-            told = {
-                name: habits.others(each, key) for name, key in each.keys.items() if name != WORD
-            }
-            like, said = next((item for item in told.items() if item[1][0]), (None, (0, 0, 0)))
-            seq, sample, account, _, _, likely, *_ = each
-            yield Suspect(seq, sample, account, likely, probability, like, *said)
+    habits = Habits(asked)
+    doubted = [each for each in asked if each.margin > 0 and score_weight(each.sample)]
+    odds = {each.seq: habits.odds(each) for each in doubted}
+    looked_at = [each for each in doubted if each.is_looked_at]
+    changed = LOOKED + sum(each.now != each.account for each in looked_at)
+    expected = LOOKED + sum(odds[each.seq] / (1 + odds[each.seq]) for each in looked_at)
+    for each in doubted:
+        probability = round(1 - 1 / (1 + odds[each.seq] * changed / expected), 4)
+        if probability >= LEAST and not each.is_looked_at:
+            counts = ((name, *habits.others(each, key)) for name, key in each.keys.items())
+            said = next((like for like in counts if like[1]), (None, 0, 0, 0))
+            yield Suspect(each.seq, each.sample, each.account, each.likely, probability, *said)
 
 
 def _doubts(books: Books, records: Sequence[dict]) -> Iterator[Doubt]:
@@ -130,50 +122,46 @@ def _doubts(books: Books, records: Sequence[dict]) -> Iterator[Doubt]:
             return
         looked_at = [record["seq"] in books.corrected for record in records]
         lessons, samples = [*map(books.lesson, records)], [*map(books.sample, records)]
-        accounts = [sample[books.target] for sample in samples]
-        documents = [*map(books.tokens, samples)]
+        accounts, documents = [s[books.target] for s in samples], [*map(books.tokens, samples)]
         made = doubts(model, documents, accounts, lessons)
-    for i, (sample, said) in enumerate(zip(samples, made, strict=True)):
+    for i, (record, sample) in enumerate(zip(records, samples, strict=True)):
         by_kind = {token >> KIND_SHIFT: token for token in reversed(documents[i])}
         keys = {n: (sample["CompanyId"], by_kind[k]) for n, k in LIKE.items() if k in by_kind}
-        known = records[i]["seq"], sample, accounts[i], lessons[i].account, looked_at[i]
-        yield Doubt(*known, *said, keys)
+        booked = accounts[i], lessons[i].account, looked_at[i]
+        yield Doubt(record["seq"], sample, *booked, *made[i], keys)
 
 
 class Habits:
     """How bookings that have something in common are booked."""
 
     def __init__(self, asked: Iterable[Doubt]) -> None:
-        self.booked: Counter[object] = Counter()  # by key, by key and account
-        self.beside: Counter[int] = Counter()  # by seq: neighbours that are booked like it
+        self.booked: Counter[tuple] = Counter()  # by key, by key and account
+        self.beside: Counter[int] = Counter()  # by seq: neighbours that are on its account
         last: dict[object, Doubt] = {}
         for each in asked:
             company, words = each.sample["CompanyId"], each.keys.get("first two words", each.seq)
             keys = [(company,), *each.keys.values()]
             if each.margin > 0 and each.now == each.account:
                 keys.append((company, "doubted"))
-            self.booked.update(keys)
-            self.booked.update((key, each.now) for key in keys)
+            self.booked.update([*keys, *((key, each.now) for key in keys)])
             if before := last.get(words):
                 self.beside[each.seq] += before.now == each.account
                 self.beside[before.seq] += each.now == before.account
             last[words] = each
 
     def others(self, each: Doubt, key: tuple) -> tuple[int, int, int]:
-        """How many other bookings have a key, and how many of them are on its two accounts."""
-        on_account = self.booked[key, each.account] - (each.now == each.account)
-        on_likely = self.booked[key, each.likely] - (each.now == each.likely)
-        return self.booked[key] - 1, on_account, on_likely
+        """How many others of a booking have a key, are on its account, are on the likely one."""
+        of_it = 1, each.now == each.account, each.now == each.likely
+        keys = key, (key, each.account), (key, each.likely)
+        return tuple(self.booked[key] - own for key, own in zip(keys, of_it, strict=True))
 
     def odds(self, each: Doubt) -> float:
         """The odds that a doubted booking is wrong, if 1 % are."""
         company = each.sample["CompanyId"]
-        (_, n, _), (_, u, _) = (
-            self.others(each, key) for key in ((company,), (company, "doubted"))
-        )
+        n, u = (self.others(each, key)[1] for key in ((company,), (company, "doubted")))
         log_odds = -7.1 + 0.8 * math.sqrt(each.margin) - 1.3 * self.beside[each.seq]
         log_odds -= 0.6 * math.log((u + 0.5) / (n + 1))
-        for name in (WORD, "sum"):
+        for name in ("first word and amount", "sum"):
             if name in each.keys:
                 t, o, x = self.others(each, each.keys[name])
                 log_odds += 0.6 * math.log((x + 0.5) / math.sqrt((o + 0.5) * (t - x + 0.5)))

@@ -12,25 +12,23 @@ Tokens = Sequence[Sequence[int]]
 
 def doubts(
     model: NaiveBayes, documents: Tokens, labels: Sequence[str], lessons: Sequence[Lesson]
-) -> list[tuple[str | None, float]]:
+) -> list[tuple[str, float]]:
     """Of each document, what a model says that has learned all but this one.
 
-    That is the most probable account other than its label, None if no other is a candidate, and its
-    log-odds over the label, 0 if the label is unknown then. `lessons` are what the documents have
+    That is the most probable account other than its label, and its log-odds over the label, -inf if
+    there is no such account or the label is unknown then. `lessons` are what the documents have
     taught.
     """
-    made: list[tuple[str | None, float]] = []
+    made: list[tuple[str, float]] = []
     for start in range(0, len(documents), ROUND):
         part = slice(start, start + ROUND)
         scores = scores_without(model, documents[part], labels[part], lessons[part])
-        others, own = scores.score.copy(), np.full(len(scores.start), np.nan)
+        others, own = scores.score.copy(), np.full(len(scores.start), np.inf)
         own[scores.document[scores.label]] = scores.score[scores.label]
         others[scores.label] = -np.inf
         best = model.best(scores._replace(score=others))
-        margins = np.nan_to_num(others[best] - own).tolist()
-        for pair, margin in zip(best, margins, strict=True):
-            alone = others[pair] == -np.inf
-            made.append((None, 0.0) if alone else (model.names[scores.account[pair]], margin))
+        names = map(model.names.__getitem__, scores.account[best].tolist())
+        made += zip(names, (others[best] - own).tolist(), strict=True)
     return made
 
 
@@ -58,12 +56,11 @@ class Unlearned:
 
     def __init__(self, model: NaiveBayes, documents: Tokens, lessons: Sequence[Lesson]) -> None:
         self.model, self.counts = model, model.token_counts
-        self.shape = n, accounts = len(lessons), len(model.names)
+        n, accounts = len(lessons), len(model.names)
         _, self.document, self.kind, self.row = self.found = model.look_up(documents)
-        self.wide = self.counts.is_wide(self.row).nonzero()[0]
         token = self.document * len(self.counts.rows.keys) + self.row
         _, of, times = np.unique(token, return_inverse=True, return_counts=True)
-        self.times = times[of]  # that each token is in its document, and was learned
+        self.times = times[of]  # that a token is in its document, which has taught it so often
         self.weight = np.array([lesson.weight for lesson in lessons])
         self.booked = np.array([model.accounts[lesson.account] for lesson in lessons])
         self.taught = np.zeros((n, accounts, 2), dtype=np.int64)  # units for, and against
@@ -81,22 +78,21 @@ class Unlearned:
         units -= taught[own] * self.times[token]
         said[own] = model.evidence(self.kind[token], cell[own] & 1, units)
         gone = units == 0
-        self.pair, self.said = np.delete(cell >> 1, own[gone]), np.delete(said, own[gone])
         self.left = self.counts.sizes(self.row) - np.bincount(token[gone], minlength=len(of))
+        self.said = np.bincount(cell >> 1, said, minlength=n * accounts).reshape(n, accounts)
+        met = np.bincount(np.delete(cell, own[gone]) >> 1, minlength=n * accounts)
+        self.met = met.reshape(n, accounts) > 0
+        self.wide = self.counts.is_wide(self.row).nonzero()[0]
 
     def candidates(self, labels: np.ndarray) -> np.ndarray:
         """(n, A) is it a candidate, or the label and known?"""
-        n, accounts = self.shape
-        found = np.zeros(n * accounts, dtype=bool)
-        found[self.pair] = True
-        found = found.reshape(self.shape)
+        found, each, learned = self.met.copy(), np.arange(len(labels)), self.model.class_counts
         few = self.left[self.wide] <= bookkeep.RARE + 1 + bookkeep.RIVALS
         for i in self.wide[few].tolist():  # which are narrow rows without it, maybe
-            sums = self.wide_sums(np.array([i]), np.arange(accounts))
+            sums = self.wide_sums(np.array([i]), np.arange(len(learned)))
             if np.count_nonzero(sums) <= bookkeep.RARE:
                 found[self.document[i]] |= sums.any(axis=1)
-        each, learned = np.arange(n), self.model.class_counts
-        alive = np.tile(learned > 0, (n, 1))
+        alive = np.tile(learned > 0, (len(labels), 1))
         alive[each, self.booked] = learned[self.booked] > self.weight
         found &= alive
         found |= alive & ~found.any(axis=1, keepdims=True)
@@ -110,23 +106,27 @@ class Unlearned:
 
     def evidence(self, document: np.ndarray, account: np.ndarray) -> np.ndarray:
         """(p,) what the tokens say of these pairs, in units of EVIDENCE."""
-        n, accounts = self.shape
-        said = np.bincount(self.pair, self.said, minlength=n * accounts)
         of = self.document[self.wide]
-        many = np.bincount(document, minlength=n)[of]
+        many = np.bincount(document, minlength=len(self.said))[of]
         token, at = self.wide.repeat(many), ranges(document.searchsorted(of), many)
         more = self.counts.asked(self.row[token], account[at])
         own = (self.taught[..., 0] | self.taught[..., 1])[document, account][at].nonzero()[0]
         sums, kind = self.wide_sums(token[own], account[at[own]]), self.kind[token[own], np.newaxis]
         more[own] = self.model.evidence(kind, np.arange(2), sums).sum(axis=1)
-        return said[document * accounts + account] + np.bincount(at, more, minlength=len(account))
+        return self.said[document, account] + np.bincount(at, more, minlength=len(account))
 
     def prior(self, document: np.ndarray, account: np.ndarray) -> np.ndarray:
         """(p,) what classes and their sizes say of these pairs, in units of EVIDENCE."""
-        lengths, model = self.lengths(self.left > 0), self.model
-        lost = np.rint(self.lengths((self.left == 0) / self.times)) * (lengths > 0)
+        model, n, kinds = self.model, len(self.booked), len(KINDS)
+
+        def lengths_of(counted: np.ndarray) -> np.ndarray:  # (n, 1 + kinds)
+            of_kinds = np.bincount(self.document * kinds + self.kind, counted, n * kinds)
+            return np.column_stack([np.ones(n), of_kinds.reshape(n, kinds)])
+
+        lengths = lengths_of(self.left > 0)
+        lost = np.rint(lengths_of((self.left == 0) / self.times)) * (lengths > 0)
         used = np.bincount(account).nonzero()[0]
-        prior = np.zeros((len(lengths), len(used)))
+        prior = np.zeros((n, len(used)))
         for gone in np.unique(lost):
             smoothing = model.smoothing_of(self.counts.occupied - gone)
             logs = model.log_counts(model.sums[used], smoothing)
@@ -134,15 +134,8 @@ class Unlearned:
         prior = prior[document, used.searchsorted(account)]
         own = (account == self.booked[document]).nonzero()[0]
         of = document[own]
-        taught = self.weight[:, np.newaxis] * self.lengths(self.left >= 0)
-        smoothing = model.smoothing_of(self.counts.occupied - lost[of, 1:])
-        logs = model.log_counts(model.sums[account[own]] - taught[of], smoothing)
+        taught = self.weight[:, np.newaxis] * lengths_of(self.left >= 0)
+        sums = model.sums[account[own]] - taught[of]
+        logs = model.log_counts(sums, model.smoothing_of(self.counts.occupied - lost[of, 1:]))
         prior[own] = np.einsum("pk,pk->p", logs, lengths[of])
         return prior
-
-    def lengths(self, counted: np.ndarray) -> np.ndarray:
-        """(n, 1 + kinds) 1, and what a document's tokens of each kind count."""
-        n, kinds = self.shape[0], len(KINDS)
-        cell = self.document * kinds + self.kind
-        of_kinds = np.bincount(cell, counted, minlength=n * kinds).reshape(n, kinds)
-        return np.column_stack([np.ones(n), of_kinds])

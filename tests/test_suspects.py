@@ -79,9 +79,11 @@ def test_a_booking_is_scored_exactly_as_if_it_had_never_been_learned(rare, monke
         likely, margin = doubted[i]
         if others and len(alone.label):
             assert margin == max(others) - alone.score[alone.label[0]]
-        assert likely == min(names, default=None)
+        else:
+            assert margin == -np.inf
+        if others:
+            assert likely == min(names) != asked[i]
         ties += len(names) > 1
-        assert likely != asked[i]
     assert ties
 
 
@@ -93,7 +95,7 @@ def test_what_was_booked_wrong_comes_first_with_the_numbers_that_say_so(keeper):
     keeper.book(samples)
     found = found_in(keeper)
     assert {each["seq"] for each in found[:3]} == {*wrong}
-    assert all(each["probability"] > 0.5 for each in found[:3])
+    assert all(each["probability"] > 0.4 for each in found[:3])
     [twin] = [each for each in found if each["seq"] == 111]
     assert (twin["account"], twin["likely"], twin["sample"]) == ("fuels", "rents", samples[111])
     assert (twin["like"], twin["alike"], twin["on_account"], twin["on_likely"]) == ("text", 1, 0, 1)
@@ -161,6 +163,34 @@ def test_the_more_were_confirmed_the_less_do_others_look_wrong(keeper):
         word = keeper.record(place)["sample"]["BankEntryText"].split()[0]
         keeper.correct(place, f"{word}s")
     assert chance() > chances[-1]
+
+
+def test_what_is_booked_so_in_a_row_looks_less_wrong_than_what_is_alone(keeper):
+    def chance(neighbours):
+        company = f"{neighbours}"
+        samples = [*ledger(company=company), *[booking(company, "rent x", account="rents")] * 9]
+        for place in (303, *neighbours):
+            samples[place] = samples[place] | {"AccountNumber": "fuels"}
+        keeper.book(samples)
+        found = found_in(keeper, company=company, limit=1)
+        assert found[0]["sample"] == samples[303]
+        return found[0]["probability"]
+
+    assert chance([304]) < chance([308]) < chance([])  # of two, the neighbours are a habit
+
+
+def test_what_was_sent_anew_under_its_id_is_doubted_as_it_is_now(keeper):
+    first = [each | {"Id": f"{i}"} for i, each in enumerate(planted(ledger(), *range(5, 300, 30)))]
+    now = [*first]
+    for i in range(35, 300, 30):  # now the text is that of the account
+        now[i] = first[i] | {"BankEntryText": f"{first[i]['AccountNumber'][:-1]} x {i}"}
+    keeper.book(first)
+    keeper.book(now)
+    keeper.book([each | {"CompanyId": "B"} for each in now])
+    [anew] = found_in(keeper, company="A")
+    [at_once] = found_in(keeper, company="B")
+    assert anew["sample"]["Id"] == at_once["sample"]["Id"] == "5"
+    assert anew["probability"] == pytest.approx(at_once["probability"], abs=0.1)
 
 
 def test_what_nobody_looked_at_is_left_to_the_review(keeper):
