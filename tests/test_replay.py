@@ -1120,11 +1120,29 @@ def test_the_recipes_do_what_they_say(serve, tmp_path):
     with open(tmp_path / "SUGGESTED.csv", encoding="utf-8") as file:
         suggested = list(csv.DictReader(file, delimiter=";"))
     assert [row["account"] for row in suggested[:300]] == [account for _, account in shops[:300]]
+    wrong = [booking("acme", f"shop{i} =1+1", "-1200.00", f"{3001 + i}") for i in range(3)]
+    seq = service.post("/sample", wrong)[1]["first"]
+    assert runs(4, "WRONG.csv") == "4 look wrong\n"  # one is of DESK.csv
+    with open(tmp_path / "WRONG.csv", encoding="utf-8-sig") as file:
+        found = sorted(csv.DictReader(file), key=lambda row: int(row["Seq"]))
+    for row, right in zip(found, ["", "3000", "3002", ""], strict=True):
+        row["Right"] = right
+    likely = [(int(row["Seq"]) - seq, row["Likely"]) for row in found[1:]]
+    assert likely == [(0, "3000"), (1, "3001"), (2, "3002")]
+    said = "[0-9]+ of [0-9]+ others with this .* are on 3000, 0 on 3001"
+    assert re.fullmatch(said, found[1]["Why"])
+    write_csv(tmp_path / "WRONG.csv", found, "cp1252", delimiter=";")
+    status, out, said = run("-c", programs[5], "WRONG.csv", cwd=tmp_path)
+    assert (status, out) == (0, f"{seq} was 3001\n{seq + 1} confirmed\n")
+    assert "2 of 4 rows left out, the first in line 2: it has no account" in said
+    runs(4, "WRONG.csv")
+    with open(tmp_path / "WRONG.csv", encoding="utf-8-sig") as file:
+        assert not {f"{seq}", f"{seq + 1}"} & {row["Seq"] for row in csv.DictReader(file)}
     assert service.delete("/company/acme")[0] == 200
     rows = [row | {"Vat": f"V{int(row['Category']) % 3}"} for row in rows[:300]]
     write_csv(tmp_path / "BOTH.csv", rows, "cp1252", delimiter=";")
     both = "200 of 200 right\n200 of the 200 that were sure enough\n"
-    assert runs(4, "BOTH.csv") == both
+    assert runs(6, "BOTH.csv") == both
     assert codes.post("/predict", {**booking("acme", "shop4 x"), "AccountNumber": "3004"})[1] == [
         "V1"
     ]
