@@ -2,13 +2,13 @@
 
 Of a booking, a model that has learned all others says which other account is the most probable. If
 it is more probable than the booking's own, the booking is doubted, by a margin: the log-odds of the
-two. Of the company's other bookings with the same first word and amount, and of those with the same
+two. Of the company's other bookings with the same first word and range, and of those with the same
 sum, there are t, of which x are on that likely account, o on the booking's own. Of the n others on
 its own, u are doubted, too. Of the two before and after it with the same first two words, b are on
 its own: what is booked in a row is a habit. Then
 
     log-odds of an error = -7.1 + 0.8 sqrt(margin) - 1.3 b
-                           + 0.6 (d(first word and amount) + d(sum) - log((u + 1/2) / (n + 1)))
+                           + 0.6 (d(first word and range) + d(sum) - log((u + 1/2) / (n + 1)))
     d = log(x + 1/2) - 1/2 log(o + 1/2) - 1/2 log(t - x + 1/2), which is 0 if there are none
 
 The numbers were fitted, by logistic regression, to three real sets with 1 % wrong accounts: in one
@@ -55,7 +55,7 @@ LOOKED = 5  # bookings that persons looked at, as expected, to start with
 LIKE = {  # what others may have in common with a booking, from most to least
     "text": KINDS.index("whole text"),
     "first two words": KINDS.index("first two words in this company"),
-    "first word and amount": KINDS.index("first word with this amount in this company"),
+    "first word and range": KINDS.index("first word with this amount in this company"),
     "sum": KINDS.index("sum in this company"),
 }
 
@@ -161,7 +161,7 @@ class Habits:
         n, u = (self.others(each, key)[1] for key in ((company,), (company, "doubted")))
         log_odds = -7.1 + 0.8 * math.sqrt(each.margin) - 1.3 * self.beside[each.seq]
         log_odds -= 0.6 * math.log((u + 0.5) / (n + 1))
-        for name in ("first word and amount", "sum"):
+        for name in ("first word and range", "sum"):
             if name in each.keys:
                 t, o, x = self.others(each, each.keys[name])
                 log_odds += 0.6 * math.log((x + 0.5) / math.sqrt((o + 0.5) * (t - x + 0.5)))
