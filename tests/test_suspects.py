@@ -53,6 +53,8 @@ def test_a_booking_is_scored_exactly_as_if_it_had_never_been_learned(rare, monke
     for account in "rqp":  # of each, the others are equally likely
         documents.append(bookkeep.tokens(booking("new", "k l", "7"), ()))
         labels.append(account)
+    documents.append(bookkeep.tokens(booking("alone", "a m m", "7"), ()))
+    labels.append("1")
     model = NaiveBayes()
     for start in range(0, len(documents), 50):
         batch = slice(start, start + 50)
