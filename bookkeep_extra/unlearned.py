@@ -125,17 +125,14 @@ class Unlearned:
 
         lengths = lengths_of(self.left > 0)
         lost = np.rint(lengths_of((self.left == 0) / self.times)) * (lengths > 0)
+        # The accounts, and behind them each document's own, without what it taught.
         used = np.bincount(account).nonzero()[0]
-        prior = np.zeros((n, len(used)))
-        for gone in np.unique(lost):
-            smoothing = model.smoothing_of(self.counts.occupied - gone)
-            logs = model.log_counts(model.sums[used], smoothing)
-            prior += (lengths * (lost == gone)) @ logs.T
-        prior = prior[document, used.searchsorted(account)]
-        own = (account == self.booked[document]).nonzero()[0]
-        of = document[own]
         taught = self.weight[:, np.newaxis] * lengths_of(self.left >= 0)
-        sums = model.sums[account[own]] - taught[of]
-        logs = model.log_counts(sums, model.smoothing_of(self.counts.occupied - lost[of, 1:]))
-        prior[own] = np.einsum("pk,pk->p", logs, lengths[of])
-        return prior
+        sums = np.vstack([model.sums[used], model.sums[self.booked] - taught])
+        prior = np.zeros((n, len(sums)))
+        for gone in np.unique(lost):
+            logs = model.log_counts(sums, model.smoothing_of(self.counts.occupied - gone))
+            with np.errstate(invalid="ignore"):  # 0 times log 0, of what is no candidate
+                prior += (lengths * (lost == gone)) @ logs.T
+        own = account == self.booked[document]
+        return prior[document, np.where(own, len(used) + document, used.searchsorted(account))]
