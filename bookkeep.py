@@ -3925,8 +3925,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         on_signals(signal.default_int_handler)  # as Ctrl-C, until it serves
         if options.command:
-            return extra("logs").COMMANDS[options.command](options)
+            status = extra("logs").COMMANDS[options.command](options)
+            sys.stdout.flush()
+            return status
         serve(options)
+    except BrokenPipeError:  # whoever read what a command prints has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (BadRequest, ImportError, LogError, OSError) as error:
         named = isinstance(error, OSError) and error.filename
         reason = f"{error.filename}: {error.strerror}" if named else error

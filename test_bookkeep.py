@@ -4509,6 +4509,14 @@ def test_importing_starts_nothing(tmp_path):
     assert (status, out, said, list(tmp_path.iterdir())) == (0, "", "", [])
 
 
+def test_who_has_seen_enough_of_a_command_ends_it_quietly(path):
+    written(path, [[{}]])
+    command = [sys.executable, SERVICE, "check", path]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(30)) == (b"", 141)
+
+
 def test_alone_in_a_folder_it_books_predicts_measures_and_recovers(serve, tmp_path):
     program = tmp_path / "alone" / "bookkeep.py"
     program.parent.mkdir()
