@@ -2510,8 +2510,7 @@ class Books:
         rounds = self.model.book(_at(documents, seen), _at(labels, seen), self.changing, pause)
         for part, made, lessons in rounds:
             for i, assessment, lesson in zip(seen[part], made, lessons, strict=True):
-                counts = {"weight": lesson.weight, "against": lesson.against, **self.features}
-                records[i] |= _record(samples[i], assessment, **counts)
+                records[i] |= _record(samples[i], assessment, **self._counts(lesson))
 
     def enter(self, records: Sequence[dict], rows: np.ndarray) -> None:
         """Adds bookings, which are learned and have their places in the log, to the history."""
@@ -2601,9 +2600,8 @@ class Books:
                     made.append(None)
                     continue
                 says = {"corrects": booking["seq"], self.target: account}
-                lesson = old if confirms else lesson
-                counts = {"weight": lesson.weight, "against": lesson.against, **self.features}
-                made.append(says | ({"now": now} if now else {}) | counts)
+                says |= {"now": now} if now else {}
+                made.append(says | self._counts(old if confirms else lesson))
         return made
 
     def correct(self, corrections: Sequence[tuple[dict, dict]]) -> None:
@@ -2656,6 +2654,10 @@ class Books:
         """What a booking or a correction counts; what nobody has looked at counts 0."""
         account = record[self.target] if "corrects" in record else record["sample"][self.target]
         return Lesson(account, record.get("weight", 0.0), record.get("against", ()))
+
+    def _counts(self, lesson: Lesson) -> dict:
+        """What a record says of that."""
+        return {"weight": lesson.weight, "against": lesson.against, **self.features}
 
     def tokens(self, sample: Sample) -> list[int]:
         """The sample's tokens."""
