@@ -151,9 +151,9 @@ class Habits:
 
     def others(self, each: Doubt, key: tuple) -> tuple[int, int, int]:
         """How many others of a booking have a key, are on its account, are on the likely one."""
-        of_it = 1, each.now == each.account, each.now == each.likely
-        keys = key, (key, each.account), (key, each.likely)
-        return tuple(self.booked[key] - own for key, own in zip(keys, of_it, strict=True))
+        on_account = self.booked[key, each.account] - (each.now == each.account)
+        on_likely = self.booked[key, each.likely] - (each.now == each.likely)
+        return self.booked[key] - 1, on_account, on_likely
 
     def odds(self, each: Doubt) -> float:
         """The odds that a doubted booking is wrong, if 1 % are."""

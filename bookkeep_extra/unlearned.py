@@ -63,7 +63,7 @@ class Unlearned:
         self.times = times[of]  # that a token is in its document, which has taught it so often
         self.weight = np.array([lesson.weight for lesson in lessons])
         self.booked = np.array([model.accounts[lesson.account] for lesson in lessons])
-        self.taught = np.zeros((n, accounts, 2), dtype=np.int64)  # units for, and against
+        self.taught = np.zeros((n, accounts, 2), dtype=np.int32)  # units for, and against
         self.taught[np.arange(n), self.booked, 0] = np.rint(GRAIN * self.weight)
         for i, lesson in enumerate(lessons):
             self.taught[i, [model.accounts[rival] for rival in lesson.against], 1] = GRAIN
@@ -80,8 +80,8 @@ class Unlearned:
         gone = units == 0
         self.left = self.counts.sizes(self.row) - np.bincount(token[gone], minlength=len(of))
         self.said = np.bincount(cell >> 1, said, minlength=n * accounts).reshape(n, accounts)
-        met = np.bincount(np.delete(cell, own[gone]) >> 1, minlength=n * accounts)
-        self.met = met.reshape(n, accounts) > 0
+        self.met = np.zeros((n, accounts), dtype=bool)
+        self.met.ravel()[np.delete(cell, own[gone]) >> 1] = True
         self.wide = self.counts.is_wide(self.row).nonzero()[0]
 
     def candidates(self, labels: np.ndarray) -> np.ndarray:
