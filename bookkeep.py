@@ -2575,18 +2575,27 @@ class Books:
             return account, sample if moved else None
         return None
 
-    def corrections(self, changes: Sequence[tuple[dict, str, Sample | None]]) -> list[dict | None]:
+    def corrections(
+        self,
+        changes: Sequence[tuple[dict, str, Sample | None]],
+        pause: Callable[[], object] = lambda: None,
+    ) -> list[dict | None]:
         """Records of bookings that are booked to another account, or confirmed.
 
         A booking that moved comes with what it is now: all of these are weighed as if what they
         were before had never been. A person's that is confirmed counts what it did: nothing is
-        learned anew. None if a person has said so already.
+        learned anew. None if a person has said so already. It calls `pause` as `draft` does.
         """
         made: list[dict | None] = []
         for part in chunks(changes, ROUND):
+            pause()
             lessons = [self.lesson(booking) for booking, _, _ in part]
             before = [self.tokens(self.sample(booking)) for booking, _, _ in part]
-            moved = [i for i, (_, _, now) in enumerate(part) if now]
+            there = self.history.at(np.array([booking["seq"] for booking, _, _ in part]))["seq"]
+            # What was forgotten in a pause has been unlearned.
+            moved = [
+                i for i, (booking, _, now) in enumerate(part) if now and booking["seq"] in there
+            ]
             documents = before.copy()
             for i in moved:
                 documents[i] = self.tokens(part[i][2])
@@ -2986,18 +2995,19 @@ class Bookkeeper:
         planned = [(each, plan) for each in group if (plan := self._planned(each))]
         if not planned:
             return
-        records, rows = self.books.draft(
-            [sample for _, plan in planned for sample in plan.new], self.writer.pause
-        )
+        new = [sample for _, plan in planned for sample in plan.new]
+        changed = [change for _, plan in planned for change in plan.changed]
+        records, rows = self.books.draft(new, self.writer.pause)
         try:
+            corrections = self.books.corrections(changed, self.writer.pause)
             # In a pause, others may have booked the same, or changed what this is to change.
             is_old = self.writer.begun > begun and any(self._plan(r) != p for r, p in planned)
             if not is_old:
-                drafted, batches, changed = iter(records), [], []
-                for _, plan in planned:
-                    changed += [booking for booking, *_ in plan.changed]
-                    corrections = self.books.corrections(plan.changed)
-                    batches.append((plan.key, [*islice(drafted, len(plan.new)), *corrections]))
+                drafted, anew = iter(records), iter(corrections)
+                batches = [
+                    (p.key, [*islice(drafted, len(p.new)), *islice(anew, len(p.changed))])
+                    for _, p in planned
+                ]
                 made = self.order.append(self.log, batches)
         except BaseException:
             self.books.undo(records, rows)
@@ -3006,8 +3016,9 @@ class Bookkeeper:
             self.books.undo(records, rows)
             return self._store(group)
         self.books.enter([record for record in made if "sample" in record], rows)
-        corrections = [record for record in made if "corrects" in record]
-        for part in chunks(zip(changed, corrections, strict=True), CHUNK):
+        corrections = (record for record in made if "corrects" in record)
+        pairs = zip((booking for booking, _, _ in changed), corrections, strict=True)
+        for part in chunks(pairs, CHUNK):
             self.books.correct(part)
         end = len(self.log) - len(made)
         for (each, _), (_, lines) in zip(planned, batches, strict=True):
@@ -3241,7 +3252,7 @@ def _reasons(says: Sequence[tuple[str, str]], weights: list[float]) -> list[dict
 
 
 def metrics(books: Books, n: int, company: str | None = None) -> dict[str, float]:
-    """Macro precision and recall of the last n (or fewer) predictions. Raises as report does."""
+    """Macro precision and recall of the last n predictions. Raises NotFound, NotReady."""
     rows = last_scored(books, n, company)
     figures = precision_recall(rows["booked"], rows["predicted"], rows["score_weight"])
     return dict(zip(("precision", "recall"), figures, strict=True))

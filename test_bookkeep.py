@@ -2953,6 +2953,27 @@ def test_what_has_an_id_is_booked_once_however_many_send_it_at_once(keeper):
     assert_true_to_log(keeper)
 
 
+def test_others_are_served_while_a_long_list_changes_what_has_an_id(path):
+    export = [numbered(f"{i}", f"company{i % 3}", f"shop{i % 50}", "-1") for i in range(1500)]
+    moved = [each | {"BankEntryText": f"new {each['BankEntryText']}"} for each in export]
+    with bookkeeping(path) as keeper, ThreadPoolExecutor() as pool:
+        keeper.book(export)
+        long = pool.submit(keeper.book, moved)
+        wait_until(lambda: keeper.writer.waiting() == 0)
+        for i in itertools.count():
+            [seq] = keeper.book([booking("between", account="b")])
+            if i == 1:
+                keeper.correct(keeper.seq_of("company1", "100"), "corrected")
+                assert keeper.forget("company2") == 500
+            if long.done():
+                break
+            before = seq
+        assert len(export) < before < long.result().start
+        assert keeper.book(moved) == range(len(keeper.log), len(keeper.log))
+        assert len(lines_of(keeper)) == len(export) + 1 + i + 1 + len(moved)
+        assert_true_to_log(keeper)
+
+
 def test_what_cannot_be_stored_leaves_no_id_and_no_change(path):
     with bookkeeping(path) as keeper:
         keeper.book([numbered("1", account="1"), numbered("2", account="2")])

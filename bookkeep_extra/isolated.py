@@ -130,11 +130,17 @@ class Isolated(Books):
             rows[those] = own.learn([bookings[i] for i in those])
         return rows
 
-    def corrections(self, changes: Sequence[tuple[dict, str, Sample | None]]) -> list[dict | None]:
+    def corrections(
+        self,
+        changes: Sequence[tuple[dict, str, Sample | None]],
+        pause: Callable[[], object] = lambda: None,
+    ) -> list[dict | None]:
         """As Books."""
         made: list[dict | None] = [None] * len(changes)
         for own, those in self._changing_each(booking["sample"] for booking, _, _ in changes):
-            for i, record in zip(those, own.corrections([changes[i] for i in those]), strict=True):
+            for i, record in zip(
+                those, own.corrections([changes[i] for i in those], pause), strict=True
+            ):
                 made[i] = record
         return made
 
