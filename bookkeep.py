@@ -3150,8 +3150,6 @@ class Bookkeeper:
 
 # ------------------------------------------------------------------------------------------ Views
 
-WRONG = 0.02  # the share of what is booked unseen that may be wrong, if nobody says otherwise
-
 
 class Access(NamedTuple):
     """What the sender of a request may do."""
@@ -3314,7 +3312,6 @@ def require_ready(keeper: Bookkeeper) -> None:
 MAX_BODY = 16 << 20  # bytes of a request's body
 LARGE_BODY = 1 << 20  # bytes from which a body has to wait for its turn to be parsed
 MAX_NUMBER = 999_999_999
-MAX_PAGE = 500  # bookings in one answer
 MAX_SUGGESTED = 300  # suggestions in one answer, each of which is long
 JSON_LINES = "application/jsonl"
 AT_LEAST = "Bookkeep-At-Least"  # lines that an answer must know of
@@ -3322,13 +3319,8 @@ OPEN = {"/", "/desk.css", "/desk.js", "/health", "/ready"}  # nothing to learn f
 READS = {"GET", "HEAD"}  # methods that change nothing
 QUESTIONS = {"/predict", "/suggest"}  # nor do these
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}  # of every answer
-PAGE_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 EXTRA = Path(__file__).resolve().parent / "bookkeep_extra"
-STATUS = {BadRequest: 400, NotFound: 404, ImportError: 404, Conflict: 422, NotReady: 503}
-STATUS |= {NotStored: 507}
+STATUS = {BadRequest: 400, NotFound: 404, Conflict: 422, NotReady: 503, NotStored: 507}
 
 # What a route takes beside a body: each name with its JSON Schema. The name is in the path, or a
 # header, or else after the ?. From this come the refusals, the handler's arguments, and what
@@ -3341,13 +3333,6 @@ TEXT: Schema = {"type": "string", "minLength": 1}
 YES_OR_NO: Schema = {"type": "string", "enum": ["yes", "no"]}
 KEY: Schema = {"type": "string", "pattern": "^[!-~]([ -~]{0,198}[!-~])?$"}
 KEY |= {"title": "1 to 200 printable ASCII characters"}
-PAGE_END: Schema = {
-    "type": "string",
-    "pattern": r"^[0-9]{1,20}(\.[0-9]{1,20})?(e-[0-9]{1,3})?:[0-9]{1,18}$",
-    "title": "what the page before says is `next`",
-}
-
-A_PAGE = FROM_ONE | {"maximum": MAX_PAGE, "default": 50}
 
 
 def extra(name: str) -> ModuleType:
@@ -3447,7 +3432,6 @@ def create_app(
     app.default_error_handler = _error_in_json
     if EXTRA.exists():  # without it, there are no figures for Prometheus
         extra("prometheus").watch(app, keeper)  # before authorize: a refusal takes time, too
-    pages = {path.name: path.read_text() for path in (EXTRA / "page").glob("*")}
     target = keeper.books.target
     booked = partial(check_samples, booked=True, most=max_batch, target=target)
     asked = partial(check_samples, booked=False, most=max_batch)
@@ -3529,67 +3513,12 @@ def create_app(
     def get_metrics(n: int, company: str | None) -> dict[str, float]:
         return metrics(keeper.books, n, company)
 
-    @app.get("/report/<n>")
-    @takes(
-        {
-            "n": FROM_ONE,
-            "company": TEXT,
-            "book_from": FRACTION,
-            "wrong": FRACTION | {"minimum": 0.001, "maximum": 0.5, "default": WRONG},
-        },
-        of="company",
-    )
-    def get_report(n: int, *asked: object) -> dict:
-        return extra("views").report(keeper.books, n, *asked)
-
-    @app.get("/bookings")
-    @takes(
-        {
-            "company": TEXT,
-            ID: TEXT,
-            "reviewed": YES_OR_NO,
-            "below": FRACTION,
-            "order": {"type": "string", "enum": ["newest", "confidence"], "default": "newest"},
-            "limit": A_PAGE,
-            "before": PAGE_END,
-        },
-        of="company",
-    )
-    def get_bookings(company, id, reviewed, below, order, limit, before) -> dict:
-        views = extra("views")
-        if id is not None:
-            return {"bookings": [views.booking(keeper, keeper.seq_of(company, id))], "next": None}
-        asked = {
-            "reviewed": reviewed and reviewed == "yes",
-            "below": below,
-            "least_sure": order == "confidence",
-            "before": _page_end(before),
-        }
-        found, end = views.bookings(keeper, limit, company, **asked)
-        return {"bookings": found, "next": end and "{}:{}".format(*end)}
-
-    @app.get("/suspects")
-    @takes({"company": TEXT, "limit": A_PAGE, "before": PAGE_END}, of="company")
-    def get_suspects(company: str | None, limit: int, before: str | None) -> dict:
-        found, end = extra("suspects").suspects(keeper, limit, company, _page_end(before))
-        return {"suspects": found, "next": end and "{}:{}".format(*end)}
-
-    @app.get("/bookings/<seq>")
-    @takes({"seq": WHOLE_NUMBER}, of="booking")
-    def get_booking(seq: int) -> dict:
-        return extra("views").booking(keeper, seq)
-
     @app.get("/samples")
     @takes({"from": WHOLE_NUMBER | {"default": 0}, "limit": WHOLE_NUMBER | {"default": MAX_NUMBER}})
     def get_samples(first: int, limit: int) -> Export | str:
         lines = Export(keeper.log, range(first, first + limit))
         response.content_type, response.content_length = JSON_LINES, lines.size
         return lines if lines.size else ""  # waitress sends it: a slow reader keeps no thread
-
-    @app.get("/overview")
-    @takes({"company": TEXT}, of="company")
-    def get_overview(company: str | None) -> dict:
-        return extra("views").overview(keeper, company, request.environ["bookkeep.access"])
 
     @app.get("/health")
     @takes(of="nobody")
@@ -3602,32 +3531,15 @@ def create_app(
         require_ready(keeper)
         return {"status": "ready"}
 
-    @app.get("/openapi.json")
-    @takes(of="nobody")
-    def get_openapi() -> dict:
-        described = max_batch, max_body, token is not None, target
-        return extra("openapi").describe(app.routes, *described)
-
-    def page(name: str, media: str) -> str:
-        if name not in pages:
-            raise NotFound("there is no page here: bookkeep_extra/page is missing")
-        response.set_header("Content-Security-Policy", PAGE_POLICY)
-        response.content_type = f"{media}; charset=utf-8"
-        return pages[name]
-
-    for path, name, media in (
-        ("/", "index.html", "text/html"),
-        ("/desk.css", "desk.css", "text/css"),
-        ("/desk.js", "desk.js", "text/javascript"),
-    ):
-        app.get(path, callback=takes(of="nobody")(partial(page, name, media)))
-
+    if EXTRA.exists():  # reports, what a person corrects, the page, what describes all of this
+        extra("routes").add(app, keeper, max_batch, max_body, token is not None)
     paths = " ".join(dict.fromkeys(map(described_path, app.routes)))
 
     @app.error(404)
     def not_found(error: HTTPError) -> str:
         if error.body.startswith("Not found: "):  # Bottle's own
-            error.body = f"there is nothing here; {paths} is all"
+            alone = "" if EXTRA.exists() else " without bookkeep_extra, which is missing"
+            error.body = f"there is nothing here{alone}; {paths} is all"
         return _error_in_json(error)
 
     @app.error(405)
@@ -3731,12 +3643,6 @@ def _sent(name: str) -> str | None:
     if text is None and name in request.query:
         raise BadRequest(f"{name} must be UTF-8, percent-encoded")
     return text
-
-
-def _page_end(text: str | None) -> tuple[float, int] | None:
-    """The share and the seq in what fits PAGE_END."""
-    share, _, seq = (text or "").partition(":")
-    return (float(share), int(seq)) if text else None
 
 
 def _correction(target: str, content: object) -> dict:

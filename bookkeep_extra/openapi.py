@@ -14,7 +14,7 @@ from bottle import Route
 import bookkeep
 from bookkeep import BOOKED_BY, ID, MAX_SHORT, MAX_VALUE, NAME, TARGET, Schema
 from bookkeep_extra.suspects import LIKE
-from bookkeep_extra.views import LEAST_SURE
+from bookkeep_extra.views import LEAST_SURE, MAX_PAGE
 
 # ---------------------------------------------------------------------------------------- Schemas
 
@@ -247,13 +247,13 @@ SCHEMAS = {
     ),
     "Bookings": _record(
         "a page of bookings",
-        bookings=(_list("Standing", maxItems=bookkeep.MAX_PAGE), "the page"),
+        bookings=(_list("Standing", maxItems=MAX_PAGE), "the page"),
         next=(_or_null(FILLED), "`before` of the next page, null if this is the last", "0.62:1495"),
     ),
     "Standing": _record("a booking as it stands now", **STANDING),
     "Suspects": _record(
         "a page of bookings that look wrong, the most probable first",
-        suspects=(_list("Suspect", maxItems=bookkeep.MAX_PAGE), "the page"),
+        suspects=(_list("Suspect", maxItems=MAX_PAGE), "the page"),
         next=(_or_null(FILLED), "`before` of the next page, null if this is the last", "0.62:1495"),
     ),
     "Suspect": _record(

@@ -15,7 +15,6 @@ from bookkeep import (
     BOOKED_BY,
     NAME,
     TARGET,
-    WRONG,
     Access,
     Bookkeeper,
     Books,
@@ -30,6 +29,8 @@ from bookkeep import (
     unseen,
 )
 
+WRONG = 0.02  # the share of what is booked unseen that may be wrong, if nobody says otherwise
+MAX_PAGE = 500  # bookings in one answer
 LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99)  # of confidence
 RECENT = 10_000  # bookings, the last, that an overview looks at
 WINDOW = 1000  # bookings that a point of the learning curve is over

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from urllib.parse import quote, urlencode
 
-import pytest
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 
@@ -240,13 +239,3 @@ def test_strange_requests_are_answered_as_it_says(serve, tmp_path):
     assert done.returncode == 0, done.stdout[-5000:]
     assert "Traceback" not in service.said()
     assert "failed" not in service.said()
-
-
-@pytest.mark.parametrize("path", ["/openapi.json", "/"])
-def test_without_bookkeep_extra_it_says_what_is_missing(path, serve, tmp_path):
-    alone = tmp_path / "alone" / "bookkeep.py"
-    alone.parent.mkdir()
-    alone.write_bytes(Path(bookkeep.__file__).read_bytes())
-    status, answer = serve(program=[alone]).get(path)
-    assert status == 404
-    assert "bookkeep_extra" in answer["error"]

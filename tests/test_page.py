@@ -165,7 +165,7 @@ def test_without_the_page_files_there_is_a_404_that_says_so_and_the_api_works(se
     for path in PAGE_FILES:
         status, answer = service.get(path)
         assert (status, [*answer]) == (404, ["error"])
-        assert "bookkeep_extra/page" in answer["error"]
+        assert "nothing here without bookkeep_extra, which is missing" in answer["error"]
     assert service.post("/sample", [booking(account="6300")])[0] == 200
     assert service.post("/predict", booking()) == (200, ["6300"])
 
