@@ -3393,28 +3393,6 @@ def access_of(token: str | None, authorization: str) -> Access | None:
     return extra("tokens").access_of(token, given) if EXTRA.exists() else None
 
 
-def confine(keeper: Bookkeeper, company: str, of: str, asked: dict, content: object) -> None:
-    """Has the token of a company get what is its own: changes what is asked for, or refuses it.
-
-    Raises NotFound.
-    """
-    if asked.get("company", "") is None:
-        asked["company"] = company
-    if key := asked.get("Idempotency-Key"):
-        asked["Idempotency-Key"] = f"{digest(company):x} {key}"  # others may have the same
-    if of == "samples":
-        samples = content if isinstance(content, list) else [content]
-        own = all(sample["CompanyId"] == company for sample in samples)
-    elif of == "booking" and ID in (content or ()):
-        own = content["CompanyId"] == company
-    elif of == "booking":
-        own = keeper.books.history.has(company, (content or asked).get("seq", -1))
-    else:
-        own = asked.get("company", asked.get("id", company)) == company
-    if not own:
-        raise NotFound(f"this token is for the company {_shown(company)}, which has no such thing")
-
-
 def create_app(
     keeper: Bookkeeper,
     token: str | None = None,
@@ -3605,7 +3583,7 @@ def _answering(
                 content = parse_json(request.body.read())
                 yield handler.body(content)
         if access.company is not None:
-            confine(keeper, access.company, handler.of, values, content)
+            extra("tokens").confine(keeper, access.company, handler.of, values, content)
         yield from values.values()
 
     def answer(**in_path: str) -> str | Export:

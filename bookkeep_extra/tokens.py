@@ -7,7 +7,16 @@ import json
 import os
 import time
 
-from bookkeep import Access, check_sample, read_token
+from bookkeep import (
+    ID,
+    Access,
+    Bookkeeper,
+    NotFound,
+    check_sample,
+    digest,
+    one_line,
+    read_token,
+)
 
 LEAST = 32  # characters of the service's own token, so that nobody finds it out by trying
 
@@ -25,6 +34,30 @@ def access_of(token: str, given: str) -> Access | None:
         return None
     *access, expires = json.loads(base64.urlsafe_b64decode(said))
     return Access(*access) if time.time() < expires else None
+
+
+def confine(keeper: Bookkeeper, company: str, of: str, asked: dict, content: object) -> None:
+    """Has the token of a company get what is its own: changes what is asked for, or refuses it.
+
+    Raises NotFound.
+    """
+    if asked.get("company", "") is None:
+        asked["company"] = company
+    if key := asked.get("Idempotency-Key"):
+        asked["Idempotency-Key"] = f"{digest(company):x} {key}"  # others may have the same
+    if of == "samples":
+        samples = content if isinstance(content, list) else [content]
+        own = all(sample["CompanyId"] == company for sample in samples)
+    elif of == "booking" and ID in (content or ()):
+        own = content["CompanyId"] == company
+    elif of == "booking":
+        own = keeper.books.history.has(company, (content or asked).get("seq", -1))
+    else:
+        own = asked.get("company", asked.get("id", company)) == company
+    if not own:
+        raise NotFound(
+            f"this token is for the company {one_line(company)}, which has no such thing"
+        )
 
 
 def print_token(options: argparse.Namespace) -> int:
