@@ -6,15 +6,16 @@
 
 The module reads from top to bottom, each section using only those above it: Samples, Counts, Model,
 Metrics, Log, Snapshot, Writer, Books, Bookkeeper, Views, HTTP, Server, Command line. What the
-service can do without stands beside it, in bookkeep_extra: reports and what a person corrects, the
-page, the API's description, tokens of companies, the cluster.
+service can do without stands beside it, in bookkeep_extra: reports, bookings as they stand and what
+looks wrong, the page, the API's description, Prometheus, tokens of companies, isolated companies,
+the cluster, commands on logs.
 
 A booking travels like this:
 
     bytes -> check_samples -> [sample, ...] -> Bookkeeper.book -> queue -> the writer -> 200
-                                                1 Books.draft   predicted as a whole, then learned
+                                                1 Books.draft   predicted, then learned and counted
                                                 2 Log.append    one fsync for all that wait
-                                                3 Books.enter   scored; or, if 2 failed,
+                                                3 Books.enter   in the history; or, if 2 failed,
                                                   Books.undo    unlearned, exactly, and a 507
 
 The service does not tune itself and forgets only what it is told to forget: one process owns one
@@ -1649,8 +1650,8 @@ def unseen(rows: np.ndarray) -> int:
 #
 #   {"seq": 2, "batch": "june-1", "left": 0, "sample": {"CompanyId": "acme", "BankEntryText":
 #     "Office rent June", "BankEntryAmount": "> -10000", "AccountNumber": "6300"}, "predicted":
-#     "6300", "margin": 16.2377, "confidence": 0.0, "rank": 1, "known": 5, "weight": 0.015625,
-#     "against": [], "crc": 807336227}
+#     "6300", "margin": 16.2383, "confidence": null, "rank": 1, "known": 5, "weight": 0.015625,
+#     "against": [], "crc": 533278187}
 #   {"seq": 3, "batch": 3, "left": 0, "corrects": 2, "AccountNumber": "7140", "weight":
 #     0.7470703125, "against": ["6300"], "crc": 27062549}
 #   {"seq": 3, "batch": 3, "left": 0, "crc": 4241497597}            ...
@@ -3925,14 +3926,15 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("suspects", ("LOG",), "print which bookings of a log look wrong, as CSV"),
         (
             *("relearn", ("OLD", "NEW")),
-            "book anew what is whole of a log of any version, under its numbers, keys and "
-            "corrections; print what is left out; the exit status is 0 if nothing is",
+            "book anew, with the options before its name, what is whole of a log of any version, "
+            "under its numbers, keys and corrections; print what is left out; the exit status is "
+            "0 if nothing is",
         ),
     ):
         command = commands.add_parser(name, help=says, description=says)
         for path in paths:
             command.add_argument(path, type=Path)
-    says = "print a token for one company, made from the service's own"
+    says = "print a token for one company, made from that in --token-file or BOOKKEEP_TOKEN"
     command = commands.add_parser("token", help=says, description=says)
     command.add_argument("--company", required=True, metavar="ID")
     command.add_argument("--read-only", action="store_true", help="it may ask, and change nothing")
@@ -3972,7 +3974,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     keys = "keys of a sample that are features, too, with commas between: Department,Project"
     option("context", keys, lambda text: text.split(","), [], metavar="KEY,KEY")
     option("target", "the key to predict", str, TARGET, metavar="KEY")
-    apart = "have no company learn of another: docs/how-it-works.md"
+    apart = "no company learns of another: docs/how-it-works.md"
     option("isolate", apart, _yes_or_no, False, action="store_true")
     option(
         "name", "names that a proxy calls it by, with commas between", _names, [], metavar="HOST"

@@ -1,1 +1,1 @@
-"""What the service can do without: reports, its page, its API's description, the cluster, ..."""
+"""What the service can do without; docs/how-it-works.md lists the modules."""

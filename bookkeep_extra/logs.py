@@ -1,4 +1,4 @@
-"""The commands: what can be done with a log that is not served, and a token for a company."""
+"""The commands: what can be done with a log without serving it, and a token for a company."""
 
 import logging
 import os
