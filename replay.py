@@ -930,7 +930,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="replay",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Streams a CSV file of bookings to bookkeep and shows how well it predicts.",
+        description="Streams a file of bookings to bookkeep and shows how well it predicts.",
         epilog=EXAMPLES,
     )
     option = parser.add_argument_group("the file", THE_FILE).add_argument
