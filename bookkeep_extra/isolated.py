@@ -1,8 +1,8 @@
 """Books in which no company learns of another: `python bookkeep.py --isolate`.
 
 Each company has books of its own: a model, and a calibration. What all have in common are the table
-of bookings, in which each row is one company's, the corrections, and the lock. So there is nothing
-by which what one company books could change what another is told.
+of bookings, in which each row is one company's, the ids, the corrections, and the lock. So there is
+nothing by which what one company books could change what another is told.
 """
 
 from collections import defaultdict

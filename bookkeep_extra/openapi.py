@@ -1,6 +1,6 @@
 """The description of the service's API, in OpenAPI 3.1: GET /openapi.json.
 
-It is made from the routes of bookkeep.py: paths, parameters, their limits and whether there is a
+It is made from the service's routes: paths, parameters, their limits and whether there is a
 body are what the service itself goes by. Here stands what a route does not say: texts, examples,
 and the schemas of what is sent and answered.
 """
