@@ -716,11 +716,11 @@ def _suspects(found: Sequence[dict]) -> Iterator[str]:
     for each in found:
         sample, account, likely = each["sample"], each["account"], each["likely"]
         on = f"{each['on_likely']:,} on {likely}, {each['on_account']:,} on {account}"
-        others = f": of {each['alike']:,} others with this {each['like']}, {on}"
+        of = f"{each['alike']:,} other{'s' * (each['alike'] != 1)} with the same {each['like']}"
         yield (
             f'  {_percent(min(each["probability"], 0.99))} "{sample["BankEntryText"]}" of '
-            f"{sample['CompanyId']}, {sample['BankEntryAmount']}, is on {account}, rather "
-            f"{likely}{others if each['like'] else ''}"
+            f"{sample['CompanyId']}, {sample['BankEntryAmount']}, is on {account}; "
+            f"{likely} is likelier{f': of {of}, {on}' if each['like'] else ''}"
         )
 
 

@@ -706,9 +706,9 @@ def test_what_looks_wrong_is_confirmed_or_changed_by_the_same_keys(desk, visit):
     first, second = found[:2]
     assert chosen(page) == first["seq"]
     expect(rows.first).to_contain_text(shown(first["probability"]))
-    expect(page.locator("#doubt")).to_contain_text(f"Rather {first['likely']}")
+    expect(page.locator("#doubt")).to_contain_text(f"Likelier is {first['likely']}")
     others = (
-        f"of {first['alike']} other bookings with this {first['like']}, {first['on_likely']} on"
+        f"of {first['alike']} other bookings with the same {first['like']}, {first['on_likely']} on"
     )
     expect(page.locator("#doubt")).to_contain_text(others)
     page.keyboard.press("w")

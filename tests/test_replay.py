@@ -704,8 +704,8 @@ def test_a_report_says_what_is_not_there_yet_and_what_to_try_next():
         odd | {"like": None, "alike": 0, "on_likely": 0, "on_account": 0},
     ]
     words = replay.in_words(report | {"suspects": suspects})
-    says = '\n  93 % "rent" of a, > -1000, is on 7, rather 6'
-    assert f"{says}: of 1,400 others with this text, 1,300 on 6, 2 on 7{says}\n" in words
+    says = '\n  93 % "rent" of a, > -1000, is on 7; 6 is likelier'
+    assert f"{says}: of 1,400 others with the same text, 1,300 on 6, 2 on 7{says}\n" in words
     interrupted = replay.in_words(report | {"interrupted": True})
     assert interrupted.endswith("Interrupted; the same command goes on with --log x/log")
     early = replay.in_words(report | {"report": None, "unseen": None})
@@ -1129,7 +1129,7 @@ def test_the_recipes_do_what_they_say(serve, tmp_path):
         row["Right"] = right
     likely = [(int(row["Seq"]) - seq, row["Likely"]) for row in found[1:]]
     assert likely == [(0, "3000"), (1, "3001"), (2, "3002")]
-    said = "[0-9]+ of [0-9]+ others with this .* are on 3000, 0 on 3001"
+    said = "[0-9]+ of [0-9]+ others with the same .* are on 3000, 0 on 3001"
     assert re.fullmatch(said, found[1]["Why"])
     write_csv(tmp_path / "WRONG.csv", found, "cp1252", delimiter=";")
     status, out, said = run("-c", programs[5], "WRONG.csv", cwd=tmp_path)

@@ -422,9 +422,9 @@ function say(text, isError = false) {
 // Why a booking looks wrong, in words.
 function doubtText({ sample, account }, { likely, probability, like, alike, ...on }) {
   const rather = accountText(sample.CompanyId, likely);
-  const words = ["It looks wrong, with ", percent(probability), ". Rather ", ...rather, ": "];
+  const words = ["It looks wrong, with ", percent(probability), ". Likelier is ", ...rather, ": "];
   if (!like) return [...words, "no other booking is like it, but its words are that account’s."];
-  const others = `${count(alike)} other booking${alike === 1 ? "" : "s"} with this ${like}`;
+  const others = `${count(alike)} other booking${alike === 1 ? "" : "s"} with the same ${like}`;
   words.push(`of ${others}, ${count(on.on_likely)} on `, userText(likely, 40));
   return [...words, `, ${count(on.on_account)} on `, userText(account, 40), "."];
 }
@@ -535,7 +535,7 @@ function loadQueue() {
   const phases = $("reviewed").value.split(" ");
   const isOfWrong = phases[0] === "wrong";
   for (const id of ["below", "order"]) $(id).disabled = isOfWrong;
-  setText($("instead"), isOfWrong ? "Rather" : "Suggested");
+  setText($("instead"), isOfWrong ? "Likelier" : "Suggested");
   setText($("how-sure"), isOfWrong ? "Wrong" : "Confidence");
   if (isOfWrong && !doubts.size) {
     // It takes a second or two: meanwhile other bookings must not stand there.
