@@ -2777,6 +2777,8 @@ def otherwise(record: dict, features: dict) -> str | None:
     context = ",".join(learned.get("context", ())) or "none"
     target = learned.get("target", TARGET)
     alone = ", each company isolated" if "isolated" in learned else ""
+    if "isolated" in features and not alone:
+        alone = ", no company isolated"
     return f"it was learned with the context {context}, the target {target}{alone}"
 
 
@@ -2990,17 +2992,18 @@ class Bookkeeper:
             raise NotReady(RESTART)
         self.order.in_order(partial(self._store, group))
 
-    def _store(self, group: list[Work]) -> None:
+    def _store(self, group: list[Work], pause: Callable[[], object] | None = None) -> None:
         """Answers requests that share no name, but those that are answered by now."""
         begun = self.writer.begun
         planned = [(each, plan) for each in group if (plan := self._planned(each))]
         if not planned:
             return
+        pause = pause or self.writer.pause
         new = [sample for _, plan in planned for sample in plan.new]
         changed = [change for _, plan in planned for change in plan.changed]
-        records, rows = self.books.draft(new, self.writer.pause)
+        records, rows = self.books.draft(new, pause)
         try:
-            corrections = self.books.corrections(changed, self.writer.pause)
+            corrections = self.books.corrections(changed, pause)
             # In a pause, others may have booked the same, or changed what this is to change.
             is_old = self.writer.begun > begun and any(self._plan(r) != p for r, p in planned)
             if not is_old:
@@ -3015,7 +3018,7 @@ class Bookkeeper:
             raise
         if is_old:
             self.books.undo(records, rows)
-            return self._store(group)
+            return self._store(group, lambda: None)  # or it might never end
         self.books.enter([record for record in made if "sample" in record], rows)
         corrections = (record for record in made if "corrects" in record)
         pairs = zip((booking for booking, _, _ in changed), corrections, strict=True)
@@ -3442,7 +3445,7 @@ def create_app(
         answer = {"received": len(samples), "total": stored.stop, "first": first, "last": last}
         if any(ID in sample for sample in samples):
             n = len(keeper.books.history.at(np.array(stored)))
-            known = len(samples) - len(stored)
+            known = max(0, len(samples) - len(stored))  # its key's first list may have had more
             answer |= {"booked": n, "known": known, "corrected": len(stored) - n}
         return answer
 

@@ -2874,8 +2874,10 @@ def test_a_booking_with_an_id_is_booked_once_and_then_as_it_is_sent_last(serve, 
     answer = {"seq": found["seq"], "AccountNumber": "7", "before": "3115"}
     correction = {"CompanyId": "A", "Id": "twice", "AccountNumber": "7"}
     assert service.post("/correct", correction) == (200, answer)
-    for where in ("/bookings?company=A&Id=none", "/bookings?company=C&Id=1", "/bookings?Id=1"):
+    for where in ("/bookings?company=A&Id=none", "/bookings?company=C&Id=1"):
         assert service.get(where)[0] == 404
+    status, refusal = service.get("/bookings?Id=1")
+    assert (status, refusal["error"][:13]) == (404, "say whose Id ")
     assert service.post("/correct", correction | {"Id": "none"})[0] == 404
     for wrong in ("", "x" * 101):
         status, refusal = service.post("/sample", [numbered(wrong)])
@@ -2898,6 +2900,7 @@ def test_a_list_may_have_some_with_an_id_and_some_under_its_key(serve):
     assert sent(service, mixed, **key) == (4, 0, 0)
     assert sent(service, mixed, **key) == (4, 0, 0)  # the answer that it had
     assert service.get("/health")[1]["lines"] == 4
+    assert sent(service, mixed[1:], **key) == (4, 0, 0)
     assert sent(service, [*mixed, numbered("3")], **key) == (1, 4, 0)
     others = [numbered("4"), booking("other")]
     assert service.ask("POST", "/sample", others, headers=key)[0] == 422
@@ -2972,6 +2975,27 @@ def test_others_are_served_while_a_long_list_changes_what_has_an_id(path):
         assert keeper.book(moved) == range(len(keeper.log), len(keeper.log))
         assert len(lines_of(keeper)) == len(export) + 1 + i + 1 + len(moved)
         assert_true_to_log(keeper)
+
+
+def test_who_books_the_same_ids_meanwhile_delays_a_long_list_but_once(keeper, monkeypatch):
+    export = [numbered(f"{i}", text=f"shop{i % 7}") for i in range(300)]
+    draft, others = Books.draft, []
+
+    def overtaken(books, samples, pause):
+        if len(samples) > LONG and len(others) < 5:
+            others.append(threading.Thread(target=keeper.book, args=[export[-1 - len(others) :]]))
+            others[-1].start()
+            wait_until(keeper.writer.waiting)
+        return draft(books, samples, pause)
+
+    monkeypatch.setattr(Books, "draft", overtaken)
+    keeper.book([booking()])
+    assert len(keeper.book(export)) == 299
+    assert len(others) == 2
+    for thread in others:
+        thread.join()
+    assert len(lines_of(keeper)) == 301
+    assert_true_to_log(keeper)
 
 
 def test_what_cannot_be_stored_leaves_no_id_and_no_change(path):

@@ -16,6 +16,7 @@ from bookkeep import (
     WHOLE_NUMBER,
     YES_OR_NO,
     Bookkeeper,
+    NotFound,
     Schema,
     takes,
 )
@@ -64,6 +65,8 @@ def add(app: Bottle, keeper: Bookkeeper, max_batch: int, max_body: int, guarded:
     )
     def get_bookings(company, id, reviewed, below, order, limit, before) -> dict:
         if id is not None:
+            if company is None:  # which the API's description cannot ask for
+                raise NotFound(f"say whose {ID} it is, as in /bookings?company=acme&{ID}=17")
             return _page([views.booking(keeper, keeper.seq_of(company, id))], None)
         asked = {
             "reviewed": reviewed and reviewed == "yes",

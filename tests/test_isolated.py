@@ -180,7 +180,7 @@ def test_how_others_fare_says_nothing_of_how_sure_a_company_can_be(books):
 
 @pytest.mark.parametrize("unsaved", [1, 10**9], ids=["with a snapshot", "without"])
 def test_a_log_that_was_learned_otherwise_is_refused_until_it_is_relearned(path, unsaved):
-    options = {Books: "", Isolated: ", each company isolated"}
+    options = {Books: ", no company isolated", Isolated: ", each company isolated"}
     for kind, wanted in ((Books, Isolated), (Isolated, Books)):
         path = path.with_name(kind.__name__)
         expected, new = path.with_name("expected"), path.with_name("new")
