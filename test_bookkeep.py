@@ -4905,6 +4905,7 @@ def test_a_command_that_is_interrupted_says_so_and_leaves_no_half_copy(tmp_path,
     pipe = os.open(log, os.O_RDWR)
     os.write(pipe, (tmp_path / "whole").read_bytes())
     wait_until(lambda: fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)) == bytes(4))
+    wait_until(lambda: ") S " in Path(f"/proc/{process.pid}/stat").read_text())  # it waits there
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=30)
     os.close(pipe)
