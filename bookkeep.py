@@ -1489,19 +1489,20 @@ class Calibration:
         self._own = Table(2)  # of each cell: all, right
         # (levels before CHECKED, COLUMNS, 2) what these cells of all companies count together
         self._everybodys = np.zeros((self.CHECKED, self.COLUMNS, 2), dtype=np.int64)
-        self._shares: np.ndarray | None = None  # (specificities, COLUMNS) p0, until it changes
+        self._shares: dict[int, np.ndarray] = {}  # specificity -> (COLUMNS,) p0, until it changes
 
     def add(self, rows: np.ndarray, sign: int = 1) -> None:
         """Counts those rows of a History that were predicted; with sign = -1 takes them away."""
         rows = rows[rows["predicted"] >= 0]
-        company, known, bin = rows["company"], rows["specificity"], rows["bin"]
+        names = "company", "specificity", "bin", "rank", "predicted"
+        company, known, bin, rank, predicted = (rows[name].astype(np.int64) for name in names)
         hit, seen, check = right(rows), rows["score_weight"] > 0, rows["score_weight"] > 1
         drawn = check | ~seen
         cells, hits = [], []
         for those, level, column, good in (  # which rows count, where, and which as right ones
             (seen, known, bin, hit),
-            (seen & ~hit, self.RANKED, rows["rank"], hit),
-            (seen, self.ACCOUNT + rows["predicted"], bin, hit),
+            (seen & ~hit, self.RANKED, rank, hit),
+            (seen, self.ACCOUNT + predicted, bin, hit),
             (check, self.CHECKED + known, bin, hit),
             (drawn, self.DRAWN, 0, check),
         ):
@@ -1520,12 +1521,11 @@ class Calibration:
         np.add.at(self._own.values, at, sign * np.column_stack([np.ones_like(cells), hits]))
         everybodys = self._everybodys.reshape(-1, 2)  # a view
         np.add.at(everybodys, changed % self.COMPANY, self._counts(slots) - before)
-        self._shares = None
+        self._shares = {}
 
     def _cells(self, company: np.ndarray, level: np.ndarray, bin: np.ndarray) -> np.ndarray:
-        """Numbers of cells, of arrays or numbers; the company -1 is none, or stands for all."""
-        first = np.multiply(company + 1, self.COMPANY, dtype=np.int64)
-        return first + np.multiply(level, self.COLUMNS, dtype=np.int64) + bin
+        """Numbers of cells, of arrays of 64-bit integers or numbers; the company -1 is none."""
+        return (company + 1) * self.COMPANY + level * self.COLUMNS + bin
 
     def _counts(self, slots: np.ndarray) -> np.ndarray:
         """(n, 2) what cells count among everybody's, in units of 1 / GRAIN: all, right.
@@ -1539,8 +1539,10 @@ class Calibration:
 
     def _own_of(self, rows: np.ndarray) -> np.ndarray:
         """(n, 2, 2) the company's own, by specificity and by account: all, right."""
-        levels = np.column_stack([rows["specificity"], self.ACCOUNT + rows["predicted"]])
-        cells = self._cells(rows["company"][:, np.newaxis], levels, rows["bin"][:, np.newaxis])
+        names = "company", "bin", "specificity", "predicted"
+        columns = (rows[name].astype(np.int64)[:, np.newaxis] for name in names)
+        company, bin, known, predicted = columns
+        cells = self._cells(company, np.hstack([known, self.ACCOUNT + predicted]), bin)
         near = np.add.outer(cells, self.AROUND)
         found = self._own.values[self._own.find(_spread(near.ravel()))]
         return found.reshape(*near.shape, 2).sum(axis=2)
@@ -1552,7 +1554,7 @@ class Calibration:
 
     def restore(self, state: Arrays) -> None:
         """Takes over what another had counted."""
-        self._everybodys, self._shares = state["everybodys"], None
+        self._everybodys, self._shares = state["everybodys"], {}
         self._own = Table.of(state["own_cells"], state["own"])
 
     def confidence(self, rows: np.ndarray) -> np.ndarray:
@@ -1561,9 +1563,8 @@ class Calibration:
         What matters are their bin, specificity, company and account predicted, where -1 stands for
         one that no row has.
         """
-        if self._shares is None:
-            self._shares = self._everybodys_shares()
-        share = self._shares[rows["specificity"], rows["bin"]]
+        families = zip(rows["specificity"].tolist(), rows["bin"].tolist(), strict=True)
+        share = np.array([self._share(known)[bin] for known, bin in families])
         for suggestions, hits in self._own_of(rows).transpose(1, 2, 0):
             share = (hits + self.OWN * share) / (suggestions + self.OWN)
         return share
@@ -1599,16 +1600,17 @@ class Calibration:
         doublings = np.log2(1 + np.asarray(margins, dtype=np.float64))
         return np.minimum(4 * doublings, cls.BINS - 1).astype(np.int64)
 
-    def _everybodys_shares(self) -> np.ndarray:
-        """(specificities, COLUMNS) p0 of suggestions."""
-        cells = self._everybodys[: self.RANKED] / GRAIN
-        counted, right = cells.sum(axis=0).T
-        there = counted > 0
-        doubt = self.DOUBT * there
-        g = _monotone(right + doubt * self.TRUST, counted + doubt)
-        counted, right = np.moveaxis(cells, 2, 0)
-        back = self.BACK * there
-        return _monotone(right + back * g, counted + back)
+    def _share(self, specificity: int) -> np.ndarray:
+        """(COLUMNS,) p0 of suggestions with as much known."""
+        if specificity not in self._shares:
+            cells = self._everybodys[: self.RANKED] / GRAIN
+            counted, right = cells.sum(axis=0).T
+            there = counted > 0
+            doubt, back = self.DOUBT * there, self.BACK * there
+            g = _monotone(right + doubt * self.TRUST, counted + doubt)
+            counted, right = cells[specificity].T
+            self._shares[specificity] = _monotone(right + back * g, counted + back)
+        return self._shares[specificity]
 
 
 def _spread(cells: np.ndarray) -> np.ndarray:
@@ -1619,17 +1621,17 @@ def _spread(cells: np.ndarray) -> np.ndarray:
 
 
 def _monotone(right: np.ndarray, counted: np.ndarray) -> np.ndarray:
-    """(..., n) the shares of bins that were right, monotone; an empty one has that before it.
+    """(n,) the shares of bins that were right, monotone; an empty one has that before it.
 
     It is the least of those from a bin on, from the bin before which that is the largest: what
     pooling adjacent violators gives.
     """
-    sums = np.zeros((2, *right.shape[:-1], right.shape[-1] + 1))
-    np.cumsum([right, counted], axis=-1, out=sums[..., 1:])
-    hits, sizes = sums[..., np.newaxis, 1:] - sums[..., :-1, np.newaxis]  # from a bin to another
+    sums = np.zeros((2, len(right) + 1))
+    np.cumsum([right, counted], axis=1, out=sums[:, 1:])
+    hits, sizes = sums[:, np.newaxis, 1:] - sums[:, :-1, np.newaxis]  # from a bin to another
     shares = hits / np.maximum(sizes, 1)  # of none, 0
-    least = np.minimum.accumulate(shares[..., ::-1], axis=-1)[..., ::-1]
-    return np.maximum.accumulate(least, axis=-2).diagonal(axis1=-2, axis2=-1)
+    least = np.minimum.accumulate(shares[:, ::-1], axis=1)[:, ::-1]
+    return np.maximum.accumulate(least, axis=0).diagonal()
 
 
 def checks(rows: np.ndarray) -> int:
