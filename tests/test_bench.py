@@ -12,10 +12,10 @@ from conftest import HERE, SYNTHETIC, booking, prequential, run, write_csv
 
 
 def test_models_are_compared_on_the_same_rows(tmp_path, monkeypatch, capsys):
-    rows = replay.by_date(replay.read_rows(SYNTHETIC))[:2500]
+    rows = replay.by_date(replay.read_rows(SYNTHETIC))[:2000]
     small = write_csv(tmp_path / "small.csv", rows)
     monkeypatch.setattr(bench, "find_spec", lambda package: package in ("numpy", "sklearn"))
-    refitted = bench.MODELS["scikit-learn refitted"]._replace(rows=1500)
+    refitted = bench.MODELS["scikit-learn refitted"]._replace(rows=1000)
     monkeypatch.setitem(bench.MODELS, "scikit-learn refitted", refitted)
     assert bench.main([str(small), "--repeats=1"]) == 0
     lines = capsys.readouterr().out.splitlines()[2:]
@@ -24,10 +24,10 @@ def test_models_are_compared_on_the_same_rows(tmp_path, monkeypatch, capsys):
     table = {name: re.split("  +", line[len(name) :].strip()) for name, line in pairs}
     assert table[""][:5] == ["rows", "accuracy", "precision", "recall", "samples per cpu second"]
     *ours, _ = prequential(small)
-    assert table["small: bookkeep"][:4] == ["2,500", *(f"{figure:.4f}" for figure in ours)]
+    assert table["small: bookkeep"][:4] == ["2,000", *(f"{figure:.4f}" for figure in ours)]
     assert table["small: River MultinomialNB"] == ["needs river"]
     refitted = table["small: scikit-learn refitted"]
-    assert refitted[0::2][:2] == ["1,500", "-"]
+    assert refitted[0::2][:2] == ["1,000", "-"]
     assert 0.2 < float(refitted[1]) < float(refitted[6]) < 0.9
     assert float(refitted[7]) > 0
     assert 0.2 < float(table["small: scikit-learn partial_fit"][1]) < 0.9

@@ -229,7 +229,7 @@ def test_strange_requests_are_answered_as_it_says(serve, tmp_path):
         [
             *(Path(sys.executable).with_name("st"), "--config-file", config),
             *("run", f"http://127.0.0.1:{service.port}/openapi.json", "--checks=all", "--seed=1"),
-            f"--max-examples={os.environ.get('BOOKKEEP_EXAMPLES', 15)}",
+            f"--max-examples={os.environ.get('BOOKKEEP_EXAMPLES', 8)}",
             *("--phases=coverage,fuzzing", "--no-color"),
         ],
         capture_output=True,
