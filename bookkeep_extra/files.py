@@ -106,7 +106,7 @@ OUT = "dr db deb dbt dbit debit débit d s soll lastschrift belastung ausgang af
 OUT += "dare out withdrawal payment wn obciążenie 出金"
 IN = "cr cre crd crdt credit crédit c k h haben gutschrift eingang bij in abono accredito avere "
 IN += "deposit receipt ma uznanie 入金"
-SIDES = {"-": "-", "+": "", **dict.fromkeys(OUT.split(), "-"), **dict.fromkeys(IN.split(), "")}
+SIDES = dict.fromkeys(["-", *OUT.split()], "-") | dict.fromkeys(["+", *IN.split()], "+")
 SIDE = re.compile(rf"(?<![^\W\d])({'|'.join(f'{OUT} {IN}'.split())})(?![\w/$])[.]?", re.IGNORECASE)
 CURRENCY = re.compile(
     r"[A-Z]{0,3}[$€£¥₩₪₫₴₸₹₺₽฿₦₱\\]|(?<![^\W\d])(?:[A-Z]{3}|[Rr][Ss]|R|RM|Rp|[Kk][Rr]|S?F[Rr]|zł|Kč"
@@ -146,13 +146,8 @@ def readings(amount: str) -> dict[str, str]:
     if not found:
         return {}
     opened, before, digits, after = found.groups()
-    signs = {
-        "-" if opened else None,
-        before or None,
-        after,
-        side and (SIDES[side[1].lower()] or "+"),
-    }
-    if len(signs - {None}) > 1 or (before and after):
+    signs = {opened and "-", before, after, side and SIDES[side[1].lower()]} - {None, ""}
+    if len(signs) > 1 or (before and after):
         return {}
     sign = "-" if "-" in signs else ""
     read = {}
@@ -164,11 +159,8 @@ def readings(amount: str) -> dict[str, str]:
 
 
 def side_of(word: str) -> str | None:
-    """The sign that a word such as Dr, H or + gives to an amount: "-", "", or None for others."""
-    if word in SIDES:
-        return SIDES[word]
-    found = SIDE.fullmatch(word.strip())
-    return SIDES[found[1].lower()] if found else None
+    """The sign that a word such as Dr, H or + gives to an amount: "-", "+", or None for others."""
+    return SIDES.get(word.strip().lower().removesuffix("."))
 
 
 class Amounts:
@@ -203,9 +195,8 @@ class Amounts:
         """The mark. Raises Failed if more than a few contradict the others."""
         found = self.shown or self.likely
         if len(found) > 1:
-            (fewer, one), (_, other) = sorted(found.values())
-            if not few(fewer, self.numbers) or self.numbers < 20:
-                one, other = (first for _, first in found.values())
+            (n, one), (m, other) = found.values()
+            if not few(min(n, m), self.numbers) or self.numbers < 20:
                 raise Failed(f"{name} writes amounts in two ways: {one} and {other}")
         if found and not self.shown:
             [[_, first]] = found.values()
@@ -322,23 +313,21 @@ def _ordered(orders: Mapping[str, Mapping[str, str]], of: int) -> dict[str, str]
 def _worded(dates: Mapping[str, tuple[str, str]]) -> dict[str, str]:
     """The dates with names of months, by the language that reads most of them."""
     parser = library("dateparser.date", f"a date such as {next(iter(dates))}").DateDataParser
-    settings = {
-        **{"DATE_ORDER": "DMY", "PREFER_LOCALE_DATE_ORDER": False},
-        **{"REQUIRE_PARTS": ["day", "month", "year"], "STRICT_PARSING": True},
-    }
+    settings = {"STRICT_PARSING": True}
     best: dict[str, str] = {}
     for language in LANGUAGES.split():
         parse = lru_cache(None)(parser(languages=[language], settings=settings).get_date_data)
         read = {}
         for written, (text, time) in dates.items():
-            numbers = re.findall("[0-9]+", text)
-            year = 0 if len(numbers[0]) == 4 else 1
-            stand_ins = iter(("2000", "11") if year == 0 else ("11", "2000"))
-            asked = re.sub("[0-9]+", lambda _, stand_ins=stand_ins: next(stand_ins), text)
+            a, first, b, second, c = re.split("([0-9]+)", text)
+            if len(first) == 4:
+                year, day, asked = first, second, f"{a}2000{b}11{c}"  # so that it parses few
+            else:
+                year, day, asked = second, first, f"{a}11{b}2000{c}"
             month = parse(asked).date_obj
-            day = month and _day(numbers[year], month.month, numbers[1 - year])
-            if day and (month.year, month.day) == (2000, 11):
-                read[written] = day + time
+            known = month and (month.year, month.day) == (2000, 11)
+            if known and (iso := _day(year, month.month, day)):
+                read[written] = iso + time
         best = max(best, read, key=len)
         if len(dates) - len(best) <= len(dates) // 50:  # but for totals and the like
             break
@@ -1015,7 +1004,7 @@ class Table:
             sign = side_of(self._text(row, "sign"))
             if sign is None or not read:
                 raise Odd(f'has the sign "{self._text(row, "sign")}" for {amount}')
-            number = sign + number.lstrip("-")
+            number = sign.strip("+") + number.lstrip("-")
         return number
 
     def _out_and_in(self, row: Sequence[str]) -> str:
@@ -1105,12 +1094,9 @@ def looks_like_date(text: str) -> bool:
     if len(text) > 40 or not re.search("[0-9]", text):
         return False
     text = TIME.sub("", text)
-    return bool(_ways(text)) or (
-        len(re.findall("[0-9]+", text)) == 2
-        and bool(
-            re.fullmatch(r"[0-9]{0,4}[\W]*(?:[^\W\d]+[\W]*){1,3}[0-9]{0,4}[\W]*(?:[0-9]{4})?", text)
-        )
-    )
+    worded = r"[0-9]{0,4}\W*(?:[^\W\d]+\W*){1,3}[0-9]{0,4}\W*(?:[0-9]{4})?"
+    two = len(re.findall("[0-9]+", text)) == 2
+    return bool(_ways(text) or (two and re.fullmatch(worded, text)))
 
 
 # ----------------------------------------------------------------------------------------- Guesses
