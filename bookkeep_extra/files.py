@@ -367,6 +367,7 @@ OTHERS = (  # what a file begins with that is none of those which are read, and 
     ),
     (rb"\s*<\?xml", "XML"),
 )
+MEMBER = re.compile(r"(?i)(?!(.*/)?(__MACOSX/|[.])).*[.](csv|txt|tsv)")  # of a zip, and not hidden
 BOMS = {
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -377,12 +378,12 @@ BOMS = {
 ENCODINGS = "windows-1250 windows-1251 windows-1252 windows-1253 windows-1254 windows-1255 "
 ENCODINGS += "windows-1257 iso8859-2 iso8859-15 koi8-r cp437 cp850 cp852 cp865 cp866 macroman "
 ENCODINGS += "maccyrillic cp932 euc-jp gb18030 big5 cp949 utf-16-le utf-16-be"
-# What no text has, control characters and boxes; what speaks for an encoding; and what a word
-# seldom has, letters of two scripts or a symbol.
-NO_TEXT = re.compile("[\0-\x08\x0e-\x1f\x7f-\x9f\u2500-\u259f]")
+# What speaks for an encoding; and against it: control characters, boxes, and what a word seldom
+# has, letters of two scripts or a symbol.
 MONEY = re.compile(r"[0-9]\s?[€£]|[€£]\s?-?[0-9]")
-NO_WORD = re.compile(
-    r"[A-Za-z][\u0370-\u05ff]|[\u0370-\u05ff][A-Za-z]"
+NO_TEXT = re.compile(
+    r"[\0-\x08\x0e-\x1f\x7f-\x9f\u2500-\u259f]"
+    r"|[A-Za-z][\u0370-\u05ff]|[\u0370-\u05ff][A-Za-z]"
     r"|[^\W\d_][«»¯£ˇ˘¨¸˙˝˛¬¦§¶±¥¢¤©®÷×]|[«»¯£ˇ˘¨¸˙˝˛¬¦§¶±¥¢¤©®÷×][^\W\d_]"
 )
 HEAD = 100  # records at the start in which the names of the columns are looked for
@@ -402,10 +403,9 @@ class Text:
     def __init__(self, file: BinaryIO, encoding: str | None, wanted: Collection[str]) -> None:
         """`wanted` are names of columns that it should have, as `plain` gives them."""
         self.odd_bytes: list[int] = []  # the lines of bytes that are no UTF-8 in a file that is
-        errors = "strict"
         if encoding is None:
-            encoding, self.odd_bytes = _encoding(file, wanted)
-            errors = "bookkeep.files" if self.odd_bytes else "strict"
+            encoding, self.odd_bytes = _encoding(file)
+        errors = "bookkeep.files" if self.odd_bytes else "strict"
         file.seek(0)
         try:
             self._text = io.TextIOWrapper(file, newline="", encoding=encoding, errors=errors)
@@ -468,13 +468,13 @@ class Text:
         """The text of a record as it stands, filled up to `width` values, and more values."""
         body = record.text.rstrip("\r\n")
         mark, quote = self.dialect["delimiter"], self.dialect["quotechar"]
-        how = {"delimiter": mark, "quotechar": quote, "lineterminator": ""}
+        how = {"delimiter": mark, "quotechar": quote}
+        how["lineterminator"] = record.text[len(body) :] or "\n"
         how["quoting"] = csv.QUOTE_ALL if quoted else csv.QUOTE_MINIMAL
-        line = io.StringIO()
-        csv.writer(line, **how).writerow(["", *more])  # so that an empty one alone is not quoted
-        new = line.getvalue().removeprefix(2 * quote)
-        end = record.text[len(body) :] or "\n"
-        return f"{body}{mark * (width - len(record.values))}{new}{end}"
+        new = io.StringIO()
+        csv.writer(new, **how).writerow(["", *more])  # so that an empty one alone is not quoted
+        lacking = mark * (width - len(record.values))
+        return f"{body}{lacking}{new.getvalue().removeprefix(2 * quote)}"
 
 
 class Cells(Text):
@@ -514,16 +514,18 @@ def _lenient(error: UnicodeDecodeError) -> tuple[str, int]:
 codecs.register_error("bookkeep.files", _lenient)
 
 
-def _encoding(file: BinaryIO, wanted: Collection[str] = ()) -> tuple[str, list[int]]:
+def _encoding(file: BinaryIO) -> tuple[str, list[int]]:
     """The encoding, and the lines that are no UTF-8 in a file that is UTF-8 but for a few."""
     file.seek(0)
     head = file.read(1 << 12)
     for mark, name in BOMS.items():
         if head.startswith(mark):
             return name, []
-    good, odd, sample = 0, [], bytearray(head if b"\0" in head else b"")
+    if b"\0" in head:
+        return _guessed_encoding(head), []
+    good, odd, sample = 0, [], b""
     file.seek(0)
-    for number, line in enumerate(file if not sample else (), 1):
+    for number, line in enumerate(file, 1):
         if not line.isascii():
             try:
                 line.decode("utf-8")
@@ -534,22 +536,21 @@ def _encoding(file: BinaryIO, wanted: Collection[str] = ()) -> tuple[str, list[i
                     sample += line
     if head.startswith(codecs.BOM_UTF8):
         return "utf-8-sig", odd
-    if len(odd) <= good and not (sample and not odd):
-        return "utf-8", odd
+    return ("utf-8", odd) if len(odd) <= good else (_guessed_encoding(sample), [])
+
+
+def _guessed_encoding(sample: bytes) -> str:
+    """The encoding in which some lines are likely to be written."""
     chardet = library("chardet", "a file that is not UTF-8")
     likely: dict[str, int] = {}  # by encoding, what speaks for it and against it
     among = ENCODINGS.split()
-    for found in chardet.detect_all(bytes(sample), ignore_threshold=True, include_encodings=among):
+    for found in chardet.detect_all(sample, ignore_threshold=True, include_encodings=among):
         with suppress(UnicodeError, TypeError):  # it may name none
-            text = bytes(sample).decode(found["encoding"])
-            if not NO_TEXT.search(text):
-                words = {*re.findall(r"[^\W\d_]+", text.casefold())}
-                known = words & {*wanted, *itertools.chain(*KNOWN.values())}
-                against = len(NO_WORD.findall(text))
-                likely[found["encoding"]] = len(known) + len(MONEY.findall(text)) - against
+            text = sample.decode(found["encoding"])
+            likely[found["encoding"]] = len(MONEY.findall(text)) - len(NO_TEXT.findall(text))
     if not likely:
         raise UnicodeError("its encoding is not clear; name it, as in --encoding cp1252")
-    return codecs.lookup(max(likely, key=likely.__getitem__)).name, []
+    return codecs.lookup(max(likely, key=likely.__getitem__)).name
 
 
 def _dialect(head: str, wanted: Collection[str]) -> dict[str, Any]:
@@ -578,30 +579,30 @@ def _sources(
     path: Path, file: BinaryIO, opened: ExitStack, make: Callable[[BinaryIO], Text]
 ) -> Iterator[tuple[str, Text]]:
     """The tables in a file, with their names. Raises Failed if it is of no kind that is read."""
-    head = file.read(4096)
+    head = file.read(1 << 12)
     file.seek(0)
-    if head.startswith((b"PK", b"\xd0\xcf\x11\xe0")):
-        names = zipfile.ZipFile(file).namelist() if head.startswith(b"PK") else ["xl/"]
-        if any(name.startswith(("xl/", "[Content_Types]", "content.xml")) for name in names):
-            yield str(path), Cells("Excel", _spreadsheet(path, file))
-            return
+    if head.startswith(b"PK"):
         archive = opened.enter_context(zipfile.ZipFile(file))
-        hidden = re.compile("(^|/)(__MACOSX/|[.])")
-        members = [name for name in sorted(names) if not hidden.search(name)]
-        members = [name for name in members if name.lower().endswith((".csv", ".txt", ".tsv"))]
-        if not members:
-            raise Failed(f"there is no CSV file in {path}")
-        for name in members:
-            label = f"{path}, {name}" if len(members) > 1 else str(path)
-            yield label, make(opened.enter_context(archive.open(name)))
-        return
-    for kind, begin, read in (
-        ("MT940", rb"\s*(\{1:|:20:|:940:)", _mt940),
-        ("OFX", rb"(?s)\s*(OFXHEADER|<OFX>|<\?OFX|<\?xml.{,600}<.?OFX)", _ofx),
-    ):
+        names = sorted(archive.namelist())
+        if not any(name.startswith(("xl/", "[Content_Types]", "content.xml")) for name in names):
+            members = [name for name in names if MEMBER.fullmatch(name)]
+            if not members:
+                raise Failed(f"there is no CSV file in {path}")
+            for name in members:
+                label = f"{path}, {name}" if len(members) > 1 else str(path)
+                yield label, make(opened.enter_context(archive.open(name)))
+            return
+    for begin, what, rows, way_out in READ:
         if re.match(begin, head):
-            text = file.read().decode("utf-8", "bookkeep.files")
-            yield str(path), Cells(kind, [("Date", "Text", "Amount"), *read(path, text)])
+            file.seek(0)
+            try:
+                cells = Cells(what, rows(file))
+            except Failed:
+                raise
+            except Exception as error:  # what reads them raises what comes
+                reason = f"{path} is {what} that cannot be read ({error})"
+                raise Failed(f"{reason}: {way_out}") from None
+            yield str(path), cells
             return
     for begin, what in OTHERS:
         if re.match(begin, head.removeprefix(codecs.BOM_UTF8)):
@@ -609,38 +610,39 @@ def _sources(
     yield str(path), make(file)
 
 
-def _spreadsheet(path: Path, file: BinaryIO) -> list:
+def _spreadsheet(file: BinaryIO) -> list:
     """The rows of the largest sheet."""
     calamine = library("python_calamine", "an Excel file")
-    file.seek(0)
-    try:
-        book = calamine.CalamineWorkbook.from_filelike(file)
-        sheets = [book.get_sheet_by_name(name).to_python() for name in book.sheet_names]
-        return max(sheets, key=len)
-    except Exception as error:  # its errors have no common class but this
-        reason = f"{path} is an Excel file that cannot be read ({error})"
-        raise Failed(f"{reason}: save it as CSV") from None
+    book = calamine.CalamineWorkbook.from_filelike(file)
+    sheets = [book.get_sheet_by_name(name).to_python() for name in book.sheet_names]
+    return max(sheets, key=len)
 
 
-def _mt940(path: Path, text: str) -> Iterator[tuple]:
+def _mt940(file: BinaryIO) -> Iterator[tuple]:
+    yield "Date", "Text", "Amount"
     mt940 = library("mt940", "MT940")
-    try:
-        entries = [entry.data for entry in mt940.parse(text)]
-    except Exception as error:  # it raises what comes
-        reason = f"{path} is MT940 that cannot be read ({error})"
-        raise Failed(f"{reason}: {EXPORT}") from None
-    for entry in entries:
+    for entry in mt940.parse(file.read().decode("utf-8", "bookkeep.files")):
+        entry = entry.data
         words = ("applicant_name", "purpose", "additional_purpose")
         said = " ".join(str(entry[word]) for word in words if entry.get(word))
         said = said or entry.get("transaction_details") or entry.get("extra_details") or ""
         yield entry["date"], " ".join(said.split()), entry["amount"].amount
 
 
-def _ofx(_: Path, text: str) -> Iterator[tuple]:
+def _ofx(file: BinaryIO) -> Iterator[tuple]:
+    yield "Date", "Text", "Amount"
+    text = file.read().decode("utf-8", "bookkeep.files")
     for entry in re.findall("(?is)<STMTTRN>(.*?)</STMTTRN>", text):
         found = dict(re.findall(r"<([A-Za-z0-9.]+)>([^<\r\n]+)", entry))
         words = html.unescape(f"{found.get('NAME', '')} {found.get('MEMO', '')}").strip()
         yield found.get("DTPOSTED", "")[:8], words, found.get("TRNAMT", "")
+
+
+READ = (  # what a file begins with that is no CSV, its name, what reads it, and the way out
+    (rb"PK|\xd0\xcf\x11\xe0", "an Excel file", _spreadsheet, "save it as CSV"),
+    (rb"\s*(\{1:|:20:|:940:)", "MT940", _mt940, EXPORT),
+    (rb"(?s)\s*(OFXHEADER|<OFX>|<\?OFX|<\?xml.{,600}<.?OFX)", "OFX", _ofx, EXPORT),
+)
 
 
 # ------------------------------------------------------------------------------------------- Tables
