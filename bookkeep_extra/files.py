@@ -671,7 +671,6 @@ class Table:
         about those that are not clear: ask(field, names, some rows) gives the name of a column.
         """
         self.source, self.name, self._booked, self.company = source, name, booked, company
-        self._otherwise = otherwise
         self._needed = COLUMNS if booked else FEATURES
         asked = {field: text for field, text in (columns or {}).items() if text}
         if not booked:
@@ -681,18 +680,23 @@ class Table:
         self._find_header(wanted_names(asked))
         # By field, the numbers of its columns.
         self._named = {field: self._numbers(field, text) for field, text in asked.items()}
-        self._add_defaults(guess, ask)
+        self._add_defaults(otherwise)
+        if guess:
+            self._guess(ask)
+        if lacking := self._lacking():
+            keys = ", ".join(FIELDS[field] for field in lacking)
+            how = "say which is which, as --map " + ",".join(f"{f}=COLUMN" for f in lacking)
+            if "company" in lacking:
+                how += " or --company NAME for all of its rows"
+            raise Failed(f"{name} has no column {keys}; {self._has()}; {how}")
         self.context = [self.names[number] for number in self._named.get("context", ())]
-        taken = {n for field, numbers in self._named.items() for n in numbers if field != "context"}
-        fields = {FIELDS[field]: numbers for field, numbers in self._named.items()}
-        others = {
-            name: [number]
-            for number, name in enumerate(self.names)
-            if (number not in taken or name in self.context) and name not in fields
-        }
-        fields.pop("", None)
         # By the key of a sample the columns that it is joined from, in the order of the file.
-        self._keys = dict(sorted((others | fields).items(), key=lambda item: item[1]))
+        keys = {FIELDS[f]: numbers for f, numbers in self._named.items() if FIELDS[f]}
+        taken = {n for f, numbers in self._named.items() if f != "context" for n in numbers}
+        for number, name in enumerate(self.names):
+            if number not in taken or name in self.context:
+                keys.setdefault(name, [number])
+        self._keys = dict(sorted(keys.items(), key=lambda item: item[1]))
         self.rows = self.usable = self._unread = 0
         self._left: dict[str, list[int]] = {}  # why rows are left out: how many, the first's line
         self._dates: dict[str, str] | None = None  # None if they stay as they are written
@@ -701,22 +705,19 @@ class Table:
     # -- columns
 
     def _find_header(self, wanted: Collection[str]) -> None:
-        """Finds the record that names the columns. If there is none, they are called 1, 2, 3."""
+        """Finds the record that names the columns. Without one, they are called 1, 2, 3."""
         head = list(itertools.islice(self.source.records(), HEAD))
         found = [len({*map(plain, record.values)} & {*wanted}) for record in head]
-        if any(found):
-            self._header = head[found.index(max(found))]
-        else:
-            self._header = _likely_header(head)
-        if self._header:
-            names = [name.strip() for name in self._header.values]
-            while names and not names[-1]:
-                names.pop()
-            self.line = self._header.line
-        else:
+        header = head[found.index(max(found))] if any(found) else _likely_header(head)
+        self._header = header or Record(0, "", [])
+        self.line = self._header.line
+        names = [name.strip() for name in self._header.values]
+        while names and not names[-1]:
+            names.pop()
+        if not header:
             widths = Counter(len(record.values) for record in head if any(record.values))
-            width = widths.most_common(1)[0][0] if widths else 0
-            names, self.line = [f"{number + 1}" for number in range(width)], 0
+            width = max(widths, key=widths.__getitem__, default=0)
+            names = [f"{number + 1}" for number in range(width)]
         self._written_names = names
         # The second of two columns of one name is called by its number, too.
         self.names = [
@@ -772,40 +773,34 @@ class Table:
         such = ", ".join(f"{number}={value}" for number, value in enumerate(row, 1))[:1000]
         return f"it has no names of columns but numbers, as {such}" if such else "it is empty"
 
-    def _add_defaults(self, guess: bool, ask: Ask | None) -> None:
-        """Adds the columns that nobody named: by the keys' own names, or as they are guessed."""
+    def _add_defaults(self, otherwise: str | None) -> None:
+        """Adds the columns that nobody named by the keys' own names, and the company."""
         for key, field in NAMED.items():
             known = field in self._named or (key == TARGET and not self._booked)
             if key in self._written_names and not known:
                 self._named[field] = [self._number(key)]
-        if "company" not in self._named and self.company is None:
-            self.company = self._otherwise
-        self._fixed = {} if self.company is None else {"CompanyId": self.company}
-        if self._fixed:
+        if self.company is None and "company" not in self._named:
+            self.company = otherwise
+        if self.company is not None:
             self._named.pop("company", None)
-        if guess:
-            fields = {*self._lacking(), "date", "sign"} - {*self._named}
-            rows = [row for _, row in itertools.islice(self._rows(), 500)]
-            if not rows and self._lacking():
-                raise Failed(f"there are no bookings in {self.name}")
-            used = {*itertools.chain.from_iterable(self._named.values())}
-            self._named |= guessed(self.names, rows, fields, used)
-            for field in self._lacking() if ask else ():
-                if field != "company" and (name := ask(field, self.names, rows[:3])):
-                    self._named[field] = self._numbers(field, name)
-        lacking = self._lacking()
-        if lacking:
-            keys = ", ".join(FIELDS[field] for field in lacking)
-            example = ",".join(f"{field}=COLUMN" for field in lacking)
-            raise Failed(
-                f"{self.name} has no column {keys}; {self._has()}; say which is "
-                f"which, as --map {example}"
-                + (" or --company NAME for all of its rows" if "company" in lacking else "")
-            )
+
+    def _guess(self, ask: Ask | None) -> None:
+        """Adds columns by their names and values, and asks about those that are not clear."""
+        rows = [row for _, row in itertools.islice(self._rows(), 500)]
+        if not rows and self._lacking():
+            raise Failed(f"there are no bookings in {self.name}")
+        fields = {*self._lacking(), "date", "sign"} - {*self._named}
+        used = {*itertools.chain.from_iterable(self._named.values())}
+        self._named |= guessed(self.names, rows, fields, used)
+        for field in self._lacking() if ask else ():
+            if field != "company" and (name := ask(field, self.names, rows[:3])):
+                self._named[field] = self._numbers(field, name)
 
     def _lacking(self) -> list[str]:
         """The fields that a booking needs and that have no column."""
-        has = {*self._named, *(NAMED[key] for key in self._fixed)}
+        has = {*self._named}
+        if self.company is not None:
+            has.add("company")
         if has & {"out", "in"}:
             has.add("amount")
         return [NAMED[key] for key in self._needed if NAMED[key] not in has]
@@ -832,7 +827,7 @@ class Table:
 
         None if it stands before them, is empty, or is the header once more.
         """
-        if record.line <= self.line or (self._header and record.values == self._header.values):
+        if record.line <= self.line or record.values == self._header.values:
             return None
         row = [value.strip() for value in record.values]
         return row + [""] * (len(self.names) - len(row)) if any(row) else None
@@ -843,11 +838,16 @@ class Table:
             if row := self._row(record):
                 yield record.line, row
 
+    def _booking(self, record: Record) -> Sample | None:
+        """The sample in a record, if that is a booking."""
+        if row := self._row(record):
+            with suppress(Odd):
+                return self._sample(row)
+        return None
+
     def samples(self) -> Iterator[Sample]:
         """Each row that is a booking, as a sample."""
-        for _, row in self._rows():
-            with suppress(Odd):
-                yield self._sample(row)
+        return filter(None, map(self._booking, self.source.records(len(self.names))))
 
     def suggested(
         self,
@@ -863,18 +863,11 @@ class Table:
         records = self.source.records(len(self.names))
         done = 0
         while chunk := list(itertools.islice(records, 1000)):
-            samples, found = [], []
-            for record in chunk:
-                sample = None
-                if row := self._row(record):
-                    with suppress(Odd):
-                        sample = self._sample(row)
-                        samples.append(sample)
-                found.append(sample)
-            answers = iter(list(suggest(samples)))
+            found = [self._booking(record) for record in chunk]
+            answers = iter(list(suggest([sample for sample in found if sample])))
             for record, sample in zip(chunk, found, strict=True):
                 more = next(answers) if sample else [""] * len(new)
-                if self._header and record.values == self._header.values:
+                if record.values == self._header.values:
                     more = names
                 self._write(file, record, more)
             file.flush()
@@ -892,7 +885,7 @@ class Table:
         if record.line < self.line or not any(record.values):
             file.write(record.text)
             return
-        first = (self._header or record).text
+        first = self._header.text or record.text
         quoted = first.startswith(self.source.dialect["quotechar"])
         file.write(self.source.behind(record, self._width, more, quoted))
 
@@ -901,7 +894,7 @@ class Table:
         amounts, sums = Amounts(), Counter()
         dates: dict[str, None] = {}
         accounts: dict[str, None] = {}
-        self._width = len(self._header.values) if self._header else len(self.names)
+        self._width = max(len(self._header.values), len(self.names))
         for line, row in self._rows():
             self._width = max(self._width, len(row))
             with suppress(Odd):
@@ -974,7 +967,8 @@ class Table:
         """A row as a sample. Raises Odd if it is no booking."""
         self._check(row)
         sample = {key: unguarded(_joined(row, numbers)) for key, numbers in self._keys.items()}
-        sample |= self._fixed
+        if self.company is not None:
+            sample["CompanyId"] = self.company
         if "amount" in self._named:
             sample["BankEntryAmount"] = self._amount(sample["BankEntryAmount"], row)
         else:
