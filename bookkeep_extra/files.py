@@ -390,7 +390,7 @@ HEAD = 100  # records at the start in which the names of the columns are looked 
 
 
 class Record(NamedTuple):
-    """A row as it stands: the line that it begins in, its text, and its values."""
+    """A row: the line that it begins in, its text as it stands, and its values without spaces."""
 
     line: int
     text: str
@@ -429,20 +429,17 @@ class Text:
         """
         self._text.seek(0)
         held: deque[str] = deque()  # lines to be read again
-        taken: list[str] = []
+        taken: list[str] = []  # those of this record
 
-        def take() -> str:
-            line = held.popleft() if held else self._text.readline()
-            if line:
+        def lines() -> Iterator[str]:
+            while line := held.popleft() if held else self._text.readline():
                 taken.append(line)
-            return line
+                yield line
 
         number = 1
-        reader = csv.reader(iter(take, ""), strict=True, **self.dialect)
         while True:
-            taken.clear()
             try:
-                values = next(reader)
+                values = next(csv.reader(lines(), strict=True, **self.dialect))
                 whole = len(taken) == 1 or len(values) == width or not width
             except csv.Error:
                 whole = False
@@ -451,10 +448,10 @@ class Text:
             if not whole:
                 held.extendleft(reversed(taken[1:]))
                 del taken[1:]
-                reader = csv.reader(iter(take, ""), strict=True, **self.dialect)
                 values = self._alone(taken[0], width)
-            yield Record(number, "".join(taken), values)
+            yield Record(number, "".join(taken), [value.strip() for value in values])
             number += len(taken)
+            taken.clear()
 
     def _alone(self, line: str, width: int) -> list[str]:
         """The values of a line whose quotes are odd."""
@@ -488,7 +485,7 @@ class Cells(Text):
             values = [_cell(value) for value in row]
             line = io.StringIO()
             csv.writer(line, lineterminator="\n").writerow(values)
-            self._rows.append(Record(number, line.getvalue(), values))
+            self._rows.append(Record(number, line.getvalue(), [*map(str.strip, values)]))
 
     def __str__(self) -> str:
         return self._what
@@ -711,7 +708,7 @@ class Table:
         header = head[found.index(max(found))] if any(found) else _likely_header(head)
         self._header = header or Record(0, "", [])
         self.line = self._header.line
-        names = [name.strip() for name in self._header.values]
+        names = [*self._header.values]
         while names and not names[-1]:
             names.pop()
         if not header:
@@ -823,14 +820,14 @@ class Table:
     # -- rows
 
     def _row(self, record: Record) -> list[str] | None:
-        """The values of a record without the spaces around them, if it is one of bookings.
+        """The values of a record, at least as many as there are columns, if it is one of bookings.
 
         None if it stands before them, is empty, or is the header once more.
         """
         if record.line <= self.line or record.values == self._header.values:
             return None
-        row = [value.strip() for value in record.values]
-        return row + [""] * (len(self.names) - len(row)) if any(row) else None
+        lacking = [""] * (len(self.names) - len(record.values))
+        return record.values + lacking if any(record.values) else None
 
     def _rows(self) -> Iterator[tuple[int, list[str]]]:
         """The line and the values of each row, anew."""
@@ -893,7 +890,8 @@ class Table:
         """Finds how amounts and dates are written, and counts the rows that are left out."""
         amounts, sums = Amounts(), Counter()
         dates: dict[str, None] = {}
-        accounts: dict[str, None] = {}
+        accounts: dict[str, str] = {}  # each as it is written first
+        alike: tuple[str, ...] = ()  # two accounts that are one but for how they are written
         self._width = max(len(self._header.values), len(self.names))
         for line, row in self._rows():
             self._width = max(self._width, len(row))
@@ -905,8 +903,9 @@ class Table:
                         signs = {reading[:1] == "-" for reading in readings(text).values()}
                         sums.update((field, sign) for sign in signs)
                 dates.setdefault(self._text(row, "date"))
-                if self._booked and len(accounts) < 10_000:
-                    accounts.setdefault(self._text(row, "account"))
+                account = self._text(row, "account")
+                if (first := accounts.setdefault(plain(account), account)) != account:
+                    alike = alike or (first, account)
         self._mark = amounts.mark(self.name)
         self._negative_out = sums["out", True] > sums["out", False]
         self._signed = sums["amount", True] and "sign" in self._named
@@ -934,7 +933,9 @@ class Table:
             why = next(iter(bad))
             many = f"{sum(bad.values()):,} of {self.rows:,} rows are no bookings"
             raise Failed(f"{self.name}: {many}: in line {self._left[why][1]}, it {why}")
-        self._warn_of_spellings(accounts)
+        if alike:
+            said = '%s: accounts "%s" and "%s" are two, as they are written'
+            logger.warning(said, self.name, *alike)
 
     def _add_examples(self, row: list[str], sample: Sample) -> None:
         amount = sample["BankEntryAmount"]
@@ -943,14 +944,6 @@ class Table:
             written = self._text(row, field)
             if written and read != written:
                 self._examples.setdefault(field, f'"{written}" is {read}')
-
-    def _warn_of_spellings(self, accounts: Iterable[str]) -> None:
-        first: dict[str, str] = {}
-        for account in accounts:
-            if first.setdefault(plain(account), account) != account:
-                both = f'"{first[plain(account)]}" and "{account}"'
-                logger.warning("%s: accounts %s are two, as they are written", self.name, both)
-                return
 
     def _text(self, row: Sequence[str], field: str) -> str:
         return _joined(row, self._named.get(field, ()))
@@ -1043,7 +1036,7 @@ class Table:
             unread = f'{BOOKED_BY} is "suggestion" in {self._unread:,} of {self.rows:,} rows'
             said.append(f'{unread}, which teach nothing until somebody writes "person"')
         if left := sum(n for n, _ in self._left.values()):
-            why, (_, line) = min(self._left.items(), key=lambda item: item[1][1])
+            why, (_, line) = next(iter(self._left.items()))
             said.append(
                 f"{left:,} of {self.rows:,} rows {outcome}, the first in line {line}: it {why}"
             )
@@ -1069,12 +1062,12 @@ def wanted_names(columns: Mapping[str, str]) -> set[str]:
 
 def _likely_header(head: Sequence[Record]) -> Record | None:
     """The record that names the columns, if nobody says what their names are."""
-    filled = [record for record in head if any(map(str.strip, record.values))]
+    filled = [record for record in head if any(record.values)]
     widths = Counter(len(record.values) for record in filled)
     width = max(widths, key=lambda width: (widths[width] * (width - 1), width), default=0)
     before = None
     for record in filled:
-        texts = [value.strip() for value in record.values if value.strip()]
+        texts = [*filter(None, record.values)]
         has_values = any(readings(text) or looks_like_date(text) for text in texts)
         if has_values and len(record.values) == width:
             return before
@@ -1141,14 +1134,13 @@ def guessed(
     day = {n: share(n, looks_like_date) for n in free}
     days = [n for n in best("date", free) if day[n] >= 0.5]
     days += [n for n in free if day[n] > 0.8]
-    number = {n: share(n, is_amount) for n in free if n not in days}
-    numbers = {n for n in number if number[n] > 0.8}
+    numbers = {n for n in free if n not in days and share(n, is_amount) > 0.8}
     if "date" in fields and days:
         found["date"] = days[:1]
     if "amount" in fields:
         empty = {n for n in range(len(names)) if not values[n]}
-        sides = {side: best(side, numbers | empty)[:1] for side in ("out", "in")}
-        sides = {side: columns for side, columns in sides.items() if columns}
+        among = numbers | empty
+        sides = {side: [n] for side in ("out", "in") for n in best(side, among)[:1]}
         if sides.get("out") == sides.get("in"):  # one that says what it is not
             sides = {}
         named = [n for n in best("amount", numbers) if [n] not in sides.values()]
@@ -1160,23 +1152,18 @@ def guessed(
             found |= sides
     taken = {n for columns in found.values() for n in columns} | {*days}
     if "sign" in fields:
-        signs = [
-            n
-            for n in free
-            if n not in taken and share(n, lambda value: side_of(value) is not None) == 1
-        ]
-        if signs and len({side_of(value) for value in values[signs[0]]}) > 1:
+        signs = [n for n in free if n not in taken and {*map(side_of, values[n])} == {"-", "+"}]
+        if signs:
             found["sign"] = signs[:1]
             taken.add(signs[0])
     words = [n for n in free if n not in taken | numbers]
     # An account recurs; a text is what is seldom the same.
     kinds = {n: len({*values[n]}) for n in free}
-    recurs = [n for n in free if n not in taken and 1 < kinds[n] <= len(values[n]) // 2]
     if "account" in fields:
-        named = best(
-            "account", [n for n in free if n not in taken and (kinds[n] > 1 or len(rows) < 9)]
-        )
-        others = [n for n in recurs if n in words and _rank(names[n], KNOWN["text"]) is None]
+        several = [n for n in free if n not in taken and (kinds[n] > 1 or len(rows) < 9)]
+        named = best("account", several)
+        recurs = [n for n in words if 1 < kinds[n] <= len(values[n]) // 2]
+        others = [n for n in recurs if _rank(names[n], KNOWN["text"]) is None]
         if named or len(others) == 1:
             found["account"] = named[:1] or others
             words = [n for n in words if n not in found["account"]]
