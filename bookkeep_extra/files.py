@@ -82,6 +82,11 @@ def few(odd: int, of: int) -> bool:
     return odd <= max(3, of // 20)
 
 
+def outvoted(odd: int, of: int) -> bool:
+    """Whether so many odd values do not keep the others from saying what all of them mean."""
+    return not odd or (of >= 20 and few(odd, of))
+
+
 # Where a spreadsheet would begin a formula: at the start of a cell, whatever separates cells.
 FORMULA = r"""(?<![^,;|\t\r\n])%s(?='*[" ]*[-=+@\t\r\uff1d\uff0b\uff0d\uff20])"""
 
@@ -194,16 +199,17 @@ class Amounts:
     def mark(self, name: object) -> str:
         """The mark. Raises Failed if more than a few contradict the others."""
         found = self.shown or self.likely
+        mark = max(found, key=lambda mark: found[mark][0], default=".")
         if len(found) > 1:
             (n, one), (m, other) = found.values()
-            if not few(min(n, m), self.numbers) or self.numbers < 20:
+            if not outvoted(min(n, m), self.numbers):
                 raise Failed(f"{name} writes amounts in two ways: {one} and {other}")
         if found and not self.shown:
-            [[_, first]] = found.values()
+            first = found[mark][1]
             logger.warning("%s: amounts such as %s are taken for thousands", name, first)
         if self.words[1] and (self.numbers or re.match("[^<>]*[0-9]", self.words[1])):
             logger.warning("%s: amounts such as %s are no numbers; they stay", name, self.words[1])
-        return max(found, key=lambda mark: found[mark][0], default=".")
+        return mark
 
 
 # -------------------------------------------------------------------------------------------- Dates
@@ -301,7 +307,7 @@ def _ordered(orders: Mapping[str, Mapping[str, str]], of: int) -> dict[str, str]
     likely = [order for order, n in counts.items() if n == most]
     read = {w: ways[likely[0]] for w, ways in orders.items() if likely[0] in ways}
     others = [written for written in orders if written not in read]
-    if others and (len(likely) > 1 or not few(len(others), of) or of < 20):
+    if others and (len(likely) > 1 or not outvoted(len(others), of)):
         one = next(iter(read))
         raise Failed(f"dates are written in two ways, as {one} and {others[0]}; {AS_IT_STANDS}")
     for order in likely[1:]:
@@ -912,9 +918,7 @@ class Table:
         dates.pop("", None)
         with suppress(Failed):  # by_date says it, if it is needed
             read = read_dates(dates)
-            if len(read) == len(dates) or (
-                few(len(dates) - len(read), len(dates)) and len(dates) >= 20
-            ):
+            if dates and outvoted(len(dates) - len(read), len(dates)):
                 self._dates = read
         self._examples: dict[str, str] = {}  # of amounts and dates, as they are written and read
         for line, row in self._rows():

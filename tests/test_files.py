@@ -84,6 +84,7 @@ def test_amounts_are_read_as_people_write_them(read, written):
         (["1,2E+03", "0,5"], ["1200", "0.5"]),
         # One that contradicts twenty others is left out; half of them is too much.
         ([*["12,50"] * 30, "12.50"], ["12.50"] * 30),
+        ([*["1.200"] * 30, "1,200"], [*["1200"] * 30, "1.200"]),
         (["12,50", "12.50"], "writes amounts in two ways: 12,50 in line 2 and 12.50 in line 3"),
     ],
 )
