@@ -848,7 +848,7 @@ def _run(options: argparse.Namespace) -> int:
         reading = files.open_file(
             options.file,
             options.map,
-            options.company,
+            company=options.company,
             booked=not options.suggest,
             encoding=options.encoding,
             guess=True,

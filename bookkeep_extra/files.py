@@ -25,7 +25,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import date, datetime
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO
 from unicodedata import normalize
@@ -51,6 +51,7 @@ FIELDS = {  # the keys of a sample that mean something, by their names for --map
 # Characters in the values that a booking must have, of which the last is what is predicted.
 LONGEST = {"CompanyId": 100, "BankEntryText": 10_000, "BankEntryAmount": 100, "AccountNumber": 100}
 *FEATURES, TARGET = COLUMNS = [*LONGEST]
+LONGEST["Id"] = 100
 NAMED = {key: field for field, key in FIELDS.items() if key}
 
 Sample = dict[str, str]
@@ -579,9 +580,12 @@ def plain(name: str) -> str:
 
 
 def _sources(
-    path: Path, file: BinaryIO, opened: ExitStack, make: Callable[[BinaryIO], Text]
+    path: Path, file: BinaryIO, opened: ExitStack, *how: Any
 ) -> Iterator[tuple[str, Text]]:
-    """The tables in a file, with their names. Raises Failed if it is of no kind that is read."""
+    """The tables in a file, with their names. Raises Failed if it is of no kind that is read.
+
+    How a CSV file is read is said as Text takes it.
+    """
     head = file.read(1 << 12)
     file.seek(0)
     if head.startswith(b"PK"):
@@ -593,7 +597,7 @@ def _sources(
                 raise Failed(f"there is no CSV file in {path}")
             for name in members:
                 label = f"{path}, {name}" if len(members) > 1 else str(path)
-                yield label, make(opened.enter_context(archive.open(name)))
+                yield label, Text(opened.enter_context(archive.open(name)), *how)
             return
     for begin, what, rows, way_out in READ:
         if re.match(begin, head):
@@ -610,7 +614,7 @@ def _sources(
     for begin, what in OTHERS:
         if re.match(begin, head.removeprefix(codecs.BOM_UTF8)):
             raise Failed(f"{path} is {what}: {EXPORT}")
-    yield str(path), make(file)
+    yield str(path), Text(file, *how)
 
 
 def _spreadsheet(file: BinaryIO) -> list:
@@ -672,6 +676,7 @@ class Table:
 
         If it may `guess`, columns that nobody named are found by their names and values. It asks
         about those that are not clear: ask(field, names, some rows) gives the name of a column.
+        `otherwise` is the company if no column has it.
         """
         self.source, self.name, self._booked, self.company = source, name, booked, company
         self._needed = COLUMNS if booked else FEATURES
@@ -963,22 +968,19 @@ class Table:
     def _sample(self, row: Sequence[str]) -> Sample:
         """A row as a sample. Raises Odd if it is no booking."""
         self._check(row)
-        sample = {key: unguarded(_joined(row, numbers)) for key, numbers in self._keys.items()}
+        sample = {key: _joined(row, numbers) for key, numbers in self._keys.items()}
         if self.company is not None:
             sample["CompanyId"] = self.company
-        if "amount" in self._named:
-            sample["BankEntryAmount"] = self._amount(sample["BankEntryAmount"], row)
-        else:
-            sample["BankEntryAmount"] = self._out_and_in(row)
-        for key in self._needed:
-            if len(sample[key]) > LONGEST[key]:
-                raise Odd(f"has a {NAMED[key]} of more than {LONGEST[key]:,} characters")
-        if self._dates is not None and "date" in self._named:
-            if sample["BankEntryDate"] not in self._dates:
-                raise Odd(f"has the date {sample['BankEntryDate']}, which cannot be read")
-            sample["BankEntryDate"] = self._dates[sample["BankEntryDate"]]
-        if len(sample.get("Id", "")) > 100:
-            raise Odd("has an id of more than 100 characters")
+        amount = self._amount if "amount" in self._named else self._out_and_in
+        sample["BankEntryAmount"] = amount(row)
+        for key in (*self._needed, "Id"):
+            if len(sample.get(key, "")) > LONGEST[key]:
+                raise Odd(f"has more than {LONGEST[key]:,} characters in its {NAMED[key]}")
+        if self._dates is not None:
+            written = sample["BankEntryDate"]
+            if written not in self._dates:
+                raise Odd(f"has the date {written}, which cannot be read")
+            sample["BankEntryDate"] = self._dates[written]
         for optional in (BOOKED_BY, "Id"):
             if not sample.get(optional):
                 sample.pop(optional, None)
@@ -987,13 +989,14 @@ class Table:
             raise Failed(f"{self.name}: {how}; --map by=COLUMN names another column for it")
         return sample
 
-    def _amount(self, amount: str, row: Sequence[str]) -> str:
-        """An amount as a plain decimal number if it is one, with the sign that its column says."""
+    def _amount(self, row: Sequence[str]) -> str:
+        """The amount as a plain decimal number if it is one, with the sign that its column says."""
+        amount = self._text(row, "amount")
         read = readings(amount)
         if read and self._mark not in read:
             raise Odd(f"has the amount {amount}, written another way than the others")
         number = read.get(self._mark, amount)
-        if "sign" in self._named and number:
+        if "sign" in self._named:
             sign = side_of(self._text(row, "sign"))
             if sign is None or not read:
                 raise Odd(f'has the sign "{self._text(row, "sign")}" for {amount}')
@@ -1005,17 +1008,14 @@ class Table:
         found = []
         for field in ("out", "in"):
             text = self._text(row, field)
-            if not text.strip("-–—"):
-                continue
-            read = readings(text)
-            if self._mark not in read:
-                raise Odd(f"has {text} as money {field}, which is no amount as the others are")
-            number = read[self._mark]
-            if not number.strip("-0."):
-                continue
-            if field == "out" and not self._negative_out:
-                number = f"-{number}".removeprefix("--")
-            found.append(number)
+            if text.strip("-–—"):
+                number = readings(text).get(self._mark)
+                if number is None:
+                    raise Odd(f"has {text} as money {field}, which is no amount as the others are")
+                if field == "out" and not self._negative_out:
+                    number = f"-{number}".removeprefix("--")
+                if number.strip("-0."):
+                    found.append(number)
         if len(found) > 1:
             raise Odd(f"has money out and in at once, {found[0]} and {found[1]}")
         if not found:
@@ -1052,9 +1052,7 @@ class Table:
 
 def _joined(row: Sequence[str], numbers: Sequence[int]) -> str:
     """What stands in these columns, with spaces between."""
-    if len(numbers) == 1:
-        return row[numbers[0]]
-    return " ".join(row[number] for number in numbers if row[number])
+    return " ".join(unguarded(row[number]) for number in numbers if row[number])
 
 
 def wanted_names(columns: Mapping[str, str]) -> set[str]:
@@ -1219,17 +1217,12 @@ class Book:
 def open_file(
     path: Path,
     columns: Columns = None,
-    company: str | None = None,
-    booked: bool = True,
     encoding: str | None = None,
-    guess: bool = False,
-    ask: Ask | None = None,
-    otherwise: str | None = None,
+    **how: Any,
 ) -> Iterator[Book]:
-    """The file, to be read more than once. `otherwise` is the company if no column has it.
+    """The file, to be read more than once, with further arguments as Table takes them.
 
-    The other arguments are those of read_rows and Table. Raises Failed, also for what goes wrong
-    while it is read.
+    Raises Failed, also for what goes wrong while it is read.
     """
     wanted = wanted_names(columns or {})
     with ExitStack() as opened:
@@ -1246,11 +1239,10 @@ def open_file(
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)
             tables: list[Table] = []
-            make = partial(Text, encoding=encoding, wanted=wanted)
-            for name, source in _sources(path, file, opened, make):
+            for name, source in _sources(path, file, opened, encoding, wanted):
                 if tables:  # the same columns as in the first
-                    columns, guess = tables[0].columns, False
-                tables.append(Table(source, name, columns, company, booked, guess, ask, otherwise))
+                    columns, how["guess"] = tables[0].columns, False
+                tables.append(Table(source, name, columns, **how))
             yield Book(tables, digest)
         except (OSError, *NOT_CSV) as error:
             if getattr(error, "errno", None):  # bzip2 says OSError of damage, with no number
@@ -1274,7 +1266,7 @@ def read_rows(
     that are no bookings, as something is empty, are left out, with a warning. Raises Failed if it
     is no such file.
     """
-    with open_file(path, columns, company, booked, encoding) as book:
+    with open_file(path, columns, encoding, company=company, booked=booked) as book:
         for table in book.tables:
             table.say()
             yield from table.samples()
