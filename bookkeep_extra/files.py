@@ -320,15 +320,16 @@ def _ordered(orders: Mapping[str, Mapping[str, str]], of: int) -> dict[str, str]
 def _worded(dates: Mapping[str, tuple[str, str]]) -> dict[str, str]:
     """The dates with names of months, by the language that reads most of them."""
     parser = library("dateparser.date", f"a date such as {next(iter(dates))}").DateDataParser
-    settings = {"STRICT_PARSING": True}
+    strict = {"STRICT_PARSING": True}
     best: dict[str, str] = {}
     for language in LANGUAGES.split():
-        parse = lru_cache(None)(parser(languages=[language], settings=settings).get_date_data)
+        parse = lru_cache(None)(parser(languages=[language], settings=strict).get_date_data)
         read = {}
         for written, (text, time) in dates.items():
             a, first, b, second, c = re.split("([0-9]+)", text)
+            # It is asked for a month of one year and day, so that there are few to parse.
             if len(first) == 4:
-                year, day, asked = first, second, f"{a}2000{b}11{c}"  # so that it parses few
+                year, day, asked = first, second, f"{a}2000{b}11{c}"
             else:
                 year, day, asked = second, first, f"{a}11{b}2000{c}"
             month = parse(asked).date_obj
@@ -1027,10 +1028,9 @@ class Table:
     def say(self, outcome: str = "left out") -> None:
         """Says in one line how the file was read, unless it is as plain as can be."""
         said = [str(self.source)]
-        if self.line == 0:
-            said.append("no names of columns")
-        elif self.line > 1:
-            said.append(f"the names of its columns in line {self.line}")
+        if self.line != 1:
+            where = f"the names of its columns in line {self.line}"
+            said.append(where if self.line else "no names of columns")
         if {*self.columns} - {"context"}:
             said.append(self.map)
         said += self._examples.values()
@@ -1041,9 +1041,8 @@ class Table:
             said.append(f'{unread}, which teach nothing until somebody writes "person"')
         if left := sum(n for n, _ in self._left.values()):
             why, (_, line) = next(iter(self._left.items()))
-            said.append(
-                f"{left:,} of {self.rows:,} rows {outcome}, the first in line {line}: it {why}"
-            )
+            rows = f"{left:,} of {self.rows:,} rows {outcome}"
+            said.append(f"{rows}, the first in line {line}: it {why}")
         if self.rows and not self.usable:
             raise Failed(f"there are no bookings in {self.name}: in line {line}, it {why}")
         if said := "; ".join(filter(None, said)):
@@ -1082,7 +1081,7 @@ def _likely_header(head: Sequence[Record]) -> Record | None:
 
 def looks_like_date(text: str) -> bool:
     """Whether it may be a date, as far as that can be told from one."""
-    if len(text) > 40 or not re.search("[0-9]", text):
+    if len(text) > 40:
         return False
     text = TIME.sub("", text)
     worded = r"[0-9]{0,4}\W*(?:[^\W\d]+\W*){1,3}[0-9]{0,4}\W*(?:[0-9]{4})?"
@@ -1140,14 +1139,13 @@ def guessed(
     if "date" in fields and days:
         found["date"] = days[:1]
     if "amount" in fields:
-        empty = {n for n in range(len(names)) if not values[n]}
-        among = numbers | empty
+        among = numbers | {n for n in range(len(names)) if not values[n]}
         sides = {side: [n] for side in ("out", "in") for n in best(side, among)[:1]}
         if sides.get("out") == sides.get("in"):  # one that says what it is not
             sides = {}
         named = [n for n in best("amount", numbers) if [n] not in sides.values()]
-        decimals = [n for n in numbers if share(n, re.compile(".*[.,][0-9]{2}").match) > 0.5]
-        decimals = [n for n in decimals if _rank(names[n], ["balance", "saldo", "残高"]) is None]
+        moving = [n for n in numbers if _rank(names[n], ["balance", "saldo", "残高"]) is None]
+        decimals = [n for n in moving if share(n, re.compile(".*[.,][0-9]{2}").match) > 0.5]
         if named or (not sides and len(decimals) == 1):
             found["amount"] = named[:1] or decimals
         else:
@@ -1169,11 +1167,9 @@ def guessed(
         if named or len(others) == 1:
             found["account"] = named[:1] or others
             words = [n for n in words if n not in found["account"]]
-    if "text" in fields:
-        named = best("text", words)
-        longest = sorted(words, key=lambda n: -sum(map(len, values[n])) / len(values[n]))
-        if named or longest:
-            found["text"] = sorted(named[:2]) or longest[:1]
+    if "text" in fields and words:
+        longest = max(words, key=lambda n: sum(map(len, values[n])) / len(values[n]))
+        found["text"] = sorted(best("text", words)[:2]) or [longest]
     return found
 
 
