@@ -342,6 +342,16 @@ def _worded(dates: Mapping[str, tuple[str, str]]) -> dict[str, str]:
     return best
 
 
+def looks_like_date(text: str) -> bool:
+    """Whether it may be a date, as far as that can be told from one."""
+    if len(text) > 40:
+        return False
+    text = TIME.sub("", text)
+    worded = r"[0-9]{0,4}\W*(?:[^\W\d]+\W*){1,3}[0-9]{0,4}\W*(?:[0-9]{4})?"
+    two = len(re.findall("[0-9]+", text)) == 2
+    return bool(_ways(text) or (two and re.fullmatch(worded, text)))
+
+
 def by_date(rows: Iterable[Sample]) -> list[Sample]:
     """The rows in the order in which they arose.
 
@@ -656,6 +666,117 @@ READ = (  # what a file begins with that is no CSV, its name, what reads it, and
 # ------------------------------------------------------------------------------------------- Tables
 
 
+class Header:
+    """The record that names the columns of a table. Without one, they are called 1, 2, 3."""
+
+    def __init__(self, table: str, head: Sequence[Record], wanted: Collection[str]) -> None:
+        """Finds it among the first records, by the names that are wanted, or by how it looks."""
+        self._table = table
+        found = [len({*map(plain, record.values)} & {*wanted}) for record in head]
+        record = head[found.index(max(found))] if any(found) else _likely_header(head)
+        self.line, self.text, self.values = record or Record(0, "", [])
+        names = [*self.values]
+        while names and not names[-1]:
+            names.pop()
+        self._has = ", ".join(name if name.isprintable() else repr(name) for name in names)
+        self._has = f"it has {self._has[:1000]}"
+        if not record:
+            filled = [record.values for record in head if any(record.values)]
+            widths = Counter(map(len, filled))
+            names = [f"{n}" for n in range(1, 1 + max(widths, key=widths.__getitem__, default=0))]
+            such = ", ".join(f"{n}={value}" for row in filled[:1] for n, value in enumerate(row, 1))
+            such = f"it has no names of columns but numbers, as {such[:1000]}"
+            self._has = such if filled else "it is empty"
+        self.written = names
+        # The second of two columns of one name is called by its number, too.
+        self.names = [
+            f"{name} ({number})".strip() if name in names[: number - 1] else name
+            for number, name in enumerate(names, 1)
+        ]
+
+    def __str__(self) -> str:
+        """What there is, as a message says it."""
+        return self._has
+
+    def row(self, record: Record) -> list[str] | None:
+        """The values of a record, at least as many as there are columns, if it is one of bookings.
+
+        None if it stands before them, is empty, or is the header once more.
+        """
+        if record.line <= self.line or record.values == self.values:
+            return None
+        lacking = [""] * (len(self.names) - len(record.values))
+        return record.values + lacking if any(record.values) else None
+
+    def number(self, name: str) -> int | None:
+        """The column of this name or number. Raises Failed if there are several."""
+        for alike in (str, plain):
+            found = [n for n, each in enumerate(self.written) if alike(each) == alike(name)]
+            if len(found) == 1:
+                return found[0]
+            if found:
+                numbers = " and ".join(f"{number + 1}" for number in found)
+                what = f"has the column {name} more than once, as {numbers}"
+                raise Failed(f"{self._table} {what}: name it by its number; {self}")
+        if name in self.names:
+            return self.names.index(name)
+        return int(name) - 1 if name.isdecimal() and 0 < int(name) <= len(self.names) else None
+
+    def numbers(self, field: str, text: str) -> list[int]:
+        """The columns that a text names, which are joined by a plus; names may have one, too.
+
+        Raises Failed if there are none, or several for a field that takes one.
+        """
+        parts, found, missing = text.split("+"), [], []
+        while parts:
+            for size in range(len(parts), 0, -1):
+                number = self.number("+".join(parts[:size]).strip())
+                if number is not None:
+                    found.append(number)
+                    break
+            else:
+                missing.append(parts[0])
+            parts = parts[size:]
+        if missing:
+            what = f"{self._table} has no column {', '.join(missing)}"
+            raise Failed(f"{what}; {self}; say with --map which is which, by name or number")
+        if len(found) > 1 and field in ("amount", "date", "out", "in", "sign"):
+            how = ": out=COLUMN,in=COLUMN names money out and in" if field == "amount" else ""
+            raise Failed(f"{field}={text} names {len(found)} columns, but takes one{how}")
+        return found
+
+    def free_name(self, name: str) -> str:
+        """This name for a new column, or one like it if it is taken."""
+        taken = {*map(plain, self.names)}
+        numbered = (f"{name} {number}" for number in itertools.count(2))
+        return next(n for n in itertools.chain([name], numbered) if plain(n) not in taken)
+
+
+def wanted_names(columns: Mapping[str, str]) -> set[str]:
+    """The names that a header may have, as `plain` gives them."""
+    names = {*FIELDS.values(), *columns.values()} - {""}
+    parts = itertools.chain.from_iterable(text.split("+") for text in columns.values())
+    return {plain(name) for name in (*names, *parts) if not name.strip().isdecimal()}
+
+
+def _likely_header(head: Sequence[Record]) -> Record | None:
+    """The record that names the columns, if nobody says what their names are."""
+    filled = [record for record in head if any(record.values)]
+    widths = Counter(len(record.values) for record in filled)
+    width = max(widths, key=lambda width: (widths[width] * (width - 1), width), default=0)
+    before = None
+    for record in filled:
+        texts = [*filter(None, record.values)]
+        has_values = any(readings(text) or looks_like_date(text) for text in texts)
+        if has_values and len(record.values) == width:
+            return before
+        if has_values:
+            before = None
+        elif len(texts) > 1 or width == 1:
+            before = record
+    return next((record for record in filled if len(record.values) == width), None)
+
+
 class Table:
     """Bookings in rows: these as they stand, and each as a sample.
 
@@ -686,9 +807,11 @@ class Table:
             asked.pop("account", None)  # so that the same names will do before and after
         if {"amount", "sign"} & {*asked} and {"out", "in"} & {*asked}:
             raise Failed("--map takes amount=, with or without sign=, or out= and in=, not both")
-        self._find_header(wanted_names(asked))
+        head = list(itertools.islice(source.records(), HEAD))
+        self._header = Header(name, head, wanted_names(asked))
+        self.names = self._header.names
         # By field, the numbers of its columns.
-        self._named = {field: self._numbers(field, text) for field, text in asked.items()}
+        self._named = {field: self._header.numbers(field, text) for field, text in asked.items()}
         self._add_defaults(otherwise)
         if guess:
             self._guess(ask)
@@ -697,7 +820,7 @@ class Table:
             how = "say which is which, as --map " + ",".join(f"{f}=COLUMN" for f in lacking)
             if "company" in lacking:
                 how += " or --company NAME for all of its rows"
-            raise Failed(f"{name} has no column {keys}; {self._has()}; {how}")
+            raise Failed(f"{name} has no column {keys}; {self._header}; {how}")
         self.context = [self.names[number] for number in self._named.get("context", ())]
         # By the key of a sample the columns that it is joined from, in the order of the file.
         keys = {FIELDS[f]: numbers for f, numbers in self._named.items() if FIELDS[f]}
@@ -711,83 +834,12 @@ class Table:
         self._dates: dict[str, str] | None = None  # None if they stay as they are written
         self._survey()
 
-    # -- columns
-
-    def _find_header(self, wanted: Collection[str]) -> None:
-        """Finds the record that names the columns. Without one, they are called 1, 2, 3."""
-        head = list(itertools.islice(self.source.records(), HEAD))
-        found = [len({*map(plain, record.values)} & {*wanted}) for record in head]
-        header = head[found.index(max(found))] if any(found) else _likely_header(head)
-        self._header = header or Record(0, "", [])
-        self.line = self._header.line
-        names = [*self._header.values]
-        while names and not names[-1]:
-            names.pop()
-        if not header:
-            widths = Counter(len(record.values) for record in head if any(record.values))
-            width = max(widths, key=widths.__getitem__, default=0)
-            names = [f"{number + 1}" for number in range(width)]
-        self._written_names = names
-        # The second of two columns of one name is called by its number, too.
-        self.names = [
-            f"{name} ({number})".strip() if name in names[: number - 1] else name
-            for number, name in enumerate(names, 1)
-        ]
-
-    def _number(self, name: str) -> int | None:
-        """The column of this name or number. Raises Failed if there are several."""
-        for names, wanted in (
-            (self._written_names, name),
-            ([*map(plain, self._written_names)], plain(name)),
-            (self.names, name),
-        ):
-            found = [number for number, each in enumerate(names) if each == wanted]
-            if len(found) == 1:
-                return found[0]
-            if found:
-                numbers = " and ".join(f"{number + 1}" for number in found)
-                what = f"has the column {name} more than once, as {numbers}"
-                raise Failed(f"{self.name} {what}: name it by its number; {self._has()}")
-        if name.isdecimal() and 0 < int(name) <= len(self.names):
-            return int(name) - 1
-        return None
-
-    def _numbers(self, field: str, text: str) -> list[int]:
-        """The columns that a text names, which are joined by a plus; names may have one, too."""
-        parts, found, missing = text.split("+"), [], []
-        while parts:
-            for size in range(len(parts), 0, -1):
-                number = self._number("+".join(parts[:size]).strip())
-                if number is not None:
-                    found.append(number)
-                    break
-            else:
-                missing.append(parts[0])
-            parts = parts[size:]
-        if missing:
-            raise Failed(
-                f"{self.name} has no column {', '.join(missing)}; {self._has()}; "
-                "say with --map which is which, by name or number"
-            )
-        if len(found) > 1 and field in ("amount", "date", "out", "in", "sign"):
-            how = ": out=COLUMN,in=COLUMN names money out and in" if field == "amount" else ""
-            raise Failed(f"{field}={text} names {len(found)} columns, but takes one{how}")
-        return found
-
-    def _has(self) -> str:
-        names = ", ".join(n if n.isprintable() else repr(n) for n in self._written_names)[:1000]
-        if self.line:
-            return f"it has {names}"
-        _, row = next(self._rows(), (0, []))
-        such = ", ".join(f"{number}={value}" for number, value in enumerate(row, 1))[:1000]
-        return f"it has no names of columns but numbers, as {such}" if such else "it is empty"
-
     def _add_defaults(self, otherwise: str | None) -> None:
         """Adds the columns that nobody named by the keys' own names, and the company."""
         for key, field in NAMED.items():
             known = field in self._named or (key == TARGET and not self._booked)
-            if key in self._written_names and not known:
-                self._named[field] = [self._number(key)]
+            if key in self._header.written and not known:
+                self._named[field] = [self._header.number(key)]
         if self.company is None and "company" not in self._named:
             self.company = otherwise
         if self.company is not None:
@@ -803,7 +855,7 @@ class Table:
         self._named |= guessed(self.names, rows, fields, used)
         for field in self._lacking() if ask else ():
             if field != "company" and (name := ask(field, self.names, rows[:3])):
-                self._named[field] = self._numbers(field, name)
+                self._named[field] = self._header.numbers(field, name)
 
     def _lacking(self) -> list[str]:
         """The fields that a booking needs and that have no column."""
@@ -831,25 +883,15 @@ class Table:
 
     # -- rows
 
-    def _row(self, record: Record) -> list[str] | None:
-        """The values of a record, at least as many as there are columns, if it is one of bookings.
-
-        None if it stands before them, is empty, or is the header once more.
-        """
-        if record.line <= self.line or record.values == self._header.values:
-            return None
-        lacking = [""] * (len(self.names) - len(record.values))
-        return record.values + lacking if any(record.values) else None
-
     def _rows(self) -> Iterator[tuple[int, list[str]]]:
         """The line and the values of each row, anew."""
         for record in self.source.records(len(self.names)):
-            if row := self._row(record):
+            if row := self._header.row(record):
                 yield record.line, row
 
     def _booking(self, record: Record) -> Sample | None:
         """The sample in a record, if that is a booking."""
-        if row := self._row(record):
+        if row := self._header.row(record):
             with suppress(Odd):
                 return self._sample(row)
         return None
@@ -868,7 +910,7 @@ class Table:
 
         `suggest` gives their values for each sample in a list. Gives how many rows are done.
         """
-        names = [self.free_name(name) for name in new]
+        names = [self._header.free_name(name) for name in new]
         records = self.source.records(len(self.names))
         done = 0
         while chunk := list(itertools.islice(records, 1000)):
@@ -883,15 +925,9 @@ class Table:
             done += len(chunk)
             yield done
 
-    def free_name(self, name: str) -> str:
-        """This name for a new column, or one like it if it is taken."""
-        taken = {*map(plain, self.names)}
-        numbered = (f"{name} {number}" for number in itertools.count(2))
-        return next(n for n in itertools.chain([name], numbered) if plain(n) not in taken)
-
     def _write(self, file: TextIO, record: Record, more: Sequence[object]) -> None:
         """Writes a record as it stands, and more values if it is no line before the header."""
-        if record.line < self.line or not any(record.values):
+        if record.line < self._header.line or not any(record.values):
             file.write(record.text)
             return
         first = self._header.text or record.text
@@ -1028,9 +1064,8 @@ class Table:
     def say(self, outcome: str = "left out") -> None:
         """Says in one line how the file was read, unless it is as plain as can be."""
         said = [str(self.source)]
-        if self.line != 1:
-            where = f"the names of its columns in line {self.line}"
-            said.append(where if self.line else "no names of columns")
+        if (at := self._header.line) != 1:
+            said.append(f"the names of its columns in line {at}" if at else "no names of columns")
         if {*self.columns} - {"context"}:
             said.append(self.map)
         said += self._examples.values()
@@ -1052,41 +1087,6 @@ class Table:
 def _joined(row: Sequence[str], numbers: Sequence[int]) -> str:
     """What stands in these columns, with spaces between."""
     return " ".join(unguarded(row[number]) for number in numbers if row[number])
-
-
-def wanted_names(columns: Mapping[str, str]) -> set[str]:
-    """The names that a header may have, as `plain` gives them."""
-    names = {*FIELDS.values(), *columns.values()} - {""}
-    parts = itertools.chain.from_iterable(text.split("+") for text in columns.values())
-    return {plain(name) for name in (*names, *parts) if not name.strip().isdecimal()}
-
-
-def _likely_header(head: Sequence[Record]) -> Record | None:
-    """The record that names the columns, if nobody says what their names are."""
-    filled = [record for record in head if any(record.values)]
-    widths = Counter(len(record.values) for record in filled)
-    width = max(widths, key=lambda width: (widths[width] * (width - 1), width), default=0)
-    before = None
-    for record in filled:
-        texts = [*filter(None, record.values)]
-        has_values = any(readings(text) or looks_like_date(text) for text in texts)
-        if has_values and len(record.values) == width:
-            return before
-        if has_values:
-            before = None
-        elif len(texts) > 1 or width == 1:
-            before = record
-    return next((record for record in filled if len(record.values) == width), None)
-
-
-def looks_like_date(text: str) -> bool:
-    """Whether it may be a date, as far as that can be told from one."""
-    if len(text) > 40:
-        return False
-    text = TIME.sub("", text)
-    worded = r"[0-9]{0,4}\W*(?:[^\W\d]+\W*){1,3}[0-9]{0,4}\W*(?:[0-9]{4})?"
-    two = len(re.findall("[0-9]+", text)) == 2
-    return bool(_ways(text) or (two and re.fullmatch(worded, text)))
 
 
 # ----------------------------------------------------------------------------------------- Guesses
