@@ -816,11 +816,11 @@ class Table:
         if guess:
             self._guess(ask)
         if lacking := self._lacking():
-            keys = ", ".join(FIELDS[field] for field in lacking)
+            missing = ", ".join(FIELDS[field] for field in lacking)
             how = "say which is which, as --map " + ",".join(f"{f}=COLUMN" for f in lacking)
             if "company" in lacking:
                 how += " or --company NAME for all of its rows"
-            raise Failed(f"{name} has no column {keys}; {self._header}; {how}")
+            raise Failed(f"{name} has no column {missing}; {self._header}; {how}")
         self.context = [self.names[number] for number in self._named.get("context", ())]
         # By the key of a sample the columns that it is joined from, in the order of the file.
         keys = {FIELDS[f]: numbers for f, numbers in self._named.items() if FIELDS[f]}
@@ -829,10 +829,8 @@ class Table:
             if number not in taken or name in self.context:
                 keys.setdefault(name, [number])
         self._keys = dict(sorted(keys.items(), key=lambda item: item[1]))
-        self.rows = self.usable = self._unread = 0
-        self._left: dict[str, list[int]] = {}  # why rows are left out: how many, the first's line
-        self._dates: dict[str, str] | None = None  # None if they stay as they are written
         self._survey()
+        self._count()
 
     def _add_defaults(self, otherwise: str | None) -> None:
         """Adds the columns that nobody named by the keys' own names, and the company."""
@@ -935,7 +933,7 @@ class Table:
         file.write(self.source.behind(record, self._width, more, quoted))
 
     def _survey(self) -> None:
-        """Finds how amounts and dates are written, and counts the rows that are left out."""
+        """Finds how amounts and dates are written, and whether accounts are written in two ways."""
         amounts, sums = Amounts(), Counter()
         dates: dict[str, None] = {}
         accounts: dict[str, str] = {}  # each as it is written first
@@ -957,11 +955,20 @@ class Table:
         self._mark = amounts.mark(self.name)
         self._negative_out = sums["out", True] > sums["out", False]
         self._signed = sums["amount", True] and "sign" in self._named
+        self._dates: dict[str, str] | None = None  # None if they stay as they are written
         dates.pop("", None)
         with suppress(Failed):  # by_date says it, if it is needed
             read = read_dates(dates)
             if dates and outvoted(len(dates) - len(read), len(dates)):
                 self._dates = read
+        if alike:
+            both = '%s: accounts "%s" and "%s" are two, as they are written'
+            logger.warning(both, self.name, *alike)
+
+    def _count(self) -> None:
+        """Counts the rows, and why some are left out. Raises Failed if those are more than few."""
+        self.rows = self.usable = self._unread = 0
+        self._left: dict[str, list[int]] = {}  # by why they are: how many, and the first's line
         self._examples: dict[str, str] = {}  # of amounts and dates, as they are written and read
         for line, row in self._rows():
             self.rows += 1
@@ -979,9 +986,6 @@ class Table:
             why = next(iter(bad))
             many = f"{sum(bad.values()):,} of {self.rows:,} rows are no bookings"
             raise Failed(f"{self.name}: {many}: in line {self._left[why][1]}, it {why}")
-        if alike:
-            said = '%s: accounts "%s" and "%s" are two, as they are written'
-            logger.warning(said, self.name, *alike)
 
     def _add_examples(self, row: list[str], sample: Sample) -> None:
         amount = sample["BankEntryAmount"]
