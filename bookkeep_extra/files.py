@@ -379,19 +379,10 @@ OTHERS = (  # what a file begins with that is none of those which are read, and 
     (rb'\s*\[?\s*\{\s*"', "JSON"),
     (rb"\s*!(Type|Account|Option)\b", "QIF"),
     (rb"(?s)\s*<\?xml.{,600}(camt[.]05|BkToCstmr)", "CAMT (ISO 20022)"),
-    (
-        rb"(?is)\s*<(html|!doctype|table|head|meta|\?xml.{,600}<html)",
-        "a web page, whatever its name",
-    ),
+    (rb"(?is)\s*<(html|!doc|table|head|meta|\?xml.{,600}<html)", "a web page, whatever its name"),
     (rb"\s*<\?xml", "XML"),
 )
 MEMBER = re.compile(r"(?i)(?!(.*/)?(__MACOSX/|[.])).*[.](csv|txt|tsv)")  # of a zip, and not hidden
-BOMS = {
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
 # Those that banks and accounting programs write, so that a short file is not taken for others.
 ENCODINGS = "windows-1250 windows-1251 windows-1252 windows-1253 windows-1254 windows-1255 "
 ENCODINGS += "windows-1257 iso8859-2 iso8859-15 koi8-r cp437 cp850 cp852 cp865 cp866 macroman "
@@ -533,8 +524,8 @@ def _encoding(file: BinaryIO) -> tuple[str, list[int]]:
     """The encoding, and the lines that are no UTF-8 in a file that is UTF-8 but for a few."""
     file.seek(0)
     head = file.read(1 << 12)
-    for mark, name in BOMS.items():
-        if head.startswith(mark):
+    for name in ("utf-32", "utf-16"):
+        if head.startswith(tuple("\ufeff".encode(f"{name}-{order}") for order in ("le", "be"))):
             return name, []
     if b"\0" in head:
         return _guessed_encoding(head), []
@@ -678,25 +669,27 @@ class Header:
         names = [*self.values]
         while names and not names[-1]:
             names.pop()
-        self._has = ", ".join(name if name.isprintable() else repr(name) for name in names)
-        self._has = f"it has {self._has[:1000]}"
         if not record:
-            filled = [record.values for record in head if any(record.values)]
-            widths = Counter(map(len, filled))
-            names = [f"{n}" for n in range(1, 1 + max(widths, key=widths.__getitem__, default=0))]
-            such = ", ".join(f"{n}={value}" for row in filled[:1] for n, value in enumerate(row, 1))
-            such = f"it has no names of columns but numbers, as {such[:1000]}"
-            self._has = such if filled else "it is empty"
+            widths = Counter(len(each.values) for each in head if any(each.values))
+            width = max(widths, key=widths.__getitem__, default=0)
+            names = [f"{number + 1}" for number in range(width)]
         self.written = names
         # The second of two columns of one name is called by its number, too.
         self.names = [
             f"{name} ({number})".strip() if name in names[: number - 1] else name
             for number, name in enumerate(names, 1)
         ]
+        self._first_row = next(filter(None, map(self.row, head)), [])
 
     def __str__(self) -> str:
         """What there is, as a message says it."""
-        return self._has
+        if self.line:
+            names = ", ".join(name if name.isprintable() else repr(name) for name in self.written)
+            return f"it has {names[:1000]}"
+        such = ", ".join(f"{number}={value}" for number, value in enumerate(self._first_row, 1))
+        return (
+            f"it has no names of columns but numbers, as {such[:1000]}" if such else "it is empty"
+        )
 
     def row(self, record: Record) -> list[str] | None:
         """The values of a record, at least as many as there are columns, if it is one of bookings.
@@ -754,9 +747,9 @@ class Header:
 
 def wanted_names(columns: Mapping[str, str]) -> set[str]:
     """The names that a header may have, as `plain` gives them."""
-    names = {*FIELDS.values(), *columns.values()} - {""}
     parts = itertools.chain.from_iterable(text.split("+") for text in columns.values())
-    return {plain(name) for name in (*names, *parts) if not name.strip().isdecimal()}
+    names = {*map(plain, (*FIELDS.values(), *columns.values(), *parts))} - {""}
+    return {name for name in names if not name.isdecimal()}
 
 
 def _likely_header(head: Sequence[Record]) -> Record | None:
@@ -933,11 +926,9 @@ class Table:
         file.write(self.source.behind(record, self._width, more, quoted))
 
     def _survey(self) -> None:
-        """Finds how amounts and dates are written, and whether accounts are written in two ways."""
+        """Finds how amounts and dates are written."""
         amounts, sums = Amounts(), Counter()
         dates: dict[str, None] = {}
-        accounts: dict[str, str] = {}  # each as it is written first
-        alike: tuple[str, ...] = ()  # two accounts that are one but for how they are written
         self._width = max(len(self._header.values), len(self.names))
         for line, row in self._rows():
             self._width = max(self._width, len(row))
@@ -949,9 +940,6 @@ class Table:
                         signs = {reading[:1] == "-" for reading in readings(text).values()}
                         sums.update((field, sign) for sign in signs)
                 dates.setdefault(self._text(row, "date"))
-                account = self._text(row, "account")
-                if (first := accounts.setdefault(plain(account), account)) != account:
-                    alike = alike or (first, account)
         self._mark = amounts.mark(self.name)
         self._negative_out = sums["out", True] > sums["out", False]
         self._signed = sums["amount", True] and "sign" in self._named
@@ -961,15 +949,14 @@ class Table:
             read = read_dates(dates)
             if dates and outvoted(len(dates) - len(read), len(dates)):
                 self._dates = read
-        if alike:
-            both = '%s: accounts "%s" and "%s" are two, as they are written'
-            logger.warning(both, self.name, *alike)
 
     def _count(self) -> None:
         """Counts the rows, and why some are left out. Raises Failed if those are more than few."""
         self.rows = self.usable = self._unread = 0
         self._left: dict[str, list[int]] = {}  # by why they are: how many, and the first's line
         self._examples: dict[str, str] = {}  # of amounts and dates, as they are written and read
+        accounts: dict[str, str] = {}  # each as it is written first
+        alike: tuple[str, ...] = ()  # two accounts that are one but for how they are written
         for line, row in self._rows():
             self.rows += 1
             try:
@@ -979,6 +966,9 @@ class Table:
             else:
                 self.usable += 1
                 self._unread += sample.get(BOOKED_BY) == "suggestion"
+                account = self._text(row, "account")
+                if (first := accounts.setdefault(plain(account), account)) != account:
+                    alike = alike or (first, account)
                 if len(self._examples) < 2:
                     self._add_examples(row, sample)
         bad = {why: n for why, (n, _) in self._left.items() if not why.startswith("has no ")}
@@ -986,6 +976,9 @@ class Table:
             why = next(iter(bad))
             many = f"{sum(bad.values()):,} of {self.rows:,} rows are no bookings"
             raise Failed(f"{self.name}: {many}: in line {self._left[why][1]}, it {why}")
+        if alike:
+            both = '%s: accounts "%s" and "%s" are two, as they are written'
+            logger.warning(both, self.name, *alike)
 
     def _add_examples(self, row: list[str], sample: Sample) -> None:
         amount = sample["BankEntryAmount"]
