@@ -445,16 +445,18 @@ class Text:
                 taken.append(line)
                 yield line
 
-        number = 1
+        number, reader = 1, None
         while True:
             try:
-                values = next(csv.reader(lines(), strict=True, **self.dialect))
+                reader = reader or csv.reader(lines(), strict=True, **self.dialect)
+                values = next(reader)
                 whole = len(taken) == 1 or len(values) == width or not width
             except csv.Error:
                 whole = False
             except StopIteration:
                 return
             if not whole:
+                reader = None
                 held.extendleft(reversed(taken[1:]))
                 del taken[1:]
                 values = self._alone(taken[0], width)
@@ -698,8 +700,8 @@ class Header:
         """
         if record.line <= self.line or record.values == self.values:
             return None
-        lacking = [""] * (len(self.names) - len(record.values))
-        return record.values + lacking if any(record.values) else None
+        row = [unguarded(value) for value in record.values]
+        return row + [""] * (len(self.names) - len(row)) if any(row) else None
 
     def number(self, name: str) -> int | None:
         """The column of this name or number. Raises Failed if there are several."""
@@ -814,6 +816,8 @@ class Table:
             if "company" in lacking:
                 how += " or --company NAME for all of its rows"
             raise Failed(f"{name} has no column {missing}; {self._header}; {how}")
+        required = [NAMED[key] for key in COLUMNS] + ["date"]
+        self._required = {f: self._named[f] for f in required if f in self._named}
         self.context = [self.names[number] for number in self._named.get("context", ())]
         # By the key of a sample the columns that it is joined from, in the order of the file.
         keys = {FIELDS[f]: numbers for f, numbers in self._named.items() if FIELDS[f]}
@@ -995,8 +999,8 @@ class Table:
         """Raises Odd if a row is no booking, as something is missing or too much."""
         if any(row[len(self.names) :]):
             raise Odd(f"has {len(row)} values for {len(self.names)} columns")
-        for field in ("company", "text", "amount", "account", "date"):
-            if field in self._named and not self._text(row, field):
+        for field, numbers in self._required.items():
+            if not _joined(row, numbers):
                 raise Odd(f"has no {field}")
 
     def _sample(self, row: Sequence[str]) -> Sample:
@@ -1083,7 +1087,9 @@ class Table:
 
 def _joined(row: Sequence[str], numbers: Sequence[int]) -> str:
     """What stands in these columns, with spaces between."""
-    return " ".join(unguarded(row[number]) for number in numbers if row[number])
+    if len(numbers) == 1:
+        return row[numbers[0]]
+    return " ".join(row[number] for number in numbers if row[number])
 
 
 # ----------------------------------------------------------------------------------------- Guesses
