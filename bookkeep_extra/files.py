@@ -48,7 +48,8 @@ FIELDS = {  # the keys of a sample that mean something, by their names for --map
     "sign": "",
     "context": "",  # columns that are sent under their own names, too
 }
-# Characters in the values that a booking must have, of which the last is what is predicted.
+# Characters in the values that a booking must have, of which the last is what is predicted, and
+# in its Id.
 LONGEST = {"CompanyId": 100, "BankEntryText": 10_000, "BankEntryAmount": 100, "AccountNumber": 100}
 *FEATURES, TARGET = COLUMNS = [*LONGEST]
 LONGEST["Id"] = 100
@@ -137,8 +138,6 @@ def readings(amount: str) -> dict[str, str]:
     """
     if PLAIN.fullmatch(amount):  # as most are
         return {".": amount}
-    if not any(map(str.isdigit, amount)):
-        return {}
     text = normalize("NFKC", amount.translate(SPELLING)).translate(SPELLING)
     text = re.sub('^="(.*)"$', r"\1", text)
     if power := POWER.fullmatch(text):
@@ -762,10 +761,9 @@ def _likely_header(head: Sequence[Record]) -> Record | None:
     before = None
     for record in filled:
         texts = [*filter(None, record.values)]
-        has_values = any(readings(text) or looks_like_date(text) for text in texts)
-        if has_values and len(record.values) == width:
-            return before
-        if has_values:
+        if any(readings(text) or looks_like_date(text) for text in texts):
+            if len(record.values) == width:
+                return before
             before = None
         elif len(texts) > 1 or width == 1:
             before = record
@@ -906,6 +904,7 @@ class Table:
         `suggest` gives their values for each sample in a list. Gives how many rows are done.
         """
         names = [self._header.free_name(name) for name in new]
+        width = max([len(self._header.values), *(len(row) for _, row in self._rows())])
         records = self.source.records(len(self.names))
         done = 0
         while chunk := list(itertools.islice(records, 1000)):
@@ -915,27 +914,25 @@ class Table:
                 more = next(answers) if sample else [""] * len(new)
                 if record.values == self._header.values:
                     more = names
-                self._write(file, record, more)
+                self._write(file, record, width, more)
             file.flush()
             done += len(chunk)
             yield done
 
-    def _write(self, file: TextIO, record: Record, more: Sequence[object]) -> None:
+    def _write(self, file: TextIO, record: Record, width: int, more: Sequence[object]) -> None:
         """Writes a record as it stands, and more values if it is no line before the header."""
         if record.line < self._header.line or not any(record.values):
             file.write(record.text)
             return
         first = self._header.text or record.text
         quoted = first.startswith(self.source.dialect["quotechar"])
-        file.write(self.source.behind(record, self._width, more, quoted))
+        file.write(self.source.behind(record, width, more, quoted))
 
     def _survey(self) -> None:
         """Finds how amounts and dates are written."""
         amounts, sums = Amounts(), Counter()
         dates: dict[str, None] = {}
-        self._width = max(len(self._header.values), len(self.names))
         for line, row in self._rows():
-            self._width = max(self._width, len(row))
             with suppress(Odd):
                 self._check(row)
                 for field in ("amount", "out", "in"):
