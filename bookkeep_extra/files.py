@@ -1211,10 +1211,7 @@ class Book:
 
 @contextmanager
 def open_file(
-    path: Path,
-    columns: Columns = None,
-    encoding: str | None = None,
-    **how: Any,
+    path: Path, columns: Columns = None, encoding: str | None = None, **how: Any
 ) -> Iterator[Book]:
     """The file, to be read more than once, with further arguments as Table takes them.
 
