@@ -820,10 +820,10 @@ class Table:
         # By the key of a sample the columns that it is joined from, in the order of the file.
         keys = {FIELDS[f]: numbers for f, numbers in self._named.items() if FIELDS[f]}
         taken = {n for f, numbers in self._named.items() if f != "context" for n in numbers}
-        for number, name in enumerate(self.names):
-            if number not in taken or name in self.context:
-                keys.setdefault(name, [number])
-        self._keys = dict(sorted(keys.items(), key=lambda item: item[1]))
+        others = {
+            name: [n] for n, name in enumerate(self.names) if n not in taken or name in self.context
+        }
+        self._keys = dict(sorted((others | keys).items(), key=lambda item: item[1]))
         self._survey()
         self._count()
 
