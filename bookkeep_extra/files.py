@@ -958,6 +958,7 @@ class Table:
         self._examples: dict[str, str] = {}  # of amounts and dates, as they are written and read
         accounts: dict[str, str] = {}  # each as it is written first
         alike: tuple[str, ...] = ()  # two accounts that are one but for how they are written
+        ids: Counter[tuple] = Counter()  # by company and id, of those that have one
         for line, row in self._rows():
             self.rows += 1
             try:
@@ -967,6 +968,7 @@ class Table:
             else:
                 self.usable += 1
                 self._unread += sample.get(BOOKED_BY) == "suggestion"
+                ids.update([(sample["CompanyId"], sample["Id"])] if "Id" in sample else ())
                 account = self._text(row, "account")
                 if (first := accounts.setdefault(plain(account), account)) != account:
                     alike = alike or (first, account)
@@ -977,6 +979,9 @@ class Table:
             why = next(iter(bad))
             many = f"{sum(bad.values()):,} of {self.rows:,} rows are no bookings"
             raise Failed(f"{self.name}: {many}: in line {self._left[why][1]}, it {why}")
+        if again := sum(ids.values()) - len(ids):
+            rows = "%s: rows with the id of a later one, which is booked in their place: %s"
+            logger.warning(rows, self.name, f"{again:,}")
         if alike:
             both = '%s: accounts "%s" and "%s" are two, as they are written'
             logger.warning(both, self.name, *alike)

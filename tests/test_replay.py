@@ -875,9 +875,10 @@ def test_an_export_that_overlaps_is_booked_once_by_its_ids(main, serve, tmp_path
         assert service.samples() == before + booked
         assert json.loads(out)["known"] >= known
     rows[51]["AccountNumber"] = "changed"
-    write_csv(path, rows[51:54])
+    write_csv(path, [rows[51], *rows[51:54]])
     status, out, said = main(*command)
-    assert "\n3 were known by their Id, and not booked twice; changed of them: 1\n" in out
+    assert "rows with the id of a later one, which is booked in their place: 1" in said
+    assert "\n4 were known by their Id, and not booked twice; changed of them: 1\n" in out
     [found] = service.get(f"/bookings?company={rows[51]['CompanyId']}&Id=v51")[1]["bookings"]
     assert found["account"] == "changed"
     assert found["sample"].keys() == {*booking(), "Id"}
