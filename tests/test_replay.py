@@ -862,7 +862,7 @@ def test_rows_that_are_there_already_are_not_booked_twice_unless_that_is_asked_f
     assert service.samples() == 507 + 1800
 
 
-def test_an_export_that_overlaps_is_booked_once_by_its_ids(main, serve, tmp_path):
+def test_an_export_that_overlaps_is_booked_once_by_its_ids(main, serve, tmp_path, caplog):
     service, path = serve(), tmp_path / "rows.csv"
     rows = [row | {"Voucher": f"v{i}" if i % 10 else ""} for i, row in enumerate(bookings(100))]
     command = (path, f"--url=http://127.0.0.1:{service.port}", "--map=id=Voucher", "--order=file")
@@ -877,7 +877,7 @@ def test_an_export_that_overlaps_is_booked_once_by_its_ids(main, serve, tmp_path
     rows[51]["AccountNumber"] = "changed"
     write_csv(path, [rows[51], *rows[51:54]])
     status, out, said = main(*command)
-    assert "rows with the id of a later one, which is booked in their place: 1" in said
+    assert "rows with the id of a later one, which is booked in their place: 1" in caplog.text
     assert "\n4 were known by their Id, and not booked twice; changed of them: 1\n" in out
     [found] = service.get(f"/bookings?company={rows[51]['CompanyId']}&Id=v51")[1]["bookings"]
     assert found["account"] == "changed"
