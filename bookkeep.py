@@ -1236,7 +1236,7 @@ class NaiveBayes:
     def _count(self) -> None:
         """Has what follows from the sums."""
         self.n_classes = int(np.count_nonzero(self.class_counts))
-        self._logs: np.ndarray | None = None  # _log_counts of all accounts, once it pays
+        self._logs: np.ndarray | None = None  # log_counts of all accounts, once it pays
         self._asked = 0  # for how many pairs they have been asked for
         self._smoothing = self.smoothing_of(self.token_counts.occupied)
 
@@ -1799,16 +1799,17 @@ class Log:
     def write(self, batches: Sequence["Batch"], durable: bool = True) -> None:
         """Writes what was placed. Raises OSError, as append does.
 
-        What need not be `durable` is not on disk before the next fsync.
+        What need not be `durable` is not on disk before the next fsync. No lines change nothing.
         """
+        content = b"".join([line for batch in batches for line in batch.lines])
+        if not content:
+            return
         self._require_place()
         if self._torn:
             self._cut_back()
         try:
             self._torn = True
-            write_at(
-                self._file, self.size, b"".join([line for batch in batches for line in batch.lines])
-            )
+            write_at(self._file, self.size, content)
             if durable:
                 started = time.perf_counter()
                 os.fsync(self._file)
@@ -1821,8 +1822,8 @@ class Log:
             if not self._torn:
                 raise
             raise OSError(error.errno, f"{error.strerror}; {UNSURE}") from None
+        self.failure = None
         for batch in batches:
-            self.failure = None if batch.lines else self.failure
             self._keep(batch)
 
     def find(self, key: str) -> list[dict] | None:
@@ -2349,11 +2350,12 @@ class Writer(threading.Thread):
         while self._queue:
             work = self._queue[0]
             size += len(work.samples)
-            alone = work.change or size > most or not names.isdisjoint(work.names)
+            own = work.names
+            alone = work.change or size > most or not names.isdisjoint(own)
             if group and (alone or group[0].change):
                 break
             group.append(self._queue.popleft())
-            names |= work.names
+            names |= own
         return group
 
 
@@ -2821,7 +2823,7 @@ class Alone:
 
     def append(self, log: Log, batches: Sequence[tuple[str | None, Sequence[dict]]]) -> list[dict]:
         """Appends to the log, as Log.append says, behind all that others have appended."""
-        return log.append(batches) if batches else []
+        return log.append(batches)
 
     def require_ready(self) -> None:
         """Raises NotReady if nothing can be appended."""

@@ -111,9 +111,7 @@ def _relearn_batch(batch: Batch, log: Log, books: Books) -> Iterator[Damage]:
             elif "corrects" in record:
                 if books.target not in record:
                     raise ValueError(f"it corrects another key than {books.target}")
-                check_sample({books.target: record[books.target]}, (books.target,))
-                if "now" in record:
-                    check_sample(record["now"], (*FEATURES, books.target))
+                _check_corrected(record, books.target)
                 booking = log.record(record["corrects"])
                 if "sample" not in booking:
                     raise ValueError("it corrects no booking before it")
@@ -137,7 +135,7 @@ def _relearn_batch(batch: Batch, log: Log, books: Books) -> Iterator[Damage]:
 def check_records(
     records: Sequence[dict], line: int, features: dict | None = None
 ) -> Iterator[Damage]:
-    """A Damage for each record that this version's `draft` and `correction` could not have made.
+    """A Damage for each record that this version's `draft` and `corrections` could not have made.
 
     The first one is on that line. They must have been learned with those features, if any.
     """
@@ -156,10 +154,15 @@ def check_records(
             yield Damage(number, str(error))
 
 
-def _check_correction(record: dict, target: str) -> None:
+def _check_corrected(record: dict, target: str) -> None:
+    """Raises BadRequest or KeyError if nobody can have sent what this correction says."""
     check_sample({target: record[target]}, (target,))
     if "now" in record:
         check_sample(record["now"], (*FEATURES, target))
+
+
+def _check_correction(record: dict, target: str) -> None:
+    _check_corrected(record, target)
     if type(record["corrects"]) is not int or not 0 <= record["corrects"] < record["seq"]:
         raise ValueError("it corrects no booking before it")
     _check_counts(record["weight"], record["against"])

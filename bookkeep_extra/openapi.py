@@ -101,6 +101,9 @@ STANDING = SEQ | {
     "booked_by": (WHO, "who booked it", "person"),
     "corrected": (_or_null(_of("Change")), "whether it was booked anew"),
 }
+NEXT = {
+    "next": (_or_null(FILLED), "`before` of the next page, null if this is the last", "0.62:1495")
+}
 MEANS = {
     "precision": (SHARE, "the mean of all accounts' precision", 0.51),
     "recall": (SHARE, "the mean of all accounts' recall", 0.52),
@@ -248,13 +251,13 @@ SCHEMAS = {
     "Bookings": _record(
         "a page of bookings",
         bookings=(_list("Standing", maxItems=MAX_PAGE), "the page"),
-        next=(_or_null(FILLED), "`before` of the next page, null if this is the last", "0.62:1495"),
+        **NEXT,
     ),
     "Standing": _record("a booking as it stands now", **STANDING),
     "Suspects": _record(
         "a page of bookings that look wrong, the most probable first",
         suspects=(_list("Suspect", maxItems=MAX_PAGE), "the page"),
-        next=(_or_null(FILLED), "`before` of the next page, null if this is the last", "0.62:1495"),
+        **NEXT,
     ),
     "Suspect": _record(
         "a booking that looks wrong, as it stands now",
